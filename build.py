@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Build ggml-tp: kernels -> cubins (NVRTC), core -> libggml-tp.so, emulator -> libggml-tp-emulator.so.
+
+The only build entry: the package build calls it, and it runs alone:
+    python build.py --arch sm_90,sm_60 --out plugin/ggml_tp
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+CACHE = ROOT / "build" / "objects"
+KERNELS = sorted((ROOT / "cuda_src").glob("*.cu"))
+# All that NVRTC 12.9 compiles and users have: Pascal to Blackwell.
+ARCHS = ("sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
+# One compile class per set of kernel variants: sm_60 has no dp4a, everything later has.
+EMULATED_CLASSES = (600, 610)
+INCLUDES = [f"-I{ROOT / 'cuda_src'}", f"-I{ROOT / 'plugin/core'}"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread", *WARNINGS, *INCLUDES]
+SANITIZERS = {"none": [], "address": ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]}
+
+
+class BuildError(RuntimeError):
+    """One line that says what is missing and what to do."""
+
+
+def gpus_found() -> list[str]:
+    """Architectures of the GPUs of this machine; empty without a driver."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count, found = ctypes.c_int(), set()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    for ordinal in range(count.value):
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, ordinal)
+        cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, ordinal)
+        found.add(f"sm_{major.value}{minor.value}")
+    return sorted(found)
+
+
+def compile_kernel(source: Path, arch: str, ptx: bool = False) -> bytes:
+    """A cubin (or PTX) of one kernel file, by NVRTC; needs no GPU and no driver."""
+    from cuda.bindings import nvrtc
+
+    target = arch.replace("sm_", "compute_") if ptx else arch
+    status, program = nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], [])
+    if status != 0:
+        raise BuildError(f"NVRTC failed to start: {status}")
+    options = [b"--std=c++17", b"-default-device", f"--gpu-architecture={target}".encode(), f"--include-path={ROOT / 'cuda_src'}".encode()]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if status != 0:
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log = b" " * size
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise BuildError(f"{source.name} does not compile for {arch}:\n{log.decode().rstrip()}")
+    size_of, get = (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX) if ptx else (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+    _, size = size_of(program)
+    data = b" " * size
+    get(program, data)
+    nvrtc.nvrtcDestroyProgram(program)
+    return data
+
+
+def run(command: list[str], what: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise BuildError(f"{command[0]} not found: install a C++20 compiler (Debian, Ubuntu: apt-get install g++)") from None
+    if done.returncode != 0:
+        raise BuildError(f"{what} failed:\n{done.stderr.rstrip()}")
+
+
+def digest(source: Path, flags: list[str]) -> str:
+    """Of everything that an object depends on: flags, the source, every header of the project."""
+    h = hashlib.sha256("\0".join(flags).encode())
+    for path in [source, *sorted((ROOT / "cuda_src").rglob("*.h")), *sorted((ROOT / "plugin/core").rglob("*.h"))]:
+        h.update(path.name.encode() + path.read_bytes())
+    return h.hexdigest()[:24]
+
+
+def compile_object(source: Path, flags: list[str]) -> Path:
+    target = CACHE / f"{source.name}-{digest(source, flags)}.o"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        language = ["-x", "c++"] if source.suffix == ".cu" else []
+        partial = target.with_suffix(f".{os.getpid()}.tmp.o")
+        run(["g++", *language, *COMMON, *flags, "-c", str(source), "-o", str(partial)], f"compiling {source.name}")
+        partial.rename(target)
+    return target
+
+
+def kernel_images(archs: list[str], work: Path) -> list[Path]:
+    """The generated table of cubins and its assembler file; an empty table without architectures."""
+    work.mkdir(parents=True, exist_ok=True)
+    rows, labels, assembler = [], [], ['    .section .rodata\n']
+    for arch in archs:
+        number = int(arch.removeprefix("sm_").rstrip("a"))
+        for source in KERNELS:
+            data = compile_kernel(source, arch)
+            path = work / f"{source.stem}-{arch}.cubin"
+            path.write_bytes(data)
+            label = f"ggml_tp_image_{source.stem}_{arch}"
+            assembler.append(f'    .balign 64\n    .global {label}\n    .hidden {label}\n{label}:\n    .incbin "{path}"\n')
+            labels.append(f'extern "C" const unsigned char {label}[];')
+            rows.append(f'    {{{number // 10}, {number % 10}, {int(arch.endswith("a"))}, 0, "{source.stem}", {label}}},')
+        print(f"build: {len(KERNELS)} kernel files for {arch}", flush=True)
+    assembler.append('    .section .note.GNU-stack,"",@progbits\n')
+    table = work / "kernel_images.cpp"
+    empty = "    {0, 0, 0, 0, nullptr, nullptr},"  # an array of no elements is not C++
+    table.write_text(
+        '#include "kernel_images.h"\n' + "\n".join(labels) + "\nnamespace ggml_tp {\nconst KernelImage kKernelImages[] = {\n"
+        + ("\n".join(rows) or empty) + f"\n}};\nconst int kKernelImageCount = {len(rows)};\n}}  // namespace ggml_tp\n"
+    )
+    images = work / "kernel_images.S"
+    images.write_text("".join(assembler))
+    return [table, images]
+
+
+def build(out: Path, archs: list[str], sanitize: str, jobs: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    checks = SANITIZERS[sanitize]
+    work = ROOT / "build" / "images"
+    table, images = kernel_images(archs, work)
+    core_flags = ["-O2", *checks]
+    emulator_flags = ["-O2", "-march=x86-64-v3", "-fno-strict-aliasing", "-DTP_EMULATED", "-Wno-unknown-pragmas", *checks]
+    core = [*sorted((ROOT / "plugin/core").rglob("*.cpp")), table]
+    emulator = sorted((ROOT / "cuda_src/emulator").glob("*.cpp"))
+    work_items = [(s, core_flags) for s in core] + [(s, emulator_flags) for s in emulator]
+    work_items += [(s, [*emulator_flags, f"-DTP_ARCH={c}"]) for c in EMULATED_CLASSES for s in KERNELS]
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(lambda item: compile_object(*item), work_items))
+    print(f"build: {len(objects)} objects", flush=True)
+    image_object = work / "kernel_images.o"
+    run(["g++", "-c", str(images), "-o", str(image_object)], "assembling the kernel images")
+    # A sanitizer's functions come from its runtime, which the process preloads.
+    link = ["g++", "-shared", "-pthread", *([] if checks else ["-Wl,-z,defs"]), *checks, "-static-libstdc++", "-static-libgcc"]
+    for name, parts in (("libggml-tp.so", [*objects[: len(core)], image_object]), ("libggml-tp-emulator.so", objects[len(core) :])):
+        partial = out / f".{name}.{os.getpid()}"
+        run([*link, "-o", str(partial), *map(str, parts), "-ldl"], f"linking {name}")
+        partial.rename(out / name)  # a process that has the old file open keeps it
+        print(f"build: {out / name}", flush=True)
+    target = out / "inspect.h"
+    if target.resolve() != (ROOT / "plugin/core/inspect.h").resolve():
+        shutil.copyfile(ROOT / "plugin/core/inspect.h", target)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Build libggml-tp.so and libggml-tp-emulator.so.", epilog="example: python build.py --arch sm_90,sm_60 --out plugin/ggml_tp"
+    )
+    parser.add_argument("--arch", help=f"comma-separated, of {' '.join(ARCHS)}; none: emulator only (default: the GPUs of this machine)")
+    parser.add_argument("--out", type=Path, default=ROOT / "plugin" / "ggml_tp", help="folder for the libraries (default: %(default)s)")
+    parser.add_argument("--sanitize", choices=sorted(SANITIZERS), default="none", help="build with ASan and UBSan")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args(argv)
+    try:
+        named = args.arch if args.arch is not None else os.environ.get("GGML_TP_BUILD_ARCH")
+        archs = gpus_found() if named is None else [] if named == "none" else named.split(",")
+        unknown = [arch for arch in archs if arch not in ARCHS]
+        if unknown:
+            raise BuildError(f"unknown architecture {unknown[0]}; known: {' '.join(ARCHS)}")
+        build(args.out.resolve(), archs, args.sanitize, max(args.jobs, 1))
+    except BuildError as error:
+        print(f"build: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

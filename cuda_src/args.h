@@ -1,0 +1,109 @@
+// The argument structs of every kernel: read by the core (which fills them) and by device code (which runs them).
+// A kernel takes exactly one of them, by value. Plain C++, no includes: NVRTC, g++ and the core see the same bytes.
+// Order of dimensions is ggml's: ne[0] is the fastest. Strides (nb) are bytes. Everything is what ONE rank sees:
+// a sharded tensor appears as a View whose data points at the rank's first element and whose ne is the local extent.
+#pragma once
+
+namespace ggml_tp {
+
+using i32 = int;
+using u32 = unsigned int;
+using i64 = long long;
+using u64 = unsigned long long;
+
+// Element types, by ggml's numbers (never renumbered by upstream).
+enum Type : i32 {
+    kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ8_0 = 8, kQ4_K = 12, kQ6_K = 14, kI8 = 24, kI16 = 25, kI32 = 26, kI64 = 27, kBF16 = 30,
+};
+
+struct View {
+    char* data;
+    i64   ne[4];
+    i64   nb[4];
+    i32   type;
+    i32   pad;
+};
+static_assert(sizeof(View) == 80, "View crosses the host/device boundary");
+
+// A weight matrix [ne0 = k, ne1 = n, ne2, ne3] of any type, as up to four planes of fields (see weight_format.h):
+// field f of block b of row r of matrix (i2, i3) starts at plane[f] + b*block_stride[f] + r*row_stride[f] + i2*nb2[f] + i3*nb3[f].
+// Unquantised types are one plane with a "block" of one element. The host's own block layout is the same struct with
+// block_stride = type size in every field; the repacked layout has block_stride = field size, 16-byte aligned planes.
+struct Matrix {
+    const char* plane[4];
+    i64 row_stride[4];
+    i64 nb2[4], nb3[4];
+    i32 block_stride[4];
+    i64 k, n, ne2, ne3;  // k counts elements, rounded out to whole blocks
+    i32 type;
+    i32 repacked;        // 1: planes are 16-byte aligned and dense
+};
+
+// y[n, m, i2, i3] = sum_k w[k, n, i2/r2, i3/r3] * x[k, m, i2, i3]   (ggml_mul_mat), f32 accumulation, y is F32.
+// x covers only elements [k_begin, k_end) of w's k axis (row-parallel shards cut inside a block): x.ne[0] = k_end - k_begin,
+// and elements of w outside that range count as zero.
+struct MulMatArgs {
+    Matrix w;
+    View x;        // F32 or F16 (or quantised to xq by quantize_x first)
+    View y;        // F32
+    const char* xq;  // int8 [rows of x][k], null when w is not quantised
+    const char* xd;  // float2 {scale, scale * sum of the int8} [rows of x][k/32]
+    i64 k_begin, k_end;
+    i64 dim2_offset_x;  // global index along dim 2 of x's first local entry; of w's first local entry
+    i64 dim2_offset_w;
+    i32 ratio2, ratio3;  // broadcast: w's index = x's index / ratio (global)
+};
+
+// x F32 [k_end - k_begin, rows...] -> int8 [rows][k] and float2 [rows][k/32], zero outside [k_begin, k_end); k is a multiple of 32.
+struct QuantizeArgs { View x; char* xq; char* xd; i64 k, k_begin, k_end; };
+
+struct BinaryArgs { View a, b, y; };                        // y = a op b, b broadcast by repetition over a's shape
+struct UnaryArgs { View x, y; float p0, p1; };              // scale: x*p0 + p1; clamp: [p0, p1]
+struct GluArgs { View a, b, y; float alpha, limit; };       // y = act(a) * b, all of y's shape
+struct NormArgs { View x, y; View weight; i32 has_weight; float eps; };  // F32, rows along ne0; weight broadcast
+struct RopeArgs {
+    View x, y;              // [head_dim, n_head, n_tokens, 1] F32 or F16
+    View pos;               // I32 [n_tokens]
+    View factors;           // F32 [n_dims/2], used when has_factors
+    i32 has_factors, n_dims, neox, n_ctx_orig;
+    float freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow;
+};
+struct SoftMaxArgs {
+    View x, y, mask, sinks;  // x, y F32 [ne0, rows, n_head, ne3]; mask F16 or F32 [ne0, >=rows, ne2|1, ne3|1]; sinks F32 [n_head]
+    i32 has_mask, has_sinks;
+    i32 head_offset, n_head_global;  // for ALiBi
+    float scale, max_bias;
+};
+struct FlashAttnArgs {
+    View q, k, v, mask, sinks, y;  // q F32 [d, n_tok, n_head, ns]; k, v F16/F32/BF16 [d, n_kv, n_head_kv, ns]; y F32 [dv, n_head, n_tok, ns]
+    i32 has_mask, has_sinks;
+    i32 head_offset, kv_head_offset, n_head_global, gqa_ratio;  // kv head of local head h = (h + head_offset) / gqa_ratio - kv_head_offset
+    float scale, max_bias, logit_softcap;
+};
+struct GetRowsArgs { Matrix w; View w_view; View idx; View y; u32* fault; };          // w_view when w is not quantised
+// y[:, row] = x[:, i] for row = idx[i]. Where rows themselves are divided (the transposed V cache), a period of row_period rows
+// holds this rank's rows [row_begin, row_end) and row r lies at local row r / row_period * (row_end - row_begin) + r % row_period - row_begin;
+// others are another rank's and are skipped. row_period = 0: every row is here. A row outside [0, n_rows) is a fault.
+struct SetRowsArgs { View x; View idx; View y; u32* fault; i64 n_rows, row_period, row_begin, row_end; };
+struct CopyArgs { View x, y; };                              // same number of elements, any F32/F16/BF16/I32 pair, ggml_cpy order
+struct FillArgs { View y; float value; };
+
+// Bytes of one tensor between the host's layout and a shard's planes (see weight_format.h): a byte permutation.
+struct RepackArgs {
+    char* host;            // staging holding host bytes [offset, offset + bytes) of the tensor
+    i64 offset, bytes;
+    i64 row_blocks;        // blocks in one row of the whole tensor
+    i64 block_begin, block_end;  // this shard's blocks along the row, rounded out
+    i64 row_begin, row_end;      // this shard's rows (rows of all matrices counted through, per matrix n_rows)
+    i64 n_rows;                  // rows of one matrix of the whole tensor
+    char* plane[4];
+    i64 row_stride[4], matrix_stride[4];
+    i32 field_offset[4], field_bytes[4];
+    i32 n_fields, block_bytes;
+    i32 to_host;           // 0: staging -> planes, 1: planes -> staging
+    i32 pad;
+};
+
+enum Fault : u32 { kFaultNone = 0, kFaultRowIndex = 1, kFaultKvCell = 2 };
+
+}  // namespace ggml_tp

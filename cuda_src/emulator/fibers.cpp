@@ -1,0 +1,268 @@
+#include "fibers.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace tp_emulator {
+
+thread_local Context current{};
+
+namespace {
+
+std::vector<Kernel>& kernels() {
+    static std::vector<Kernel> list;
+    return list;
+}
+
+// Saves the callee-saved registers on the old stack and takes those of the new one (System V ABI, x86-64).
+extern "C" void tp_emulator_switch(void** from, void* to);
+asm(".text\n.hidden tp_emulator_switch\n.type tp_emulator_switch,@function\n.globl tp_emulator_switch\ntp_emulator_switch:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+    "movq %rsp,(%rdi)\nmovq %rsi,%rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n.size tp_emulator_switch,.-tp_emulator_switch\n");
+
+constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 4096;
+
+enum class State : unsigned char { kReady, kAtBarrier, kInCollective, kDone };
+
+struct Fiber {
+    char* stack = nullptr;
+    void* sp = nullptr;
+    State state = State::kDone;
+    u32 mask = 0;      // of the collective that it waits in
+    Collective op{};
+    float value = 0, result = 0;
+    int source = 0;
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake = nullptr;
+#endif
+};
+
+/// One OS thread's block: its fibers and their scheduler.
+class Block {
+  public:
+    ~Block() {
+        for (Fiber& f : fibers_)
+            if (f.stack) munmap(f.stack, kStackBytes);
+    }
+    bool run(const Kernel& kernel, Dim3 grid, Dim3 block, Dim3 index, size_t shared_bytes, const void* args);
+    void sync_block() {
+        fibers_[running_].state = State::kAtBarrier;
+        yield();
+    }
+    float collective(Collective op, u32 mask, float value, int source) {
+        Fiber& f = fibers_[running_];
+        const unsigned warp = running_ / 32 * 32, lanes = std::min(32u, n_ - warp);
+        if (lanes < 32) mask &= (1u << lanes) - 1;
+        f.op = op, f.mask = mask, f.value = value, f.source = source, f.state = State::kInCollective;
+        if (!complete(warp, mask)) yield();
+        return fibers_[running_].result;
+    }
+
+  private:
+    static void trampoline();
+    void body() {
+        kernel_->entry(args_);
+        fibers_[running_].state = State::kDone;
+        yield();
+    }
+    bool complete(unsigned warp, u32 mask);
+    void yield();
+    void switch_to(unsigned next);
+    int next_ready() {
+        for (unsigned k = 1; k <= n_; ++k) {
+            const unsigned i = running_ + k < n_ ? running_ + k : running_ + k - n_;
+            if (fibers_[i].state == State::kReady) return static_cast<int>(i);
+        }
+        return -1;
+    }
+    void enter(unsigned i) {
+        running_ = i;
+        current.linear = i;
+        current.thread = {i % block_.x, i / block_.x % block_.y, i / (block_.x * block_.y)};
+    }
+
+    std::vector<Fiber> fibers_;
+    std::vector<char> shared_;
+    unsigned n_ = 0, running_ = 0;
+    Dim3 block_{};
+    void* home_ = nullptr;
+    const Kernel* kernel_ = nullptr;
+    const void* args_ = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+    const void* home_stack_ = nullptr;
+    size_t home_bytes_ = 0;
+    void* home_fake_ = nullptr;
+#endif
+    friend Block& block_of_thread();
+};
+
+Block& block_of_thread() {
+    thread_local Block block;
+    return block;
+}
+
+void Block::trampoline() {
+    Block& block = block_of_thread();
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, block.home_stack_ ? nullptr : &block.home_stack_, block.home_stack_ ? nullptr : &block.home_bytes_);
+#endif
+    block.body();
+    __builtin_unreachable();
+}
+
+/// When every lane of the mask has arrived: computes for all of them and makes them ready.
+bool Block::complete(unsigned warp, u32 mask) {
+    const Fiber& me = fibers_[running_];
+    for (unsigned l = 0; l < 32; ++l) {
+        if (!(mask >> l & 1)) continue;
+        const Fiber& f = fibers_[warp + l];
+        if (f.state != State::kInCollective || f.mask != mask || f.op != me.op) return false;
+    }
+    float in[32] = {}, next[32];
+    for (unsigned l = 0; l < 32; ++l)
+        if (mask >> l & 1) in[l] = fibers_[warp + l].value;
+    if (me.op == Collective::kSum || me.op == Collective::kMax) {
+        // In the order of the xor butterfly, so that results match the GPU's bit for bit.
+        for (int o = 16; o; o >>= 1) {
+            for (int l = 0; l < 32; ++l) next[l] = me.op == Collective::kSum ? in[l] + in[l ^ o] : std::max(in[l], in[l ^ o]);
+            std::memcpy(in, next, sizeof in);
+        }
+        for (unsigned l = 0; l < 32; ++l)
+            if (mask >> l & 1) fibers_[warp + l].result = in[l];
+    } else {
+        for (unsigned l = 0; l < 32; ++l)
+            if (mask >> l & 1) fibers_[warp + l].result = in[fibers_[warp + l].source & 31];
+    }
+    for (unsigned l = 0; l < 32; ++l)
+        if (mask >> l & 1) fibers_[warp + l].state = State::kReady;
+    return true;
+}
+
+void Block::switch_to(unsigned next) {
+    Fiber& from = fibers_[running_];
+    Fiber& to = fibers_[next];
+    enter(next);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(from.state == State::kDone ? nullptr : &from.fake, to.stack + kGuardBytes, kStackBytes - kGuardBytes);
+#endif
+    tp_emulator_switch(&from.sp, to.sp);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(from.fake, nullptr, nullptr);
+#endif
+}
+
+/// The running fiber cannot go on: to the next that can; with none, past a complete barrier, or home.
+void Block::yield() {
+    int next = next_ready();
+    if (next < 0) {
+        bool barrier = true, any = false;
+        for (unsigned i = 0; i < n_; ++i) {
+            barrier &= fibers_[i].state != State::kInCollective;
+            any |= fibers_[i].state == State::kAtBarrier;
+        }
+        if (barrier && any) {
+            for (unsigned i = 0; i < n_; ++i)
+                if (fibers_[i].state == State::kAtBarrier) fibers_[i].state = State::kReady;
+            next = next_ready();
+        }
+    }
+    if (next == static_cast<int>(running_)) return;
+    if (next >= 0) return switch_to(static_cast<unsigned>(next));
+    Fiber& from = fibers_[running_];
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(from.state == State::kDone ? nullptr : &from.fake, home_stack_, home_bytes_);
+#endif
+    tp_emulator_switch(&from.sp, home_);
+}
+
+bool Block::run(const Kernel& kernel, Dim3 grid, Dim3 block, Dim3 index, size_t shared_bytes, const void* args) {
+    n_ = block.x * block.y * block.z;
+    block_ = block;
+    kernel_ = &kernel;
+    args_ = args;
+    if (fibers_.size() < n_) fibers_.resize(n_);
+    // Of exactly this size, so that a sanitizer sees a write beyond it.
+    std::vector<char>(shared_bytes + 16).swap(shared_);
+    current.block = index;
+    current.block_dim = block;
+    current.grid_dim = grid;
+    current.dynamic_shared = shared_.data() + (16 - reinterpret_cast<uintptr_t>(shared_.data()) % 16) % 16;
+    for (unsigned i = 0; i < n_; ++i) {
+        Fiber& f = fibers_[i];
+        if (!f.stack) {
+            f.stack = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+            if (f.stack == MAP_FAILED) return false;
+            mprotect(f.stack, kGuardBytes, PROT_NONE);
+        }
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(f.stack + kGuardBytes, kStackBytes - kGuardBytes);
+#endif
+        // Staggered tops: equal offsets of all stacks would fall into the same cache sets. The entry's return address slot keeps
+        // the stack 16-byte aligned as at a call.
+        char* top = f.stack + kStackBytes - 256 - i % 61 * 64;
+        void** frame = reinterpret_cast<void**>(top) - 2;
+        frame[0] = reinterpret_cast<void*>(&Block::trampoline);
+        frame[1] = nullptr;
+        for (int k = 1; k <= 6; ++k) frame[-k] = nullptr;
+        f.sp = frame - 6;
+        f.state = State::kReady;
+    }
+    enter(0);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&home_fake_, fibers_[0].stack + kGuardBytes, kStackBytes - kGuardBytes);
+#endif
+    tp_emulator_switch(&home_, fibers_[0].sp);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(home_fake_, nullptr, nullptr);
+#endif
+    for (unsigned i = 0; i < n_; ++i)
+        if (fibers_[i].state != State::kDone) return false;
+    return true;
+}
+
+}  // namespace
+
+Registration::Registration(const Kernel& kernel) { kernels().push_back(kernel); }
+
+const Kernel* find_kernel(const char* name, int compute_capability) {
+    const Kernel* best = nullptr;
+    for (const Kernel& k : kernels())
+        if (!std::strcmp(k.name, name) && k.arch_class <= compute_capability && (!best || k.arch_class > best->arch_class)) best = &k;
+    return best;
+}
+
+void sync_block() { block_of_thread().sync_block(); }
+float warp_float(Collective op, u32 mask, float value, int source) { return block_of_thread().collective(op, mask, value, source); }
+u32 warp_ballot(u32 mask, bool predicate) {
+    // Lanes' predicates as distinct powers of two, exact in a float sum of 24 bits at a time.
+    const unsigned lane = current.linear & 31;
+    const float low = warp_float(Collective::kSum, mask, predicate && lane < 16 ? static_cast<float>(1u << lane) : 0.0f, 0);
+    const float high = warp_float(Collective::kSum, mask, predicate && lane >= 16 ? static_cast<float>(1u << (lane - 16)) : 0.0f, 0);
+    return static_cast<u32>(low) | static_cast<u32>(high) << 16;
+}
+
+bool run(const Kernel& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_bytes, const void* args, const char** error) {
+    const u64 n_blocks = static_cast<u64>(grid.x) * grid.y * grid.z;
+    for (u64 i = 0; i < n_blocks; ++i) {
+        const Dim3 index{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y), static_cast<unsigned>(i / grid.x / grid.y)};
+        if (!block_of_thread().run(kernel, grid, block, index, dynamic_shared_bytes, args)) {
+            *error = "threads of a block wait for each other";
+            return false;
+        }
+    }
+    return true;
+}
+
+}  // namespace tp_emulator

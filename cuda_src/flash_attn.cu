@@ -1,0 +1,65 @@
+// FLASH_ATTN_EXT: a warp per (token, head, stream); each lane scores its own cell of 32, then all lanes gather V over dv.
+// Online soft max in f32; sums run in the order of cells, so results do not depend on the launch. grid: (n_tok, n_head, ns).
+#include "index.h"
+#include "element.h"
+
+constexpr int kMaxHead = 576, kLaneValues = kMaxHead / 32;
+
+TP_KERNEL(flash_attn, FlashAttnArgs, 32) {
+    using namespace ggml_tp;
+    __shared__ float q_shared[kMaxHead];
+    __shared__ float p_shared[32];
+    const int lane = threadIdx.x, d = (int)args.q.ne[0], dv = (int)args.v.ne[0];
+    const i64 token = blockIdx.x, head = blockIdx.y, stream = blockIdx.z, n_kv = args.k.ne[1];
+    const i64 kv_head = (head + args.head_offset) / args.gqa_ratio - args.kv_head_offset;
+    const char* q = args.q.data + token * args.q.nb[1] + head * args.q.nb[2] + stream * args.q.nb[3];
+    const char* k = args.k.data + kv_head * args.k.nb[2] + stream % args.k.ne[3] * args.k.nb[3];
+    const char* v = args.v.data + kv_head * args.v.nb[2] + stream % args.v.ne[3] * args.v.nb[3];
+    const char* mask = args.mask.data;
+    if (args.has_mask) mask += token * args.mask.nb[1] + (head + args.head_offset) % args.mask.ne[2] * args.mask.nb[2] + stream % args.mask.ne[3] * args.mask.nb[3];
+    const float slope = alibi_slope(args.max_bias, (i32)head + args.head_offset, args.n_head_global);
+    for (int i = lane; i < d; i += 32) q_shared[i] = *(const float*)(q + i * args.q.nb[0]);
+    __syncwarp();
+    float acc[kLaneValues] = {}, most = -INFINITY, sum = 0;
+    for (i64 first = 0; first < n_kv; first += 32) {
+        const i64 cell = first + lane;
+        float score = -INFINITY;
+        float bias = 0;
+        if (cell < n_kv && args.has_mask) bias = slope * tp_load(args.mask.type, mask + cell * args.mask.nb[0]);
+        if (cell < n_kv && bias > -INFINITY) {
+            float dot = 0;
+            for (int i = 0; i < d; ++i) dot += q_shared[i] * tp_load(args.k.type, k + cell * args.k.nb[1] + i * args.k.nb[0]);
+            dot *= args.scale;
+            if (args.logit_softcap != 0.0f) dot = args.logit_softcap * tanhf(dot);
+            score = dot + bias;
+        }
+        const float new_most = fmaxf(most, tp_warp_max(score));
+        if (new_most == -INFINITY) continue;  // all 32 are masked, for every lane alike
+        const float p = score > -INFINITY ? expf(score - new_most) : 0.0f, keep = most > -INFINITY ? expf(most - new_most) : 0.0f;
+        sum = sum * keep + tp_warp_sum(p);
+        most = new_most;
+        p_shared[lane] = p;
+        __syncwarp();
+        const int cells = (int)(n_kv - first < 32 ? n_kv - first : 32);
+#pragma unroll
+        for (int j = 0; j < kLaneValues; ++j) {
+            const int i = j * 32 + lane;
+            if (i >= dv) break;
+            float a = acc[j] * keep;
+            for (int c = 0; c < cells; ++c)
+                if (p_shared[c] != 0.0f) a += p_shared[c] * tp_load(args.v.type, v + (first + c) * args.v.nb[1] + i * args.v.nb[0]);
+            acc[j] = a;
+        }
+        __syncwarp();
+    }
+    float scale = sum > 0 ? 1.0f / sum : 0.0f;
+    if (args.has_sinks) {
+        const float sink = *(const float*)(args.sinks.data + (head + args.head_offset) * args.sinks.nb[0]), top = fmaxf(most, sink);
+        const float keep = most > -INFINITY ? expf(most - top) : 0.0f, total = sum * keep + expf(sink - top);
+        scale = total > 0 ? keep / total : 0.0f;
+    }
+    char* y = args.y.data + head * args.y.nb[1] + token * args.y.nb[2] + stream * args.y.nb[3];
+#pragma unroll
+    for (int j = 0; j < kLaneValues; ++j)
+        if (j * 32 + lane < dv) *(float*)(y + (j * 32 + lane) * args.y.nb[0]) = acc[j] * scale;
+}

@@ -1,0 +1,33 @@
+// Normalisation of rows: which kernel and grid.
+#pragma once
+#include "rows_grid.h"
+
+namespace ggml_tp {
+
+inline constexpr u32 kNormThreads = 256;
+
+namespace detail {
+inline Launch norm_launch_of(const char* kernel, const NormArgs& args) {
+    Launch l;
+    const i64 rows = n_rows(args.x);
+    if (!is_float_type(args.x.type) || !is_float_type(args.y.type) || !same_shape(args.x, args.y)) return l;
+    if (args.x.ne[0] <= 0 || rows <= 0 || rows > 0x7fffffff) return l;
+    if (args.has_weight) {
+        if (!is_float_type(args.weight.type) || args.weight.ne[0] != args.x.ne[0]) return l;
+        for (int i = 1; i < 4; i++)
+            if (args.weight.ne[i] <= 0 || args.x.ne[i] % args.weight.ne[i] != 0) return l;
+    }
+    l.kernel = kernel;
+    l.grid[0] = (u32)rows;
+    // Short rows (head_dim norms) get one warp: the block reduction is then a single shuffle tree.
+    l.block[0] = args.x.ne[0] <= 256 ? 32 : kNormThreads;
+    return l;
+}
+}  // namespace detail
+
+/// y = x / sqrt(mean(x^2) + eps) [* weight]
+inline Launch rms_norm_launch(const NormArgs& args, Arch) { return detail::norm_launch_of("rms_norm", args); }
+/// y = (x - mean(x)) / sqrt(var(x) + eps) [* weight]
+inline Launch norm_launch(const NormArgs& args, Arch) { return detail::norm_launch_of("layer_norm", args); }
+
+}  // namespace ggml_tp

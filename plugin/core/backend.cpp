@@ -1,0 +1,322 @@
+// The ggml boundary: fills the tables that a host calls, in the host's own layout, and is the only place that turns an Error into a
+// failed status and one line on stderr. Source of the tables: ggml-backend-impl.h, 2024-12 to 2026-10 (docs/decisions.md).
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "abi/host.h"
+#include "abi/tensor.h"
+#include "group.h"
+#include "state.h"
+
+namespace ggml_tp {
+namespace {
+
+constexpr int kStatusFailed = -1, kStatusAllocFailed = -2, kStatusSuccess = 0;
+constexpr int kDeviceGpu = 1, kUsageCompute = 2;
+constexpr size_t kAlignment = 256;
+
+void log_line(const std::string& text) { std::fprintf(stderr, "ggml-tp: %s\n", text.c_str()); }
+
+template <class F>
+auto guarded(F&& body, decltype(body()) failed) -> decltype(body()) {
+    try {
+        return body();
+    } catch (const std::exception& error) {
+        log_line(error.what());
+    }
+    return failed;
+}
+template <class F>
+void guarded_void(F&& body) {
+    guarded([&] { body(); return 0; }, 0);
+}
+
+template <class F>
+void* word(F function) {
+    return reinterpret_cast<void*>(function);
+}
+
+HostState& state_of_device(void* device) { return *static_cast<HostState*>(static_cast<void**>(device)[16]); }
+
+struct HostBuffer { HostState* state; std::unique_ptr<Buffer> buffer; };
+
+void buffer_clear(void* buffer, uint8_t value);
+
+HostBuffer& context_of_buffer(void* buffer) {
+    // {functions, type, context, ...}: where clear() stands tells how many functions this host's table has.
+    void** words = static_cast<void**>(buffer);
+    const int functions = words[7] == reinterpret_cast<void*>(&buffer_clear) ? 9 : 11;
+    return *static_cast<HostBuffer*>(words[functions + 1]);
+}
+
+Buffer* our_buffer(void* context, void* host_buffer) {
+    auto* state = static_cast<HostState*>(context);
+    void** words = static_cast<void**>(host_buffer);
+    const int functions = state->host->layout.buffer_functions;
+    if (words[functions] != state->buffer_type()) return nullptr;
+    return static_cast<HostBuffer*>(words[functions + 1])->buffer.get();
+}
+
+// ---- buffers
+void buffer_free(void* buffer) {
+    guarded_void([&] {
+        HostBuffer& b = context_of_buffer(buffer);
+        std::lock_guard lock(b.state->group->mutex);
+        b.state->group->memory->release(*b.buffer);
+        delete &b;
+    });
+}
+void* buffer_base(void* buffer) {
+    return guarded([&] { return reinterpret_cast<void*>(context_of_buffer(buffer).buffer->base); }, nullptr);
+}
+int buffer_init_tensor(void* buffer, void* tensor) {
+    return guarded(
+        [&] {
+            HostBuffer& b = context_of_buffer(buffer);
+            const abi::TensorRef t(*b.state->host, tensor);
+            std::lock_guard lock(b.state->group->mutex);
+            if (b.state->host->buffer_usage(buffer) == kUsageCompute) {
+                b.state->group->memory->make_compute(*b.buffer);
+                return kStatusSuccess;
+            }
+            if (t.view_src() || b.buffer->is_compute) return kStatusSuccess;
+            Stored stored;
+            stored.name = t.name();
+            stored.type = t.type();
+            for (int d = 0; d < 4; ++d) stored.ne[d] = t.ne(d), stored.nb[d] = static_cast<i64>(t.nb(d));
+            stored.bytes = static_cast<i64>(b.state->host->nbytes(tensor));
+            stored.offset = static_cast<i64>(reinterpret_cast<u64>(t.data()) - b.buffer->base);
+            if (stored.bytes == 0) return kStatusSuccess;
+            if (stored.offset < 0 || stored.offset + stored.bytes > b.buffer->size) throw Error(stored.name + " lies outside its buffer");
+            b.state->group->memory->announce(*b.buffer, std::move(stored));
+            return kStatusSuccess;
+        },
+        kStatusAllocFailed);
+}
+i64 offset_in(const HostBuffer& b, const void* tensor, size_t offset) {
+    return static_cast<i64>(reinterpret_cast<u64>(abi::TensorRef(*b.state->host, tensor).data()) - b.buffer->base + offset);
+}
+void buffer_memset_tensor(void* buffer, void* tensor, uint8_t value, size_t offset, size_t size) {
+    guarded_void([&] {
+        HostBuffer& b = context_of_buffer(buffer);
+        std::lock_guard lock(b.state->group->mutex);
+        b.state->group->memory->fill(*b.buffer, offset_in(b, tensor, offset), value, static_cast<i64>(size));
+    });
+}
+void buffer_set_tensor(void* buffer, void* tensor, const void* data, size_t offset, size_t size) {
+    guarded_void([&] {
+        HostBuffer& b = context_of_buffer(buffer);
+        std::lock_guard lock(b.state->group->mutex);
+        b.state->group->memory->write(*b.buffer, offset_in(b, tensor, offset), data, static_cast<i64>(size));
+    });
+}
+void buffer_get_tensor(void* buffer, const void* tensor, void* data, size_t offset, size_t size) {
+    guarded_void([&] {
+        HostBuffer& b = context_of_buffer(buffer);
+        std::lock_guard lock(b.state->group->mutex);
+        b.state->group->memory->read(*b.buffer, offset_in(b, tensor, offset), data, static_cast<i64>(size));
+    });
+}
+bool buffer_copy_tensor(void*, const void*, void*) { return false; }  // the host copies through its own memory
+void buffer_clear(void* buffer, uint8_t value) {
+    guarded_void([&] {
+        HostBuffer& b = context_of_buffer(buffer);
+        std::lock_guard lock(b.state->group->mutex);
+        b.state->group->memory->fill(*b.buffer, 0, value, b.buffer->size);
+    });
+}
+
+template <int n>
+struct Words { void* w[n]; };
+template <int n>
+void* make_host_buffer(HostState& state, HostBuffer* context, size_t size) {
+    Words<n> table{};
+    int i = 0;
+    for (void* f : {word(buffer_free), word(buffer_base), word(buffer_init_tensor), word(buffer_memset_tensor), word(buffer_set_tensor), word(buffer_get_tensor)}) table.w[i++] = f;
+    if (n == 11) i += 2;  // set_tensor_2d, get_tensor_2d: the host falls back
+    table.w[i++] = word(buffer_copy_tensor);
+    table.w[i++] = word(buffer_clear);
+    // By value and larger than two words: on the stack, so the host must read a table of exactly its own length.
+    auto init = reinterpret_cast<void* (*)(void*, Words<n>, void*, size_t)>(state.host->buffer_init);
+    return init(state.buffer_type(), table, context, size);
+}
+
+// ---- buffer type
+HostState& state_of_type(void* type) { return *static_cast<HostState*>(static_cast<void**>(type)[-1]); }
+const char* type_name(void*) { return "TP0"; }
+void* type_alloc(void* type, size_t size) {
+    return guarded(
+        [&]() -> void* {
+            HostState& state = state_of_type(type);
+            auto context = std::make_unique<HostBuffer>();
+            context->state = &state;
+            {
+                std::lock_guard lock(state.group->mutex);
+                context->buffer = state.group->memory->reserve(static_cast<i64>(size));
+            }
+            HostBuffer* raw = context.release();
+            return state.host->layout.buffer_functions == 9 ? make_host_buffer<9>(state, raw, size) : make_host_buffer<11>(state, raw, size);
+        },
+        nullptr);
+}
+size_t type_alignment(void*) { return kAlignment; }
+size_t type_max_size(void*) { return ~size_t{0} >> 1; }
+bool type_is_host(void*) { return false; }
+
+// ---- device
+const char* device_name(void*) { return "TP0"; }
+const char* device_description(void* device) { return state_of_device(device).description.c_str(); }
+void device_memory(void* device, size_t* free_bytes, size_t* total_bytes) {
+    *free_bytes = *total_bytes = 0;
+    guarded_void([&] {
+        HostState& state = state_of_device(device);
+        std::lock_guard lock(state.group->mutex);
+        state.group->memory->report(free_bytes, total_bytes);
+    });
+}
+int device_type(void*) { return kDeviceGpu; }
+void device_props(void* device, char* props) {
+    HostState& state = state_of_device(device);
+    const char *name = device_name(device), *description = device_description(device);
+    size_t free_bytes, total_bytes;
+    device_memory(device, &free_bytes, &total_bytes);
+    const int type = kDeviceGpu;
+    std::memcpy(props, &name, 8);
+    std::memcpy(props + 8, &description, 8);
+    std::memcpy(props + 16, &free_bytes, 8);
+    std::memcpy(props + 24, &total_bytes, 8);
+    std::memcpy(props + 32, &type, 4);
+    // caps: async, host_buffer, buffer_from_host_ptr, events, and mmap_support where the host knows it (else padding).
+    char* caps = props + state.host->layout.caps_offset();
+    std::memset(caps, 0, 4);
+    if (state.host->layout.props_bytes == 56) caps[4] = 1;
+}
+void* device_init_backend(void* device, const char*);
+void* device_buffer_type(void* device) { return state_of_device(device).buffer_type(); }
+bool device_supports_op(void* device, const void* operation) {
+    return guarded([&] { HostState& state = state_of_device(device); return state.group->supports(*state.host, operation); }, false);
+}
+bool device_supports_type(void* device, void* type) { return type == state_of_device(device).buffer_type(); }
+bool device_offload_op(void*, const void*) { return false; }
+
+// ---- backend: {guid, table, device, context}
+struct HostBackend { void* words[24]; HostState* state; };
+HostBackend& backend_of(void* backend) { return *static_cast<HostBackend*>(backend); }
+const char* backend_name(void*) { return "TP0"; }
+void backend_free(void* backend) { delete &backend_of(backend); }
+void backend_synchronize(void*) {}  // graph_compute and transfers return when they are done
+int backend_graph_compute(void* backend, void* graph) {
+    return guarded(
+        [&] {
+            HostState& state = *backend_of(backend).state;
+            std::lock_guard lock(state.group->mutex);
+            state.group->compute(*state.host, graph, our_buffer, &state);
+            return kStatusSuccess;
+        },
+        kStatusFailed);
+}
+unsigned char kGuid[16] = {'g', 'g', 'm', 'l', '-', 't', 'p', 0x5d, 0x91, 0x0e, 0x77, 0x42, 0xa8, 0x3c, 0x6b, 0x01};
+
+void* device_init_backend(void* device, const char*) {
+    return guarded(
+        [&]() -> void* {
+            HostState& state = state_of_device(device);
+            auto* backend = new HostBackend{};
+            const int functions = state.host->layout.backend_functions;
+            int i = 0;
+            void** w = backend->words;
+            w[i++] = kGuid;
+            w[i++] = word(backend_name);
+            w[i++] = word(backend_free);
+            i += functions == 16 ? 5 : 3;  // set/get_tensor_async, their 2d forms, cpy_tensor_async: none
+            w[i++] = word(backend_synchronize);
+            i += 4;  // graph plans: none
+            w[i++] = word(backend_graph_compute);
+            w[functions + 1] = device;
+            backend->state = &state;
+            return backend;
+        },
+        nullptr);
+}
+
+// ---- registration
+const char* registration_name(void*) { return "TP"; }
+size_t registration_devices(void*) { return 1; }
+void* registration_device(void* registration, size_t) { return static_cast<HostState*>(static_cast<void**>(registration)[5])->device; }
+void* registration_proc(void*, const char*) { return nullptr; }
+
+void fill_tables(HostState& s) {
+    void** r = s.registration;
+    const int api = s.host->layout.api_version;
+    std::memcpy(&r[0], &api, sizeof api);
+    r[1] = word(registration_name), r[2] = word(registration_devices), r[3] = word(registration_device), r[4] = word(registration_proc), r[5] = &s;
+    int i = 0;
+    for (void* f : {word(device_name), word(device_description), word(device_memory), word(device_type), word(device_props), word(device_init_backend), word(device_buffer_type),
+                    static_cast<void*>(nullptr), static_cast<void*>(nullptr), word(device_supports_op), word(device_supports_type), word(device_offload_op)})
+        s.device[i++] = f;
+    s.device[15] = s.registration;
+    s.device[16] = &s;
+    i = 0;
+    const bool wide = s.host->layout.buffer_type_functions == 8;
+    s.buffer_type_words[0] = &s;
+    void** t = s.buffer_type_words + 1;
+    t[i++] = word(type_name), t[i++] = word(type_alloc);
+    if (wide) ++i;  // alloc_buffer_n
+    t[i++] = word(type_alignment), t[i++] = word(type_max_size), ++i;  // get_alloc_size: the host's default
+    if (wide) ++i;
+    t[i++] = word(type_is_host);
+    t[i++] = s.device;
+}
+
+std::string directory_of_plugin() {
+    Dl_info info{};
+    dladdr(reinterpret_cast<void*>(&directory_of_plugin), &info);
+    const std::string path = info.dli_fname ? info.dli_fname : "";
+    return path.substr(0, path.rfind('/') == std::string::npos ? 0 : path.rfind('/'));
+}
+
+}  // namespace
+
+Process& process() {
+    static Process* p = new Process;  // never destroyed: hosts call us until the very end
+    return *p;
+}
+
+}  // namespace ggml_tp
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void* ggml_backend_init() {
+    using namespace ggml_tp;
+    static int impossible[12] = {-7777};
+    if (abi::Host::probing()) return impossible;
+    void* caller = __builtin_return_address(0);
+    return guarded(
+        [&]() -> void* {
+            Process& p = process();
+            std::lock_guard lock(p.mutex);
+            void* base = abi::Host::base_of(caller);
+            if (auto found = p.hosts.find(base); found != p.hosts.end()) return found->second->registration;
+            std::string error;
+            auto state = std::make_unique<HostState>();
+            state->host = abi::Host::attach(caller, &error);
+            if (!state->host) throw Error(error);
+            const Config config = read_config();
+            state->group = std::make_unique<Group>(config, directory_of_plugin());
+            state->description = state->group->description();
+            fill_tables(*state);
+            if (config.emulated_cc) log_line("EMULATED GPUs (GGML_TP_EMULATE): for demos and tests, slow; " + state->description);
+            else if (config.log_level > 0) log_line("TP0 = " + state->description);
+            HostState* raw = state.get();
+            p.hosts[base] = std::move(state);
+            return raw->registration;
+        },
+        nullptr);
+}
+
+EXPORT int ggml_backend_score() { return 100; }

@@ -1,0 +1,111 @@
+#include "config.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "error.h"
+
+namespace ggml_tp {
+namespace {
+
+std::string variable(const char* name) {
+    const char* value = std::getenv(name);
+    return value ? value : "";
+}
+
+[[noreturn]] void refuse(const char* name, const std::string& value, const std::string& allowed) {
+    throw Error(std::string(name) + "=\"" + value + "\" is not valid: " + allowed);
+}
+
+bool parse_int(const std::string& text, long* out) {
+    if (text.empty()) return false;
+    char* end = nullptr;
+    *out = std::strtol(text.c_str(), &end, 10);
+    return *end == 0;
+}
+
+std::vector<std::string> fields(const std::string& text) {
+    std::vector<std::string> out(1);
+    for (char c : text) {
+        if (c == ',') out.emplace_back();
+        else out.back() += c;
+    }
+    return out;
+}
+
+}  // namespace
+
+Config read_config() {
+    Config config;
+    if (std::string text = variable("GGML_TP_EMULATE"); !text.empty() && text != "0") {
+        int sm = 0, count = 1, used = 0;
+        int matched = std::sscanf(text.c_str(), "sm_%d%n*%d%n", &sm, &used, &count, &used);
+        if (matched < 1 || used != static_cast<int>(text.size()) || sm < 50 || sm > 130 || count < 1 || count > kMaxRanks)
+            refuse("GGML_TP_EMULATE", text, "write sm_<architecture>*<devices>, for example sm_60*4 (1 to 16 devices)");
+        config.emulated_cc = sm * 10;
+        config.emulated_devices = count;
+    }
+    if (std::string text = variable("GGML_TP_DEVICES"); !text.empty()) {
+        for (const std::string& field : fields(text)) {
+            long ordinal = 0;
+            if (!parse_int(field, &ordinal) || ordinal < 0 || ordinal > 1023)
+                refuse("GGML_TP_DEVICES", text, "write CUDA device numbers separated by commas, for example 0,1,2");
+            config.devices.push_back(static_cast<int>(ordinal));
+        }
+        if (config.devices.size() > kMaxRanks) refuse("GGML_TP_DEVICES", text, "at most 16 devices");
+    }
+    if (std::string text = variable("GGML_TP_RANKS"); !text.empty()) {
+        long ranks = 0;
+        if (!parse_int(text, &ranks) || ranks < 1 || ranks > kMaxRanks)
+            refuse("GGML_TP_RANKS", text, "a number of ranks from 1 to 16");
+        config.n_ranks = static_cast<int>(ranks);
+    }
+    if (!config.devices.empty() && config.n_ranks && config.n_ranks != static_cast<int>(config.devices.size()))
+        refuse("GGML_TP_DEVICES", variable("GGML_TP_DEVICES"),
+               "GGML_TP_RANKS asks for " + std::to_string(config.n_ranks) + " ranks; name as many devices");
+    if (!config.devices.empty()) config.n_ranks = static_cast<int>(config.devices.size());
+    if (std::string text = variable("GGML_TP_SPLIT"); !text.empty()) {
+        double sum = 0;
+        for (const std::string& field : fields(text)) {
+            char* end = nullptr;
+            double share = std::strtod(field.c_str(), &end);
+            if (field.empty() || *end || !(share >= 0) || share > 1e6)
+                refuse("GGML_TP_SPLIT", text, "write one share per rank, for example 3,1");
+            config.split.push_back(share);
+            sum += share;
+        }
+        if (config.split.size() > kMaxRanks) refuse("GGML_TP_SPLIT", text, "at most 16 shares");
+        if (!(sum > 0)) refuse("GGML_TP_SPLIT", text, "the shares add up to nothing");
+        if (config.n_ranks && config.n_ranks != static_cast<int>(config.split.size()))
+            refuse("GGML_TP_SPLIT", text, "there are " + std::to_string(config.n_ranks) + " ranks; write one share for each");
+        config.n_ranks = static_cast<int>(config.split.size());
+    }
+    if (std::string text = variable("GGML_TP_LOG"); !text.empty()) {
+        long level = 0;
+        if (!parse_int(text, &level) || level < 0 || level > 2) refuse("GGML_TP_LOG", text, "0, 1 or 2");
+        config.log_level = static_cast<int>(level);
+    }
+    if (std::string text = variable("GGML_TP_DEADLINE"); !text.empty()) {
+        char* end = nullptr;
+        config.deadline_s = std::strtod(text.c_str(), &end);
+        if (*end || !(config.deadline_s > 0) || config.deadline_s > 86400)
+            refuse("GGML_TP_DEADLINE", text, "seconds that one graph may take, up to 86400");
+    }
+    return config;
+}
+
+std::string Config::to_text() const {
+    std::string out = "ranks " + (n_ranks ? std::to_string(n_ranks) : std::string("auto")) + "\ndevices";
+    for (int device : devices) out += " " + std::to_string(device);
+    if (devices.empty()) out += " auto";
+    out += "\nsplit";
+    for (double share : split) out += " " + std::to_string(share);
+    if (split.empty()) out += " even";
+    out += "\nemulate ";
+    out += emulated_cc ? "sm_" + std::to_string(emulated_cc / 10) + "*" + std::to_string(emulated_devices) : "no";
+    out += "\nlog " + std::to_string(log_level) + "\ndeadline_s " + std::to_string(deadline_s) + "\n";
+    return out;
+}
+
+}  // namespace ggml_tp

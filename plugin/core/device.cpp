@@ -1,0 +1,196 @@
+#include "device.h"
+
+#include <dlfcn.h>
+
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#include "kernel_images.h"
+
+namespace ggml_tp {
+namespace {
+
+constexpr int kErrorNotReady = 600;
+constexpr int kAttributeSmCount = 16, kAttributeCcMajor = 75, kAttributeCcMinor = 76;
+constexpr int kStreamNonBlocking = 1;
+constexpr int kFuncMaxDynamicShared = 8;
+constexpr int kDefaultShared = 48 * 1024;  // more must be asked for, per kernel
+
+void* resolve(void* library, const char* path, const char* symbol) {
+    void* address = dlsym(library, symbol);
+    if (!address) throw Error(std::string(path) + " has no function " + symbol + ": it is too old; update the driver or NCCL");
+    return address;
+}
+
+}  // namespace
+
+Driver::Driver(const Config& config, const std::string& plugin_dir) : emulated_(config.emulated_cc != 0), plugin_dir_(plugin_dir) {
+    cuda_path_ = emulated_ ? plugin_dir + "/libggml-tp-emulator.so" : "libcuda.so.1";
+    cuda_library_ = dlopen(cuda_path_.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!cuda_library_)
+        throw Error(emulated_ ? "GGML_TP_EMULATE is set but " + cuda_path_ + " cannot be opened (" + dlerror() + "): run build.py"
+                              : "no NVIDIA driver (libcuda.so.1 cannot be opened), so no device is offered; "
+                                "GGML_TP_EMULATE=\"sm_80*2\" runs on emulated GPUs, slowly, for tests");
+    if (emulated_) {
+        auto configure = reinterpret_cast<int (*)(int, int, unsigned long long)>(
+            resolve(cuda_library_, cuda_path_.c_str(), "tp_emulator_configure"));
+        if (int code = configure(config.emulated_devices, config.emulated_cc, 8ull << 30))
+            throw Error("the emulator refused its configuration (" + std::to_string(code) + ")");
+    }
+#define GGML_TP_RESOLVE(name, symbol, parameters) \
+    name = reinterpret_cast<int(*) parameters>(resolve(cuda_library_, cuda_path_.c_str(), #symbol));
+    GGML_TP_CUDA_FUNCTIONS(GGML_TP_RESOLVE)
+#undef GGML_TP_RESOLVE
+    TP_CUDA(*this, -1, cuInit, 0);
+}
+
+Driver::~Driver() = default;  // libraries stay open: their threads and atexit handlers outlive any one group
+
+void Driver::open_nccl() {
+    if (nccl_library_) return;
+    std::vector<std::string> candidates;
+    if (emulated_) candidates = {cuda_path_};
+    else candidates = {plugin_dir_ + "/../nvidia/nccl/lib/libnccl.so.2", "libnccl.so.2"};
+    std::string why;
+    for (const std::string& path : candidates) {
+        nccl_library_ = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+        if (nccl_library_) {
+            nccl_path_ = path;
+            break;
+        }
+        why = dlerror();
+    }
+    if (!nccl_library_) throw Error("NCCL cannot be opened (" + why + "): pip install 'nvidia-nccl-cu12>=2.30.3', or run with GGML_TP_RANKS=1");
+#define GGML_TP_RESOLVE(name, symbol, parameters) \
+    name = reinterpret_cast<int(*) parameters>(resolve(nccl_library_, nccl_path_.c_str(), #symbol));
+    GGML_TP_NCCL_FUNCTIONS(GGML_TP_RESOLVE)
+#undef GGML_TP_RESOLVE
+    ncclGetErrorString =
+        reinterpret_cast<const char* (*)(int)>(resolve(nccl_library_, nccl_path_.c_str(), "ncclGetErrorString"));
+}
+
+void Driver::check_cuda(int code, const char* api, int rank, const char* file, int line) const {
+    if (code == 0) return;
+    const char* meaning = nullptr;
+    if (cuGetErrorString) cuGetErrorString(code, &meaning);
+    throw Error(api, code, meaning ? meaning : "unknown error", rank, file, line);
+}
+
+void Driver::check_nccl(int code, const char* api, int rank, const char* file, int line) const {
+    if (code == 0) return;
+    throw Error(api, code, ncclGetErrorString ? ncclGetErrorString(code) : "unknown error", rank, file, line);
+}
+
+Device::Device(const Driver& driver_in, int rank_in, int ordinal_in) : driver(driver_in), rank(rank_in), ordinal(ordinal_in) {
+    int device = 0, major = 0, minor = 0;
+    TP_CUDA(driver, rank, cuDeviceGet, &device, ordinal);
+    char text[256] = {};
+    TP_CUDA(driver, rank, cuDeviceGetName, text, static_cast<int>(sizeof text), device);
+    name = text;
+    TP_CUDA(driver, rank, cuDeviceGetAttribute, &major, kAttributeCcMajor, device);
+    TP_CUDA(driver, rank, cuDeviceGetAttribute, &minor, kAttributeCcMinor, device);
+    TP_CUDA(driver, rank, cuDeviceGetAttribute, &n_sm, kAttributeSmCount, device);
+    cc = major * 100 + minor * 10;
+    TP_CUDA(driver, rank, cuDevicePrimaryCtxRetain, &context_, device);
+    make_current();
+    TP_CUDA(driver, rank, cuStreamCreate, &stream, kStreamNonBlocking);
+    // Same major version, highest minor not above the device's; "a" images (sm_90a) only on their own architecture; else PTX.
+    std::vector<std::string> loaded;
+    auto load = [&](const KernelImage& image) {
+        for (const std::string& have : loaded)
+            if (have == image.module) return;
+        Handle module = nullptr;
+        TP_CUDA(driver, rank, cuModuleLoadData, &module, image.data);
+        modules_.push_back(module);
+        loaded.push_back(image.module);
+    };
+    if (name.rfind("Emulated", 0) == 0) {
+        Handle module = nullptr;
+        TP_CUDA(driver, rank, cuModuleLoadData, &module, "");
+        modules_.push_back(module);
+        return;
+    }
+    for (int want = minor; want >= 0; --want)
+        for (int i = 0; i < kKernelImageCount; ++i) {
+            const KernelImage& image = kKernelImages[i];
+            if (!image.ptx && image.major == major && image.minor == want && (!image.feature_a || want == minor)) load(image);
+        }
+    for (int i = 0; i < kKernelImageCount; ++i)
+        if (kKernelImages[i].ptx && kKernelImages[i].major * 10 + kKernelImages[i].minor <= major * 10 + minor) load(kKernelImages[i]);
+    if (modules_.empty())
+        throw Error("libggml-tp.so was built without kernels for " + name + " (sm_" + std::to_string(cc / 10) +
+                    "): run build.py --arch sm_" + std::to_string(cc / 10));
+}
+
+Device::~Device() {
+    driver.cuCtxSetCurrent(context_);
+    for (Handle module : modules_) driver.cuModuleUnload(module);
+    if (stream) driver.cuStreamDestroy(stream);
+    int device = 0;
+    if (driver.cuDeviceGet(&device, ordinal) == 0 && context_) driver.cuDevicePrimaryCtxRelease(device);
+}
+
+void Device::make_current() const { TP_CUDA(driver, rank, cuCtxSetCurrent, context_); }
+
+DevicePtr Device::allocate(size_t bytes) const {
+    make_current();
+    DevicePtr pointer = 0;
+    int code = driver.cuMemAlloc(&pointer, bytes ? bytes : 1);
+    if (code) {
+        size_t free_bytes = 0, total_bytes = 0;
+        driver.cuMemGetInfo(&free_bytes, &total_bytes);
+        throw Error("rank " + std::to_string(rank) + " (" + name + ") cannot allocate " + std::to_string(bytes >> 20) + " MiB, " +
+                    std::to_string(free_bytes >> 20) + " MiB are free: use a smaller context, fewer layers or more ranks");
+    }
+    return pointer;
+}
+
+void Device::release(DevicePtr pointer) const {
+    if (!pointer) return;
+    driver.cuCtxSetCurrent(context_);
+    driver.cuMemFree(pointer);
+}
+
+void Device::memory(size_t* free_bytes, size_t* total_bytes) const {
+    make_current();
+    TP_CUDA(driver, rank, cuMemGetInfo, free_bytes, total_bytes);
+}
+
+Handle Device::function(const std::string& wanted) {
+    for (const Function& f : functions_)
+        if (f.name == wanted) return f.handle;
+    make_current();
+    for (Handle module : modules_) {
+        Handle handle = nullptr;
+        if (driver.cuModuleGetFunction(&handle, module, wanted.c_str()) != 0) continue;
+        functions_.push_back({wanted, handle});
+        return handle;
+    }
+    throw Error("no kernel " + wanted + " for sm_" + std::to_string(cc / 10) + " in libggml-tp.so: run build.py again");
+}
+
+void Device::launch(Handle function, const unsigned grid[3], const unsigned block[3], unsigned shared_bytes, const void* args) const {
+    if (shared_bytes > kDefaultShared)
+        TP_CUDA(driver, rank, cuFuncSetAttribute, function, kFuncMaxDynamicShared, static_cast<int>(shared_bytes));
+    void* parameters[] = {const_cast<void*>(args)};
+    TP_CUDA(driver, rank, cuLaunchKernel, function, grid[0], grid[1], grid[2], block[0], block[1], block[2], shared_bytes, stream,
+            parameters, nullptr);
+}
+
+bool Device::wait(double deadline_s) const {
+    using Clock = std::chrono::steady_clock;
+    make_current();
+    const auto begin = Clock::now();
+    for (int spin = 0;; ++spin) {
+        int code = driver.cuStreamQuery(stream);
+        if (code == 0) return true;
+        if (code != kErrorNotReady) driver.check_cuda(code, "cuStreamQuery", rank, __FILE__, __LINE__);
+        if (std::chrono::duration<double>(Clock::now() - begin).count() > deadline_s) return false;
+        // A decoded token takes milliseconds: poll without giving up the core at first, then be kind to the host's threads.
+        if (spin > 200) std::this_thread::sleep_for(std::chrono::microseconds(20));
+        else std::this_thread::yield();
+    }
+}
+
+}  // namespace ggml_tp

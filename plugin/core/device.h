@@ -1,0 +1,131 @@
+// The CUDA driver API and the NCCL API, opened at run time: libcuda.so.1 and libnccl.so.2, or the emulator's stand-ins.
+// Nothing here links to either, so one binary loads everywhere and can say in one line what is missing.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "config.h"
+#include "error.h"
+
+namespace ggml_tp {
+
+using DevicePtr = unsigned long long;
+using Handle = void*;
+
+struct NcclId { char bytes[128]; };
+
+// name, parameters (as in cuda.h; handles are void*)
+#define GGML_TP_CUDA_FUNCTIONS(X)                                                                                       \
+    X(cuInit, cuInit, (unsigned))                                                                                       \
+    X(cuGetErrorString, cuGetErrorString, (int, const char**))                                                          \
+    X(cuDeviceGetCount, cuDeviceGetCount, (int*))                                                                       \
+    X(cuDeviceGet, cuDeviceGet, (int*, int))                                                                            \
+    X(cuDeviceGetName, cuDeviceGetName, (char*, int, int))                                                              \
+    X(cuDeviceGetAttribute, cuDeviceGetAttribute, (int*, int, int))                                                     \
+    X(cuDevicePrimaryCtxRetain, cuDevicePrimaryCtxRetain, (Handle*, int))                                               \
+    X(cuDevicePrimaryCtxRelease, cuDevicePrimaryCtxRelease_v2, (int))                                                   \
+    X(cuCtxSetCurrent, cuCtxSetCurrent, (Handle))                                                                       \
+    X(cuMemGetInfo, cuMemGetInfo_v2, (size_t*, size_t*))                                                                \
+    X(cuMemAlloc, cuMemAlloc_v2, (DevicePtr*, size_t))                                                                  \
+    X(cuMemFree, cuMemFree_v2, (DevicePtr))                                                                             \
+    X(cuMemHostAlloc, cuMemHostAlloc, (void**, size_t, unsigned))                                                       \
+    X(cuMemFreeHost, cuMemFreeHost, (void*))                                                                            \
+    X(cuMemHostGetDevicePointer, cuMemHostGetDevicePointer_v2, (DevicePtr*, void*, unsigned))                           \
+    X(cuMemcpyHtoDAsync, cuMemcpyHtoDAsync_v2, (DevicePtr, const void*, size_t, Handle))                                \
+    X(cuMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, (void*, DevicePtr, size_t, Handle))                                      \
+    X(cuMemcpyDtoDAsync, cuMemcpyDtoDAsync_v2, (DevicePtr, DevicePtr, size_t, Handle))                                  \
+    X(cuMemsetD8Async, cuMemsetD8Async, (DevicePtr, unsigned char, size_t, Handle))                                     \
+    X(cuStreamCreate, cuStreamCreate, (Handle*, unsigned))                                                              \
+    X(cuStreamDestroy, cuStreamDestroy_v2, (Handle))                                                                    \
+    X(cuStreamSynchronize, cuStreamSynchronize, (Handle))                                                               \
+    X(cuStreamQuery, cuStreamQuery, (Handle))                                                                           \
+    X(cuStreamBeginCapture, cuStreamBeginCapture_v2, (Handle, int))                                                     \
+    X(cuStreamEndCapture, cuStreamEndCapture, (Handle, Handle*))                                                        \
+    X(cuGraphInstantiate, cuGraphInstantiateWithFlags, (Handle*, Handle, unsigned long long))                           \
+    X(cuGraphExecDestroy, cuGraphExecDestroy, (Handle))                                                                 \
+    X(cuGraphDestroy, cuGraphDestroy, (Handle))                                                                         \
+    X(cuGraphLaunch, cuGraphLaunch, (Handle, Handle))                                                                   \
+    X(cuModuleLoadData, cuModuleLoadData, (Handle*, const void*))                                                       \
+    X(cuModuleUnload, cuModuleUnload, (Handle))                                                                         \
+    X(cuModuleGetFunction, cuModuleGetFunction, (Handle*, Handle, const char*))                                         \
+    X(cuFuncSetAttribute, cuFuncSetAttribute, (Handle, int, int))                                                       \
+    X(cuLaunchKernel, cuLaunchKernel,                                                                                   \
+      (Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**, void**))
+
+#define GGML_TP_NCCL_FUNCTIONS(X)                                                              \
+    X(ncclGetVersion, ncclGetVersion, (int*))                                                  \
+    X(ncclGetUniqueId, ncclGetUniqueId, (NcclId*))                                             \
+    X(ncclCommInitRank, ncclCommInitRank, (Handle*, int, NcclId, int))                         \
+    X(ncclCommDestroy, ncclCommDestroy, (Handle))                                              \
+    X(ncclCommAbort, ncclCommAbort, (Handle))                                                  \
+    X(ncclCommGetAsyncError, ncclCommGetAsyncError, (Handle, int*))                            \
+    X(ncclGroupStart, ncclGroupStart, ())                                                      \
+    X(ncclGroupEnd, ncclGroupEnd, ())                                                          \
+    X(ncclAllReduce, ncclAllReduce, (const void*, void*, size_t, int, int, Handle, Handle))
+
+/// The two libraries' functions. Throws Error with one line when a library or a function is missing.
+class Driver {
+  public:
+    explicit Driver(const Config& config, const std::string& plugin_dir);
+    ~Driver();
+    Driver(const Driver&) = delete;
+    Driver& operator=(const Driver&) = delete;
+
+#define GGML_TP_DECLARE(name, symbol, parameters) int(*name) parameters = nullptr;
+    GGML_TP_CUDA_FUNCTIONS(GGML_TP_DECLARE)
+    GGML_TP_NCCL_FUNCTIONS(GGML_TP_DECLARE)
+    const char* (*ncclGetErrorString)(int) = nullptr;
+#undef GGML_TP_DECLARE
+
+    /// NCCL is opened when a group of more than one rank first needs it.
+    void open_nccl();
+    const std::string& cuda_path() const { return cuda_path_; }
+    const std::string& nccl_path() const { return nccl_path_; }
+
+    void check_cuda(int code, const char* api, int rank, const char* file, int line) const;
+    void check_nccl(int code, const char* api, int rank, const char* file, int line) const;
+
+  private:
+    bool emulated_;
+    std::string plugin_dir_, cuda_path_, nccl_path_;
+    void* cuda_library_ = nullptr;
+    void* nccl_library_ = nullptr;
+};
+
+#define TP_CUDA(driver, rank, call, ...) (driver).check_cuda((driver).call(__VA_ARGS__), #call, rank, __FILE__, __LINE__)
+#define TP_NCCL(driver, rank, call, ...) (driver).check_nccl((driver).call(__VA_ARGS__), #call, rank, __FILE__, __LINE__)
+
+/// One rank's device: its primary context, one stream, its kernels. All calls make the context current themselves.
+class Device {
+  public:
+    Device(const Driver& driver, int rank, int ordinal);
+    ~Device();
+    Device(const Device&) = delete;
+    Device& operator=(const Device&) = delete;
+
+    void make_current() const;
+    DevicePtr allocate(size_t bytes) const;  // throws Error: out of memory says how much was asked for
+    void release(DevicePtr pointer) const;
+    void memory(size_t* free_bytes, size_t* total_bytes) const;
+    Handle function(const std::string& name);  // resolved once, when a program is built
+    void launch(Handle function, const unsigned grid[3], const unsigned block[3], unsigned shared_bytes, const void* args) const;
+    /// Waits for the stream; false when `deadline_s` passed first.
+    bool wait(double deadline_s) const;
+
+    const Driver& driver;
+    const int rank, ordinal;
+    int cc = 0, n_sm = 0;  // cc as in __CUDA_ARCH__
+    std::string name;
+    Handle stream = nullptr;
+
+  private:
+    struct Function { std::string name; Handle handle; };
+    Handle context_ = nullptr;
+    std::vector<Handle> modules_;
+    std::vector<Function> functions_;
+};
+
+}  // namespace ggml_tp

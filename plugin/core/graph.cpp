@@ -1,0 +1,155 @@
+#include "graph.h"
+
+#include <cstring>
+#include <unordered_map>
+
+#include "abi/host.h"
+#include "abi/tensor.h"
+
+namespace ggml_tp {
+namespace {
+
+bool is_view(abi::Op op) {
+    return op == abi::Op::RESHAPE || op == abi::Op::VIEW || op == abi::Op::PERMUTE || op == abi::Op::TRANSPOSE || op == abi::Op::NONE;
+}
+
+class Reader {
+  public:
+    Reader(const abi::Host& host, BufferOf buffer_of, void* context) : host_(host), buffer_of_(buffer_of), context_(context) {}
+
+    int add(const void* pointer) {
+        if (auto found = ids_.find(pointer); found != ids_.end()) return found->second;
+        const abi::TensorRef ref(host_, pointer);
+        Tensor t;
+        t.name = ref.name();
+        t.op = host_.op_of(ref);
+        t.sub = host_.sub_op_of(ref);
+        t.type = ref.type();
+        t.bytes = static_cast<i64>(host_.nbytes(pointer));
+        for (int d = 0; d < 4; ++d) t.ne[d] = ref.ne(d), t.nb[d] = static_cast<i64>(ref.nb(d));
+        for (int i = 0; i < 16; ++i) t.params[i] = ref.op_param_i32(i);
+        t.address = reinterpret_cast<u64>(ref.data());
+        const void* view = ref.view_src();
+        int root = -1;
+        if (view) {
+            const int source = add(view);
+            root = graph_.tensors[source].root;
+        }
+        for (int i = 0; i < 10; ++i) {
+            t.src[i] = -1;
+            // A leaf's sources are another graph's business.
+            if (const void* source = ref.src(i); source && depth_ < 1) t.src[i] = add_source(source);
+        }
+        void* host_buffer = ref.buffer();
+        if (!host_buffer && view) host_buffer = abi::TensorRef(host_, view).buffer();
+        if (buffer_of_ && host_buffer) t.buffer = buffer_of_(context_, host_buffer);
+        t.id = static_cast<int>(graph_.tensors.size());
+        t.root = root < 0 ? t.id : root;
+        if (t.buffer && t.address) {
+            const i64 at = static_cast<i64>(t.address - t.buffer->base);
+            if (at < 0 || at + t.bytes > t.buffer->size) throw Error(t.name + " lies outside its buffer; the graph is refused");
+            if (!t.buffer->is_compute) {
+                t.stored = Memory::find(*t.buffer, at);
+                if (!t.stored && t.bytes) throw Error(t.name + " refers to bytes that were never announced; the graph is refused");
+                if (t.stored) t.offset = at - t.stored->offset;
+                if (t.stored && t.offset + t.bytes > t.stored->bytes) throw Error(t.name + " reaches beyond " + t.stored->name + "; the graph is refused");
+            } else if (root >= 0) {
+                t.offset = static_cast<i64>(t.address - graph_.tensors[root].address);
+            }
+        }
+        ids_[pointer] = t.id;
+        graph_.tensors.push_back(t);
+        return t.id;
+    }
+
+    Graph graph_;
+
+  private:
+    int add_source(const void* pointer) {
+        if (auto found = ids_.find(pointer); found != ids_.end()) return found->second;
+        ++depth_;
+        const int id = add(pointer);
+        --depth_;
+        return id;
+    }
+
+    const abi::Host& host_;
+    BufferOf buffer_of_;
+    void* context_;
+    int depth_ = 0;
+    std::unordered_map<const void*, int> ids_;
+};
+
+struct Hash {
+    u64 value = 1469598103934665603ull;
+    void mix(u64 x) { value = (value ^ x) * 0x9E3779B97F4A7C15ull, value ^= value >> 29; }
+};
+
+}  // namespace
+
+float Tensor::param_f32(int i) const {
+    float out;
+    std::memcpy(&out, &params[i], 4);
+    return out;
+}
+
+bool Tensor::is_view_op() const { return is_view(op); }
+
+Graph read_graph(const abi::Host& host, void* cgraph, BufferOf buffer_of, void* context) {
+    const abi::GraphRef ref(host, cgraph);
+    Reader reader(host, buffer_of, context);
+    for (int i = 0; i < ref.n_nodes(); ++i) {
+        const int id = reader.add(ref.node(i));
+        Tensor& t = reader.graph_.tensors[id];
+        t.is_node = true;
+        if (t.is_view_op() || t.elems() == 0 || !host.is_computed(abi::TensorRef(host, ref.node(i)))) continue;
+        if (!t.buffer) throw Error(t.name + " is to be computed here but lies in another backend's buffer; the graph is refused");
+        reader.graph_.nodes.push_back(id);
+    }
+    return std::move(reader.graph_);
+}
+
+Graph read_operation(const abi::Host& host, const void* tensor) {
+    Reader reader(host, nullptr, nullptr);
+    const int id = reader.add(tensor);
+    reader.graph_.nodes.push_back(id);
+    return std::move(reader.graph_);
+}
+
+u64 graph_key(const Graph& graph) {
+    Hash hash;
+    for (const Tensor& t : graph.tensors) {
+        hash.mix(static_cast<u64>(t.op) << 32 | static_cast<u64>(t.type) << 16 | static_cast<u64>(t.sub));
+        for (int d = 0; d < 4; ++d) hash.mix(static_cast<u64>(t.ne[d])), hash.mix(static_cast<u64>(t.nb[d]));
+        for (int source : t.src) hash.mix(static_cast<u64>(source + 1));
+        for (int i = 0; i < 16; i += 2) hash.mix(static_cast<u64>(static_cast<u32>(t.params[i])) << 32 | static_cast<u32>(t.params[i + 1]));
+        hash.mix(t.address);
+        hash.mix(static_cast<u64>(t.root));
+        hash.mix(reinterpret_cast<u64>(t.buffer));
+        hash.mix(t.stored && !t.stored->shard.empty() ? t.stored->shard[0] : 0);
+        if (t.buffer && t.buffer->is_compute && !t.is_node && !t.buffer->residency.empty())
+            for (const Residency& r : t.buffer->residency) {
+                if (static_cast<i64>(t.address - t.buffer->base) != r.offset) continue;
+                hash.mix(static_cast<u64>(r.extent.period_bytes));
+                for (const Range& range : r.extent.ranges) hash.mix(static_cast<u64>(range.begin * 31 + range.end));
+            }
+    }
+    for (int node : graph.nodes) hash.mix(static_cast<u64>(node));
+    return hash.value;
+}
+
+std::string Graph::to_text() const {
+    std::string out;
+    for (int id : nodes) {
+        const Tensor& t = tensors[id];
+        out += t.name + " = " + abi::op_name(t.op) + " [";
+        for (int d = 0; d < 4; ++d) out += (d ? "," : "") + std::to_string(t.ne[d]);
+        out += "]";
+        for (int s : t.src)
+            if (s >= 0) out += " " + tensors[s].name;
+        out += "\n";
+    }
+    return out;
+}
+
+}  // namespace ggml_tp

@@ -1,0 +1,57 @@
+// The host's cgraph as immutable values: the only place that reads it. Everything after this works on Graph alone.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "abi/ops.h"
+#include "memory.h"
+
+namespace ggml_tp {
+
+namespace abi {
+class Host;
+}
+
+struct Tensor {
+    int id = 0;
+    std::string name;
+    abi::Op op{};
+    int sub = 0;  // abi::Unary or abi::Glu
+    int type = 0;
+    i64 ne[4], nb[4];
+    i32 params[16] = {};
+    int src[10];           // ids, -1: none
+    int root = 0;          // id of the tensor that owns the bytes (itself, unless it is a view)
+    i64 offset = 0;        // bytes from the root's first byte
+    i64 bytes = 0;         // spanned
+    u64 address = 0;
+    Buffer* buffer = nullptr;   // null: not ours (the size and type may still be read)
+    Stored* stored = nullptr;   // when its bytes lie in a stored tensor; offset then counts from that tensor's first byte
+    bool is_node = false;
+
+    Strided strided() const { return {{ne[0], ne[1], ne[2], ne[3]}, {nb[0], nb[1], nb[2], nb[3]}, offset, nb[0]}; }
+    i64 elems() const { return ne[0] * ne[1] * ne[2] * ne[3]; }
+    float param_f32(int i) const;
+    bool is_view_op() const;
+};
+
+struct Graph {
+    std::vector<Tensor> tensors;
+    std::vector<int> nodes;  // ids, in the host's order, views and empty tensors left out
+
+    std::string to_text() const;
+};
+
+/// Finds our Buffer behind a host buffer object; null when it is not ours.
+using BufferOf = Buffer* (*)(void* context, void* host_buffer);
+
+/// Reads every node and what it refers to. Throws Error on a graph that refers to bytes outside our buffers.
+Graph read_graph(const abi::Host& host, void* cgraph, BufferOf buffer_of, void* context);
+
+/// A graph of the one operation `tensor`, for supports_op: no buffer is looked at.
+Graph read_operation(const abi::Host& host, const void* tensor);
+
+/// A digest of all that a plan depends on: ops, shapes, strides, parameters, addresses, and how leaves lie on the ranks.
+u64 graph_key(const Graph& graph);
+
+}  // namespace ggml_tp

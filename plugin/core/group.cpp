@@ -1,0 +1,217 @@
+#include "group.h"
+
+#include <cstring>
+
+#include "abi/host.h"
+#include "abi/tensor.h"
+
+namespace ggml_tp {
+namespace {
+
+// Attention graphs change at every 256-token boundary and with the batch size; a captured graph of an 8B model holds about 1 MB.
+constexpr size_t kMostPrograms = 48;
+constexpr int kMostReshardRounds = 8;
+constexpr int kCaptureThreadLocal = 1;
+constexpr int kNcclSum = 0;
+constexpr unsigned kHostAllocPortableMapped = 1 | 2;
+
+}  // namespace
+
+Group::Group(const Config& config_in, const std::string& plugin_dir) : config(config_in), driver_(config_in, plugin_dir) {
+    int n_devices = 0;
+    TP_CUDA(driver_, -1, cuDeviceGetCount, &n_devices);
+    if (n_devices == 0) throw Error("the NVIDIA driver finds no GPU");
+    const int n = config.n_ranks ? config.n_ranks : n_devices;
+    if (config.devices.empty() && n > n_devices)
+        throw Error("GGML_TP_RANKS=" + std::to_string(n) + " but there are " + std::to_string(n_devices) +
+                    " devices: lower it, or name devices more than once in GGML_TP_DEVICES");
+    for (int r = 0; r < n; ++r) {
+        const int ordinal = config.devices.empty() ? r : config.devices[r];
+        if (ordinal >= n_devices)
+            throw Error("GGML_TP_DEVICES names device " + std::to_string(ordinal) + " but there are " + std::to_string(n_devices));
+        devices_.push_back(std::make_unique<Device>(driver_, r, ordinal));
+    }
+    if (n > 1) driver_.open_nccl();
+    memory = std::make_unique<Memory>(devices_, config.split);
+    memory->deadline_s = config.deadline_s;
+    scratch_ = std::make_unique<Scratch>(devices_);
+    workers_ = std::make_unique<Workers>(n);
+    for (int r = 0; r < n; ++r) {
+        devices_[r]->make_current();
+        void* word = nullptr;
+        DevicePtr pointer = 0;
+        TP_CUDA(driver_, r, cuMemHostAlloc, &word, 256, kHostAllocPortableMapped);
+        std::memset(word, 0, 256);
+        TP_CUDA(driver_, r, cuMemHostGetDevicePointer, &pointer, word, 0);
+        faults_.push_back(static_cast<volatile u32*>(word));
+        fault_pointers_.push_back(pointer);
+    }
+}
+
+Group::~Group() {
+    drop_programs();
+    for (Handle comm : comms_)
+        if (comm) driver_.ncclCommDestroy(comm);
+    for (volatile u32* word : faults_) driver_.cuMemFreeHost(const_cast<u32*>(word));
+    workers_.reset();
+    scratch_.reset();
+    memory.reset();
+}
+
+std::string Group::description() const {
+    std::string out = std::to_string(n_ranks()) + (n_ranks() == 1 ? " rank, " : " ranks, ") + devices_[0]->name;
+    for (const auto& device : devices_)
+        if (device->name != devices_[0]->name) return out + " and others";
+    return out;
+}
+
+std::string Group::devices_text() const {
+    std::string out;
+    for (const auto& d : devices_)
+        out += "rank " + std::to_string(d->rank) + ": device " + std::to_string(d->ordinal) + ", " + d->name + ", sm_" + std::to_string(d->cc / 10) + ", " +
+               std::to_string(d->n_sm) + " multiprocessors\n";
+    return out + "driver " + driver_.cuda_path() + "\nnccl " + (driver_.nccl_path().empty() ? "not needed" : driver_.nccl_path()) + "\n";
+}
+
+bool Group::supports(const abi::Host& host, const void* operation) const {
+    std::vector<Arch> archs;
+    for (const auto& device : devices_) archs.push_back({device->cc, device->n_sm});
+    return can_lower(read_operation(host, operation), archs);
+}
+
+void Group::connect() {
+    if (!comms_.empty() || n_ranks() == 1) return;
+    NcclId id{};
+    TP_NCCL(driver_, -1, ncclGetUniqueId, &id);
+    std::vector<Handle> comms(devices_.size());
+    workers_->run([&](int r) {
+        devices_[r]->make_current();
+        TP_NCCL(driver_, r, ncclCommInitRank, &comms[r], n_ranks(), id, r);
+    });
+    comms_ = comms;
+}
+
+void Group::drop_programs() {
+    for (auto& program : programs_)
+        for (Handle executable : program->executables)
+            if (executable) driver_.cuGraphExecDestroy(executable);
+    programs_.clear();
+}
+
+/// A rank failed or is late: communicators cannot be trusted, nor graphs that hold them. The next graph makes both anew.
+void Group::fail() {
+    for (Handle comm : comms_)
+        if (comm) driver_.ncclCommAbort(comm);
+    comms_.clear();
+    for (const auto& device : devices_) {
+        try {
+            device->wait(5);
+        } catch (const Error&) {  // the stream's error was reported by whoever called us
+        }
+    }
+    drop_programs();
+}
+
+void Group::capture(Program& program) {
+    program.executables.assign(devices_.size(), nullptr);
+    workers_->run([&](int r) {
+        Device& device = *devices_[r];
+        device.make_current();
+        TP_CUDA(driver_, r, cuStreamBeginCapture, device.stream, kCaptureThreadLocal);
+        for (const ProgramStep& step : program.steps) {
+            if (step.kind == ProgramStep::kAllReduce) {
+                TP_NCCL(driver_, r, ncclAllReduce, reinterpret_cast<const void*>(step.pointers[r]), reinterpret_cast<void*>(step.pointers[r]),
+                        static_cast<size_t>(step.elems), static_cast<int>(step.wire), kNcclSum, comms_[r], device.stream);
+                continue;
+            }
+            const RankLaunch& l = step.launches[r];
+            if (l.launch.kernel) device.launch(l.function, l.launch.grid, l.launch.block, l.launch.shared_bytes, l.args.data());
+        }
+        Handle graph = nullptr;
+        TP_CUDA(driver_, r, cuStreamEndCapture, device.stream, &graph);
+        const int code = driver_.cuGraphInstantiate(&program.executables[r], graph, 0);
+        driver_.cuGraphDestroy(graph);
+        driver_.check_cuda(code, "cuGraphInstantiateWithFlags", r, __FILE__, __LINE__);
+    });
+}
+
+std::unique_ptr<Program> Group::build(const Graph& graph, u64 key) {
+    PlanResult result;
+    for (int round = 0;; ++round) {
+        result = make_plan(graph, n_ranks(), config.split);
+        if (result.wants.empty()) break;
+        if (round == kMostReshardRounds) throw Error("the graph's wishes for its weights contradict each other (a bug; please report the graph)");
+        for (const Want& want : result.wants) {
+            if (want.stored->confirmed) {  // asked twice in two ways: whole on every rank is right for both
+                memory->reshard(*want.stored->buffer, *want.stored, replicated(), std::nullopt);
+            } else {
+                memory->reshard(*want.stored->buffer, *want.stored, want.sharding, want.extent);
+            }
+            want.stored->confirmed = true;
+            ++counters.weights_resharded;
+        }
+    }
+    verify(result.plan, graph);
+    // Other programs hold the addresses of shards that were laid out anew; their keys no longer match, so they are never replayed.
+    std::unique_ptr<Program> program = lower(graph, result.plan, {*memory, devices_, *scratch_, fault_pointers_});
+    program->plan_text = result.plan.to_text(graph);
+    program->key = key;
+    connect();
+    capture(*program);
+    ++counters.programs_built;
+    return program;
+}
+
+Program& Group::program_for(const Graph& graph) {
+    u64 key = graph_key(graph);
+    for (auto it = programs_.begin(); it != programs_.end(); ++it)
+        if ((*it)->key == key) {
+            programs_.splice(programs_.begin(), programs_, it);
+            return *programs_.front();
+        }
+    std::unique_ptr<Program> program = build(graph, key);
+    program->key = graph_key(graph);  // building may have laid weights out anew
+    programs_.push_front(std::move(program));
+    if (programs_.size() > kMostPrograms) {
+        for (Handle executable : programs_.back()->executables) driver_.cuGraphExecDestroy(executable);
+        programs_.pop_back();
+    }
+    last_plan = programs_.front()->plan_text;
+    last_program = programs_.front()->to_text();
+    return *programs_.front();
+}
+
+void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, void* context) {
+    const Graph graph = read_graph(host, cgraph, buffer_of, context);
+    if (graph.nodes.empty()) return;
+    for (volatile u32* fault : faults_) *fault = kFaultNone;
+    try {
+        Program& program = program_for(graph);
+        workers_->run([&](int r) {
+            devices_[r]->make_current();
+            TP_CUDA(driver_, r, cuGraphLaunch, program.executables[r], devices_[r]->stream);
+        });
+        for (const auto& device : devices_)
+            if (!device->wait(config.deadline_s))
+                throw Error("rank " + std::to_string(device->rank) + " did not finish a graph within " + std::to_string(config.deadline_s) +
+                            " s (GGML_TP_DEADLINE); its peers are given up and connected anew");
+        for (const Program::Written& w : program.written)
+            std::erase_if(w.buffer->residency, [&](const Residency& r) { return r.offset < w.offset + w.bytes && w.offset < r.offset + r.bytes; });
+        for (const Program::Survivor& s : program.survivors) s.buffer->residency.push_back(s.residency);
+        ++counters.graphs_computed;
+        ++counters.graph_launches_per_rank;
+        counters.last_all_reduces = static_cast<u64>(program.all_reduces);
+        counters.last_all_gathers = static_cast<u64>(program.all_gathers);
+        counters.last_kernel_launches = static_cast<u64>(program.kernel_launches);
+    } catch (...) {
+        fail();
+        throw;
+    }
+    for (size_t r = 0; r < faults_.size(); ++r)
+        if (const u32 fault = *faults_[r])
+            throw Error(std::string("rank ") + std::to_string(r) + ": " +
+                        (fault == kFaultKvCell ? "a row number outside the tensor that it should be written to" : "a row number outside the tensor that it should be read from") +
+                        "; nothing was touched there, the graph's results are not valid");
+}
+
+}  // namespace ggml_tp

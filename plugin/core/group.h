@@ -1,0 +1,61 @@
+// A group of ranks that a host sees as one device: owns the devices, their memory, communicators, workers and cached programs, and
+// takes a host graph through graph -> plan -> program -> ranks.
+#pragma once
+#include <list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "config.h"
+#include "device.h"
+#include "graph.h"
+#include "memory.h"
+#include "program.h"
+#include "runner.h"
+
+namespace ggml_tp {
+
+struct Counters {
+    u64 graphs_computed = 0, programs_built = 0, graph_launches_per_rank = 0, weights_resharded = 0;
+    u64 last_all_reduces = 0, last_all_gathers = 0, last_kernel_launches = 0;
+};
+
+class Group {
+  public:
+    /// Throws Error with one line when there is no device or library to run on.
+    Group(const Config& config, const std::string& plugin_dir);
+    ~Group();
+
+    /// Runs the host's graph to its end. Throws Error; the next graph may run.
+    void compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, void* context);
+    bool supports(const abi::Host& host, const void* operation) const;
+
+    int n_ranks() const { return static_cast<int>(devices_.size()); }
+    std::string description() const;
+    std::string devices_text() const;
+    const Config config;
+    std::mutex mutex;  // of everything below: several backend instances may call from several threads
+    std::unique_ptr<Memory> memory;
+    Counters counters;
+    std::string last_plan, last_program;
+
+  private:
+    Program& program_for(const Graph& graph);
+    std::unique_ptr<Program> build(const Graph& graph_in, u64 key);
+    void capture(Program& program);
+    void connect();
+    void drop_programs();
+    void fail();
+
+    Driver driver_;
+    std::vector<std::unique_ptr<Device>> devices_;
+    std::unique_ptr<Scratch> scratch_;
+    std::vector<Handle> comms_;  // [n_ranks], empty until the first plan
+    std::vector<volatile u32*> faults_;
+    std::vector<DevicePtr> fault_pointers_;
+    std::unique_ptr<Workers> workers_;
+    std::list<std::unique_ptr<Program>> programs_;  // most recently used first
+};
+
+}  // namespace ggml_tp

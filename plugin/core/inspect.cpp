@@ -1,0 +1,79 @@
+// The inspection C API (inspect.h) over the groups of this process, in the order of their hosts' addresses.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "state.h"
+
+#pragma GCC visibility push(default)
+extern "C" {
+#include "inspect.h"
+}
+#pragma GCC visibility pop
+
+using namespace ggml_tp;
+
+namespace {
+
+HostState* host_state(int group) {
+    Process& p = process();
+    std::lock_guard lock(p.mutex);
+    for (auto& [base, state] : p.hosts)
+        if (group-- == 0) return state.get();
+    return nullptr;
+}
+
+}  // namespace
+
+int ggml_tp_group_count(void) {
+    Process& p = process();
+    std::lock_guard lock(p.mutex);
+    return static_cast<int>(p.hosts.size());
+}
+
+int ggml_tp_rank_count(int group) {
+    HostState* state = host_state(group);
+    return state ? state->group->n_ranks() : -1;
+}
+
+int ggml_tp_get_counters(int group, struct ggml_tp_counters* out) {
+    HostState* state = host_state(group);
+    if (!state || !out) return -1;
+    std::lock_guard lock(state->group->mutex);
+    const Counters& c = state->group->counters;
+    *out = {c.graphs_computed, c.programs_built, c.graph_launches_per_rank, c.weights_resharded, c.last_all_reduces, c.last_all_gathers, c.last_kernel_launches};
+    return 0;
+}
+
+size_t ggml_tp_text(int group, int what, char* out, size_t capacity) {
+    HostState* state = host_state(group);
+    if (!state) return 0;
+    std::lock_guard lock(state->group->mutex);
+    std::string text;
+    switch (what) {
+        case GGML_TP_TEXT_CONFIG: text = state->group->config.to_text(); break;
+        case GGML_TP_TEXT_LAYOUT: text = state->host->layout.to_text(); break;
+        case GGML_TP_TEXT_PLAN: text = state->group->last_plan; break;
+        case GGML_TP_TEXT_PROGRAM: text = state->group->last_program; break;
+        case GGML_TP_TEXT_DEVICES: text = state->group->devices_text(); break;
+        default: break;
+    }
+    if (out && capacity) {
+        const size_t n = text.size() < capacity - 1 ? text.size() : capacity - 1;
+        std::memcpy(out, text.data(), n);
+        out[n] = 0;
+    }
+    return text.size();
+}
+
+int ggml_tp_rank_bytes(int group, int rank, uint64_t* weight_bytes, uint64_t* kv_bytes, uint64_t* compute_bytes) {
+    HostState* state = host_state(group);
+    if (!state || rank < 0 || rank >= state->group->n_ranks()) return -1;
+    std::lock_guard lock(state->group->mutex);
+    if (weight_bytes) *weight_bytes = state->group->memory->weight_bytes(rank);
+    if (kv_bytes) *kv_bytes = state->group->memory->kv_bytes(rank);
+    if (compute_bytes) *compute_bytes = state->group->memory->compute_bytes(rank);
+    return 0;
+}
+
+const char* ggml_tp_version(void) { return "0.1.0"; }

@@ -1,0 +1,425 @@
+#include "memory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "repack.h"
+
+namespace ggml_tp {
+namespace {
+
+constexpr i64 kStagingBytes = 16 << 20;  // per rank; one upload step
+constexpr i64 kAlign = 256;              // of shards and planes: 16-byte loads, and what cuMemAlloc gives
+i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
+
+bool overlaps(i64 a, i64 a_bytes, i64 b, i64 b_bytes) { return a < b + b_bytes && b < a + a_bytes; }
+
+}  // namespace
+
+PlaneLayout plane_layout(const WeightFormat& format, const i64 ne[4], const Sharding& sharding, int rank) {
+    PlaneLayout out;
+    out.row_end = ne[1];
+    i64 k_begin = 0, k_end = ne[0];
+    if (sharding.kind == Sharding::kSharded) {
+        const Range& range = sharding.ranges[rank];
+        if (sharding.axis == 0) k_begin = range.begin, k_end = range.end;
+        else out.row_begin = range.begin, out.row_end = range.end;
+    }
+    // A cut inside a block is stored on both sides; the products mask the foreign half (MulMatArgs::k_begin, k_end).
+    out.block_begin = k_begin / format.block_elems;
+    out.block_end = k_end > k_begin ? (k_end + format.block_elems - 1) / format.block_elems : out.block_begin;
+    const i64 blocks = out.block_end - out.block_begin, rows = out.row_end - out.row_begin, matrices = ne[2] * ne[3];
+    for (int f = 0; f < format.n_fields; ++f) {
+        out.plane_offset[f] = out.bytes;
+        out.row_stride[f] = blocks * format.field[f].bytes;
+        out.matrix_stride[f] = rows * out.row_stride[f];
+        out.bytes = round_up(out.bytes + matrices * out.matrix_stride[f], kAlign);
+    }
+    return out;
+}
+
+i64 Stored::local_bytes(int rank) const {
+    if (format) return planes[rank].bytes;
+    if (!extent) return bytes;
+    return bytes / extent->period_bytes * extent->ranges[rank].size();
+}
+
+Memory::Memory(std::vector<std::unique_ptr<Device>>& devices, const std::vector<double>& split)
+    : devices_(devices), split_(split), staging_(devices.size()), weight_bytes_(devices.size()), kv_bytes_(devices.size()),
+      compute_bytes_(devices.size()) {}
+
+Memory::~Memory() {
+    for (size_t r = 0; r < devices_.size(); ++r) devices_[r]->release(staging_[r]);
+}
+
+void Memory::report(size_t* free_bytes, size_t* total_bytes) const {
+    size_t least_free = ~size_t{0}, least_total = ~size_t{0};
+    for (const auto& device : devices_) {
+        size_t free_here = 0, total_here = 0;
+        device->memory(&free_here, &total_here);
+        int sharing = 0;  // ranks on the same device share its memory
+        for (const auto& other : devices_) sharing += other->ordinal == device->ordinal;
+        least_free = std::min(least_free, free_here / sharing);
+        least_total = std::min(least_total, total_here / sharing);
+    }
+    *free_bytes = least_free * devices_.size();
+    *total_bytes = least_total * devices_.size();
+}
+
+std::unique_ptr<Buffer> Memory::reserve(i64 bytes) {
+    size_t free_bytes = 0, total_bytes = 0;
+    report(&free_bytes, &total_bytes);
+    if (static_cast<size_t>(bytes) > free_bytes)
+        throw Error("the host asks for " + std::to_string(bytes >> 20) + " MiB, " + std::to_string(free_bytes >> 20) +
+                    " MiB are free on all ranks together: use a smaller context, fewer layers or more ranks");
+    auto buffer = std::make_unique<Buffer>();
+    buffer->size = bytes;
+    void* address = mmap(nullptr, static_cast<size_t>(std::max<i64>(bytes, 4096)), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (address == MAP_FAILED) throw Error("no addresses left for a buffer of " + std::to_string(bytes >> 20) + " MiB");
+    buffer->base = reinterpret_cast<u64>(address);
+    buffer->chunks.resize(devices_.size());
+    return buffer;
+}
+
+void Memory::release(Buffer& buffer) {
+    for (auto& [offset, tensor] : buffer.stored) account(*tensor, -1);
+    for (size_t r = 0; r < devices_.size(); ++r) {
+        for (const Buffer::Chunk& chunk : buffer.chunks[r]) devices_[r]->release(chunk.base);
+        if (!buffer.compute.empty()) {
+            devices_[r]->release(buffer.compute[r]);
+            compute_bytes_[r] -= static_cast<u64>(buffer.size);
+        }
+    }
+    if (buffer.base) munmap(reinterpret_cast<void*>(buffer.base), static_cast<size_t>(std::max<i64>(buffer.size, 4096)));
+    buffer.base = 0;
+}
+
+void Memory::make_compute(Buffer& buffer) {
+    if (buffer.is_compute) return;
+    std::vector<DevicePtr> pointers(devices_.size());
+    try {
+        for (size_t r = 0; r < devices_.size(); ++r) {
+            pointers[r] = devices_[r]->allocate(static_cast<size_t>(buffer.size));
+            TP_CUDA(devices_[r]->driver, static_cast<int>(r), cuMemsetD8Async, pointers[r], 0, static_cast<size_t>(std::max<i64>(buffer.size, 1)), devices_[r]->stream);
+        }
+        wait_all();
+    } catch (...) {
+        for (size_t r = 0; r < devices_.size(); ++r) devices_[r]->release(pointers[r]);
+        throw;
+    }
+    buffer.compute = pointers;
+    buffer.is_compute = true;
+    for (size_t r = 0; r < devices_.size(); ++r) compute_bytes_[r] += static_cast<u64>(buffer.size);
+}
+
+DevicePtr Memory::take(Buffer& buffer, int rank, i64 bytes) {
+    bytes = round_up(std::max<i64>(bytes, 1), kAlign);
+    for (Buffer::Chunk& chunk : buffer.chunks[rank])
+        if (chunk.bytes - chunk.used >= bytes) {
+            chunk.used += bytes;
+            return chunk.base + static_cast<u64>(chunk.used - bytes);
+        }
+    // Chunks keep the number of allocations small; 1/8 of a rank's even share keeps what the last one wastes small too.
+    const i64 share = buffer.size / n_ranks();
+    const i64 size = std::max(bytes, round_up(std::clamp<i64>(share / 8, 1 << 16, 64 << 20), kAlign));
+    buffer.chunks[rank].push_back({devices_[rank]->allocate(static_cast<size_t>(size)), size, bytes});
+    return buffer.chunks[rank].back().base;
+}
+
+void Memory::account(const Stored& tensor, int sign) {
+    for (int r = 0; r < n_ranks(); ++r) {
+        if (!tensor.shard[r]) continue;
+        u64& counter = tensor.role == Role::kKvCache ? kv_bytes_[r] : weight_bytes_[r];
+        counter += static_cast<u64>(sign * tensor.local_bytes(r));
+    }
+}
+
+void Memory::allocate_shards(Buffer& buffer, Stored& tensor) {
+    const int n = n_ranks();
+    tensor.planes.clear();
+    if (tensor.format)
+        for (int r = 0; r < n; ++r) tensor.planes.push_back(plane_layout(*tensor.format, tensor.ne, tensor.sharding, r));
+    std::vector<DevicePtr> shard(n);
+    for (int r = 0; r < n; ++r) {
+        const i64 bytes = tensor.local_bytes(r);
+        shard[r] = take(buffer, r, bytes);
+        // Defined bytes from the start: what a host never writes (alignment gaps, unused cells) must not be NaN by accident.
+        devices_[r]->make_current();
+        TP_CUDA(devices_[r]->driver, r, cuMemsetD8Async, shard[r], tensor.fill, static_cast<size_t>(round_up(std::max<i64>(bytes, 1), kAlign)), devices_[r]->stream);
+    }
+    tensor.shard = shard;
+    account(tensor, +1);
+}
+
+Stored& Memory::announce(Buffer& buffer, Stored tensor) {
+    auto found = buffer.stored.find(tensor.offset);
+    if (found != buffer.stored.end() && found->second->bytes == tensor.bytes && found->second->name == tensor.name) return *found->second;
+    // The host has laid the buffer out anew (a scratch context reused): what lies under the new tensor is gone.
+    for (auto it = buffer.stored.begin(); it != buffer.stored.end();) {
+        if (overlaps(it->second->offset, std::max<i64>(it->second->bytes, 1), tensor.offset, std::max<i64>(tensor.bytes, 1))) {
+            account(*it->second, -1);
+            it = buffer.stored.erase(it);
+        } else {
+            ++it;
+        }
+    }
+    tensor.role = role_of(tensor.name);
+    int n_dims = 1;
+    for (int d = 1; d < 4; ++d)
+        if (tensor.ne[d] > 1) n_dims = d + 1;
+    const WeightFormat* format = find_weight_format(tensor.type);
+    Sharding guess = guess_sharding(tensor.role, tensor.ne, n_dims, n_ranks(), split_);
+    const bool is_matrix = (tensor.role == Role::kColumn || tensor.role == Role::kRow) && n_dims == 2 && format;
+    if (is_matrix) {
+        tensor.format = format;
+        tensor.sharding = guess;
+    } else if (guess.kind == Sharding::kSharded && (!format || format->block_elems == 1 || tensor.role == Role::kKvCache)) {
+        Strided strided{{tensor.ne[0], tensor.ne[1], tensor.ne[2], tensor.ne[3]}, {tensor.nb[0], tensor.nb[1], tensor.nb[2], tensor.nb[3]}, 0, tensor.nb[0]};
+        if (format && format->block_elems > 1) {  // a quantised cache: cut between blocks
+            strided.ne[0] /= format->block_elems;
+            guess.ranges = divide(strided.ne[0], 1, n_ranks(), split_);
+        }
+        tensor.extent = extent_of(guess, strided);
+    }
+    tensor.buffer = &buffer;
+    auto owned = std::make_unique<Stored>(std::move(tensor));
+    allocate_shards(buffer, *owned);
+    Stored& out = *owned;
+    buffer.stored[out.offset] = std::move(owned);
+    return out;
+}
+
+Stored* Memory::find(const Buffer& buffer, i64 offset) {
+    auto it = buffer.stored.upper_bound(offset);
+    if (it == buffer.stored.begin()) return nullptr;
+    --it;
+    Stored* tensor = it->second.get();
+    return offset < tensor->offset + std::max<i64>(tensor->bytes, 1) ? tensor : nullptr;
+}
+
+void Memory::wait_all() const {
+    for (const auto& device : devices_)
+        if (!device->wait(deadline_s))
+            throw Error("rank " + std::to_string(device->rank) + " did not finish a transfer within " + std::to_string(deadline_s) + " s");
+}
+
+std::vector<Memory::Piece> Memory::pieces(const Stored& tensor, i64 begin, i64 bytes, bool all_owners) const {
+    std::vector<Piece> out;
+    if (!tensor.extent) {
+        const int n = all_owners ? n_ranks() : 1;
+        for (int r = 0; r < n; ++r) out.push_back({r, tensor.shard[r] + static_cast<u64>(begin), 0, bytes});
+        return out;
+    }
+    const i64 period = tensor.extent->period_bytes;
+    for (i64 p = begin / period; p * period < begin + bytes; ++p) {
+        const i64 from = std::max(begin - p * period, i64{0}), to = std::min(begin + bytes - p * period, period);
+        i64 done = from;
+        for (int r = 0; r < n_ranks(); ++r) {
+            const Range& own = tensor.extent->ranges[r];
+            const i64 lo = std::max(all_owners ? from : done, own.begin), hi = std::min(to, own.end);
+            if (hi <= lo) continue;
+            out.push_back({r, tensor.shard[r] + static_cast<u64>(p * own.size() + lo - own.begin), p * period + lo - begin, hi - lo});
+            done = std::max(done, hi);
+        }
+    }
+    return out;
+}
+
+void Memory::transfer_planes(Stored& tensor, i64 begin, char* data, i64 bytes, bool to_host) {
+    const WeightFormat& format = *tensor.format;
+    const i64 row_blocks = (tensor.ne[0] + format.block_elems - 1) / format.block_elems;
+    for (i64 done = 0; done < bytes; done += kStagingBytes) {
+        const i64 n = std::min(kStagingBytes, bytes - done);
+        for (int r = 0; r < n_ranks(); ++r) {
+            Device& device = *devices_[r];
+            device.make_current();
+            if (!staging_[r]) staging_[r] = device.allocate(kStagingBytes);
+            const PlaneLayout& planes = tensor.planes[r];
+            RepackArgs args{};
+            args.host = reinterpret_cast<char*>(staging_[r]);
+            args.offset = begin + done;
+            args.bytes = n;
+            args.row_blocks = row_blocks;
+            args.block_begin = planes.block_begin;
+            args.block_end = planes.block_end;
+            args.row_begin = planes.row_begin;
+            args.row_end = planes.row_end;
+            args.n_rows = tensor.ne[1];
+            for (int f = 0; f < format.n_fields; ++f) {
+                args.plane[f] = reinterpret_cast<char*>(tensor.shard[r]) + planes.plane_offset[f];
+                args.row_stride[f] = planes.row_stride[f];
+                args.matrix_stride[f] = planes.matrix_stride[f];
+                args.field_offset[f] = format.field[f].offset;
+                args.field_bytes[f] = format.field[f].bytes;
+            }
+            args.n_fields = format.n_fields;
+            args.block_bytes = format.block_bytes;
+            args.to_host = to_host;
+            const Launch launch = repack_launch(args, {device.cc, device.n_sm});
+            // Reading: shards are laid over one another in the staging, so that each rank only fills in what it owns.
+            TP_CUDA(device.driver, r, cuMemcpyHtoDAsync, staging_[r], data + done, static_cast<size_t>(n), device.stream);
+            device.launch(device.function(launch.kernel), launch.grid, launch.block, launch.shared_bytes, &args);
+            if (to_host) {
+                TP_CUDA(device.driver, r, cuMemcpyDtoHAsync, data + done, staging_[r], static_cast<size_t>(n), device.stream);
+                if (!device.wait(deadline_s)) throw Error("rank " + std::to_string(r) + " did not return a weight in time");
+            }
+        }
+        if (!to_host) wait_all();
+    }
+}
+
+void Memory::write_stored(Stored& tensor, i64 begin, const char* data, i64 bytes) {
+    tensor.pristine = false;
+    if (tensor.format) return transfer_planes(tensor, begin, const_cast<char*>(data), bytes, false);
+    for (const Piece& piece : pieces(tensor, begin, bytes, true)) {
+        Device& device = *devices_[piece.rank];
+        device.make_current();
+        TP_CUDA(device.driver, piece.rank, cuMemcpyHtoDAsync, piece.device, data + piece.host_offset, static_cast<size_t>(piece.bytes), device.stream);
+    }
+    wait_all();
+}
+
+void Memory::read_stored(Stored& tensor, i64 begin, char* data, i64 bytes) {
+    if (tensor.format) return transfer_planes(tensor, begin, data, bytes, true);
+    for (const Piece& piece : pieces(tensor, begin, bytes, false)) {
+        Device& device = *devices_[piece.rank];
+        device.make_current();
+        TP_CUDA(device.driver, piece.rank, cuMemcpyDtoHAsync, data + piece.host_offset, piece.device, static_cast<size_t>(piece.bytes), device.stream);
+    }
+    wait_all();
+}
+
+void Memory::write(Buffer& buffer, i64 offset, const void* data, i64 bytes) {
+    if (offset < 0 || bytes < 0 || offset + bytes > buffer.size) throw Error("a write outside its buffer was refused");
+    if (bytes == 0) return;
+    if (buffer.is_compute) {
+        std::erase_if(buffer.residency, [&](const Residency& r) { return overlaps(r.offset, r.bytes, offset, bytes); });
+        for (int r = 0; r < n_ranks(); ++r) {
+            Device& device = *devices_[r];
+            device.make_current();
+            TP_CUDA(device.driver, r, cuMemcpyHtoDAsync, buffer.compute[r] + static_cast<u64>(offset), data, static_cast<size_t>(bytes), device.stream);
+        }
+        return wait_all();
+    }
+    const char* from = static_cast<const char*>(data);
+    while (bytes > 0) {
+        Stored* tensor = find(buffer, offset);
+        if (!tensor) throw Error("a write to an address that holds no tensor was refused");
+        const i64 n = std::min(bytes, tensor->offset + tensor->bytes - offset);
+        if (n <= 0) throw Error("a write beyond the end of " + tensor->name + " was refused");
+        write_stored(*tensor, offset - tensor->offset, from, n);
+        offset += n, from += n, bytes -= n;
+    }
+}
+
+void Memory::read(Buffer& buffer, i64 offset, void* data, i64 bytes) {
+    if (offset < 0 || bytes < 0 || offset + bytes > buffer.size) throw Error("a read outside its buffer was refused");
+    if (bytes == 0) return;
+    if (buffer.is_compute) {
+        char* to = static_cast<char*>(data);
+        Device& first = *devices_[0];  // replicated bytes are the same on every rank
+        first.make_current();
+        const Residency* covering = nullptr;
+        for (const Residency& r : buffer.residency)
+            if (r.offset <= offset && offset + bytes <= r.offset + r.bytes) covering = &r;
+        if (!covering) {
+            TP_CUDA(first.driver, 0, cuMemcpyDtoHAsync, to, buffer.compute[0] + static_cast<u64>(offset), static_cast<size_t>(bytes), first.stream);
+            wait_all();
+        }
+        for (const Residency& region : buffer.residency) {
+            if (!overlaps(region.offset, region.bytes, offset, bytes)) continue;
+            const i64 lo = std::max(offset, region.offset) - region.offset, hi = std::min(offset + bytes, region.offset + region.bytes) - region.offset;
+            const i64 period = region.extent.period_bytes;
+            for (i64 p = lo / period; p * period < hi; ++p) {
+                i64 done = std::max(lo - p * period, i64{0});
+                const i64 end = std::min(hi - p * period, period);
+                for (int r = 0; r < n_ranks(); ++r) {
+                    const i64 a = std::max(done, i64{region.extent.ranges[r].begin}), b = std::min(end, i64{region.extent.ranges[r].end});
+                    if (b <= a) continue;
+                    Device& device = *devices_[r];
+                    device.make_current();
+                    const i64 at = region.offset + p * period + a;
+                    TP_CUDA(device.driver, r, cuMemcpyDtoHAsync, to + (at - offset), buffer.compute[r] + static_cast<u64>(at), static_cast<size_t>(b - a), device.stream);
+                    done = b;
+                }
+            }
+        }
+        return wait_all();
+    }
+    char* to = static_cast<char*>(data);
+    while (bytes > 0) {
+        Stored* tensor = find(buffer, offset);
+        if (!tensor) throw Error("a read from an address that holds no tensor was refused");
+        const i64 n = std::min(bytes, tensor->offset + tensor->bytes - offset);
+        if (n <= 0) throw Error("a read beyond the end of " + tensor->name + " was refused");
+        read_stored(*tensor, offset - tensor->offset, to, n);
+        offset += n, to += n, bytes -= n;
+    }
+}
+
+void Memory::fill(Buffer& buffer, i64 offset, unsigned char value, i64 bytes) {
+    if (offset < 0 || bytes < 0 || offset + bytes > buffer.size) throw Error("a fill outside its buffer was refused");
+    if (buffer.is_compute) {
+        std::erase_if(buffer.residency, [&](const Residency& r) { return overlaps(r.offset, r.bytes, offset, bytes); });
+        for (int r = 0; r < n_ranks() && bytes; ++r) {
+            devices_[r]->make_current();
+            TP_CUDA(devices_[r]->driver, r, cuMemsetD8Async, buffer.compute[r] + static_cast<u64>(offset), value, static_cast<size_t>(bytes), devices_[r]->stream);
+        }
+        return wait_all();
+    }
+    for (auto& [start, tensor] : buffer.stored) {
+        const i64 lo = std::max(offset, start), hi = std::min(offset + bytes, start + tensor->bytes);
+        if (hi <= lo) continue;
+        if (lo == start && hi == start + tensor->bytes) {
+            for (int r = 0; r < n_ranks(); ++r) {
+                devices_[r]->make_current();
+                if (const i64 n = tensor->local_bytes(r))
+                    TP_CUDA(devices_[r]->driver, r, cuMemsetD8Async, tensor->shard[r], value, static_cast<size_t>(n), devices_[r]->stream);
+            }
+            tensor->pristine = true;
+            tensor->fill = value;
+        } else {
+            const std::vector<char> bytes_of(static_cast<size_t>(hi - lo), static_cast<char>(value));
+            write_stored(*tensor, lo - start, bytes_of.data(), hi - lo);
+        }
+    }
+    wait_all();
+}
+
+void Memory::reshard(Buffer& buffer, Stored& tensor, const Sharding& sharding, const std::optional<Extent>& extent) {
+    std::vector<char> contents;
+    if (!tensor.pristine) {
+        contents.resize(static_cast<size_t>(tensor.bytes));
+        read_stored(tensor, 0, contents.data(), tensor.bytes);
+    }
+    account(tensor, -1);
+    tensor.sharding = sharding;
+    tensor.extent = extent;
+    allocate_shards(buffer, tensor);  // the old shards stay with the buffer's chunks until it is freed
+    if (!tensor.pristine) write_stored(tensor, 0, contents.data(), tensor.bytes);
+    wait_all();
+}
+
+Matrix Memory::matrix(const Stored& tensor, int rank) const {
+    Matrix out{};
+    const WeightFormat& format = *tensor.format;
+    const PlaneLayout& planes = tensor.planes[rank];
+    for (int f = 0; f < format.n_fields; ++f) {
+        out.plane[f] = reinterpret_cast<const char*>(tensor.shard[rank]) + planes.plane_offset[f];
+        out.row_stride[f] = planes.row_stride[f];
+        out.nb2[f] = planes.matrix_stride[f];
+        out.nb3[f] = planes.matrix_stride[f] * tensor.ne[2];
+        out.block_stride[f] = format.field[f].bytes;
+    }
+    out.k = (planes.block_end - planes.block_begin) * format.block_elems;
+    out.n = planes.row_end - planes.row_begin;
+    out.ne2 = tensor.ne[2];
+    out.ne3 = tensor.ne[3];
+    out.type = tensor.type;
+    out.repacked = 1;
+    return out;
+}
+
+}  // namespace ggml_tp

@@ -1,0 +1,113 @@
+// Where tensors live. The host sees one range of addresses per buffer that nothing is ever stored at; behind it
+//  - a compute buffer is held whole by every rank (a shard is a restriction of ranges, strides stay the host's);
+//  - a stored tensor (weight, KV cache, anything in a buffer that is not for compute) is held compactly: each rank its shard.
+// The maps from the host's bytes to the ranks' bytes are here and nowhere else.
+#pragma once
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "args.h"
+#include "device.h"
+#include "sharding.h"
+#include "weight_format.h"
+#include "weights.h"
+
+namespace ggml_tp {
+
+/// One rank's piece of a weight matrix: planes of fields (weight_format.h), blocks [block_begin, block_end) of rows [row_begin, row_end).
+struct PlaneLayout {
+    i64 block_begin = 0, block_end = 0, row_begin = 0, row_end = 0;
+    i64 plane_offset[4] = {}, row_stride[4] = {}, matrix_stride[4] = {};
+    i64 bytes = 0;
+};
+PlaneLayout plane_layout(const WeightFormat& format, const i64 ne[4], const Sharding& sharding, int rank);
+
+struct Buffer;
+
+struct Stored {
+    std::string name;
+    Buffer* buffer = nullptr;
+    int type = 0;
+    i64 ne[4] = {1, 1, 1, 1}, nb[4] = {};
+    i64 offset = 0, bytes = 0;  // within its buffer, in the host's layout
+    Role role = Role::kReplicated;
+    const WeightFormat* format = nullptr;  // set: repacked planes, sharded by `sharding` on axis 0 or 1
+    Sharding sharding;
+    std::optional<Extent> extent;  // plain bytes: how they are divided; nullopt: every rank has all
+    bool confirmed = false;        // a plan derived this sharding from the graph's structure
+    bool pristine = true;          // only ever cleared
+    unsigned char fill = 0;
+    std::vector<DevicePtr> shard;  // [n_ranks]
+    std::vector<PlaneLayout> planes;
+
+    bool is_sharded() const { return format ? sharding.kind == Sharding::kSharded : extent.has_value(); }
+    i64 local_bytes(int rank) const;
+    i64 local_period(int rank) const { return extent->ranges[rank].size(); }
+};
+
+/// A region of a compute buffer whose bytes are valid on their owners only.
+struct Residency { i64 offset = 0, bytes = 0; Extent extent; };
+
+struct Buffer {
+    u64 base = 0;
+    i64 size = 0;
+    bool is_compute = false;
+    std::vector<DevicePtr> compute;                  // [n_ranks], when is_compute
+    std::map<i64, std::unique_ptr<Stored>> stored;   // by offset
+    std::vector<Residency> residency;
+    struct Chunk { DevicePtr base; i64 bytes, used; };
+    std::vector<std::vector<Chunk>> chunks;          // [rank]
+};
+
+class Memory {
+  public:
+    Memory(std::vector<std::unique_ptr<Device>>& devices, const std::vector<double>& split);
+    ~Memory();
+
+    /// Reserves addresses only. Throws Error when `bytes` cannot fit the ranks together.
+    std::unique_ptr<Buffer> reserve(i64 bytes);
+    void release(Buffer& buffer);
+    void make_compute(Buffer& buffer);
+    /// Announces a stored tensor, guesses its sharding and allocates its shards. A view or a second announcement changes nothing.
+    Stored& announce(Buffer& buffer, Stored tensor);
+    /// The stored tensor that holds `offset`, or null.
+    static Stored* find(const Buffer& buffer, i64 offset);
+
+    void write(Buffer& buffer, i64 offset, const void* data, i64 bytes);
+    void read(Buffer& buffer, i64 offset, void* data, i64 bytes);
+    void fill(Buffer& buffer, i64 offset, unsigned char value, i64 bytes);
+    /// Lays a stored tensor out anew, keeping its contents.
+    void reshard(Buffer& buffer, Stored& tensor, const Sharding& sharding, const std::optional<Extent>& extent);
+
+    Matrix matrix(const Stored& tensor, int rank) const;
+    /// What the host may be told: the tightest rank times the number of ranks.
+    void report(size_t* free_bytes, size_t* total_bytes) const;
+    u64 weight_bytes(int rank) const { return weight_bytes_[rank]; }
+    u64 kv_bytes(int rank) const { return kv_bytes_[rank]; }
+    u64 compute_bytes(int rank) const { return compute_bytes_[rank]; }
+    int n_ranks() const { return static_cast<int>(devices_.size()); }
+    const std::vector<double>& split() const { return split_; }
+    void wait_all() const;
+    double deadline_s = 60;
+
+  private:
+    struct Piece { int rank; DevicePtr device; i64 host_offset, bytes; };
+    void allocate_shards(Buffer& buffer, Stored& tensor);
+    void account(const Stored& tensor, int sign);
+    DevicePtr take(Buffer& buffer, int rank, i64 bytes);
+    /// Device pieces of bytes [begin, begin + bytes) of a plainly stored tensor; all owners, or the first owner of each byte.
+    std::vector<Piece> pieces(const Stored& tensor, i64 begin, i64 bytes, bool all_owners) const;
+    void transfer_planes(Stored& tensor, i64 begin, char* data, i64 bytes, bool to_host);
+    void write_stored(Stored& tensor, i64 begin, const char* data, i64 bytes);
+    void read_stored(Stored& tensor, i64 begin, char* data, i64 bytes);
+
+    std::vector<std::unique_ptr<Device>>& devices_;
+    std::vector<double> split_;
+    std::vector<DevicePtr> staging_;  // one per rank, kStagingBytes
+    std::vector<u64> weight_bytes_, kv_bytes_, compute_bytes_;
+};
+
+}  // namespace ggml_tp

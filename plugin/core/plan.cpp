@@ -1,0 +1,201 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+#include "rules.h"
+
+namespace ggml_tp {
+namespace {
+
+using abi::Op;
+
+/// Walks backwards from each attention to the weights, biases and caches that feed it, and asks for whole heads.
+class Demands {
+  public:
+    Demands(const Graph& graph, int n_ranks, const std::vector<double>& split) : graph_(graph), n_ranks_(n_ranks), split_(split) {
+        for (int id : graph.nodes) {
+            const Tensor& t = graph.tensors[id];
+            if (t.op == Op::FLASH_ATTN_EXT) attention(t.src[0], t.src[1], t.src[2]);
+            if (t.op == Op::SOFT_MAX) unfused(t);
+        }
+    }
+    std::vector<Want> wants;
+
+  private:
+    const Tensor& at(int id) const { return graph_.tensors[id]; }
+
+    void attention(int q, int k, int v) {
+        const HeadPartition heads = divide_heads(at(q).ne[2], at(k).ne[2], n_ranks_, split_);
+        demand(q, sharded(2, heads.q));
+        demand(k, sharded(2, heads.kv));
+        demand(v, sharded(2, heads.kv));
+    }
+
+    // softmax(K·Q) · V as separate products: the soft max's input comes from K·Q, its only product reader is V.
+    void unfused(const Tensor& soft_max) {
+        int product = soft_max.src[0];
+        for (int steps = 0; steps < 4 && product >= 0 && at(product).op != Op::MUL_MAT; ++steps) product = at(product).src[0];
+        if (product < 0 || at(product).op != Op::MUL_MAT) return;
+        for (int id : graph_.nodes) {
+            const Tensor& t = at(id);
+            if (t.op == Op::MUL_MAT && t.src[1] >= 0 && at(t.src[1]).root == soft_max.id)
+                return attention(at(product).src[1], at(product).src[0], t.src[0]);
+        }
+    }
+
+    void demand(int id, const Sharding& sharding) {
+        const Tensor& t = at(id);
+        const auto extent = extent_of(sharding, t.strided());
+        if (!extent) return;
+        if (t.stored) return demand_stored(t, *extent);
+        const Tensor& root = at(t.root);
+        const auto on_root = sharding_of(*extent, root.strided());
+        if (!on_root || !root.is_node) return;
+        switch (root.op) {
+            case Op::MUL_MAT:
+                if (on_root->axis == 0 && root.src[0] >= 0)
+                    if (Stored* w = at(root.src[0]).stored; w && w->format && at(root.src[0]).offset == 0 && !w->confirmed)
+                        if (w->sharding != sharded(1, on_root->ranges)) wants.push_back({w, sharded(1, on_root->ranges), std::nullopt});
+                break;
+            case Op::ADD:
+            case Op::MUL:
+                demand(root.src[0], *on_root);
+                if (at(root.src[1]).ne[on_root->axis] == root.ne[on_root->axis]) demand(root.src[1], *on_root);
+                break;
+            case Op::ROPE:
+            case Op::RMS_NORM:
+            case Op::NORM:
+            case Op::SCALE:
+                demand(root.src[0], *on_root);
+                break;
+            case Op::CONT:
+            case Op::CPY:
+            case Op::DUP:
+                if (std::equal(root.ne, root.ne + 4, at(root.src[0]).ne)) demand(root.src[0], *on_root);
+                break;
+            default:
+                break;
+        }
+    }
+
+    void demand_stored(const Tensor& t, const Extent& extent) {
+        Stored* stored = t.stored;
+        if (!stored->format && !stored->confirmed && stored->extent != extent && stored->bytes % extent.period_bytes == 0)
+            wants.push_back({stored, replicated(), extent});
+        // What is written into a cache is divided in the same proportion.
+        for (int id : graph_.nodes) {
+            const Tensor& writer = at(id);
+            if (writer.stored != stored || (writer.op != Op::SET_ROWS && writer.op != Op::CPY)) continue;
+            const Tensor& values = at(at(writer.src[0]).root);
+            if (values.stored || !values.is_node) continue;
+            const i64 row = row_bytes_of(values, *stored);
+            Extent same{row, extent.ranges};
+            for (Range& range : same.ranges) {
+                if (range.begin * row % extent.period_bytes || range.end * row % extent.period_bytes) return;
+                range = {range.begin * row / extent.period_bytes, range.end * row / extent.period_bytes};
+            }
+            if (const auto on_values = sharding_of(same, values.strided())) demand(values.id, *on_values);
+        }
+    }
+
+    // Bytes of one token's row of the values: as many elements as one cell of the cache has.
+    static i64 row_bytes_of(const Tensor& values, const Stored& cache) {
+        const WeightFormat* format = find_weight_format(values.type);
+        return cache.ne[0] * (format ? format->block_bytes : 4);
+    }
+
+    const Graph& graph_;
+    int n_ranks_;
+    const std::vector<double>& split_;
+};
+
+}  // namespace
+
+HeadPartition divide_heads(i64 n_head, i64 n_head_kv, int n_ranks, const std::vector<double>& split) {
+    HeadPartition out;
+    const i64 group = n_head_kv > 0 && n_head % n_head_kv == 0 ? n_head / n_head_kv : 1;
+    if (n_ranks <= n_head_kv) {
+        out.kv = divide(n_head_kv, 1, n_ranks, split);
+        out.q = scaled(out.kv, group);
+        return out;
+    }
+    out.q = divide(n_head, 1, n_ranks, split);
+    for (const Range& q : out.q)
+        out.kv.push_back(q.size() ? Range{q.begin / group, (q.end + group - 1) / group} : Range{q.begin / group, q.begin / group});
+    return out;
+}
+
+int Plan::count(PlanStep::Kind kind) const {
+    return static_cast<int>(std::count_if(steps.begin(), steps.end(), [&](const PlanStep& s) { return s.kind == kind; }));
+}
+
+std::string Plan::to_text(const Graph& graph) const {
+    std::string out = "plan for " + std::to_string(n_ranks) + " ranks\n";
+    for (const PlanStep& step : steps) {
+        const Tensor& t = graph.tensors[step.tensor];
+        if (step.kind == PlanStep::kCompute) {
+            out += abi::op_name(t.op);
+            out += " " + t.name + ": " + step.output.to_text() + "\n";
+        } else {
+            out += step.kind == PlanStep::kAllReduce ? "  all_reduce " : "  all_gather ";
+            out += t.name + " (" + std::to_string(t.bytes) + " bytes, f32): " + step.reason + "\n";
+        }
+    }
+    for (const Survivor& s : survivors) out += "  stays sharded: " + graph.tensors[s.root].name + "\n";
+    return out;
+}
+
+PlanResult make_plan(const Graph& graph, int n_ranks, const std::vector<double>& split) {
+    PlanResult result;
+    result.plan.n_ranks = n_ranks;
+    if (n_ranks > 1) {
+        Demands demands(graph, n_ranks, split);
+        result.wants = std::move(demands.wants);
+        if (!result.wants.empty()) return result;
+    }
+    Propagation propagation(graph, n_ranks, split, result);
+    for (int id : graph.nodes) {
+        propagation.step(id);
+        if (!result.wants.empty()) return result;
+    }
+    propagation.finish();
+    return result;
+}
+
+void verify(const Plan& plan, const Graph& graph) {
+    std::vector<char> is_partial(graph.tensors.size(), 0);
+    auto refuse = [&](const PlanStep& step, const char* why) {
+        throw Error("the plan is wrong at " + graph.tensors[step.tensor].name + ": " + why + " (a bug; please report the graph)");
+    };
+    for (const PlanStep& step : plan.steps) {
+        if (step.kind != PlanStep::kCompute) {
+            if (step.kind == PlanStep::kAllReduce && !is_partial[step.tensor]) refuse(step, "all_reduce of what is no Partial");
+            is_partial[step.tensor] = 0;
+            continue;
+        }
+        const Tensor& t = graph.tensors[step.tensor];
+        bool any_partial = false, all_partial = true;
+        for (size_t i = 0; i < step.inputs.size(); ++i) {
+            if (t.src[i] < 0) continue;
+            const bool p = is_partial[graph.tensors[t.src[i]].root];
+            if (p != (step.inputs[i].kind == Sharding::kPartial)) refuse(step, "a source's Partial is not accounted for");
+            any_partial |= p, all_partial &= p;
+        }
+        if (any_partial && step.output.kind != Sharding::kPartial) refuse(step, "a Partial is read before its all_reduce");
+        if (any_partial && !may_pass_partial(t)) refuse(step, "an op that is not linear reads a Partial");
+        if (step.output.kind == Sharding::kPartial && t.stored) refuse(step, "a Partial would be stored");
+        if (step.output.kind == Sharding::kSharded) {
+            if (static_cast<int>(step.output.ranges.size()) != plan.n_ranks) refuse(step, "ranges are missing");
+            for (const Range& range : step.output.ranges)
+                if (range.begin < 0 || range.end > t.ne[step.output.axis] || range.begin > range.end) refuse(step, "a range lies outside the tensor");
+        }
+        is_partial[t.root] = step.output.kind == Sharding::kPartial;
+    }
+    // A Partial that a later node of the graph wrote over is nobody's; what the host can still read must be settled.
+    for (const Plan::Survivor& s : plan.survivors)
+        if (is_partial[s.root]) throw Error("the plan leaves " + graph.tensors[s.root].name + " as a Partial (a bug; please report the graph)");
+}
+
+}  // namespace ggml_tp

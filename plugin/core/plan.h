@@ -1,0 +1,44 @@
+// Plan: every tensor's sharding and every reshard between them, decided by rules (rules.cpp) and verified. No pointer, no CUDA.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "graph.h"
+
+namespace ggml_tp {
+
+/// How one attention's heads are divided: whole KV heads while there are enough, else Q heads, with KV heads held more than once.
+struct HeadPartition { Ranges q, kv; };
+HeadPartition divide_heads(i64 n_head, i64 n_head_kv, int n_ranks, const std::vector<double>& split);
+
+struct PlanStep {
+    enum Kind { kCompute, kAllReduce, kAllGather } kind = kCompute;
+    int tensor = 0;                // kCompute: the node; otherwise the root that is resharded in place
+    std::vector<Sharding> inputs;  // kCompute: how each source is read, a restriction of how it lies
+    Sharding output;               // kCompute
+    Extent extent;                 // kAllGather: who owns what before
+    std::string reason;            // of a reshard
+};
+
+struct Plan {
+    int n_ranks = 1;
+    std::vector<PlanStep> steps;
+    struct Survivor { int root; Extent extent; };
+    std::vector<Survivor> survivors;  // roots that stay sharded after the graph: reads of them are gathered
+
+    int count(PlanStep::Kind kind) const;
+    std::string to_text(const Graph& graph) const;
+};
+
+/// A stored tensor that the graph's structure wants to lie otherwise.
+struct Want { Stored* stored; Sharding sharding; std::optional<Extent> extent; };
+
+struct PlanResult { Plan plan; std::vector<Want> wants; };  // wants not empty: lay them out, then plan again
+
+PlanResult make_plan(const Graph& graph, int n_ranks, const std::vector<double>& split);
+
+/// Proves of a plan: no op reads a Partial that it may not read, every reader's restriction is owned, every stored tensor is
+/// written as it lies. Throws Error naming the step.
+void verify(const Plan& plan, const Graph& graph);
+
+}  // namespace ggml_tp

@@ -1,0 +1,511 @@
+#include "program.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "copy.h"
+#include "elementwise.h"
+#include "flash_attn.h"
+#include "mul_mat.h"
+#include "norm.h"
+#include "quantize.h"
+#include "rope.h"
+#include "rows.h"
+#include "soft_max.h"
+
+namespace ggml_tp {
+namespace {
+
+using abi::Op;
+
+constexpr i64 kScratchAlign = 256;
+i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
+
+/// One launch as bytes, before function handles are known.
+template <class Args>
+RankLaunch make(const Launch& launch, const Args& args) {
+    RankLaunch out;
+    out.launch = launch;
+    out.args.resize(sizeof args);
+    std::memcpy(out.args.data(), &args, sizeof args);
+    return out;
+}
+
+bool is_empty(const View& v) { return v.ne[0] * v.ne[1] * v.ne[2] * v.ne[3] == 0; }
+
+/// What one op needs on one rank: its tensors as that rank sees them.
+struct Site {
+    const Graph* graph;
+    const Tensor* t;
+    View y;
+    View x[10];
+    Matrix w{};                 // MUL_MAT and GET_ROWS: source 0 as a matrix
+    Sharding inputs[10];
+    Sharding output;
+    int rank = 0;
+    Arch arch{};
+    DevicePtr scratch = 0;
+    u32* fault = nullptr;
+    i64 k_begin = 0, k_end = 0; // within w's stored, rounded-out k
+    const Stored* w_stored = nullptr;
+    bool quantized_already = false;
+};
+
+/// The launches of one op, and the scratch bytes that they use. An empty list with ok = false: no kernel for this.
+struct Lowered {
+    bool ok = true;
+    std::vector<RankLaunch> launches;
+    i64 scratch_bytes = 0;
+    bool quantizes_x = false;
+
+    template <class Args>
+    void add(const Launch& launch, const Args& args) {
+        if (!launch.kernel) ok = false;
+        launches.push_back(make(launch, args));
+    }
+};
+
+View view_of(const Tensor& t) {
+    View v{};
+    for (int d = 0; d < 4; ++d) v.ne[d] = t.ne[d], v.nb[d] = t.nb[d];
+    v.type = t.type;
+    return v;
+}
+
+void cut(View& v, const Sharding& s, int rank) {
+    if (s.kind != Sharding::kSharded) return;
+    v.data += s.ranges[rank].begin * v.nb[s.axis];
+    v.ne[s.axis] = s.ranges[rank].size();
+}
+
+/// Tensor t on one rank under sharding s: compute memory keeps the host's strides, stored shards are compact.
+View local_view(const Memory&, const Tensor& t, const Sharding& s, int rank) {
+    View v = view_of(t);
+    if (t.stored) {
+        if (t.stored->format) return v;  // read through its Matrix
+        char* base = reinterpret_cast<char*>(t.stored->shard[rank]);
+        if (!t.stored->extent) {
+            v.data = base + t.offset;
+            cut(v, s, rank);
+            return v;
+        }
+        const i64 period = t.stored->extent->period_bytes, local = t.stored->local_period(rank);
+        i64 start = t.offset;
+        if (s.kind == Sharding::kSharded) {
+            start += s.ranges[rank].begin * v.nb[s.axis];
+            v.ne[s.axis] = s.ranges[rank].size();
+        }
+        v.data = base + start / period * local + start % period - t.stored->extent->ranges[rank].begin;
+        for (int d = 0; d < 4; ++d)
+            if (v.nb[d] >= period) v.nb[d] = v.nb[d] / period * local;
+        return v;
+    }
+    v.data = reinterpret_cast<char*>(t.buffer->compute[rank] + (t.address - t.buffer->base));
+    cut(v, s, rank);
+    return v;
+}
+
+/// A plain tensor as a matrix in the host's block layout.
+Matrix host_matrix(const View& v) {
+    Matrix m{};
+    const WeightFormat* format = find_weight_format(v.type);
+    if (!format) return m;
+    for (int f = 0; f < format->n_fields; ++f) {
+        m.plane[f] = v.data + format->field[f].offset;
+        m.row_stride[f] = v.nb[1];
+        m.nb2[f] = v.nb[2];
+        m.nb3[f] = v.nb[3];
+        m.block_stride[f] = format->block_bytes;
+    }
+    m.k = v.ne[0];
+    m.n = v.ne[1];
+    m.ne2 = v.ne[2];
+    m.ne3 = v.ne[3];
+    m.type = v.type;
+    return m;
+}
+
+void lower_mul_mat(const Site& s, Lowered& out) {
+    const Tensor &w = s.graph->tensors[s.t->src[0]], &x = s.graph->tensors[s.t->src[1]];
+    if (!find_weight_format(w.type) || w.ne[2] == 0 || w.ne[3] == 0 || x.ne[2] % w.ne[2] || x.ne[3] % w.ne[3]) {
+        out.ok = false;
+        return;
+    }
+    if (!s.w_stored && w.nb[0] != find_weight_format(w.type)->block_bytes) {  // rows of w must be contiguous
+        out.ok = false;
+        return;
+    }
+    MulMatArgs args{};
+    args.w = s.w;
+    args.x = s.x[1];
+    args.y = s.y;
+    args.k_begin = s.k_begin;
+    args.k_end = s.k_end;
+    args.ratio2 = static_cast<i32>(x.ne[2] / w.ne[2]);
+    args.ratio3 = static_cast<i32>(x.ne[3] / w.ne[3]);
+    if (s.inputs[1].kind == Sharding::kSharded && s.inputs[1].axis == 2) args.dim2_offset_x = s.inputs[1].ranges[s.rank].begin;
+    if (s.inputs[0].kind == Sharding::kSharded && s.inputs[0].axis == 2) args.dim2_offset_w = s.inputs[0].ranges[s.rank].begin;
+    if (is_empty(s.y)) return;
+    if (s.k_end == s.k_begin) {  // this rank has no part of the sum: its Partial is zero
+        out.add(fill_launch({s.y, 0.0f}, s.arch), FillArgs{s.y, 0.0f});
+        return;
+    }
+    if (mul_mat_needs_quantized_x(s.w, args.x.ne[1], s.arch)) {
+        if (x.type != kF32) {
+            out.ok = false;
+            return;
+        }
+        const i64 rows = args.x.ne[1] * args.x.ne[2] * args.x.ne[3];
+        QuantizeArgs quantize{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
+        quantize.xd = quantize.xq + round_up(rows * s.w.k, kScratchAlign);
+        args.xq = quantize.xq;
+        args.xd = quantize.xd;
+        out.scratch_bytes = round_up(rows * s.w.k, kScratchAlign) + rows * (s.w.k / 32) * 8;
+        if (!s.quantized_already) out.add(quantize_launch(quantize, s.arch), quantize);
+        out.quantizes_x = true;
+    }
+    out.add(mul_mat_launch(args, s.arch), args);
+}
+
+template <class Table, class Key>
+auto lookup(const Table& table, Key key) -> decltype(&table[0].second) {
+    for (const auto& row : table)
+        if (row.first == key) return &row.second;
+    return nullptr;
+}
+
+constexpr std::pair<Op, BinaryOp> kBinary[] = {
+    {Op::ADD, BinaryOp::kAdd}, {Op::SUB, BinaryOp::kSub}, {Op::MUL, BinaryOp::kMul}, {Op::DIV, BinaryOp::kDiv}};
+constexpr std::pair<abi::Unary, UnaryOp> kUnary[] = {
+    {abi::Unary::SILU, UnaryOp::kSilu}, {abi::Unary::GELU, UnaryOp::kGelu}, {abi::Unary::RELU, UnaryOp::kRelu}, {abi::Unary::SIGMOID, UnaryOp::kSigmoid},
+    {abi::Unary::GELU_QUICK, UnaryOp::kGeluQuick}, {abi::Unary::TANH, UnaryOp::kTanh}, {abi::Unary::NEG, UnaryOp::kNeg},   {abi::Unary::ABS, UnaryOp::kAbs},   {abi::Unary::EXP, UnaryOp::kExp}};
+constexpr std::pair<abi::Glu, GluOp> kGlu[] = {{abi::Glu::SWIGLU, GluOp::kSwiglu}, {abi::Glu::GEGLU, GluOp::kGeglu}, {abi::Glu::REGLU, GluOp::kReglu}};
+
+void lower_binary(const Site& s, Lowered& out) {
+    const BinaryArgs args{s.x[0], s.x[1], s.y};
+    out.add(binary_launch(*lookup(kBinary, s.t->op), args, s.arch), args);
+}
+void lower_scale(const Site& s, Lowered& out) {
+    const UnaryArgs args{s.x[0], s.y, s.t->param_f32(0), s.t->param_f32(1)};
+    out.add(unary_launch(s.t->op == Op::CLAMP ? UnaryOp::kClamp : UnaryOp::kScale, args, s.arch), args);
+}
+void lower_unary(const Site& s, Lowered& out) {
+    const UnaryOp* op = lookup(kUnary, static_cast<abi::Unary>(s.t->sub));
+    const UnaryArgs args{s.x[0], s.y, 0, 0};
+    if (op) out.add(unary_launch(*op, args, s.arch), args);
+    else out.ok = false;
+}
+void lower_glu(const Site& s, Lowered& out) {
+    const GluOp* op = lookup(kGlu, static_cast<abi::Glu>(s.t->sub));
+    GluArgs args{s.x[0], s.x[1], s.y, 0, 0};
+    if (s.t->src[1] < 0) {  // gate and up side by side in one row; op_params[1] swaps them
+        args.b = args.a;
+        args.a.ne[0] = args.b.ne[0] = s.y.ne[0];
+        (s.t->params[1] ? args.a : args.b).data += s.y.ne[0] * args.a.nb[0];
+    }
+    if (op) out.add(glu_launch(*op, args, s.arch), args);
+    else out.ok = false;
+}
+void lower_norm(const Site& s, Lowered& out) {
+    NormArgs args{};
+    args.x = s.x[0];
+    args.y = s.y;
+    args.eps = s.t->param_f32(0);
+    out.add(s.t->op == Op::NORM ? norm_launch(args, s.arch) : rms_norm_launch(args, s.arch), args);
+}
+void lower_rope(const Site& s, Lowered& out) {
+    const i32* p = s.t->params;
+    RopeArgs args{};
+    args.x = s.x[0];
+    args.y = s.y;
+    args.pos = s.x[1];
+    args.has_factors = s.t->src[2] >= 0;
+    if (args.has_factors) args.factors = s.x[2];
+    args.n_dims = p[1];
+    args.neox = p[2] == 2;
+    args.n_ctx_orig = p[4];
+    args.freq_base = s.t->param_f32(5);
+    args.freq_scale = s.t->param_f32(6);
+    args.ext_factor = s.t->param_f32(7);
+    args.attn_factor = s.t->param_f32(8);
+    args.beta_fast = s.t->param_f32(9);
+    args.beta_slow = s.t->param_f32(10);
+    if ((p[2] != 0 && p[2] != 2) || args.n_dims % 2 || args.n_dims > s.x[0].ne[0]) out.ok = false;
+    else out.add(rope_launch(args, s.arch), args);
+}
+void lower_soft_max(const Site& s, Lowered& out) {
+    SoftMaxArgs args{};
+    args.x = s.x[0];
+    args.y = s.y;
+    args.has_mask = s.t->src[1] >= 0;
+    if (args.has_mask) args.mask = s.x[1];
+    args.has_sinks = s.t->src[2] >= 0;
+    if (args.has_sinks) args.sinks = s.x[2];
+    args.scale = s.t->param_f32(0);
+    args.max_bias = s.t->param_f32(1);
+    args.n_head_global = static_cast<i32>(s.t->ne[2]);
+    if (s.inputs[0].kind == Sharding::kSharded) args.head_offset = static_cast<i32>(s.inputs[0].ranges[s.rank].begin);
+    out.add(soft_max_launch(args, s.arch), args);
+}
+void lower_flash_attn(const Site& s, Lowered& out) {
+    FlashAttnArgs args{};
+    args.q = s.x[0];
+    args.k = s.x[1];
+    args.v = s.x[2];
+    args.y = s.y;
+    args.has_mask = s.t->src[3] >= 0;
+    if (args.has_mask) args.mask = s.x[3];
+    args.has_sinks = s.t->src[4] >= 0;
+    if (args.has_sinks) args.sinks = s.x[4];
+    args.scale = s.t->param_f32(0);
+    args.max_bias = s.t->param_f32(1);
+    args.logit_softcap = s.t->param_f32(2);
+    const Tensor &q = s.graph->tensors[s.t->src[0]], &k = s.graph->tensors[s.t->src[1]];
+    args.n_head_global = static_cast<i32>(q.ne[2]);
+    if (k.ne[2] == 0 || q.ne[2] % k.ne[2]) {
+        out.ok = false;
+        return;
+    }
+    args.gqa_ratio = static_cast<i32>(q.ne[2] / k.ne[2]);
+    if (s.inputs[0].kind == Sharding::kSharded) args.head_offset = static_cast<i32>(s.inputs[0].ranges[s.rank].begin);
+    if (s.inputs[1].kind == Sharding::kSharded) args.kv_head_offset = static_cast<i32>(s.inputs[1].ranges[s.rank].begin);
+    out.add(flash_attn_launch(args, s.arch), args);
+}
+void lower_get_rows(const Site& s, Lowered& out) {
+    if (s.w_stored && s.inputs[0].kind != Sharding::kReplicated) {
+        out.ok = false;
+        return;
+    }
+    GetRowsArgs args{};
+    args.w = s.w;
+    args.w_view = s.x[0];
+    args.idx = s.x[1];
+    args.y = s.y;
+    args.fault = s.fault;
+    out.add(get_rows_launch(args, s.arch), args);
+}
+void lower_set_rows(const Site& s, Lowered& out) {
+    SetRowsArgs args{};
+    args.x = s.x[0];
+    args.idx = s.x[1];
+    args.y = s.y;
+    args.fault = s.fault;
+    args.n_rows = s.t->ne[1];
+    if (s.t->stored && s.t->stored->extent && s.output.kind != Sharding::kSharded) {
+        const Extent& extent = *s.t->stored->extent;
+        const i64 unit = s.t->nb[1];
+        args.row_period = extent.period_bytes / unit;
+        args.row_begin = extent.ranges[s.rank].begin / unit;
+        args.row_end = extent.ranges[s.rank].end / unit;
+        args.y.data = reinterpret_cast<char*>(s.t->stored->shard[s.rank]);
+        if (s.t->offset || extent.period_bytes % unit || extent.ranges[s.rank].begin % unit) out.ok = false;
+    }
+    out.add(set_rows_launch(args, s.arch), args);
+}
+void lower_copy(const Site& s, Lowered& out) {
+    const CopyArgs args{s.x[0], s.y};
+    out.add(copy_launch(args, s.arch), args);
+}
+
+struct Row { Op op; void (*lower)(const Site&, Lowered&); };
+constexpr Row kRows[] = {
+    {Op::MUL_MAT, lower_mul_mat}, {Op::ADD, lower_binary},   {Op::SUB, lower_binary}, {Op::MUL, lower_binary},        {Op::DIV, lower_binary},
+    {Op::SCALE, lower_scale},     {Op::CLAMP, lower_scale},  {Op::UNARY, lower_unary}, {Op::GLU, lower_glu},          {Op::RMS_NORM, lower_norm},
+    {Op::NORM, lower_norm},       {Op::ROPE, lower_rope},    {Op::SOFT_MAX, lower_soft_max}, {Op::FLASH_ATTN_EXT, lower_flash_attn},
+    {Op::GET_ROWS, lower_get_rows}, {Op::SET_ROWS, lower_set_rows}, {Op::CPY, lower_copy}, {Op::CONT, lower_copy},    {Op::DUP, lower_copy},
+};
+
+const Row* row_of(Op op) {
+    for (const Row& row : kRows)
+        if (row.op == op) return &row;
+    return nullptr;
+}
+
+}  // namespace
+
+Scratch::~Scratch() {
+    for (size_t r = 0; r < devices_.size(); ++r) devices_[r]->release(pointers_[r]);
+    for (auto& [rank, pointer] : retired_) devices_[rank]->release(pointer);
+}
+
+void Scratch::grow(i64 bytes) {
+    if (bytes <= bytes_) return;
+    for (size_t r = 0; r < devices_.size(); ++r) {
+        const DevicePtr fresh = devices_[r]->allocate(static_cast<size_t>(bytes));
+        if (pointers_[r]) retired_.push_back({static_cast<int>(r), pointers_[r]});
+        pointers_[r] = fresh;
+    }
+    bytes_ = bytes;
+}
+
+std::string Program::to_text() const {
+    std::string out;
+    for (const ProgramStep& step : steps) {
+        if (step.kind == ProgramStep::kAllReduce) {
+            out += "all_reduce " + step.label + " " + std::to_string(step.elems) + (step.wire == WireType::kF32 ? " f32\n" : " i32\n");
+            continue;
+        }
+        out += step.label + ":";
+        for (const RankLaunch& l : step.launches) {
+            if (!l.launch.kernel) out += " -";
+            else out += std::string(" ") + l.launch.kernel + "<" + std::to_string(l.launch.grid[0]) + "," + std::to_string(l.launch.grid[1]) + "," + std::to_string(l.launch.grid[2]) + ">";
+        }
+        out += "\n";
+    }
+    return out;
+}
+
+std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringContext context) {
+    auto program = std::make_unique<Program>();
+    const int n = plan.n_ranks;
+    // Twice: the first pass finds out how much scratch memory there must be, the second writes its address into arguments.
+    for (int pass = 0; pass < 2; ++pass) {
+        i64 scratch_bytes = 0;
+        program->steps.clear();
+        struct Quantized { int x = -1; Sharding s; i64 k = 0, k_begin = 0; } last;
+        for (const PlanStep& step : plan.steps) {
+            const Tensor& t = graph.tensors[step.tensor];
+            if (step.kind != PlanStep::kCompute) {
+                last.x = -1;
+                if (step.kind == PlanStep::kAllGather) {
+                    // Every byte but a rank's own becomes zero, then bit patterns are added as integers: exact, and rare enough.
+                    ProgramStep zero[2];
+                    for (ProgramStep& z : zero) z.label = "zero " + t.name, z.launches.resize(n);
+                    i64 taken = 0;
+                    for (int r = 0; r < n; ++r) {
+                        const Range own{std::max(taken, i64{step.extent.ranges[r].begin}), std::max(taken, i64{step.extent.ranges[r].end})};
+                        taken = std::max(taken, i64{own.end});
+                        const Range foreign[2] = {{0, own.begin}, {own.end, step.extent.period_bytes}};
+                        for (int side = 0; side < 2; ++side) {
+                            if (foreign[side].size() <= 0) continue;
+                            if (foreign[side].begin % 4 || foreign[side].size() % 4) throw Error(t.name + " cannot be gathered: its pieces are not whole words");
+                            View v{};
+                            v.data = reinterpret_cast<char*>(t.buffer->compute[r] + (t.address - t.buffer->base)) + foreign[side].begin;
+                            v.type = kF32;
+                            const i64 ne[4] = {foreign[side].size() / 4, t.bytes / step.extent.period_bytes, 1, 1};
+                            for (int d = 0; d < 4; ++d) v.ne[d] = ne[d], v.nb[d] = d == 0 ? 4 : step.extent.period_bytes;
+                            zero[side].launches[r] = make(fill_launch({v, 0.0f}, {context.devices[r]->cc, context.devices[r]->n_sm}), FillArgs{v, 0.0f});
+                        }
+                    }
+                    for (ProgramStep& z : zero) program->steps.push_back(std::move(z));
+                }
+                ProgramStep reduce;
+                reduce.kind = ProgramStep::kAllReduce;
+                reduce.label = t.name;
+                reduce.elems = t.bytes / 4;
+                reduce.wire = step.kind == PlanStep::kAllGather ? WireType::kI32 : WireType::kF32;
+                for (int r = 0; r < n; ++r) reduce.pointers.push_back(t.buffer->compute[r] + (t.address - t.buffer->base));
+                program->steps.push_back(std::move(reduce));
+                continue;
+            }
+            const Row* row = row_of(t.op);
+            if (!row) throw Error(std::string("no kernel for ") + abi::op_name(t.op) + " (" + t.name + "); supports_op had refused it");
+            std::vector<Lowered> lowered(n);
+            size_t most = 0;
+            bool quantizes = false;
+            Quantized now;
+            for (int r = 0; r < n; ++r) {
+                Site site{};
+                site.graph = &graph;
+                site.t = &t;
+                site.rank = r;
+                site.arch = {context.devices[r]->cc, context.devices[r]->n_sm};
+                site.scratch = context.scratch.pointer(r);
+                site.fault = reinterpret_cast<u32*>(context.faults[r]);
+                site.output = step.output;
+                site.y = local_view(context.memory, t, step.output, r);
+                for (int i = 0; i < 10; ++i) {
+                    if (t.src[i] < 0) continue;
+                    if (static_cast<size_t>(i) < step.inputs.size()) site.inputs[i] = step.inputs[i];
+                    const Tensor& source = graph.tensors[t.src[i]];
+                    if (source.buffer) site.x[i] = local_view(context.memory, source, site.inputs[i], r);
+                }
+                if (t.src[0] >= 0) {
+                    const Tensor& w = graph.tensors[t.src[0]];
+                    const bool planes = w.stored && w.stored->format;
+                    site.w = planes ? context.memory.matrix(*w.stored, r) : host_matrix(site.x[0]);
+                    site.w_stored = planes ? w.stored : nullptr;
+                    site.k_end = site.w.k;
+                    if (planes && w.stored->sharding.kind == Sharding::kSharded && w.stored->sharding.axis == 0) {
+                        const i64 stored_from = w.stored->planes[r].block_begin * w.stored->format->block_elems;
+                        site.k_begin = w.stored->sharding.ranges[r].begin - stored_from;
+                        site.k_end = w.stored->sharding.ranges[r].end - stored_from;
+                    } else if (planes) {
+                        site.k_end = w.ne[0];
+                    }
+                }
+                if (t.op == Op::MUL_MAT) {
+                    now = {t.src[1], step.inputs[1], site.w.k, site.k_begin};
+                    // Q, K and V, gate and up read the same input: it is quantised once.
+                    site.quantized_already = last.x == now.x && last.s == now.s && last.s.kind != Sharding::kSharded && last.k == now.k;
+                }
+                if (!is_empty(site.y) || (t.op == Op::SET_ROWS && site.output.kind != Sharding::kSharded)) row->lower(site, lowered[r]);
+                if (!lowered[r].ok) throw Error(std::string("no kernel for ") + abi::op_name(t.op) + " (" + t.name + ") with these types and strides");
+                scratch_bytes = std::max(scratch_bytes, lowered[r].scratch_bytes);
+                most = std::max(most, lowered[r].launches.size());
+                quantizes |= lowered[r].quantizes_x;
+            }
+            if (quantizes) last = now;
+            else if (std::any_of(lowered.begin(), lowered.end(), [](const Lowered& l) { return l.scratch_bytes > 0; })) last.x = -1;
+            // A later writer over the quantised input's memory makes the copy stale.
+            if (last.x >= 0 && !t.stored && t.op != Op::MUL_MAT) {
+                const Tensor& x = graph.tensors[last.x];
+                if (!x.stored && x.buffer == t.buffer && x.address < t.address + static_cast<u64>(t.bytes) && t.address < x.address + static_cast<u64>(x.bytes)) last.x = -1;
+            }
+            for (size_t i = 0; i < most; ++i) {
+                ProgramStep out;
+                out.label = t.name;
+                out.launches.resize(n);
+                for (int r = 0; r < n; ++r) {
+                    if (i >= lowered[r].launches.size()) continue;
+                    out.launches[r] = std::move(lowered[r].launches[i]);
+                    out.launches[r].function = context.devices[r]->function(out.launches[r].launch.kernel);
+                }
+                program->steps.push_back(std::move(out));
+            }
+        }
+        if (pass == 0) context.scratch.grow(scratch_bytes);
+    }
+    for (ProgramStep& step : program->steps) {
+        for (int r = 0; r < static_cast<int>(step.launches.size()); ++r)
+            if (step.launches[r].launch.kernel && !step.launches[r].function) step.launches[r].function = context.devices[r]->function(step.launches[r].launch.kernel);
+        program->kernel_launches += step.kind == ProgramStep::kLaunch;
+    }
+    program->all_reduces = plan.count(PlanStep::kAllReduce);
+    program->all_gathers = plan.count(PlanStep::kAllGather);
+    for (int id : graph.nodes) {
+        const Tensor& root = graph.tensors[graph.tensors[id].root];
+        if (!root.stored && root.buffer) program->written.push_back({root.buffer, static_cast<i64>(root.address - root.buffer->base), root.bytes});
+    }
+    for (const Plan::Survivor& s : plan.survivors) {
+        const Tensor& root = graph.tensors[s.root];
+        program->survivors.push_back({root.buffer, {static_cast<i64>(root.address - root.buffer->base), root.bytes, s.extent}});
+    }
+    return program;
+}
+
+bool can_lower(const Graph& operation, const std::vector<Arch>& archs) {
+    const Tensor& t = operation.tensors[operation.nodes.at(0)];
+    if (t.is_view_op()) return true;
+    const Row* row = row_of(t.op);
+    if (!row) return false;
+    for (const Arch& arch : archs) {
+        Site site{};
+        site.graph = &operation;
+        site.t = &t;
+        site.arch = arch;
+        site.y = view_of(t);
+        for (int i = 0; i < 10; ++i)
+            if (t.src[i] >= 0) site.x[i] = view_of(operation.tensors[t.src[i]]);
+        if (t.src[0] >= 0) {
+            site.w = host_matrix(site.x[0]);
+            site.k_end = site.w.k;
+        }
+        Lowered lowered;
+        if (!is_empty(site.y)) row->lower(site, lowered);
+        if (!lowered.ok) return false;
+    }
+    return true;
+}
+
+}  // namespace ggml_tp

@@ -1,0 +1,72 @@
+// Program: what runs for one plan, per rank and in order: kernels with their arguments and collectives, everything resolved.
+// Captured once into one CUDA graph per rank and replayed.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "launch.h"
+#include "plan.h"
+
+namespace ggml_tp {
+
+enum class WireType : int { kI32 = 2, kF32 = 7 };  // ncclInt32, ncclFloat32
+
+struct RankLaunch {
+    Launch launch;            // kernel == nullptr: this rank has nothing to do in this step
+    Handle function = nullptr;
+    std::vector<char> args;
+};
+
+struct ProgramStep {
+    enum Kind { kLaunch, kAllReduce } kind = kLaunch;
+    std::string label;
+    std::vector<RankLaunch> launches;    // kLaunch: [n_ranks]
+    std::vector<DevicePtr> pointers;     // kAllReduce, in place: [n_ranks]
+    i64 elems = 0;
+    WireType wire = WireType::kF32;
+};
+
+struct Program {
+    std::vector<ProgramStep> steps;
+    std::vector<Handle> executables;  // [n_ranks], once captured
+    struct Written { Buffer* buffer; i64 offset, bytes; };
+    std::vector<Written> written;     // compute memory that the graph wrote
+    struct Survivor { Buffer* buffer; Residency residency; };
+    std::vector<Survivor> survivors;
+    int all_reduces = 0, all_gathers = 0, kernel_launches = 0;
+    u64 key = 0;
+    std::string plan_text;
+
+    std::string to_text() const;
+};
+
+/// Scratch memory of one rank group: grows when a program is built, never while one runs.
+class Scratch {
+  public:
+    explicit Scratch(std::vector<std::unique_ptr<Device>>& devices) : devices_(devices), pointers_(devices.size()) {}
+    ~Scratch();
+    /// At least `bytes` on every rank. Older programs keep the memory that they were built with.
+    void grow(i64 bytes);
+    DevicePtr pointer(int rank) const { return pointers_[rank]; }
+
+  private:
+    std::vector<std::unique_ptr<Device>>& devices_;
+    std::vector<DevicePtr> pointers_;
+    std::vector<std::pair<int, DevicePtr>> retired_;
+    i64 bytes_ = 0;
+};
+
+struct LoweringContext {
+    Memory& memory;
+    std::vector<std::unique_ptr<Device>>& devices;
+    Scratch& scratch;
+    const std::vector<DevicePtr>& faults;  // [n_ranks] one u32 each, device addresses
+};
+
+std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringContext context);
+
+/// Whether kernels exist for the one operation of this graph, on every one of these architectures.
+bool can_lower(const Graph& operation, const std::vector<Arch>& archs);
+
+}  // namespace ggml_tp

@@ -1,0 +1,335 @@
+#include "rules.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace ggml_tp {
+namespace {
+
+using abi::Op;
+
+struct Decision { std::vector<Sharding> inputs; Sharding output; };
+using Rule = Decision (*)(Propagation& p, const Tensor& t);
+
+int n_sources(const Tensor& t) {
+    int n = 0;
+    for (int i = 0; i < 10; ++i)
+        if (t.src[i] >= 0) n = i + 1;
+    return n;
+}
+
+/// Everything whole on every rank, computed alike by all: right for any op.
+Decision everywhere(Propagation& p, const Tensor& t) {
+    Decision d;
+    for (int i = 0; i < n_sources(t); ++i) {
+        if (t.src[i] >= 0 && p.source(t, i).kind == Sharding::kSharded) p.gather(t, i, std::string(abi::op_name(t.op)) + " needs it whole");
+        d.inputs.push_back(replicated());
+    }
+    return d;
+}
+
+/// The restriction of a source to the part that belongs to `wanted` of the output: whole along broadcast axes.
+Sharding restricted(const Tensor& source, const Tensor& t, const Sharding& wanted) {
+    return source.ne[wanted.axis] == t.ne[wanted.axis] ? wanted : replicated();
+}
+
+/// Element by element, sources broadcast over the output.
+Decision element_wise(Propagation& p, const Tensor& t) {
+    const int n = n_sources(t);
+    if (may_pass_partial(t)) {
+        bool all = true;
+        for (int i = 0; i < n; ++i) all &= p.source(t, i, true).kind == Sharding::kPartial;
+        if (all) return {std::vector<Sharding>(n, partial()), partial()};
+    }
+    Sharding wanted;
+    for (int i = 0; i < n; ++i) {
+        const Sharding s = p.source(t, i);
+        const Tensor& source = p.at(t.src[i]);
+        if (s.kind != Sharding::kSharded || wanted.kind == Sharding::kSharded) continue;
+        if (source.ne[s.axis] == t.ne[s.axis]) wanted = s;
+    }
+    if (wanted.kind != Sharding::kSharded) return everywhere(p, t);
+    Decision d{{}, wanted};
+    for (int i = 0; i < n; ++i) {
+        const Sharding s = p.source(t, i);
+        const Tensor& source = p.at(t.src[i]);
+        const Sharding need = restricted(source, t, wanted);
+        const bool repeats = source.ne[wanted.axis] != t.ne[wanted.axis] && source.ne[wanted.axis] != 1;
+        if (s.kind == Sharding::kSharded && s != need) {
+            if (source.stored && !source.stored->confirmed && need.kind == Sharding::kSharded && !source.stored->format) {
+                p.want(source.stored, replicated(), extent_of(need, source.strided()));
+                return d;
+            }
+            return everywhere(p, t);
+        }
+        if (repeats) return everywhere(p, t);
+        d.inputs.push_back(need);
+    }
+    return d;
+}
+
+/// Shape-preserving copies; a copy that also regroups axes maps through the order of elements.
+Decision copies(Propagation& p, const Tensor& t) {
+    const Tensor& x = p.at(t.src[0]);
+    Sharding s = p.source(t, 0);
+    Decision d{{s, replicated()}, s};
+    d.inputs.resize(static_cast<size_t>(n_sources(t)));
+    if (s.kind == Sharding::kSharded && !std::equal(x.ne, x.ne + 4, t.ne)) {
+        Strided from{{x.ne[0], x.ne[1], x.ne[2], x.ne[3]}, {}, 0, 1}, to{{t.ne[0], t.ne[1], t.ne[2], t.ne[3]}, {}, 0, 1};
+        i64 a = 1, b = 1;
+        for (int i = 0; i < 4; ++i) from.nb[i] = a, a *= from.ne[i], to.nb[i] = b, b *= to.ne[i];
+        const auto extent = extent_of(s, from);
+        const auto out = extent ? sharding_of(*extent, to) : std::nullopt;
+        // The local elements, in order, must be the local output's elements: true exactly when the map exists both ways.
+        if (!out || extent_of(*out, to) != extent) return everywhere(p, t);
+        d.output = *out;
+    }
+    return d;
+}
+
+/// Ops along ne[0] that leave the other axes alone; `axis` is the only one that may stay divided (-1: any above 0).
+Decision along_rows(Propagation& p, const Tensor& t, int axis) {
+    const Sharding s = p.source(t, 0);
+    if (s.kind != Sharding::kSharded || s.axis == 0 || (axis >= 0 && s.axis != axis)) return everywhere(p, t);
+    Decision d{{s}, s};
+    for (int i = 1; i < n_sources(t); ++i) {
+        if (t.src[i] >= 0 && p.source(t, i).kind == Sharding::kSharded) p.gather(t, i, "a side input is needed whole");
+        d.inputs.push_back(replicated());
+    }
+    return d;
+}
+Decision norm(Propagation& p, const Tensor& t) { return along_rows(p, t, -1); }
+Decision rope(Propagation& p, const Tensor& t) { return along_rows(p, t, 1); }
+Decision soft_max(Propagation& p, const Tensor& t) { return along_rows(p, t, 2); }
+
+Decision glu(Propagation& p, const Tensor& t) {
+    if (t.src[1] >= 0) return element_wise(p, t);
+    const Sharding s = p.source(t, 0);  // both halves in one row: the row is needed whole
+    return s.kind == Sharding::kSharded && s.axis > 0 ? Decision{{s}, s} : everywhere(p, t);
+}
+
+/// (k n, k m) -> (n m): a division of n passes on, a division of k makes the product Partial, batches follow their heads.
+Decision mul_mat(Propagation& p, const Tensor& t) {
+    const Tensor &w = p.at(t.src[0]), &x = p.at(t.src[1]);
+    const Sharding sw = p.source(t, 0);
+    Sharding sx = p.source(t, 1);
+    if (sw.kind == Sharding::kSharded && sw.axis == 1) {
+        if (sx.kind == Sharding::kSharded) p.gather(t, 1, "a column-parallel product reads all of its input");
+        return {{sw, replicated()}, sharded(0, sw.ranges)};
+    }
+    if (sx.kind == Sharding::kSharded && sx.axis == 0 && w.stored && w.stored->format && w.ne[2] * w.ne[3] == 1) {
+        if (sw != sx && !w.stored->confirmed) {
+            p.want(w.stored, sx, std::nullopt);
+            return {{sw, sx}, partial()};
+        }
+        if (sw == sx) return {{sw, sx}, partial()};
+    }
+    if (sw.kind == Sharding::kSharded && sw.axis == 0) {
+        if (sx.kind == Sharding::kSharded && sx != sw) p.gather(t, 1, "its division differs from the weight's");
+        return {{sw, sw}, partial()};
+    }
+    const i64 ratio = w.ne[2] ? x.ne[2] / w.ne[2] : 1;
+    if (sx.kind == Sharding::kSharded && sx.axis == 2 && x.ne[3] == w.ne[3]) {
+        bool held = true;
+        if (sw.kind == Sharding::kSharded) {
+            held = sw.axis == 2;
+            for (size_t r = 0; held && r < sx.ranges.size(); ++r)
+                if (sx.ranges[r].size()) held = sx.ranges[r].begin / ratio >= sw.ranges[r].begin && (sx.ranges[r].end - 1) / ratio < sw.ranges[r].end;
+        }
+        if (held) return {{sw, sx}, sharded(2, sx.ranges)};
+    }
+    if (sx.kind == Sharding::kSharded && (sx.axis == 1) && sw.kind == Sharding::kReplicated) return {{sw, sx}, sharded(1, sx.ranges)};
+    return everywhere(p, t);
+}
+
+Decision flash_attn(Propagation& p, const Tensor& t) {
+    const Tensor &q = p.at(t.src[0]), &k = p.at(t.src[1]);
+    const HeadPartition heads = divide_heads(q.ne[2], k.ne[2], p.n_ranks, p.split);
+    const Sharding sk = p.source(t, 1), sv = p.source(t, 2);
+    Sharding sq = p.source(t, 0);
+    const Sharding want_q = sharded(2, heads.q), want_kv = sharded(2, heads.kv);
+    const bool kv_fits = (sk == want_kv || sk.kind == Sharding::kReplicated) && (sv == want_kv || sv.kind == Sharding::kReplicated);
+    const bool anything = sq.kind == Sharding::kSharded || sk.kind == Sharding::kSharded || sv.kind == Sharding::kSharded;
+    if (!anything || !kv_fits || (sq.kind == Sharding::kSharded && sq != want_q)) return everywhere(p, t);
+    Decision d{{want_q, sk.kind == Sharding::kSharded ? sk : want_kv, sv.kind == Sharding::kSharded ? sv : want_kv}, sharded(1, heads.q)};
+    for (int i = 3; i < n_sources(t); ++i) {
+        if (t.src[i] >= 0 && p.source(t, i).kind == Sharding::kSharded) p.gather(t, i, "the mask is read whole");
+        d.inputs.push_back(replicated());
+    }
+    return d;
+}
+
+Decision get_rows(Propagation& p, const Tensor& t) {
+    const Sharding s = p.source(t, 0, true);
+    if (p.source(t, 1).kind == Sharding::kSharded) return everywhere(p, t);
+    if (s.kind == Sharding::kPartial) return {{s, replicated()}, partial()};
+    if (s.kind == Sharding::kSharded && s.axis == 0 && !(p.at(t.src[0]).stored && p.at(t.src[0]).stored->format)) return {{s, replicated()}, s};
+    return everywhere(p, t);
+}
+
+/// Into a cache as it lies. In the transposed V cache every element is a row of its own: each rank writes the rows that it holds.
+Decision set_rows(Propagation& p, const Tensor& t) {
+    Stored* cache = t.stored;
+    if (!cache || !cache->extent) return everywhere(p, t);
+    if (p.source(t, 1).kind == Sharding::kSharded) p.gather(t, 1, "row numbers are read whole");
+    if (const auto lies = sharding_of(*cache->extent, t.strided()); lies && lies->axis == 0) {
+        const Sharding s = p.source(t, 0);
+        if (s.kind == Sharding::kSharded && s != *lies) p.gather(t, 0, "its division differs from the cache's");
+        return {{*lies, replicated()}, *lies};
+    }
+    // Rows are divided: sources are taken as they lie, a rank skips the rows of others.
+    if (!p.in_proportion(t, 0, *cache->extent) && p.source(t, 0).kind == Sharding::kSharded)
+        p.gather(t, 0, "rows of the cache are divided otherwise");
+    return {{replicated(), replicated()}, replicated()};
+}
+
+struct Row { Op op; Rule rule; };
+constexpr Row kRules[] = {
+    {Op::ADD, element_wise},    {Op::SUB, element_wise},  {Op::MUL, element_wise},   {Op::DIV, element_wise}, {Op::SCALE, element_wise},
+    {Op::UNARY, element_wise},  {Op::CLAMP, element_wise}, {Op::SQR, element_wise},  {Op::SQRT, element_wise}, {Op::GLU, glu},
+    {Op::CPY, copies},          {Op::CONT, copies},       {Op::DUP, copies},         {Op::RMS_NORM, norm},    {Op::NORM, norm},
+    {Op::ROPE, rope},           {Op::SOFT_MAX, soft_max}, {Op::MUL_MAT, mul_mat},    {Op::FLASH_ATTN_EXT, flash_attn},
+    {Op::GET_ROWS, get_rows},   {Op::SET_ROWS, set_rows},
+};
+
+Rule rule_of(Op op) {
+    for (const Row& row : kRules)
+        if (row.op == op) return row.rule;
+    return everywhere;
+}
+
+}  // namespace
+
+bool may_pass_partial(const Tensor& t) {
+    if (t.op == Op::SCALE) return t.param_f32(1) == 0.0f;
+    return t.op == Op::ADD || t.op == Op::SUB || t.op == Op::GET_ROWS;
+}
+
+Propagation::Propagation(const Graph& graph_in, int n_ranks_in, const std::vector<double>& split_in, PlanResult& result)
+    : graph(graph_in), n_ranks(n_ranks_in), split(split_in), result_(result), states_(graph_in.tensors.size()) {
+    for (const Tensor& t : graph.tensors) {
+        if (t.root != t.id || t.stored || !t.buffer || t.is_node) continue;
+        for (const Residency& r : t.buffer->residency)
+            if (static_cast<i64>(t.address - t.buffer->base) == r.offset && t.bytes == r.bytes) states_[t.id] = {Sharding::kSharded, r.extent};
+    }
+}
+
+Propagation::State& Propagation::state_of(int root) { return states_[root]; }
+
+bool Propagation::in_proportion(const Tensor& t, int i, const Extent& cache) const {
+    const State& state = states_[at(t.src[i]).root];
+    if (at(t.src[i]).stored || state.kind != Sharding::kSharded) return false;
+    for (size_t r = 0; r < cache.ranges.size(); ++r)
+        if (state.extent.ranges[r].begin * cache.period_bytes != cache.ranges[r].begin * state.extent.period_bytes ||
+            state.extent.ranges[r].end * cache.period_bytes != cache.ranges[r].end * state.extent.period_bytes)
+            return false;
+    return true;
+}
+
+void Propagation::want(Stored* stored, const Sharding& sharding, const std::optional<Extent>& extent) {
+    result_.wants.push_back({stored, sharding, extent});
+}
+
+void Propagation::reduce(int root, const std::string& reason) {
+    result_.plan.steps.push_back({PlanStep::kAllReduce, root, {}, {}, {}, reason});
+    states_[root] = {};
+}
+
+Sharding Propagation::source(const Tensor& t, int i, bool allow_partial) {
+    const Tensor& s = at(t.src[i]);
+    if (s.stored) {
+        if (s.stored->format) return s.stored->sharding;
+        if (!s.stored->extent) return replicated();
+        const auto lies = sharding_of(*s.stored->extent, s.strided());
+        if (!lies) want(s.stored, replicated(), std::nullopt);
+        return lies ? *lies : replicated();
+    }
+    State& state = states_[s.root];
+    if (state.kind == Sharding::kPartial) {
+        if (allow_partial) return partial();
+        reduce(s.root, std::string(abi::op_name(t.op)) + " reads the sum");
+    }
+    if (state.kind == Sharding::kReplicated) return replicated();
+    const auto lies = sharding_of(state.extent, s.strided());
+    if (lies) return *lies;
+    gather(t, i, "a view cuts across its division");
+    return replicated();
+}
+
+void Propagation::gather(const Tensor& t, int i, const std::string& reason) {
+    const Tensor& s = at(t.src[i]);
+    if (s.stored) return want(s.stored, replicated(), std::nullopt);
+    State& state = states_[s.root];
+    if (state.kind != Sharding::kSharded) return;
+    result_.plan.steps.push_back({PlanStep::kAllGather, s.root, {}, {}, state.extent, reason});
+    state = {};
+}
+
+void Propagation::step(int node) {
+    const Tensor& t = at(node);
+    Decision d;
+    if (n_ranks == 1) {
+        d.inputs.assign(static_cast<size_t>(n_sources(t)), replicated());
+    } else if (t.stored && !t.stored->extent) {
+        d = everywhere(*this, t);  // a tensor that every rank stores whole is written whole
+    } else {
+        d = rule_of(t.op)(*this, t);
+    }
+    if (n_ranks > 1 && t.stored && t.stored->extent && t.op != Op::SET_ROWS) {
+        // The storage says how it is written: a whole result is cut to it, another division is gathered first.
+        const auto lies = sharding_of(*t.stored->extent, t.strided());
+        if (!lies) return want(t.stored, replicated(), std::nullopt);
+        if (d.output != *lies) {
+            if (d.output.kind != Sharding::kReplicated || (t.op != Op::CPY && t.op != Op::DUP && t.op != Op::CONT))
+                return want(t.stored, replicated(), std::nullopt);
+            d.output = *lies;
+            d.inputs[0] = *lies;
+        }
+    }
+    const Tensor& root = at(t.root);
+    if (!t.stored) {
+        State& state = states_[t.root];
+        State next{d.output.kind, {}};
+        if (d.output.kind == Sharding::kSharded) {
+            const auto extent = extent_of(d.output, t.strided());
+            if (!extent || root.bytes % extent->period_bytes) {
+                d = everywhere(*this, t);
+                next = {};
+            } else {
+                next.extent = *extent;
+            }
+        }
+        // Writing into a view leaves the rest of its root as it was: both must lie alike.
+        if (t.root != t.id && t.bytes != root.bytes && (state.kind != next.kind || state.extent != next.extent)) {
+            d = everywhere(*this, t);
+            if (state.kind == Sharding::kPartial) reduce(t.root, "part of it is overwritten");
+            if (state.kind == Sharding::kSharded)
+                result_.plan.steps.push_back({PlanStep::kAllGather, t.root, {}, {}, state.extent, "part of it is overwritten"});
+            next = {};
+        }
+        states_[t.root] = next;
+    }
+    result_.plan.steps.push_back({PlanStep::kCompute, node, d.inputs, d.output, {}, {}});
+}
+
+void Propagation::finish() {
+    // Memory is reused within a graph: only what nobody wrote over later survives.
+    std::vector<int> order;
+    for (const PlanStep& step : result_.plan.steps)
+        if (step.kind == PlanStep::kCompute && !at(step.tensor).stored) order.push_back(at(step.tensor).root);
+    std::vector<int> alive;
+    for (int root : order) {
+        const Tensor& t = at(root);
+        std::erase_if(alive, [&](int other) {
+            const Tensor& o = at(other);
+            return o.buffer == t.buffer && o.address < t.address + static_cast<u64>(t.bytes) && t.address < o.address + static_cast<u64>(o.bytes);
+        });
+        alive.push_back(root);
+    }
+    for (int root : alive) {
+        if (states_[root].kind == Sharding::kPartial) reduce(root, "the host may read it");
+        if (states_[root].kind == Sharding::kSharded) result_.plan.survivors.push_back({root, states_[root].extent});
+    }
+}
+
+}  // namespace ggml_tp

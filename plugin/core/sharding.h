@@ -1,0 +1,58 @@
+// How one tensor lies on the ranks, in two equivalent forms:
+// Sharding, by ggml axis and elements (what rules reason about), and Extent, by bytes of a root allocation (what memory and
+// views reason about). A view's Sharding follows from its root's Extent by strides alone, so views, reshapes, permutes and
+// transposes need no rule of their own.
+#pragma once
+#include "args.h"
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace ggml_tp {
+
+struct Range {
+    i64 begin = 0, end = 0;
+    i64 size() const { return end - begin; }
+    bool operator==(const Range&) const = default;
+};
+using Ranges = std::vector<Range>;  // one per rank; may be empty, uneven, and overlap
+
+struct Sharding {
+    enum Kind { kReplicated, kSharded, kPartial } kind = kReplicated;
+    int axis = 0;    // kSharded: the ggml axis
+    Ranges ranges;   // kSharded: elements along that axis
+    bool operator==(const Sharding&) const = default;
+    std::string to_text() const;
+};
+
+inline Sharding replicated() { return {}; }
+inline Sharding partial() { return {Sharding::kPartial, 0, {}}; }
+inline Sharding sharded(int axis, Ranges ranges) { return {Sharding::kSharded, axis, std::move(ranges)}; }
+
+/// Rank r owns bytes [ranges[r].begin, ranges[r].end) of every period of an allocation.
+struct Extent {
+    i64 period_bytes = 0;
+    Ranges ranges;
+    bool operator==(const Extent&) const = default;
+};
+
+/// Shape and place of a tensor inside its root allocation (bytes from the root's first byte).
+struct Strided {
+    i64 ne[4], nb[4];
+    i64 offset = 0;
+    i64 elem_bytes = 1;  // bytes of one step along ne[0]'s smallest unit (a block for quantised types)
+};
+
+/// The Extent of a root in which `tensor` is sharded; nullopt when no single period describes it.
+std::optional<Extent> extent_of(const Sharding& sharding, const Strided& tensor);
+
+/// The Sharding of a view of a root with this Extent; nullopt when the view mixes owned and foreign bytes within an index.
+std::optional<Sharding> sharding_of(const Extent& extent, const Strided& view);
+
+/// `total` divided among ranks in multiples of `grain` (the last piece may be ragged), proportionally to `split` (empty: evenly).
+Ranges divide(i64 total, i64 grain, int n_ranks, const std::vector<double>& split);
+
+/// Ranges scaled by a factor.
+Ranges scaled(const Ranges& ranges, i64 factor);
+
+}  // namespace ggml_tp

@@ -1,0 +1,41 @@
+#include "weights.h"
+
+namespace ggml_tp {
+namespace {
+
+struct Row { std::string_view suffix; Role role; };
+
+// Matched against the end of the name after its block prefix ("blk.7."), longest rows first where one ends another.
+constexpr Row kRows[] = {
+    {"attn_q.weight", Role::kColumn},      {"attn_q.bias", Role::kColumn},    {"attn_k.weight", Role::kColumn},
+    {"attn_k.bias", Role::kColumn},        {"attn_v.weight", Role::kColumn},  {"attn_v.bias", Role::kColumn},
+    {"attn_output.weight", Role::kRow},    {"ffn_gate.weight", Role::kColumn}, {"ffn_gate.bias", Role::kColumn},
+    {"ffn_up.weight", Role::kColumn},      {"ffn_up.bias", Role::kColumn},    {"ffn_down.weight", Role::kRow},
+    {"output.weight", Role::kColumn},      {"token_embd.weight", Role::kColumn},
+};
+
+}  // namespace
+
+Role role_of(std::string_view name) {
+    if (name.starts_with("cache_k_l") || name.starts_with("cache_v_l")) return Role::kKvCache;
+    if (name.starts_with("blk.")) {
+        const size_t dot = name.find('.', 4);
+        if (dot == std::string_view::npos) return Role::kReplicated;
+        name.remove_prefix(dot + 1);
+    }
+    for (const Row& row : kRows)
+        if (name == row.suffix) return row.role;
+    return Role::kReplicated;
+}
+
+Sharding guess_sharding(Role role, const i64 ne[4], int n_dims, int n_ranks, const std::vector<double>& split) {
+    if (n_ranks == 1 || role == Role::kReplicated) return replicated();
+    int axis = 0;
+    if (role == Role::kColumn) axis = n_dims > 1 ? 1 : 0;
+    const i64 total = ne[axis];
+    // Heads are not known yet: an even cut is right whenever the heads divide evenly; otherwise 64 is the commonest head's divisor.
+    const i64 grain = split.empty() && total % n_ranks == 0 ? total / n_ranks : total % 64 == 0 ? 64 : 1;
+    return sharded(axis, divide(total, grain, n_ranks, split));
+}
+
+}  // namespace ggml_tp

@@ -1,0 +1,23 @@
+// Which tensor is guessed to be sharded how, by name, when the host announces it. One row per name; a new model family adds rows.
+// A wrong guess costs one reshard at the first plan and is never wrong in its results (docs/decisions.md).
+#pragma once
+#include <string_view>
+
+#include "sharding.h"
+
+namespace ggml_tp {
+
+enum class Role {
+    kReplicated,
+    kColumn,   // [k, n]: n is divided (Q, K, V, gate, up, vocabulary head); a bias [n] likewise
+    kRow,      // [k, n]: k is divided (attention output, down); its product is Partial
+    kKvCache,  // [n_embd_gqa, cells, streams]: divided along a row of one cell
+};
+
+/// The role of a tensor of this name.
+Role role_of(std::string_view name);
+
+/// The sharding guessed for a role; Replicated when the shape gives nothing to divide. `ne` in ggml order.
+Sharding guess_sharding(Role role, const i64 ne[4], int n_dims, int n_ranks, const std::vector<double>& split);
+
+}  // namespace ggml_tp

@@ -1,0 +1,127 @@
+"""The ggml-tp command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import LIBRARY
+
+MODELS = Path(__file__).resolve().parent / "models"
+VARIABLES = [
+    ("GGML_TP_RANKS", "one per GPU", "number of ranks, 1 to 16"),
+    ("GGML_TP_DEVICES", "0,1,2,...", "CUDA device of each rank; a number twice puts two ranks on one GPU"),
+    ("GGML_TP_SPLIT", "even", "share of each rank, for example 3,1"),
+    ("GGML_TP_EMULATE", "off", 'emulated GPUs for tests and demos, slow: "sm_60*4" is four P100-like devices'),
+    ("GGML_TP_LOG", "1", "0: errors only, 1: one line per event, 2: more"),
+    ("GGML_TP_DEADLINE", "60", "seconds after which a graph whose ranks do not answer fails"),
+]
+
+
+def _measure(host: str | None, model: str, prompt: str, n: int, device: str | None) -> dict[str, Any]:
+    """One generation in this process, on the CPU or on TP0."""
+    from .host import Host
+
+    instance = Host(host)
+    if device is not None:
+        instance.load_backend(LIBRARY)
+    loaded = instance.model(model, device)
+    tokens, logits, speed = loaded.context().generate(loaded.tokenize(prompt), n)
+    out: dict[str, Any] = {"host": str(instance.path), "text": loaded.text(tokens), "tokens": tokens, "logits": logits.tolist(), "tokens_per_s": speed}
+    if device is not None:
+        from .inspection import Inspection
+
+        inspection = Inspection()
+        out["all_reduces_per_token"] = inspection.counters().last_all_reduces
+        sizes = inspection.rank_bytes()
+        out["weight_bytes_per_rank"] = [s["weight"] for s in sizes]
+        out["kv_bytes_per_rank"] = [s["kv"] for s in sizes]
+    return out
+
+
+def _child(args: argparse.Namespace, device: str | None, ranks: int) -> dict[str, Any]:
+    """A process of its own per rank count: the environment is read once per host."""
+    environment = dict(os.environ)
+    if device is not None:
+        environment["GGML_TP_RANKS"] = str(ranks)
+        if not args.gpu:
+            environment["GGML_TP_EMULATE"] = f"sm_80*{ranks}"
+    command = [sys.executable, "-m", "ggml_tp.cli", "demo", "--measure", device or "CPU", "--model", args.model, "--prompt", args.prompt, "-n", str(args.n)]
+    done = subprocess.run(command + (["--host", args.host] if args.host else []), capture_output=True, text=True, env=environment, timeout=280)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("ggml-tp")] or done.stderr.splitlines()[-1:]
+    raise SystemExit("ggml-tp: " + (lines[-1].removeprefix("ggml-tp: ") if lines else f"the host ended with status {done.returncode}"))
+
+
+def demo(args: argparse.Namespace) -> int:
+    if args.measure:
+        device = None if args.measure == "CPU" else args.measure
+        print("RESULT " + json.dumps(_measure(args.host, args.model, args.prompt, args.n, device)), flush=True)
+        return 0
+    import numpy as np
+
+    from .host import nmse
+
+    if not args.gpu:
+        print("ggml-tp: EMULATED GPUs: this shows that it is right, not how fast it is (--gpu uses real ones)", file=sys.stderr)
+    reference = _child(args, None, 1)
+    result: dict[str, Any] = {"host": reference["host"], "text": reference["text"], "ranks": {}}
+    if not args.json:
+        print(f"host {reference['host']}\n\nCPU: {args.prompt}{reference['text']}\n")
+    for ranks in [int(field) for field in args.ranks.split(",")]:
+        measured = _child(args, "TP0", ranks)
+        # Beyond the first token that differs, the two continue different texts: compare the logits up to it.
+        same = next((i for i, (a, b) in enumerate(zip(measured["tokens"], reference["tokens"], strict=True)) if a != b), args.n - 1) + 1
+        row = {key: measured[key] for key in ("all_reduces_per_token", "weight_bytes_per_rank", "kv_bytes_per_rank", "tokens_per_s")}
+        row["same_text"] = measured["text"] == reference["text"]
+        row["logits_nmse"] = nmse(np.array(measured["logits"][:same]), np.array(reference["logits"][:same]))
+        result["ranks"][str(ranks)] = row
+        if not args.json:
+            weights, kv = max(row["weight_bytes_per_rank"]), max(row["kv_bytes_per_rank"])
+            print(f"TP0, {ranks} ranks: {args.prompt}{measured['text']}")
+            print(
+                f"  same text {'yes' if row['same_text'] else 'NO'} | logits NMSE {row['logits_nmse']:.1e} | all_reduces a token {row['all_reduces_per_token']}"
+                f" | largest rank: weights {weights / 1e6:.2f} MB, KV {kv / 1e6:.2f} MB | {row['tokens_per_s']:.1f} tokens/s{'' if args.gpu else ' (emulated)'}\n"
+            )
+    if args.json:
+        print(json.dumps(result))
+    return 0 if all(row["same_text"] for row in result["ranks"].values()) else 1
+
+
+def env(args: argparse.Namespace) -> int:
+    print("# for llama.cpp's programs (then run them with --device TP0):")
+    print(f"export GGML_BACKEND_PATH={LIBRARY}")
+    print("\n# what ggml-tp reads, with its default:")
+    for name, default, meaning in VARIABLES:
+        print(f"# {name:17} {default:14} {meaning}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="ggml-tp", description=__import__("ggml_tp").__doc__)
+    commands = parser.add_subparsers(required=True)
+    p = commands.add_parser("demo", help="generate on the host's CPU and on N ranks, and compare", epilog="example: ggml-tp demo --ranks 1,3 --json")
+    p.add_argument("--ranks", default="1,2,4", help="rank counts (default: %(default)s)")
+    p.add_argument("--host", help="xllamacpp, llama_cpp or a path (default: the first installed)")
+    p.add_argument("--model", default=str(MODELS / "tiny-english.gguf"), help="GGUF file (default: the shipped one)")
+    p.add_argument("--prompt", default="The ")
+    p.add_argument("-n", type=int, default=64, help="tokens to generate (default: %(default)s)")
+    p.add_argument("--gpu", action="store_true", help="use the machine's GPUs instead of emulated ones")
+    p.add_argument("--json", action="store_true")
+    p.add_argument("--measure", help=argparse.SUPPRESS)
+    p.set_defaults(run=demo)
+    p = commands.add_parser("env", help="print what to export for llama.cpp's programs", epilog='example: eval "$(ggml-tp env)"')
+    p.set_defaults(run=env)
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What a loaded libggml-tp.so says of itself: plan and program text, counters, bytes per rank (inspect.h, read verbatim)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cffi
+
+from . import LIBRARY
+
+TEXTS = {"config": 0, "layout": 1, "plan": 2, "program": 3, "devices": 4}
+
+
+@dataclass(frozen=True)
+class Counters:
+    graphs_computed: int
+    programs_built: int
+    graph_launches_per_rank: int
+    weights_resharded: int
+    last_all_reduces: int
+    last_all_gathers: int
+    last_kernel_launches: int
+
+
+class Inspection:
+    """The groups of ranks in this process; group 0 is the first host's."""
+
+    def __init__(self, library: Path = LIBRARY) -> None:
+        self.ffi = cffi.FFI()
+        self.ffi.cdef((library.parent / "inspect.h").read_text())
+        self.lib: Any = self.ffi.dlopen(os.fspath(library))
+
+    def version(self) -> str:
+        return self.ffi.string(self.lib.ggml_tp_version()).decode()
+
+    def n_ranks(self, group: int = 0) -> int:
+        return self.lib.ggml_tp_rank_count(group)
+
+    def text(self, what: str, group: int = 0) -> str:
+        n = self.lib.ggml_tp_text(group, TEXTS[what], self.ffi.NULL, 0)
+        buffer = self.ffi.new("char[]", n + 1)
+        self.lib.ggml_tp_text(group, TEXTS[what], buffer, n + 1)
+        return self.ffi.string(buffer).decode()
+
+    def counters(self, group: int = 0) -> Counters:
+        out = self.ffi.new("struct ggml_tp_counters *")
+        if self.lib.ggml_tp_get_counters(group, out) != 0:
+            raise LookupError(f"no group {group}")
+        return Counters(**{name: getattr(out, name) for name in Counters.__dataclass_fields__})
+
+    def rank_bytes(self, group: int = 0) -> list[dict[str, int]]:
+        """Weight, KV cache and compute bytes of every rank."""
+        out = []
+        for rank in range(self.n_ranks(group)):
+            values = self.ffi.new("uint64_t[3]")
+            self.lib.ggml_tp_rank_bytes(group, rank, values, values + 1, values + 2)
+            out.append(dict(zip(("weight", "kv", "compute"), map(int, values), strict=True)))
+        return out

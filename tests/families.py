@@ -1,0 +1,88 @@
+"""Tiny random models of each family and quantisation, written with valid blocks and a fixed seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+N_LAYER, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, HEAD_DIM, N_VOCAB = 2, 256, 768, 8, 4, 32, 320
+FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+SHARDED = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "output")
+
+
+def _k_quant(values: np.ndarray, name: str) -> np.ndarray:
+    """gguf cannot quantise to Q4_K and Q6_K: random blocks whose values have about the same size."""
+    rng = np.random.default_rng(values.size)
+    rows, blocks = values.shape[0], values.shape[1] // 256
+    scale = float(values.std())
+    n_bytes = {"Q4_K": 144, "Q6_K": 210}[name]
+    out = rng.integers(0, 256, (rows, blocks, n_bytes), dtype=np.uint8)
+    if name == "Q4_K":
+        out[..., 0:2] = np.frombuffer(np.float16(scale / 140).tobytes(), np.uint8)
+        out[..., 2:4] = np.frombuffer(np.float16(scale / 140 * 7.5).tobytes(), np.uint8)
+    else:
+        out[..., 192:208] = rng.integers(-64, 64, (rows, blocks, 16)).astype(np.int8).view(np.uint8)
+        out[..., 208:210] = np.frombuffer(np.float16(scale / (18 * 37)).tobytes(), np.uint8)
+    return out.reshape(rows, blocks * n_bytes)
+
+
+def write_model(path: Path, family: str, quant: str, seed: int = 0, rope_factors: bool = False, dequantized: bool = False) -> Path:
+    """A GGUF file of two layers. `quant`: F32, F16, BF16, Q8_0, Q4_0, Q4_K or Q6_K for all matrices.
+
+    `dequantized` writes the same values as F32.
+    """
+    rng = np.random.default_rng(seed)
+    w = gguf.GGUFWriter(path, FAMILIES[family])
+    w.add_context_length(2048)
+    w.add_embedding_length(N_EMBD)
+    w.add_block_count(N_LAYER)
+    w.add_feed_forward_length(N_FF)
+    w.add_head_count(N_HEAD)
+    w.add_head_count_kv(N_HEAD_KV)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_rope_freq_base(10000.0)
+    w.add_key_length(HEAD_DIM)
+    w.add_value_length(HEAD_DIM)
+    w.add_rope_dimension_count(HEAD_DIM)
+    w.add_vocab_size(N_VOCAB)
+    w.add_tokenizer_model("no_vocab")
+    kind = gguf.GGMLQuantizationType[quant]
+
+    def matrix(name: str, rows: int, columns: int, scale: float | None = None) -> None:
+        values = rng.normal(0, scale or columns**-0.5, (rows, columns)).astype(np.float32)
+        data = _k_quant(values, quant) if quant.endswith("_K") else gguf.quants.quantize(values, kind)
+        if dequantized:
+            w.add_tensor(name, gguf.quants.dequantize(data, kind))
+        else:
+            w.add_tensor(name, data, raw_dtype=kind)
+
+    def vector(name: str, n: int, mean: float, spread: float) -> None:
+        w.add_tensor(name, rng.normal(mean, spread, n).astype(np.float32))
+
+    matrix("token_embd.weight", N_VOCAB, N_EMBD, 1.0)
+    matrix("output.weight", N_VOCAB, N_EMBD)
+    vector("output_norm.weight", N_EMBD, 1, 0.1)
+    if rope_factors:
+        w.add_tensor("rope_freqs.weight", np.linspace(1, 8, HEAD_DIM // 2, dtype=np.float32))
+    for layer in range(N_LAYER):
+        p = f"blk.{layer}."
+        vector(p + "attn_norm.weight", N_EMBD, 1, 0.1)
+        vector(p + "ffn_norm.weight", N_EMBD, 1, 0.1)
+        for name, rows in (("attn_q", N_HEAD), ("attn_k", N_HEAD_KV), ("attn_v", N_HEAD_KV)):
+            matrix(p + name + ".weight", rows * HEAD_DIM, N_EMBD)
+            if family == "qwen2":
+                vector(p + name + ".bias", rows * HEAD_DIM, 0, 0.1)
+        if family == "qwen3":
+            vector(p + "attn_q_norm.weight", HEAD_DIM, 1, 0.1)
+            vector(p + "attn_k_norm.weight", HEAD_DIM, 1, 0.1)
+        matrix(p + "attn_output.weight", N_EMBD, N_HEAD * HEAD_DIM)
+        matrix(p + "ffn_gate.weight", N_FF, N_EMBD)
+        matrix(p + "ffn_up.weight", N_FF, N_EMBD)
+        matrix(p + "ffn_down.weight", N_EMBD, N_FF)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path

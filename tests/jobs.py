@@ -1,0 +1,116 @@
+"""What tests run in a process of its own: the environment is read once per host, and a host that dies must not take pytest along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from ggml_tp import LIBRARY
+from ggml_tp.host import Host, HostError
+from ggml_tp.inspection import Inspection
+
+_cache: dict[Any, Any] = {}
+
+
+def _host(library: str | None = None) -> Host:
+    if library not in _cache:
+        _cache[library] = Host(library)
+    return _cache[library]
+
+
+def _with_plugin(library: str | None = None) -> Host:
+    host = _host(library)
+    if ("loaded", library) not in _cache:
+        host.load_backend(LIBRARY)
+        _cache["loaded", library] = True
+    return host
+
+
+def run_model(
+    model: str, prompt: list[int] | str, n: int, on_device: bool, flash_attn: bool = True, library: str | None = None, n_ubatch: int = 512
+) -> dict[str, Any]:
+    """Greedy generation and the logits of every prompt position."""
+    host = _with_plugin(library) if on_device else _host(library)
+    loaded = host.model(model, "TP0" if on_device else None)
+    tokens_in = loaded.tokenize(prompt) if isinstance(prompt, str) else prompt
+    context = loaded.context(n_ctx=1024, flash_attn=flash_attn, n_ubatch=n_ubatch)
+    tokens, logits, _ = context.generate(tokens_in, n)
+    out: dict[str, Any] = {"tokens": tokens, "logits": logits}
+    if on_device:
+        inspection = Inspection()
+        out |= {"counters": inspection.counters(), "bytes": inspection.rank_bytes(), "plan": inspection.text("plan"), "program": inspection.text("program")}
+    context.close()
+    context = loaded.context(n_ctx=1024, flash_attn=flash_attn, n_ubatch=n_ubatch)
+    out["prompt_logits"] = context.decode(tokens_in, 0, all_logits=True)
+    context.close()
+    loaded.close()
+    return out
+
+
+def sequences(model: str, on_device: bool) -> np.ndarray:
+    """Three sequences of different length in one batch, then one more token of each."""
+    host = _with_plugin() if on_device else _host()
+    loaded = host.model(model, "TP0" if on_device else None)
+    context = loaded.context(n_ctx=512, n_seq_max=3)
+    first = [((7 * i + 13 * s) % 300, i, s) for s, n in enumerate((5, 17, 40)) for i in range(n)]
+    rows = [context.decode_batch(first, all_logits=True), context.decode_batch([(3, 5, 0), (4, 17, 1), (5, 40, 2)], all_logits=True)]
+    context.close()
+    loaded.close()
+    return np.concatenate(rows)
+
+
+def perplexity(model: str, text: str, on_device: bool) -> float:
+    """Over non-overlapping windows of 256 tokens."""
+    host = _with_plugin() if on_device else _host()
+    loaded = host.model(model, "TP0" if on_device else None)
+    tokens = loaded.tokenize(text)
+    losses = []
+    for begin in range(0, len(tokens) - 256, 256):
+        context = loaded.context(n_ctx=512)
+        window = tokens[begin : begin + 256]
+        logits = context.decode(window, 0, all_logits=True)[:-1].astype(np.float64)
+        top = logits.max(axis=1, keepdims=True)
+        log_sum = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1))
+        losses.append(log_sum - logits[np.arange(255), window[1:]])
+        context.close()
+    loaded.close()
+    return float(np.exp(np.concatenate(losses).mean()))
+
+
+def save_state(model: str, prompt: list[int]) -> bytes:
+    loaded = _with_plugin().model(model, "TP0")
+    context = loaded.context()
+    context.decode(prompt, 0)
+    return context.state()
+
+
+def restore_state(model: str, state: bytes, token: int, position: int) -> np.ndarray:
+    loaded = _with_plugin().model(model, "TP0")
+    context = loaded.context()
+    context.restore(state)
+    return context.decode([token], position)[-1]
+
+
+def try_to_load(model: str) -> dict[str, Any]:
+    """Whether the plugin was taken, and that the host lives on without it."""
+    host = _host()
+    try:
+        host.load_backend(LIBRARY)
+        accepted = True
+    except HostError:
+        accepted = False
+    tokens, _, _ = host.model(model, None).context().generate([1, 2, 3], 2)
+    return {"accepted": accepted, "devices": [name for name, _ in host.devices()], "tokens": tokens}
+
+
+def out_of_memory(model: str) -> dict[str, Any]:
+    """A context that cannot fit, then one that does."""
+    host = _with_plugin()
+    loaded = host.model(model, "TP0")
+    try:
+        loaded.context(n_ctx=64 << 20)
+        refused = False
+    except HostError:
+        refused = True
+    tokens, _, _ = loaded.context(n_ctx=256).generate([1, 2, 3], 2)
+    return {"refused": refused, "tokens": tokens}

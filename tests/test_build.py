@@ -1,0 +1,43 @@
+"""What is built: every kernel for every architecture, and libraries that load anywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import ggml_tp
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+_spec = importlib.util.spec_from_file_location("ggml_tp_build", ROOT / "build.py")
+assert _spec is not None and _spec.loader is not None
+build = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(build)
+
+
+@pytest.mark.parametrize("arch", build.ARCHS)
+def test_kernels_compile(arch):
+    for source in build.KERNELS:
+        assert build.compile_kernel(source, arch)[:4] == b"\x7fELF", source
+
+
+def symbols(*options: str) -> list[str]:
+    lines = subprocess.run(["nm", "-D", *options, str(ggml_tp.LIBRARY)], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line.split()[-1].split("@")[0] for line in lines]
+
+
+def test_exports_are_the_declared_ones():
+    exported = {name for name in symbols("--defined-only") if not name.startswith("_Z")}
+    assert {"ggml_backend_init", "ggml_backend_score"} <= exported
+    assert all(name.startswith("ggml_tp_") for name in exported - {"ggml_backend_init", "ggml_backend_score"}), exported
+
+
+def test_nothing_of_python_ggml_cuda_or_nccl_is_needed():
+    wanted = symbols("--undefined-only")
+    assert not [name for name in wanted if name.startswith(("Py", "_Py", "ggml", "llama", "cu", "nccl"))]
+
+
+def test_unknown_architecture_is_one_line(capsys):
+    assert build.main(["--arch", "sm_1"]) == 1
+    assert capsys.readouterr().err.startswith("build: unknown architecture sm_1; known: sm_60")
