@@ -88,7 +88,7 @@ def demo(args: argparse.Namespace) -> int:
             print(f"TP0, {ranks} ranks: {args.prompt}{measured['text']}")
             print(
                 f"  same text {'yes' if row['same_text'] else 'NO'} | logits NMSE {row['logits_nmse']:.1e} | all_reduces a token {row['all_reduces_per_token']}"
-                f" | largest rank: weights {weights / 1e6:.2f} MB, KV {kv / 1e6:.2f} MB | {row['tokens_per_s']:.1f} tokens/s{'' if args.gpu else ' (emulated)'}\n"
+                f" | at most {weights / 1e6:.2f} MB weights, KV {kv / 1e6:.2f} MB | {row['tokens_per_s']:.1f} tokens/s\n"
             )
     if args.json:
         print(json.dumps(result))
