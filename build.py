@@ -147,9 +147,16 @@ def build(out: Path, archs: list[str], sanitize: str, jobs: int) -> None:
     run(["g++", "-c", str(images), "-o", str(image_object)], "assembling the kernel images")
     # A sanitizer's functions come from its runtime, which the process preloads.
     link = ["g++", "-shared", "-pthread", *([] if checks else ["-Wl,-z,defs"]), *checks, "-static-libstdc++", "-static-libgcc"]
-    for name, parts in (("libggml-tp.so", [*objects[: len(core)], image_object]), ("libggml-tp-emulator.so", objects[len(core) :])):
+    libraries = (
+        ("libggml-tp.so", [*objects[: len(core)], image_object], "ggml_backend_init; ggml_backend_score; ggml_tp_*;"),
+        ("libggml-tp-emulator.so", objects[len(core) :], "cu*; nccl*; tp_emulator_configure;"),
+    )
+    for name, parts, exports in libraries:
+        # Nothing else is visible, libstdc++'s templates neither: a host may bring another libstdc++.
+        script = work / f"{name}.map"
+        script.write_text(f"{{ global: {exports} local: *; }};\n")
         partial = out / f".{name}.{os.getpid()}"
-        run([*link, "-o", str(partial), *map(str, parts), "-ldl"], f"linking {name}")
+        run([*link, f"-Wl,--version-script={script}", "-o", str(partial), *map(str, parts), "-ldl"], f"linking {name}")
         partial.rename(out / name)  # a process that has the old file open keeps it
         print(f"build: {out / name}", flush=True)
     target = out / "inspect.h"
