@@ -13,15 +13,25 @@ using u64 = unsigned long long;
 
 // Element types, by ggml's numbers (never renumbered by upstream).
 enum Type : i32 {
-    kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ8_0 = 8, kQ4_K = 12, kQ6_K = 14, kI8 = 24, kI16 = 25, kI32 = 26, kI64 = 27, kBF16 = 30,
+    kF32 = 0,
+    kF16 = 1,
+    kQ4_0 = 2,
+    kQ8_0 = 8,
+    kQ4_K = 12,
+    kQ6_K = 14,
+    kI8 = 24,
+    kI16 = 25,
+    kI32 = 26,
+    kI64 = 27,
+    kBF16 = 30,
 };
 
 struct View {
     char* data;
-    i64   ne[4];
-    i64   nb[4];
-    i32   type;
-    i32   pad;
+    i64 ne[4];
+    i64 nb[4];
+    i32 type;
+    i32 pad;
 };
 static_assert(sizeof(View) == 80, "View crosses the host/device boundary");
 
@@ -36,7 +46,7 @@ struct Matrix {
     i32 block_stride[4];
     i64 k, n, ne2, ne3;  // k counts elements, rounded out to whole blocks
     i32 type;
-    i32 repacked;        // 1: planes are 16-byte aligned and dense
+    i32 repacked;  // 1: planes are 16-byte aligned and dense
 };
 
 // y[n, m, i2, i3] = sum_k w[k, n, i2/r2, i3/r3] * x[k, m, i2, i3]   (ggml_mul_mat), f32 accumulation, y is F32.
@@ -44,8 +54,8 @@ struct Matrix {
 // and elements of w outside that range count as zero.
 struct MulMatArgs {
     Matrix w;
-    View x;        // F32 or F16 (or quantised to xq by quantize_x first)
-    View y;        // F32
+    View x;          // F32 or F16 (or quantised to xq by quantize_x first)
+    View y;          // F32
     const char* xq;  // int8 [rows of x][k], null when w is not quantised
     const char* xd;  // float2 {scale, scale * sum of the int8} [rows of x][k/32]
     i64 k_begin, k_end;
@@ -55,16 +65,34 @@ struct MulMatArgs {
 };
 
 // x F32 [k_end - k_begin, rows...] -> int8 [rows][k] and float2 [rows][k/32], zero outside [k_begin, k_end); k is a multiple of 32.
-struct QuantizeArgs { View x; char* xq; char* xd; i64 k, k_begin, k_end; };
+struct QuantizeArgs {
+    View x;
+    char* xq;
+    char* xd;
+    i64 k, k_begin, k_end;
+};
 
-struct BinaryArgs { View a, b, y; };                        // y = a op b, b broadcast by repetition over a's shape
-struct UnaryArgs { View x, y; float p0, p1; };              // scale: x*p0 + p1; clamp: [p0, p1]
-struct GluArgs { View a, b, y; float alpha, limit; };       // y = act(a) * b, all of y's shape
-struct NormArgs { View x, y; View weight; i32 has_weight; float eps; };  // F32, rows along ne0; weight broadcast
+struct BinaryArgs {
+    View a, b, y;
+};  // y = a op b, b broadcast by repetition over a's shape
+struct UnaryArgs {
+    View x, y;
+    float p0, p1;
+};  // scale: x*p0 + p1; clamp: [p0, p1]
+struct GluArgs {
+    View a, b, y;
+    float alpha, limit;
+};  // y = act(a) * b, all of y's shape
+struct NormArgs {
+    View x, y;
+    View weight;
+    i32 has_weight;
+    float eps;
+};  // F32, rows along ne0; weight broadcast
 struct RopeArgs {
-    View x, y;              // [head_dim, n_head, n_tokens, 1] F32 or F16
-    View pos;               // I32 [n_tokens]
-    View factors;           // F32 [n_dims/2], used when has_factors
+    View x, y;     // [head_dim, n_head, n_tokens, 1] F32 or F16
+    View pos;      // I32 [n_tokens]
+    View factors;  // F32 [n_dims/2], used when has_factors
     i32 has_factors, n_dims, neox, n_ctx_orig;
     float freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow;
 };
@@ -80,19 +108,36 @@ struct FlashAttnArgs {
     i32 head_offset, kv_head_offset, n_head_global, gqa_ratio;  // kv head of local head h = (h + head_offset) / gqa_ratio - kv_head_offset
     float scale, max_bias, logit_softcap;
 };
-struct GetRowsArgs { Matrix w; View w_view; View idx; View y; u32* fault; };          // w_view when w is not quantised
+struct GetRowsArgs {
+    Matrix w;
+    View w_view;
+    View idx;
+    View y;
+    u32* fault;
+};  // w_view when w is not quantised
 // y[:, row] = x[:, i] for row = idx[i]. Where rows themselves are divided (the transposed V cache), a period of row_period rows
 // holds this rank's rows [row_begin, row_end) and row r lies at local row r / row_period * (row_end - row_begin) + r % row_period - row_begin;
 // others are another rank's and are skipped. row_period = 0: every row is here. A row outside [0, n_rows) is a fault.
-struct SetRowsArgs { View x; View idx; View y; u32* fault; i64 n_rows, row_period, row_begin, row_end; };
-struct CopyArgs { View x, y; };                              // same number of elements, any F32/F16/BF16/I32 pair, ggml_cpy order
-struct FillArgs { View y; float value; };
+struct SetRowsArgs {
+    View x;
+    View idx;
+    View y;
+    u32* fault;
+    i64 n_rows, row_period, row_begin, row_end;
+};
+struct CopyArgs {
+    View x, y;
+};  // same number of elements, any F32/F16/BF16/I32 pair, ggml_cpy order
+struct FillArgs {
+    View y;
+    float value;
+};
 
 // Bytes of one tensor between the host's layout and a shard's planes (see weight_format.h): a byte permutation.
 struct RepackArgs {
-    char* host;            // staging holding host bytes [offset, offset + bytes) of the tensor
+    char* host;  // staging holding host bytes [offset, offset + bytes) of the tensor
     i64 offset, bytes;
-    i64 row_blocks;        // blocks in one row of the whole tensor
+    i64 row_blocks;              // blocks in one row of the whole tensor
     i64 block_begin, block_end;  // this shard's blocks along the row, rounded out
     i64 row_begin, row_end;      // this shard's rows (rows of all matrices counted through, per matrix n_rows)
     i64 n_rows;                  // rows of one matrix of the whole tensor
@@ -100,7 +145,7 @@ struct RepackArgs {
     i64 row_stride[4], matrix_stride[4];
     i32 field_offset[4], field_bytes[4];
     i32 n_fields, block_bytes;
-    i32 to_host;           // 0: staging -> planes, 1: planes -> staging
+    i32 to_host;  // 0: staging -> planes, 1: planes -> staging
     i32 pad;
 };
 

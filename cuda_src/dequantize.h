@@ -79,7 +79,8 @@ TP_DEVICE float tp_dot32(const WeightRow& w, i64 s, const char* xq, float d, flo
     for (int half = 0; half < 2; ++half) {
         int products = 0, plain = 0;
         for (int i = 4 * half; i < 4 * half + 4; ++i) {
-            const int word = (tp_load_word<kAligned>(low + 4 * i) >> (part >> 1) * 4 & 0x0f0f0f0f) | (tp_load_word<kAligned>(high + 4 * i) >> part * 2 & 0x03030303) << 4;
+            const int word =
+                (tp_load_word<kAligned>(low + 4 * i) >> (part >> 1) * 4 & 0x0f0f0f0f) | (tp_load_word<kAligned>(high + 4 * i) >> part * 2 & 0x03030303) << 4;
             products = tp_dp4a(word, x[i], products);
             plain = tp_dp4a(0x01010101, x[i], plain);
         }
@@ -98,8 +99,7 @@ TP_DEVICE float tp_weight_elem(int type, const WeightRow& w, i64 k) {
         const u8 q = *(const u8*)(w.plane[0] + k / 32 * w.block_stride[0] + i % 16);
         return tp_load_half(w.plane[1] + k / 32 * w.block_stride[1]) * (float)((i < 16 ? q & 15 : q >> 4) - 8);
     }
-    if (type == kQ8_0)
-        return tp_load_half(w.plane[1] + k / 32 * w.block_stride[1]) * (float)*(const s8*)(w.plane[0] + k / 32 * w.block_stride[0] + k % 32);
+    if (type == kQ8_0) return tp_load_half(w.plane[1] + k / 32 * w.block_stride[1]) * (float)*(const s8*)(w.plane[0] + k / 32 * w.block_stride[0] + k % 32);
     const i64 b = k / 256;
     const int sub = (int)(k % 256 / 32), i = (int)(k % 32);
     if (type == kQ4_K) {

@@ -19,11 +19,11 @@ TP_DEVICE void store_element(char* p, i32 type, float v) {
     else *(i32*)p = (i32)v;
 }
 
-struct Index { i64 i0, i1, i2, i3; };
+struct Index {
+    i64 i0, i1, i2, i3;
+};
 
-TP_DEVICE char* element_at(const View& v, const Index& i) {
-    return v.data + i.i0 * v.nb[0] + i.i1 * v.nb[1] + i.i2 * v.nb[2] + i.i3 * v.nb[3];
-}
+TP_DEVICE char* element_at(const View& v, const Index& i) { return v.data + i.i0 * v.nb[0] + i.i1 * v.nb[1] + i.i2 * v.nb[2] + i.i3 * v.nb[3]; }
 
 TP_DEVICE float load(const View& v, const Index& i) { return load_element(element_at(v, i), v.type); }
 TP_DEVICE void store(const View& v, const Index& i, float f) { store_element(element_at(v, i), v.type, f); }
@@ -38,9 +38,7 @@ TP_DEVICE Index row_index(u32 row, const i64 (&ne)[4]) {
 /// i modulo n, without the division in the usual cases (not broadcast, or broadcast from one).
 TP_DEVICE i64 wrap(i64 i, i64 n) { return i < n ? i : n == 1 ? 0 : (i64)((u32)i % (u32)n); }
 
-TP_DEVICE Index wrap(const Index& i, const i64 (&ne)[4]) {
-    return {wrap(i.i0, ne[0]), wrap(i.i1, ne[1]), wrap(i.i2, ne[2]), wrap(i.i3, ne[3])};
-}
+TP_DEVICE Index wrap(const Index& i, const i64 (&ne)[4]) { return {wrap(i.i0, ne[0]), wrap(i.i1, ne[1]), wrap(i.i2, ne[2]), wrap(i.i3, ne[3])}; }
 
 /// ALiBi's slope of a head, as ggml computes it: `head` and `n_head` are global, over all ranks.
 TP_DEVICE float alibi_slope(float max_bias, i32 head, i32 n_head) {

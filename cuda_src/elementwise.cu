@@ -20,9 +20,7 @@ TP_DEVICE void for_my_element(const View& y, F f) {
 
 TP_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 TP_DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
-TP_DEVICE float gelu(float x) {
-    return 0.5f * x * (1.0f + tanhf(0.79788456080286535588f * x * (1.0f + 0.044715f * x * x)));
-}
+TP_DEVICE float gelu(float x) { return 0.5f * x * (1.0f + tanhf(0.79788456080286535588f * x * (1.0f + 0.044715f * x * x))); }
 TP_DEVICE float gelu_quick(float x) { return x / (1.0f + expf(-1.702f * x)); }
 TP_DEVICE float gelu_erf(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752440f)); }
 TP_DEVICE float relu(float x) { return x > 0.0f ? x : 0.0f; }
@@ -33,16 +31,16 @@ TP_DEVICE float clamp(float x, float lo, float hi) { return x < lo ? lo : x > hi
 
 using namespace ggml_tp;
 
-#define BINARY(name, expression)                                                     \
-    TP_KERNEL(binary_##name, BinaryArgs, 256) {                                      \
-        for_my_element(args.y, [&](const Index& i) {                                 \
+#define BINARY(name, expression)                                                   \
+    TP_KERNEL(binary_##name, BinaryArgs, 256) {                                    \
+        for_my_element(args.y, [&](const Index& i) {                               \
             const float a = load(args.a, i), b = load(args.b, wrap(i, args.b.ne)); \
-            store(args.y, i, expression);                                            \
-        });                                                                          \
+            store(args.y, i, expression);                                          \
+        });                                                                        \
     }
 BINARY(add, a + b)
 BINARY(sub, a - b)
-BINARY(mul, a * b)
+BINARY(mul, a* b)
 BINARY(div, a / b)
 
 #define UNARY(name, expression)                      \
@@ -67,12 +65,12 @@ UNARY(sqr, x* x)
 UNARY(sqrt, sqrtf(x))
 UNARY(clamp, clamp(x, args.p0, args.p1))
 
-#define GLU(name, expression)                                        \
-    TP_KERNEL(glu_##name, GluArgs, 256) {                            \
-        for_my_element(args.y, [&](const Index& i) {                 \
-            const float a = load(args.a, i), b = load(args.b, i);    \
-            store(args.y, i, expression);                            \
-        });                                                          \
+#define GLU(name, expression)                                     \
+    TP_KERNEL(glu_##name, GluArgs, 256) {                         \
+        for_my_element(args.y, [&](const Index& i) {              \
+            const float a = load(args.a, i), b = load(args.b, i); \
+            store(args.y, i, expression);                         \
+        });                                                       \
     }
 GLU(swiglu, silu(a) * b)
 GLU(geglu, gelu(a) * b)

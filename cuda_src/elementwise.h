@@ -6,14 +6,27 @@ namespace ggml_tp {
 
 enum class BinaryOp { kAdd, kSub, kMul, kDiv };
 enum class UnaryOp {
-    kScale, kSilu, kGelu, kGeluQuick, kGeluErf, kRelu, kSigmoid, kTanh, kNeg, kAbs, kExp, kSqr, kSqrt, kClamp,
+    kScale,
+    kSilu,
+    kGelu,
+    kGeluQuick,
+    kGeluErf,
+    kRelu,
+    kSigmoid,
+    kTanh,
+    kNeg,
+    kAbs,
+    kExp,
+    kSqr,
+    kSqrt,
+    kClamp,
 };
 enum class GluOp { kSwiglu, kGeglu, kReglu, kSwigluOai, kGegluErf, kGegluQuick };
 
 inline constexpr const char* kBinaryKernels[] = {"binary_add", "binary_sub", "binary_mul", "binary_div"};
 inline constexpr const char* kUnaryKernels[] = {
     "unary_scale", "unary_silu", "unary_gelu", "unary_gelu_quick", "unary_gelu_erf", "unary_relu", "unary_sigmoid",
-    "unary_tanh", "unary_neg", "unary_abs", "unary_exp", "unary_sqr", "unary_sqrt", "unary_clamp",
+    "unary_tanh",  "unary_neg",  "unary_abs",  "unary_exp",        "unary_sqr",      "unary_sqrt", "unary_clamp",
 };
 inline constexpr const char* kGluKernels[] = {
     "glu_swiglu", "glu_geglu", "glu_reglu", "glu_swiglu_oai", "glu_geglu_erf", "glu_geglu_quick",

@@ -16,7 +16,8 @@ TP_KERNEL(flash_attn, FlashAttnArgs, 32) {
     const char* k = args.k.data + kv_head * args.k.nb[2] + stream % args.k.ne[3] * args.k.nb[3];
     const char* v = args.v.data + kv_head * args.v.nb[2] + stream % args.v.ne[3] * args.v.nb[3];
     const char* mask = args.mask.data;
-    if (args.has_mask) mask += token * args.mask.nb[1] + (head + args.head_offset) % args.mask.ne[2] * args.mask.nb[2] + stream % args.mask.ne[3] * args.mask.nb[3];
+    if (args.has_mask)
+        mask += token * args.mask.nb[1] + (head + args.head_offset) % args.mask.ne[2] * args.mask.nb[2] + stream % args.mask.ne[3] * args.mask.nb[3];
     const float slope = alibi_slope(args.max_bias, (i32)head + args.head_offset, args.n_head_global);
     for (int i = lane; i < d; i += 32) q_shared[i] = *(const float*)(q + i * args.q.nb[0]);
     __syncwarp();

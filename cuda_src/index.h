@@ -4,7 +4,9 @@
 
 namespace ggml_tp {
 
-struct Index4 { i64 i[4]; };
+struct Index4 {
+    i64 i[4];
+};
 TP_DEVICE Index4 tp_index(const i64* ne, i64 linear) {
     Index4 out;
     for (int d = 0; d < 3; ++d) {

@@ -12,6 +12,9 @@ struct Launch {
 };
 
 // Compute capability as major*100 + minor*10, as in __CUDA_ARCH__: 600, 610, 700, 750, 860, 900.
-struct Arch { i32 cc; i32 n_sm; };
+struct Arch {
+    i32 cc;
+    i32 n_sm;
+};
 
 }  // namespace ggml_tp

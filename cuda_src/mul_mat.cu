@@ -5,7 +5,9 @@
 
 namespace ggml_tp {
 
-struct MulMatSite { i64 row, column, i2, i3, w2, w3; };
+struct MulMatSite {
+    i64 row, column, i2, i3, w2, w3;
+};
 
 TP_DEVICE bool mul_mat_site(const MulMatArgs& a, int cols, MulMatSite& s) {
     s.row = (i64)blockIdx.x * kRowsPerBlock + threadIdx.y;
@@ -63,13 +65,13 @@ TP_DEVICE void mul_mat_float(const MulMatArgs& a) {
 
 }  // namespace ggml_tp
 
-#define MUL_MAT_QUANTIZED(name, type)                                                                                                       \
-    TP_KERNEL(mul_mat_##name##_1, MulMatArgs, 128) { ggml_tp::mul_mat_quantized<type, true, 1>(args); }                                     \
-    TP_KERNEL(mul_mat_##name##_8, MulMatArgs, 128) { ggml_tp::mul_mat_quantized<type, true, 8>(args); }                                     \
-    TP_KERNEL(mul_mat_##name##_host_1, MulMatArgs, 128) { ggml_tp::mul_mat_quantized<type, false, 1>(args); }                               \
+#define MUL_MAT_QUANTIZED(name, type)                                                                         \
+    TP_KERNEL(mul_mat_##name##_1, MulMatArgs, 128) { ggml_tp::mul_mat_quantized<type, true, 1>(args); }       \
+    TP_KERNEL(mul_mat_##name##_8, MulMatArgs, 128) { ggml_tp::mul_mat_quantized<type, true, 8>(args); }       \
+    TP_KERNEL(mul_mat_##name##_host_1, MulMatArgs, 128) { ggml_tp::mul_mat_quantized<type, false, 1>(args); } \
     TP_KERNEL(mul_mat_##name##_host_8, MulMatArgs, 128) { ggml_tp::mul_mat_quantized<type, false, 8>(args); }
-#define MUL_MAT_FLOAT(name, type)                                                                         \
-    TP_KERNEL(mul_mat_##name##_1, MulMatArgs, 128) { ggml_tp::mul_mat_float<type, 1>(args); }             \
+#define MUL_MAT_FLOAT(name, type)                                                             \
+    TP_KERNEL(mul_mat_##name##_1, MulMatArgs, 128) { ggml_tp::mul_mat_float<type, 1>(args); } \
     TP_KERNEL(mul_mat_##name##_8, MulMatArgs, 128) { ggml_tp::mul_mat_float<type, 8>(args); }
 
 MUL_MAT_QUANTIZED(q4_0, ggml_tp::kQ4_0)

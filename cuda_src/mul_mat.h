@@ -14,7 +14,10 @@ inline bool mul_mat_needs_quantized_x(const Matrix& w, i64, Arch) {
 }
 
 inline Launch mul_mat_launch(const MulMatArgs& a, Arch) {
-    struct Row { i32 type; const char *repacked_1, *repacked_8, *host_1, *host_8; };
+    struct Row {
+        i32 type;
+        const char *repacked_1, *repacked_8, *host_1, *host_8;
+    };
     static constexpr Row kRows[] = {
         {kQ4_0, "mul_mat_q4_0_1", "mul_mat_q4_0_8", "mul_mat_q4_0_host_1", "mul_mat_q4_0_host_8"},
         {kQ8_0, "mul_mat_q8_0_1", "mul_mat_q8_0_8", "mul_mat_q8_0_host_1", "mul_mat_q8_0_host_8"},

@@ -9,8 +9,7 @@ namespace {
 
 /// The dimension that turns `n_rotations` times within the original context.
 TP_DEVICE float yarn_corr_dim(const RopeArgs& args, float n_rotations) {
-    return (float)args.n_dims * logf((float)args.n_ctx_orig / (n_rotations * 2.0f * 3.14159265358979323846f)) /
-           (2.0f * logf(args.freq_base));
+    return (float)args.n_dims * logf((float)args.n_ctx_orig / (n_rotations * 2.0f * 3.14159265358979323846f)) / (2.0f * logf(args.freq_base));
 }
 
 /// cos and sin (times the magnitude correction) of pair `i` at position `pos`.

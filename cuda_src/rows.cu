@@ -6,7 +6,7 @@ namespace ggml_tp {
 
 TP_DEVICE i64 row_number(const View& idx, i64 i0, i64 i1, i64 i2) {
     const char* p = idx.data + i0 * idx.nb[0] + i1 * idx.nb[1] + i2 * idx.nb[2];
-    return idx.type == kI64 ? *(const i64*)p : (i64)*(const i32*)p;
+    return idx.type == kI64 ? *(const i64*)p : (i64) * (const i32*)p;
 }
 
 }  // namespace ggml_tp

@@ -8,7 +8,9 @@ namespace ggml_tp {
 namespace {
 
 /// A sum of exp(v - max) over some values; the empty one is {-inf, 0}.
-struct ExpSum { float max, sum; };
+struct ExpSum {
+    float max, sum;
+};
 
 TP_DEVICE float exp_from(float v, float max) { return v == -INFINITY ? 0.0f : expf(v - max); }
 
@@ -69,6 +71,5 @@ TP_KERNEL(soft_max, SoftMaxArgs, 256) {
         all = {max, all.sum * exp_from(all.max, max) + exp_from(sink, max)};
     }
     const float inverse = all.sum > 0.0f ? 1.0f / all.sum : 0.0f;
-    for (i64 i = threadIdx.x; i < x.ne[0]; i += blockDim.x)
-        store_element(y_row + i * y.nb[0], y.type, exp_from(logit(i), all.max) * inverse);
+    for (i64 i = threadIdx.x; i < x.ne[0]; i += blockDim.x) store_element(y_row + i * y.nb[0], y.type, exp_from(logit(i), all.max) * inverse);
 }

@@ -17,9 +17,8 @@ using ggml_tp::u64;
 
 #define TP_ARCH __CUDA_ARCH__
 #define INFINITY __int_as_float(0x7f800000)
-#define TP_KERNEL(name, Args, max_threads) \
-    extern "C" __global__ void __launch_bounds__(max_threads) name(const ggml_tp::Args args)
-#define TP_DYN_SHARED(T, name)                              \
+#define TP_KERNEL(name, Args, max_threads) extern "C" __global__ void __launch_bounds__(max_threads) name(const ggml_tp::Args args)
+#define TP_DYN_SHARED(T, name)                                \
     extern __shared__ __align__(16) char tp_dynamic_shared[]; \
     T* name = (T*)tp_dynamic_shared
 #define TP_DEVICE __device__ __forceinline__

@@ -6,7 +6,9 @@
 
 namespace ggml_tp {
 
-struct WeightField { i32 offset, bytes; };
+struct WeightField {
+    i32 offset, bytes;
+};
 struct WeightFormat {
     Type type;
     const char* name;
@@ -18,9 +20,9 @@ inline constexpr WeightFormat kWeightFormats[] = {
     {kF32, "f32", 1, 4, 1, {{0, 4}}},
     {kF16, "f16", 1, 2, 1, {{0, 2}}},
     {kBF16, "bf16", 1, 2, 1, {{0, 2}}},
-    {kQ4_0, "q4_0", 32, 18, 2, {{2, 16}, {0, 2}}},                        // quants, scale
-    {kQ8_0, "q8_0", 32, 34, 2, {{2, 32}, {0, 2}}},                        // quants, scale
-    {kQ4_K, "q4_K", 256, 144, 3, {{16, 128}, {4, 12}, {0, 4}}},           // quants, 6-bit scales and mins, {d, dmin}
+    {kQ4_0, "q4_0", 32, 18, 2, {{2, 16}, {0, 2}}},                             // quants, scale
+    {kQ8_0, "q8_0", 32, 34, 2, {{2, 32}, {0, 2}}},                             // quants, scale
+    {kQ4_K, "q4_K", 256, 144, 3, {{16, 128}, {4, 12}, {0, 4}}},                // quants, 6-bit scales and mins, {d, dmin}
     {kQ6_K, "q6_K", 256, 210, 4, {{0, 128}, {128, 64}, {192, 16}, {208, 2}}},  // low 4 bits, high 2 bits, scales, d
 };
 

@@ -235,7 +235,7 @@ def train(model: Llama, text: str, heldout: str, args) -> None:
         loss = loss_of(model, draw_batch(tokens, starts, args.batch, rng))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules):
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument("--package", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "plugin/ggml_tp/models/tiny-english.gguf")
     parser.add_argument("--heldout", type=Path, default=ROOT / "tests/data/heldout.txt")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)

@@ -8,8 +8,7 @@ import gguf
 import numpy as np
 
 N_LAYER, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, HEAD_DIM, N_VOCAB = 2, 256, 768, 8, 4, 32, 320
-FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-SHARDED = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "output")
+N_EXPERT, N_EXPERT_USED, N_FF_EXPERT = 4, 2, 128  # qwen3moe
 
 
 def _k_quant(values: np.ndarray, name: str) -> np.ndarray:
@@ -34,13 +33,17 @@ def write_model(path: Path, family: str, quant: str, seed: int = 0, rope_factors
     `dequantized` writes the same values as F32.
     """
     rng = np.random.default_rng(seed)
-    w = gguf.GGUFWriter(path, FAMILIES[family])
+    w = gguf.GGUFWriter(path, family)
     w.add_context_length(2048)
     w.add_embedding_length(N_EMBD)
     w.add_block_count(N_LAYER)
     w.add_feed_forward_length(N_FF)
     w.add_head_count(N_HEAD)
     w.add_head_count_kv(N_HEAD_KV)
+    if family == "qwen3moe":
+        w.add_expert_count(N_EXPERT)
+        w.add_expert_used_count(N_EXPERT_USED)
+        w.add_expert_feed_forward_length(N_FF_EXPERT)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_rope_freq_base(10000.0)
     w.add_key_length(HEAD_DIM)
@@ -58,6 +61,10 @@ def write_model(path: Path, family: str, quant: str, seed: int = 0, rope_factors
         else:
             w.add_tensor(name, data, raw_dtype=kind)
 
+    def experts(name: str, rows: int, columns: int) -> None:
+        values = rng.normal(0, columns**-0.5, (N_EXPERT, rows, columns)).astype(np.float32)
+        w.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+
     def vector(name: str, n: int, mean: float, spread: float) -> None:
         w.add_tensor(name, rng.normal(mean, spread, n).astype(np.float32))
 
@@ -74,10 +81,16 @@ def write_model(path: Path, family: str, quant: str, seed: int = 0, rope_factors
             matrix(p + name + ".weight", rows * HEAD_DIM, N_EMBD)
             if family == "qwen2":
                 vector(p + name + ".bias", rows * HEAD_DIM, 0, 0.1)
-        if family == "qwen3":
+        if family.startswith("qwen3"):
             vector(p + "attn_q_norm.weight", HEAD_DIM, 1, 0.1)
             vector(p + "attn_k_norm.weight", HEAD_DIM, 1, 0.1)
         matrix(p + "attn_output.weight", N_EMBD, N_HEAD * HEAD_DIM)
+        if family == "qwen3moe":
+            w.add_tensor(p + "ffn_gate_inp.weight", rng.normal(0, N_EMBD**-0.5, (N_EXPERT, N_EMBD)).astype(np.float32))
+            experts(p + "ffn_gate_exps.weight", N_FF_EXPERT, N_EMBD)
+            experts(p + "ffn_up_exps.weight", N_FF_EXPERT, N_EMBD)
+            experts(p + "ffn_down_exps.weight", N_EMBD, N_FF_EXPERT)
+            continue
         matrix(p + "ffn_gate.weight", N_FF, N_EMBD)
         matrix(p + "ffn_up.weight", N_FF, N_EMBD)
         matrix(p + "ffn_down.weight", N_EMBD, N_FF)

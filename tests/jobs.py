@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
+import graphs
 import numpy as np
-from ggml_tp import LIBRARY
+from ggml_tp import LIBRARY as INSTALLED
 from ggml_tp.host import Host, HostError
 from ggml_tp.inspection import Inspection
 
+LIBRARY = Path(os.environ.get("TEST_LIBRARY", INSTALLED))  # a sanitizer's build, when tests ask for it
 _cache: dict[Any, Any] = {}
 
 
@@ -37,7 +41,7 @@ def run_model(
     tokens, logits, _ = context.generate(tokens_in, n)
     out: dict[str, Any] = {"tokens": tokens, "logits": logits}
     if on_device:
-        inspection = Inspection()
+        inspection = Inspection(LIBRARY)
         out |= {"counters": inspection.counters(), "bytes": inspection.rank_bytes(), "plan": inspection.text("plan"), "program": inspection.text("program")}
     context.close()
     context = loaded.context(n_ctx=1024, flash_attn=flash_attn, n_ubatch=n_ubatch)
@@ -114,3 +118,42 @@ def out_of_memory(model: str) -> dict[str, Any]:
         refused = True
     tokens, _, _ = loaded.context(n_ctx=256).generate([1, 2, 3], 2)
     return {"refused": refused, "tokens": tokens}
+
+
+def run_cases(names: list[str], on_device: bool, library: str | None = None) -> dict[str, tuple[bool, int, np.ndarray]]:
+    """Of each case of graphs.CASES: whether it is claimed, its status, its output."""
+    host = _with_plugin(library) if on_device else _host(library)
+    ggml = graphs.Ggml(host.path, on_device)
+    out = {}
+    for name in names:
+        build, type_ = graphs.CASES[name]
+        case = graphs.Case(ggml)
+        output = build(case)
+        supported = bool(ggml.lib.ggml_backend_dev_supports_op(ggml.device, output))
+        out[name] = (supported, *case.run(output, type_))
+    ggml.close()
+    return out
+
+
+def refuse_cases(table: str) -> dict[str, tuple[bool, int, int]]:
+    """Of each bad graph: whether it is claimed, its status, and the status of a good graph after it."""
+    host = _with_plugin()
+    ggml = graphs.Ggml(host.path, True)
+    out = {}
+    for name, build in getattr(graphs, table).items():
+        bad, good = graphs.Case(ggml), graphs.Case(ggml)
+        output = build(bad)
+        claimed = bool(ggml.lib.ggml_backend_dev_supports_op(ggml.device, output))
+        status, _ = bad.run(output, None)
+        out[name] = (claimed, status, good.run(graphs.CASES["scale and shift"][0](good))[0])
+    ggml.close()
+    return out
+
+
+def product(type_: int, k: int, n: int, m: int, name: str, on_device: bool) -> tuple[int, np.ndarray]:
+    """w [k, n] times x [k, m]; the name of w decides how it is sharded."""
+    host = _with_plugin() if on_device else _host()
+    if ("ggml", on_device) not in _cache:
+        _cache["ggml", on_device] = graphs.Ggml(host.path, on_device)
+    case = graphs.Case(_cache["ggml", on_device])
+    return case.run(case.lib.ggml_mul_mat(case.c, case.leaf(type_, k, n, scale=k**-0.5, name=name), case.leaf(graphs.F32, k, m)))

@@ -73,7 +73,9 @@ struct Stream {
     }
 };
 
-struct Graph { std::vector<Operation> operations; };
+struct Graph {
+    std::vector<Operation> operations;
+};
 
 struct World {
     std::mutex mutex;
@@ -108,7 +110,10 @@ struct Meeting {
     std::vector<const void*> sources;
     std::vector<char> result;
 };
-struct Communicator { std::shared_ptr<Meeting> meeting; int rank; };
+struct Communicator {
+    std::shared_ptr<Meeting> meeting;
+    int rank;
+};
 std::mutex meetings_mutex;
 std::map<std::string, std::shared_ptr<Meeting>> meetings;
 
@@ -246,7 +251,9 @@ API int cuMemcpyHtoDAsync_v2(DevicePtr to, const void* from, size_t n, void* str
     return kOk;
 }
 API int cuMemcpyDtoHAsync_v2(void* to, DevicePtr from, size_t n, void* stream) { return copy(stream, to, reinterpret_cast<const void*>(from), n); }
-API int cuMemcpyDtoDAsync_v2(DevicePtr to, DevicePtr from, size_t n, void* stream) { return copy(stream, reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), n); }
+API int cuMemcpyDtoDAsync_v2(DevicePtr to, DevicePtr from, size_t n, void* stream) {
+    return copy(stream, reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), n);
+}
 API int cuMemsetD8Async(DevicePtr to, unsigned char value, size_t n, void* stream) {
     stream_of(stream)->submit([=] {
         std::memset(reinterpret_cast<void*>(to), value, n);
@@ -311,7 +318,8 @@ API int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, un
                        void** parameters, void**) {
     const Kernel* kernel = static_cast<Kernel*>(function);
     const unsigned long long threads = 1ull * bx * by * bz;
-    if (!gx || !gy || !gz || gx > 0x7fffffffu || gy > 65535 || gz > 65535 || !threads || threads > kernel->max_threads || shared_bytes > 99u << 10) return kInvalidValue;
+    if (!gx || !gy || !gz || gx > 0x7fffffffu || gy > 65535 || gz > 65535 || !threads || threads > kernel->max_threads || shared_bytes > 99u << 10)
+        return kInvalidValue;
     auto args = std::make_shared<std::vector<char>>(static_cast<char*>(parameters[0]), static_cast<char*>(parameters[0]) + kernel->args_bytes);
     stream_of(stream)->submit([=] {
         const char* error = nullptr;
@@ -323,7 +331,9 @@ API int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, un
 }
 
 // NCCL
-struct NcclId { char bytes[128]; };
+struct NcclId {
+    char bytes[128];
+};
 API int ncclGetVersion(int* v) { return *v = 23203, kOk; }
 API const char* ncclGetErrorString(int) { return "emulated NCCL error"; }
 API int ncclGetUniqueId(NcclId* id) {

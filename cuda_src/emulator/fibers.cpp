@@ -13,6 +13,16 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
+// Under TSan every CUDA thread is a fiber of its own, and only barriers and __syncwarp order what they do. This file itself is
+// compiled without -fsanitize=thread (build.py): the scheduler's own bookkeeping is no access of a kernel.
+#if defined(TP_TSAN)
+#include <sanitizer/tsan_interface.h>
+#define TP_TSAN_RELEASE(p) __tsan_release(p)
+#define TP_TSAN_ACQUIRE(p) __tsan_acquire(p)
+#else
+#define TP_TSAN_RELEASE(p) (void)(p)
+#define TP_TSAN_ACQUIRE(p) (void)(p)
+#endif
 
 namespace tp_emulator {
 
@@ -40,12 +50,15 @@ struct Fiber {
     char* stack = nullptr;
     void* sp = nullptr;
     State state = State::kDone;
-    u32 mask = 0;      // of the collective that it waits in
+    u32 mask = 0;  // of the collective that it waits in
     Collective op{};
     float value = 0, result = 0;
     int source = 0;
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
+#endif
+#if defined(TP_TSAN)
+    void* tsan = nullptr;
 #endif
 };
 
@@ -53,27 +66,38 @@ struct Fiber {
 class Block {
   public:
     ~Block() {
-        for (Fiber& f : fibers_)
+        for (Fiber& f : fibers_) {
+#if defined(TP_TSAN)
+            if (f.tsan) __tsan_destroy_fiber(f.tsan);
+#endif
             if (f.stack) munmap(f.stack, kStackBytes);
+        }
     }
     bool run(const Kernel& kernel, Dim3 grid, Dim3 block, Dim3 index, size_t shared_bytes, const void* args);
     void sync_block() {
+        TP_TSAN_RELEASE(&barrier_);
         fibers_[running_].state = State::kAtBarrier;
         yield();
+        TP_TSAN_ACQUIRE(&barrier_);
     }
     float collective(Collective op, u32 mask, float value, int source) {
         Fiber& f = fibers_[running_];
         const unsigned warp = running_ / 32 * 32, lanes = std::min(32u, n_ - warp);
         if (lanes < 32) mask &= (1u << lanes) - 1;
         f.op = op, f.mask = mask, f.value = value, f.source = source, f.state = State::kInCollective;
+        // Of the collectives only __syncwarp orders memory accesses; a shuffle does not.
+        if (op == Collective::kSync) TP_TSAN_RELEASE(&fibers_[warp]);
         if (!complete(warp, mask)) yield();
+        if (op == Collective::kSync) TP_TSAN_ACQUIRE(&fibers_[warp]);
         return fibers_[running_].result;
     }
 
   private:
     static void trampoline();
     void body() {
+        TP_TSAN_ACQUIRE(&begin_);
         kernel_->entry(args_);
+        TP_TSAN_RELEASE(&end_);
         fibers_[running_].state = State::kDone;
         yield();
     }
@@ -100,6 +124,10 @@ class Block {
     void* home_ = nullptr;
     const Kernel* kernel_ = nullptr;
     const void* args_ = nullptr;
+    char barrier_ = 0, begin_ = 0, end_ = 0;  // their addresses stand for what orders memory accesses
+#if defined(TP_TSAN)
+    void* home_tsan_ = nullptr;
+#endif
 #if defined(__SANITIZE_ADDRESS__)
     const void* home_stack_ = nullptr;
     size_t home_bytes_ = 0;
@@ -157,6 +185,9 @@ void Block::switch_to(unsigned next) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(from.state == State::kDone ? nullptr : &from.fake, to.stack + kGuardBytes, kStackBytes - kGuardBytes);
 #endif
+#if defined(TP_TSAN)
+    __tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);
+#endif
     tp_emulator_switch(&from.sp, to.sp);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(from.fake, nullptr, nullptr);
@@ -184,6 +215,9 @@ void Block::yield() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(from.state == State::kDone ? nullptr : &from.fake, home_stack_, home_bytes_);
 #endif
+#if defined(TP_TSAN)
+    __tsan_switch_to_fiber(home_tsan_, __tsan_switch_to_fiber_no_sync);
+#endif
     tp_emulator_switch(&from.sp, home_);
 }
 
@@ -205,6 +239,9 @@ bool Block::run(const Kernel& kernel, Dim3 grid, Dim3 block, Dim3 index, size_t 
             f.stack = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
             if (f.stack == MAP_FAILED) return false;
             mprotect(f.stack, kGuardBytes, PROT_NONE);
+#if defined(TP_TSAN)
+            f.tsan = __tsan_create_fiber(0);
+#endif
         }
 #if defined(__SANITIZE_ADDRESS__)
         __asan_unpoison_memory_region(f.stack + kGuardBytes, kStackBytes - kGuardBytes);
@@ -223,7 +260,13 @@ bool Block::run(const Kernel& kernel, Dim3 grid, Dim3 block, Dim3 index, size_t 
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&home_fake_, fibers_[0].stack + kGuardBytes, kStackBytes - kGuardBytes);
 #endif
+#if defined(TP_TSAN)
+    home_tsan_ = __tsan_get_current_fiber();
+    TP_TSAN_RELEASE(&begin_);
+    __tsan_switch_to_fiber(fibers_[0].tsan, __tsan_switch_to_fiber_no_sync);
+#endif
     tp_emulator_switch(&home_, fibers_[0].sp);
+    TP_TSAN_ACQUIRE(&end_);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(home_fake_, nullptr, nullptr);
 #endif

@@ -23,12 +23,14 @@ using ggml_tp::u64;
 
 namespace tp_emulator {
 
-struct Dim3 { unsigned x, y, z; };
+struct Dim3 {
+    unsigned x, y, z;
+};
 
 /// What the running fiber sees. Set by the scheduler before it switches to a fiber.
 struct Context {
     Dim3 thread, block, block_dim, grid_dim;
-    unsigned linear;     // thread index within the block
+    unsigned linear;  // thread index within the block
     char* dynamic_shared;
 };
 extern thread_local Context current;
@@ -41,7 +43,13 @@ float warp_float(Collective op, u32 mask, float value, int source);
 u32 warp_ballot(u32 mask, bool predicate);
 
 using Entry = void (*)(const void* args);
-struct Kernel { const char* name; int arch_class; Entry entry; size_t args_bytes; unsigned max_threads; };
+struct Kernel {
+    const char* name;
+    int arch_class;
+    Entry entry;
+    size_t args_bytes;
+    unsigned max_threads;
+};
 /// Registration at load time; one per kernel and compile class.
 struct Registration {
     explicit Registration(const Kernel& kernel);
@@ -65,10 +73,10 @@ bool run(const Kernel& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_byte
 #define blockDim (tp_emulator::current.block_dim)
 #define gridDim (tp_emulator::current.grid_dim)
 
-#define TP_KERNEL(name, Args, max_threads)                                                                          \
-    static void name(const ggml_tp::Args args);                                                                     \
-    static void name##_entry(const void* p) { name(*static_cast<const ggml_tp::Args*>(p)); }                        \
-    static const tp_emulator::Registration name##_registration(                                                     \
+#define TP_KERNEL(name, Args, max_threads)                                                                             \
+    static void name(const ggml_tp::Args args);                                                                        \
+    static void name##_entry(const void* p) { name(*static_cast<const ggml_tp::Args*>(p)); }                           \
+    static const tp_emulator::Registration name##_registration(                                                        \
         tp_emulator::Kernel{#name, TP_ARCH, name##_entry, sizeof(ggml_tp::Args), static_cast<unsigned>(max_threads)}); \
     static void name(const ggml_tp::Args args)
 #define TP_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(tp_emulator::current.dynamic_shared)
@@ -84,11 +92,28 @@ static inline float tp_warp_sum(float v) { return tp_emulator::warp_float(tp_emu
 static inline float tp_warp_max(float v) { return tp_emulator::warp_float(tp_emulator::Collective::kMax, ~0u, v, 0); }
 static inline u32 atomicExch(u32* p, u32 v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }
 
-static inline float __int_as_float(int x) { float f; std::memcpy(&f, &x, 4); return f; }
-static inline int __float_as_int(float f) { int x; std::memcpy(&x, &f, 4); return x; }
+static inline float __int_as_float(int x) {
+    float f;
+    std::memcpy(&f, &x, 4);
+    return f;
+}
+static inline int __float_as_int(float f) {
+    int x;
+    std::memcpy(&x, &f, 4);
+    return x;
+}
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-static inline float tp_half_to_float(u16 h) { _Float16 f; std::memcpy(&f, &h, 2); return static_cast<float>(f); }
-static inline u16 tp_float_to_half(float f) { _Float16 v = static_cast<_Float16>(f); u16 h; std::memcpy(&h, &v, 2); return h; }
+static inline float tp_half_to_float(u16 h) {
+    _Float16 f;
+    std::memcpy(&f, &h, 2);
+    return static_cast<float>(f);
+}
+static inline u16 tp_float_to_half(float f) {
+    _Float16 v = static_cast<_Float16>(f);
+    u16 h;
+    std::memcpy(&h, &v, 2);
+    return h;
+}
 static inline float tp_bf16_to_float(u16 b) { return __int_as_float(static_cast<int>(static_cast<u32>(b) << 16)); }
 static inline u16 tp_float_to_bf16(float f) {
     u32 x = static_cast<u32>(__float_as_int(f));

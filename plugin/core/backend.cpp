@@ -33,7 +33,12 @@ auto guarded(F&& body, decltype(body()) failed) -> decltype(body()) {
 }
 template <class F>
 void guarded_void(F&& body) {
-    guarded([&] { body(); return 0; }, 0);
+    guarded(
+        [&] {
+            body();
+            return 0;
+        },
+        0);
 }
 
 template <class F>
@@ -43,7 +48,10 @@ void* word(F function) {
 
 HostState& state_of_device(void* device) { return *static_cast<HostState*>(static_cast<void**>(device)[16]); }
 
-struct HostBuffer { HostState* state; std::unique_ptr<Buffer> buffer; };
+struct HostBuffer {
+    HostState* state;
+    std::unique_ptr<Buffer> buffer;
+};
 
 void buffer_clear(void* buffer, uint8_t value);
 
@@ -132,12 +140,16 @@ void buffer_clear(void* buffer, uint8_t value) {
 }
 
 template <int n>
-struct Words { void* w[n]; };
+struct Words {
+    void* w[n];
+};
 template <int n>
 void* make_host_buffer(HostState& state, HostBuffer* context, size_t size) {
     Words<n> table{};
     int i = 0;
-    for (void* f : {word(buffer_free), word(buffer_base), word(buffer_init_tensor), word(buffer_memset_tensor), word(buffer_set_tensor), word(buffer_get_tensor)}) table.w[i++] = f;
+    for (void* f :
+         {word(buffer_free), word(buffer_base), word(buffer_init_tensor), word(buffer_memset_tensor), word(buffer_set_tensor), word(buffer_get_tensor)})
+        table.w[i++] = f;
     if (n == 11) i += 2;  // set_tensor_2d, get_tensor_2d: the host falls back
     table.w[i++] = word(buffer_copy_tensor);
     table.w[i++] = word(buffer_clear);
@@ -199,13 +211,21 @@ void device_props(void* device, char* props) {
 void* device_init_backend(void* device, const char*);
 void* device_buffer_type(void* device) { return state_of_device(device).buffer_type(); }
 bool device_supports_op(void* device, const void* operation) {
-    return guarded([&] { HostState& state = state_of_device(device); return state.group->supports(*state.host, operation); }, false);
+    return guarded(
+        [&] {
+            HostState& state = state_of_device(device);
+            return state.group->supports(*state.host, operation);
+        },
+        false);
 }
 bool device_supports_type(void* device, void* type) { return type == state_of_device(device).buffer_type(); }
 bool device_offload_op(void*, const void*) { return false; }
 
 // ---- backend: {guid, table, device, context}
-struct HostBackend { void* words[24]; HostState* state; };
+struct HostBackend {
+    void* words[24];
+    HostState* state;
+};
 HostBackend& backend_of(void* backend) { return *static_cast<HostBackend*>(backend); }
 const char* backend_name(void*) { return "TP0"; }
 void backend_free(void* backend) { delete &backend_of(backend); }
@@ -256,8 +276,9 @@ void fill_tables(HostState& s) {
     std::memcpy(&r[0], &api, sizeof api);
     r[1] = word(registration_name), r[2] = word(registration_devices), r[3] = word(registration_device), r[4] = word(registration_proc), r[5] = &s;
     int i = 0;
-    for (void* f : {word(device_name), word(device_description), word(device_memory), word(device_type), word(device_props), word(device_init_backend), word(device_buffer_type),
-                    static_cast<void*>(nullptr), static_cast<void*>(nullptr), word(device_supports_op), word(device_supports_type), word(device_offload_op)})
+    for (void* f : {word(device_name), word(device_description), word(device_memory), word(device_type), word(device_props), word(device_init_backend),
+                    word(device_buffer_type), static_cast<void*>(nullptr), static_cast<void*>(nullptr), word(device_supports_op), word(device_supports_type),
+                    word(device_offload_op)})
         s.device[i++] = f;
     s.device[15] = s.registration;
     s.device[16] = &s;
@@ -266,7 +287,7 @@ void fill_tables(HostState& s) {
     s.buffer_type_words[0] = &s;
     void** t = s.buffer_type_words + 1;
     t[i++] = word(type_name), t[i++] = word(type_alloc);
-    if (wide) ++i;  // alloc_buffer_n
+    if (wide) ++i;                                                     // alloc_buffer_n
     t[i++] = word(type_alignment), t[i++] = word(type_max_size), ++i;  // get_alloc_size: the host's default
     if (wide) ++i;
     t[i++] = word(type_is_host);

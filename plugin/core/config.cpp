@@ -57,21 +57,18 @@ Config read_config() {
     }
     if (std::string text = variable("GGML_TP_RANKS"); !text.empty()) {
         long ranks = 0;
-        if (!parse_int(text, &ranks) || ranks < 1 || ranks > kMaxRanks)
-            refuse("GGML_TP_RANKS", text, "a number of ranks from 1 to 16");
+        if (!parse_int(text, &ranks) || ranks < 1 || ranks > kMaxRanks) refuse("GGML_TP_RANKS", text, "a number of ranks from 1 to 16");
         config.n_ranks = static_cast<int>(ranks);
     }
     if (!config.devices.empty() && config.n_ranks && config.n_ranks != static_cast<int>(config.devices.size()))
-        refuse("GGML_TP_DEVICES", variable("GGML_TP_DEVICES"),
-               "GGML_TP_RANKS asks for " + std::to_string(config.n_ranks) + " ranks; name as many devices");
+        refuse("GGML_TP_DEVICES", variable("GGML_TP_DEVICES"), "GGML_TP_RANKS asks for " + std::to_string(config.n_ranks) + " ranks; name as many devices");
     if (!config.devices.empty()) config.n_ranks = static_cast<int>(config.devices.size());
     if (std::string text = variable("GGML_TP_SPLIT"); !text.empty()) {
         double sum = 0;
         for (const std::string& field : fields(text)) {
             char* end = nullptr;
             double share = std::strtod(field.c_str(), &end);
-            if (field.empty() || *end || !(share >= 0) || share > 1e6)
-                refuse("GGML_TP_SPLIT", text, "write one share per rank, for example 3,1");
+            if (field.empty() || *end || !(share >= 0) || share > 1e6) refuse("GGML_TP_SPLIT", text, "write one share per rank, for example 3,1");
             config.split.push_back(share);
             sum += share;
         }
@@ -81,6 +78,7 @@ Config read_config() {
             refuse("GGML_TP_SPLIT", text, "there are " + std::to_string(config.n_ranks) + " ranks; write one share for each");
         config.n_ranks = static_cast<int>(config.split.size());
     }
+    config.nccl_path = variable("GGML_TP_NCCL");
     if (std::string text = variable("GGML_TP_LOG"); !text.empty()) {
         long level = 0;
         if (!parse_int(text, &level) || level < 0 || level > 2) refuse("GGML_TP_LOG", text, "0, 1 or 2");
@@ -89,8 +87,7 @@ Config read_config() {
     if (std::string text = variable("GGML_TP_DEADLINE"); !text.empty()) {
         char* end = nullptr;
         config.deadline_s = std::strtod(text.c_str(), &end);
-        if (*end || !(config.deadline_s > 0) || config.deadline_s > 86400)
-            refuse("GGML_TP_DEADLINE", text, "seconds that one graph may take, up to 86400");
+        if (*end || !(config.deadline_s > 0) || config.deadline_s > 86400) refuse("GGML_TP_DEADLINE", text, "seconds that one graph may take, up to 86400");
     }
     return config;
 }
@@ -104,6 +101,7 @@ std::string Config::to_text() const {
     if (split.empty()) out += " even";
     out += "\nemulate ";
     out += emulated_cc ? "sm_" + std::to_string(emulated_cc / 10) + "*" + std::to_string(emulated_devices) : "no";
+    out += "\nnccl " + (nccl_path.empty() ? "auto" : nccl_path);
     out += "\nlog " + std::to_string(log_level) + "\ndeadline_s " + std::to_string(deadline_s) + "\n";
     return out;
 }

@@ -8,13 +8,14 @@ namespace ggml_tp {
 inline constexpr int kMaxRanks = 16;
 
 struct Config {
-    int n_ranks = 0;              // GGML_TP_RANKS; 0: one per device
-    std::vector<int> devices;     // GGML_TP_DEVICES, CUDA ordinals, one per rank; empty: 0, 1, 2, ...
-    std::vector<double> split;    // GGML_TP_SPLIT, a weight per rank; empty: even
-    int emulated_cc = 0;          // GGML_TP_EMULATE="sm_60*4": 600; 0: real GPUs
+    int n_ranks = 0;            // GGML_TP_RANKS; 0: one per device
+    std::vector<int> devices;   // GGML_TP_DEVICES, CUDA ordinals, one per rank; empty: 0, 1, 2, ...
+    std::vector<double> split;  // GGML_TP_SPLIT, a weight per rank; empty: even
+    int emulated_cc = 0;        // GGML_TP_EMULATE="sm_60*4": 600; 0: real GPUs
     int emulated_devices = 0;
-    int log_level = 1;            // GGML_TP_LOG: 0 errors, 1 one line per event, 2 plans and programs
-    double deadline_s = 60;       // GGML_TP_DEADLINE: how long one graph may take before its peers are given up
+    std::string nccl_path;   // GGML_TP_NCCL; empty: the wheel beside the package, then the system's
+    int log_level = 1;       // GGML_TP_LOG: 0 errors, 1 one line per event, 2 plans and programs
+    double deadline_s = 60;  // GGML_TP_DEADLINE: how long one graph may take before its peers are given up
 
     std::string to_text() const;
 };

@@ -25,7 +25,8 @@ void* resolve(void* library, const char* path, const char* symbol) {
 
 }  // namespace
 
-Driver::Driver(const Config& config, const std::string& plugin_dir) : emulated_(config.emulated_cc != 0), plugin_dir_(plugin_dir) {
+Driver::Driver(const Config& config, const std::string& plugin_dir)
+    : emulated_(config.emulated_cc != 0), plugin_dir_(plugin_dir), wanted_nccl_(config.nccl_path) {
     cuda_path_ = emulated_ ? plugin_dir + "/libggml-tp-emulator.so" : "libcuda.so.1";
     cuda_library_ = dlopen(cuda_path_.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!cuda_library_)
@@ -33,13 +34,11 @@ Driver::Driver(const Config& config, const std::string& plugin_dir) : emulated_(
                               : "no NVIDIA driver (libcuda.so.1 cannot be opened), so no device is offered; "
                                 "GGML_TP_EMULATE=\"sm_80*2\" runs on emulated GPUs, slowly, for tests");
     if (emulated_) {
-        auto configure = reinterpret_cast<int (*)(int, int, unsigned long long)>(
-            resolve(cuda_library_, cuda_path_.c_str(), "tp_emulator_configure"));
+        auto configure = reinterpret_cast<int (*)(int, int, unsigned long long)>(resolve(cuda_library_, cuda_path_.c_str(), "tp_emulator_configure"));
         if (int code = configure(config.emulated_devices, config.emulated_cc, 8ull << 30))
             throw Error("the emulator refused its configuration (" + std::to_string(code) + ")");
     }
-#define GGML_TP_RESOLVE(name, symbol, parameters) \
-    name = reinterpret_cast<int(*) parameters>(resolve(cuda_library_, cuda_path_.c_str(), #symbol));
+#define GGML_TP_RESOLVE(name, symbol, parameters) name = reinterpret_cast<int(*) parameters>(resolve(cuda_library_, cuda_path_.c_str(), #symbol));
     GGML_TP_CUDA_FUNCTIONS(GGML_TP_RESOLVE)
 #undef GGML_TP_RESOLVE
     TP_CUDA(*this, -1, cuInit, 0);
@@ -50,7 +49,8 @@ Driver::~Driver() = default;  // libraries stay open: their threads and atexit h
 void Driver::open_nccl() {
     if (nccl_library_) return;
     std::vector<std::string> candidates;
-    if (emulated_) candidates = {cuda_path_};
+    if (!wanted_nccl_.empty()) candidates = {wanted_nccl_};
+    else if (emulated_) candidates = {cuda_path_};
     else candidates = {plugin_dir_ + "/../nvidia/nccl/lib/libnccl.so.2", "libnccl.so.2"};
     std::string why;
     for (const std::string& path : candidates) {
@@ -61,13 +61,12 @@ void Driver::open_nccl() {
         }
         why = dlerror();
     }
-    if (!nccl_library_) throw Error("NCCL cannot be opened (" + why + "): pip install 'nvidia-nccl-cu12>=2.30.3', or run with GGML_TP_RANKS=1");
-#define GGML_TP_RESOLVE(name, symbol, parameters) \
-    name = reinterpret_cast<int(*) parameters>(resolve(nccl_library_, nccl_path_.c_str(), #symbol));
+    if (!nccl_library_)
+        throw Error("NCCL cannot be opened (" + why + "): pip install 'nvidia-nccl-cu12>=2.30.3', name it in GGML_TP_NCCL, or run with GGML_TP_RANKS=1");
+#define GGML_TP_RESOLVE(name, symbol, parameters) name = reinterpret_cast<int(*) parameters>(resolve(nccl_library_, nccl_path_.c_str(), #symbol));
     GGML_TP_NCCL_FUNCTIONS(GGML_TP_RESOLVE)
 #undef GGML_TP_RESOLVE
-    ncclGetErrorString =
-        reinterpret_cast<const char* (*)(int)>(resolve(nccl_library_, nccl_path_.c_str(), "ncclGetErrorString"));
+    ncclGetErrorString = reinterpret_cast<const char* (*)(int)>(resolve(nccl_library_, nccl_path_.c_str(), "ncclGetErrorString"));
 }
 
 void Driver::check_cuda(int code, const char* api, int rank, const char* file, int line) const {
@@ -119,8 +118,8 @@ Device::Device(const Driver& driver_in, int rank_in, int ordinal_in) : driver(dr
     for (int i = 0; i < kKernelImageCount; ++i)
         if (kKernelImages[i].ptx && kKernelImages[i].major * 10 + kKernelImages[i].minor <= major * 10 + minor) load(kKernelImages[i]);
     if (modules_.empty())
-        throw Error("libggml-tp.so was built without kernels for " + name + " (sm_" + std::to_string(cc / 10) +
-                    "): run build.py --arch sm_" + std::to_string(cc / 10));
+        throw Error("libggml-tp.so was built without kernels for " + name + " (sm_" + std::to_string(cc / 10) + "): run build.py --arch sm_" +
+                    std::to_string(cc / 10));
 }
 
 Device::~Device() {
@@ -171,11 +170,9 @@ Handle Device::function(const std::string& wanted) {
 }
 
 void Device::launch(Handle function, const unsigned grid[3], const unsigned block[3], unsigned shared_bytes, const void* args) const {
-    if (shared_bytes > kDefaultShared)
-        TP_CUDA(driver, rank, cuFuncSetAttribute, function, kFuncMaxDynamicShared, static_cast<int>(shared_bytes));
+    if (shared_bytes > kDefaultShared) TP_CUDA(driver, rank, cuFuncSetAttribute, function, kFuncMaxDynamicShared, static_cast<int>(shared_bytes));
     void* parameters[] = {const_cast<void*>(args)};
-    TP_CUDA(driver, rank, cuLaunchKernel, function, grid[0], grid[1], grid[2], block[0], block[1], block[2], shared_bytes, stream,
-            parameters, nullptr);
+    TP_CUDA(driver, rank, cuLaunchKernel, function, grid[0], grid[1], grid[2], block[0], block[1], block[2], shared_bytes, stream, parameters, nullptr);
 }
 
 bool Device::wait(double deadline_s) const {

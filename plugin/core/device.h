@@ -15,55 +15,56 @@ namespace ggml_tp {
 using DevicePtr = unsigned long long;
 using Handle = void*;
 
-struct NcclId { char bytes[128]; };
+struct NcclId {
+    char bytes[128];
+};
 
 // name, parameters (as in cuda.h; handles are void*)
-#define GGML_TP_CUDA_FUNCTIONS(X)                                                                                       \
-    X(cuInit, cuInit, (unsigned))                                                                                       \
-    X(cuGetErrorString, cuGetErrorString, (int, const char**))                                                          \
-    X(cuDeviceGetCount, cuDeviceGetCount, (int*))                                                                       \
-    X(cuDeviceGet, cuDeviceGet, (int*, int))                                                                            \
-    X(cuDeviceGetName, cuDeviceGetName, (char*, int, int))                                                              \
-    X(cuDeviceGetAttribute, cuDeviceGetAttribute, (int*, int, int))                                                     \
-    X(cuDevicePrimaryCtxRetain, cuDevicePrimaryCtxRetain, (Handle*, int))                                               \
-    X(cuDevicePrimaryCtxRelease, cuDevicePrimaryCtxRelease_v2, (int))                                                   \
-    X(cuCtxSetCurrent, cuCtxSetCurrent, (Handle))                                                                       \
-    X(cuMemGetInfo, cuMemGetInfo_v2, (size_t*, size_t*))                                                                \
-    X(cuMemAlloc, cuMemAlloc_v2, (DevicePtr*, size_t))                                                                  \
-    X(cuMemFree, cuMemFree_v2, (DevicePtr))                                                                             \
-    X(cuMemHostAlloc, cuMemHostAlloc, (void**, size_t, unsigned))                                                       \
-    X(cuMemFreeHost, cuMemFreeHost, (void*))                                                                            \
-    X(cuMemHostGetDevicePointer, cuMemHostGetDevicePointer_v2, (DevicePtr*, void*, unsigned))                           \
-    X(cuMemcpyHtoDAsync, cuMemcpyHtoDAsync_v2, (DevicePtr, const void*, size_t, Handle))                                \
-    X(cuMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, (void*, DevicePtr, size_t, Handle))                                      \
-    X(cuMemcpyDtoDAsync, cuMemcpyDtoDAsync_v2, (DevicePtr, DevicePtr, size_t, Handle))                                  \
-    X(cuMemsetD8Async, cuMemsetD8Async, (DevicePtr, unsigned char, size_t, Handle))                                     \
-    X(cuStreamCreate, cuStreamCreate, (Handle*, unsigned))                                                              \
-    X(cuStreamDestroy, cuStreamDestroy_v2, (Handle))                                                                    \
-    X(cuStreamSynchronize, cuStreamSynchronize, (Handle))                                                               \
-    X(cuStreamQuery, cuStreamQuery, (Handle))                                                                           \
-    X(cuStreamBeginCapture, cuStreamBeginCapture_v2, (Handle, int))                                                     \
-    X(cuStreamEndCapture, cuStreamEndCapture, (Handle, Handle*))                                                        \
-    X(cuGraphInstantiate, cuGraphInstantiateWithFlags, (Handle*, Handle, unsigned long long))                           \
-    X(cuGraphExecDestroy, cuGraphExecDestroy, (Handle))                                                                 \
-    X(cuGraphDestroy, cuGraphDestroy, (Handle))                                                                         \
-    X(cuGraphLaunch, cuGraphLaunch, (Handle, Handle))                                                                   \
-    X(cuModuleLoadData, cuModuleLoadData, (Handle*, const void*))                                                       \
-    X(cuModuleUnload, cuModuleUnload, (Handle))                                                                         \
-    X(cuModuleGetFunction, cuModuleGetFunction, (Handle*, Handle, const char*))                                         \
-    X(cuFuncSetAttribute, cuFuncSetAttribute, (Handle, int, int))                                                       \
-    X(cuLaunchKernel, cuLaunchKernel,                                                                                   \
-      (Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**, void**))
+#define GGML_TP_CUDA_FUNCTIONS(X)                                                             \
+    X(cuInit, cuInit, (unsigned))                                                             \
+    X(cuGetErrorString, cuGetErrorString, (int, const char**))                                \
+    X(cuDeviceGetCount, cuDeviceGetCount, (int*))                                             \
+    X(cuDeviceGet, cuDeviceGet, (int*, int))                                                  \
+    X(cuDeviceGetName, cuDeviceGetName, (char*, int, int))                                    \
+    X(cuDeviceGetAttribute, cuDeviceGetAttribute, (int*, int, int))                           \
+    X(cuDevicePrimaryCtxRetain, cuDevicePrimaryCtxRetain, (Handle*, int))                     \
+    X(cuDevicePrimaryCtxRelease, cuDevicePrimaryCtxRelease_v2, (int))                         \
+    X(cuCtxSetCurrent, cuCtxSetCurrent, (Handle))                                             \
+    X(cuMemGetInfo, cuMemGetInfo_v2, (size_t*, size_t*))                                      \
+    X(cuMemAlloc, cuMemAlloc_v2, (DevicePtr*, size_t))                                        \
+    X(cuMemFree, cuMemFree_v2, (DevicePtr))                                                   \
+    X(cuMemHostAlloc, cuMemHostAlloc, (void**, size_t, unsigned))                             \
+    X(cuMemFreeHost, cuMemFreeHost, (void*))                                                  \
+    X(cuMemHostGetDevicePointer, cuMemHostGetDevicePointer_v2, (DevicePtr*, void*, unsigned)) \
+    X(cuMemcpyHtoDAsync, cuMemcpyHtoDAsync_v2, (DevicePtr, const void*, size_t, Handle))      \
+    X(cuMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, (void*, DevicePtr, size_t, Handle))            \
+    X(cuMemcpyDtoDAsync, cuMemcpyDtoDAsync_v2, (DevicePtr, DevicePtr, size_t, Handle))        \
+    X(cuMemsetD8Async, cuMemsetD8Async, (DevicePtr, unsigned char, size_t, Handle))           \
+    X(cuStreamCreate, cuStreamCreate, (Handle*, unsigned))                                    \
+    X(cuStreamDestroy, cuStreamDestroy_v2, (Handle))                                          \
+    X(cuStreamSynchronize, cuStreamSynchronize, (Handle))                                     \
+    X(cuStreamQuery, cuStreamQuery, (Handle))                                                 \
+    X(cuStreamBeginCapture, cuStreamBeginCapture_v2, (Handle, int))                           \
+    X(cuStreamEndCapture, cuStreamEndCapture, (Handle, Handle*))                              \
+    X(cuGraphInstantiate, cuGraphInstantiateWithFlags, (Handle*, Handle, unsigned long long)) \
+    X(cuGraphExecDestroy, cuGraphExecDestroy, (Handle))                                       \
+    X(cuGraphDestroy, cuGraphDestroy, (Handle))                                               \
+    X(cuGraphLaunch, cuGraphLaunch, (Handle, Handle))                                         \
+    X(cuModuleLoadData, cuModuleLoadData, (Handle*, const void*))                             \
+    X(cuModuleUnload, cuModuleUnload, (Handle))                                               \
+    X(cuModuleGetFunction, cuModuleGetFunction, (Handle*, Handle, const char*))               \
+    X(cuFuncSetAttribute, cuFuncSetAttribute, (Handle, int, int))                             \
+    X(cuLaunchKernel, cuLaunchKernel, (Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**, void**))
 
-#define GGML_TP_NCCL_FUNCTIONS(X)                                                              \
-    X(ncclGetVersion, ncclGetVersion, (int*))                                                  \
-    X(ncclGetUniqueId, ncclGetUniqueId, (NcclId*))                                             \
-    X(ncclCommInitRank, ncclCommInitRank, (Handle*, int, NcclId, int))                         \
-    X(ncclCommDestroy, ncclCommDestroy, (Handle))                                              \
-    X(ncclCommAbort, ncclCommAbort, (Handle))                                                  \
-    X(ncclCommGetAsyncError, ncclCommGetAsyncError, (Handle, int*))                            \
-    X(ncclGroupStart, ncclGroupStart, ())                                                      \
-    X(ncclGroupEnd, ncclGroupEnd, ())                                                          \
+#define GGML_TP_NCCL_FUNCTIONS(X)                                      \
+    X(ncclGetVersion, ncclGetVersion, (int*))                          \
+    X(ncclGetUniqueId, ncclGetUniqueId, (NcclId*))                     \
+    X(ncclCommInitRank, ncclCommInitRank, (Handle*, int, NcclId, int)) \
+    X(ncclCommDestroy, ncclCommDestroy, (Handle))                      \
+    X(ncclCommAbort, ncclCommAbort, (Handle))                          \
+    X(ncclCommGetAsyncError, ncclCommGetAsyncError, (Handle, int*))    \
+    X(ncclGroupStart, ncclGroupStart, ())                              \
+    X(ncclGroupEnd, ncclGroupEnd, ())                                  \
     X(ncclAllReduce, ncclAllReduce, (const void*, void*, size_t, int, int, Handle, Handle))
 
 /// The two libraries' functions. Throws Error with one line when a library or a function is missing.
@@ -90,7 +91,7 @@ class Driver {
 
   private:
     bool emulated_;
-    std::string plugin_dir_, cuda_path_, nccl_path_;
+    std::string plugin_dir_, wanted_nccl_, cuda_path_, nccl_path_;
     void* cuda_library_ = nullptr;
     void* nccl_library_ = nullptr;
 };
@@ -122,7 +123,10 @@ class Device {
     Handle stream = nullptr;
 
   private:
-    struct Function { std::string name; Handle handle; };
+    struct Function {
+        std::string name;
+        Handle handle;
+    };
     Handle context_ = nullptr;
     std::vector<Handle> modules_;
     std::vector<Function> functions_;

@@ -9,9 +9,7 @@
 namespace ggml_tp {
 namespace {
 
-bool is_view(abi::Op op) {
-    return op == abi::Op::RESHAPE || op == abi::Op::VIEW || op == abi::Op::PERMUTE || op == abi::Op::TRANSPOSE || op == abi::Op::NONE;
-}
+bool is_view(abi::Op op) { return op == abi::Op::RESHAPE || op == abi::Op::VIEW || op == abi::Op::PERMUTE || op == abi::Op::TRANSPOSE || op == abi::Op::NONE; }
 
 class Reader {
   public:

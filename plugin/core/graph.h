@@ -20,13 +20,13 @@ struct Tensor {
     int type = 0;
     i64 ne[4], nb[4];
     i32 params[16] = {};
-    int src[10];           // ids, -1: none
-    int root = 0;          // id of the tensor that owns the bytes (itself, unless it is a view)
-    i64 offset = 0;        // bytes from the root's first byte
-    i64 bytes = 0;         // spanned
+    int src[10];     // ids, -1: none
+    int root = 0;    // id of the tensor that owns the bytes (itself, unless it is a view)
+    i64 offset = 0;  // bytes from the root's first byte
+    i64 bytes = 0;   // spanned
     u64 address = 0;
-    Buffer* buffer = nullptr;   // null: not ours (the size and type may still be read)
-    Stored* stored = nullptr;   // when its bytes lie in a stored tensor; offset then counts from that tensor's first byte
+    Buffer* buffer = nullptr;  // null: not ours (the size and type may still be read)
+    Stored* stored = nullptr;  // when its bytes lie in a stored tensor; offset then counts from that tensor's first byte
     bool is_node = false;
 
     Strided strided() const { return {{ne[0], ne[1], ne[2], ne[3]}, {nb[0], nb[1], nb[2], nb[3]}, offset, nb[0]}; }

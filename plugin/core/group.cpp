@@ -27,8 +27,7 @@ Group::Group(const Config& config_in, const std::string& plugin_dir) : config(co
                     " devices: lower it, or name devices more than once in GGML_TP_DEVICES");
     for (int r = 0; r < n; ++r) {
         const int ordinal = config.devices.empty() ? r : config.devices[r];
-        if (ordinal >= n_devices)
-            throw Error("GGML_TP_DEVICES names device " + std::to_string(ordinal) + " but there are " + std::to_string(n_devices));
+        if (ordinal >= n_devices) throw Error("GGML_TP_DEVICES names device " + std::to_string(ordinal) + " but there are " + std::to_string(n_devices));
         devices_.push_back(std::make_unique<Device>(driver_, r, ordinal));
     }
     if (n > 1) driver_.open_nccl();
@@ -210,7 +209,8 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
     for (size_t r = 0; r < faults_.size(); ++r)
         if (const u32 fault = *faults_[r])
             throw Error(std::string("rank ") + std::to_string(r) + ": " +
-                        (fault == kFaultKvCell ? "a row number outside the tensor that it should be written to" : "a row number outside the tensor that it should be read from") +
+                        (fault == kFaultKvCell ? "a row number outside the tensor that it should be written to"
+                                               : "a row number outside the tensor that it should be read from") +
                         "; nothing was touched there, the graph's results are not valid");
 }
 

@@ -41,7 +41,8 @@ int ggml_tp_get_counters(int group, struct ggml_tp_counters* out) {
     if (!state || !out) return -1;
     std::lock_guard lock(state->group->mutex);
     const Counters& c = state->group->counters;
-    *out = {c.graphs_computed, c.programs_built, c.graph_launches_per_rank, c.weights_resharded, c.last_all_reduces, c.last_all_gathers, c.last_kernel_launches};
+    *out = {c.graphs_computed,  c.programs_built,   c.graph_launches_per_rank, c.weights_resharded,
+            c.last_all_reduces, c.last_all_gathers, c.last_kernel_launches};
     return 0;
 }
 

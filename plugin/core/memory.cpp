@@ -47,8 +47,7 @@ i64 Stored::local_bytes(int rank) const {
 }
 
 Memory::Memory(std::vector<std::unique_ptr<Device>>& devices, const std::vector<double>& split)
-    : devices_(devices), split_(split), staging_(devices.size()), weight_bytes_(devices.size()), kv_bytes_(devices.size()),
-      compute_bytes_(devices.size()) {}
+    : devices_(devices), split_(split), staging_(devices.size()), weight_bytes_(devices.size()), kv_bytes_(devices.size()), compute_bytes_(devices.size()) {}
 
 Memory::~Memory() {
     for (size_t r = 0; r < devices_.size(); ++r) devices_[r]->release(staging_[r]);
@@ -102,7 +101,8 @@ void Memory::make_compute(Buffer& buffer) {
     try {
         for (size_t r = 0; r < devices_.size(); ++r) {
             pointers[r] = devices_[r]->allocate(static_cast<size_t>(buffer.size));
-            TP_CUDA(devices_[r]->driver, static_cast<int>(r), cuMemsetD8Async, pointers[r], 0, static_cast<size_t>(std::max<i64>(buffer.size, 1)), devices_[r]->stream);
+            TP_CUDA(devices_[r]->driver, static_cast<int>(r), cuMemsetD8Async, pointers[r], 0, static_cast<size_t>(std::max<i64>(buffer.size, 1)),
+                    devices_[r]->stream);
         }
         wait_all();
     } catch (...) {
@@ -147,7 +147,8 @@ void Memory::allocate_shards(Buffer& buffer, Stored& tensor) {
         shard[r] = take(buffer, r, bytes);
         // Defined bytes from the start: what a host never writes (alignment gaps, unused cells) must not be NaN by accident.
         devices_[r]->make_current();
-        TP_CUDA(devices_[r]->driver, r, cuMemsetD8Async, shard[r], tensor.fill, static_cast<size_t>(round_up(std::max<i64>(bytes, 1), kAlign)), devices_[r]->stream);
+        TP_CUDA(devices_[r]->driver, r, cuMemsetD8Async, shard[r], tensor.fill, static_cast<size_t>(round_up(std::max<i64>(bytes, 1), kAlign)),
+                devices_[r]->stream);
     }
     tensor.shard = shard;
     account(tensor, +1);
@@ -341,7 +342,8 @@ void Memory::read(Buffer& buffer, i64 offset, void* data, i64 bytes) {
                     Device& device = *devices_[r];
                     device.make_current();
                     const i64 at = region.offset + p * period + a;
-                    TP_CUDA(device.driver, r, cuMemcpyDtoHAsync, to + (at - offset), buffer.compute[r] + static_cast<u64>(at), static_cast<size_t>(b - a), device.stream);
+                    TP_CUDA(device.driver, r, cuMemcpyDtoHAsync, to + (at - offset), buffer.compute[r] + static_cast<u64>(at), static_cast<size_t>(b - a),
+                            device.stream);
                     done = b;
                 }
             }
@@ -365,7 +367,8 @@ void Memory::fill(Buffer& buffer, i64 offset, unsigned char value, i64 bytes) {
         std::erase_if(buffer.residency, [&](const Residency& r) { return overlaps(r.offset, r.bytes, offset, bytes); });
         for (int r = 0; r < n_ranks() && bytes; ++r) {
             devices_[r]->make_current();
-            TP_CUDA(devices_[r]->driver, r, cuMemsetD8Async, buffer.compute[r] + static_cast<u64>(offset), value, static_cast<size_t>(bytes), devices_[r]->stream);
+            TP_CUDA(devices_[r]->driver, r, cuMemsetD8Async, buffer.compute[r] + static_cast<u64>(offset), value, static_cast<size_t>(bytes),
+                    devices_[r]->stream);
         }
         return wait_all();
     }

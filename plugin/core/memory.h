@@ -49,17 +49,23 @@ struct Stored {
 };
 
 /// A region of a compute buffer whose bytes are valid on their owners only.
-struct Residency { i64 offset = 0, bytes = 0; Extent extent; };
+struct Residency {
+    i64 offset = 0, bytes = 0;
+    Extent extent;
+};
 
 struct Buffer {
     u64 base = 0;
     i64 size = 0;
     bool is_compute = false;
-    std::vector<DevicePtr> compute;                  // [n_ranks], when is_compute
-    std::map<i64, std::unique_ptr<Stored>> stored;   // by offset
+    std::vector<DevicePtr> compute;                 // [n_ranks], when is_compute
+    std::map<i64, std::unique_ptr<Stored>> stored;  // by offset
     std::vector<Residency> residency;
-    struct Chunk { DevicePtr base; i64 bytes, used; };
-    std::vector<std::vector<Chunk>> chunks;          // [rank]
+    struct Chunk {
+        DevicePtr base;
+        i64 bytes, used;
+    };
+    std::vector<std::vector<Chunk>> chunks;  // [rank]
 };
 
 class Memory {
@@ -94,7 +100,11 @@ class Memory {
     double deadline_s = 60;
 
   private:
-    struct Piece { int rank; DevicePtr device; i64 host_offset, bytes; };
+    struct Piece {
+        int rank;
+        DevicePtr device;
+        i64 host_offset, bytes;
+    };
     void allocate_shards(Buffer& buffer, Stored& tensor);
     void account(const Stored& tensor, int sign);
     DevicePtr take(Buffer& buffer, int rank, i64 bytes);

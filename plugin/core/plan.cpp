@@ -40,8 +40,7 @@ class Demands {
         if (product < 0 || at(product).op != Op::MUL_MAT) return;
         for (int id : graph_.nodes) {
             const Tensor& t = at(id);
-            if (t.op == Op::MUL_MAT && t.src[1] >= 0 && at(t.src[1]).root == soft_max.id)
-                return attention(at(product).src[1], at(product).src[0], t.src[0]);
+            if (t.op == Op::MUL_MAT && t.src[1] >= 0 && at(t.src[1]).root == soft_max.id) return attention(at(product).src[1], at(product).src[0], t.src[0]);
         }
     }
 
@@ -67,16 +66,13 @@ class Demands {
             case Op::ROPE:
             case Op::RMS_NORM:
             case Op::NORM:
-            case Op::SCALE:
-                demand(root.src[0], *on_root);
-                break;
+            case Op::SCALE: demand(root.src[0], *on_root); break;
             case Op::CONT:
             case Op::CPY:
             case Op::DUP:
                 if (std::equal(root.ne, root.ne + 4, at(root.src[0]).ne)) demand(root.src[0], *on_root);
                 break;
-            default:
-                break;
+            default: break;
         }
     }
 
@@ -122,8 +118,7 @@ HeadPartition divide_heads(i64 n_head, i64 n_head_kv, int n_ranks, const std::ve
         return out;
     }
     out.q = divide(n_head, 1, n_ranks, split);
-    for (const Range& q : out.q)
-        out.kv.push_back(q.size() ? Range{q.begin / group, (q.end + group - 1) / group} : Range{q.begin / group, q.begin / group});
+    for (const Range& q : out.q) out.kv.push_back(q.size() ? Range{q.begin / group, (q.end + group - 1) / group} : Range{q.begin / group, q.begin / group});
     return out;
 }
 

@@ -8,7 +8,9 @@
 namespace ggml_tp {
 
 /// How one attention's heads are divided: whole KV heads while there are enough, else Q heads, with KV heads held more than once.
-struct HeadPartition { Ranges q, kv; };
+struct HeadPartition {
+    Ranges q, kv;
+};
 HeadPartition divide_heads(i64 n_head, i64 n_head_kv, int n_ranks, const std::vector<double>& split);
 
 struct PlanStep {
@@ -23,7 +25,10 @@ struct PlanStep {
 struct Plan {
     int n_ranks = 1;
     std::vector<PlanStep> steps;
-    struct Survivor { int root; Extent extent; };
+    struct Survivor {
+        int root;
+        Extent extent;
+    };
     std::vector<Survivor> survivors;  // roots that stay sharded after the graph: reads of them are gathered
 
     int count(PlanStep::Kind kind) const;
@@ -31,9 +36,16 @@ struct Plan {
 };
 
 /// A stored tensor that the graph's structure wants to lie otherwise.
-struct Want { Stored* stored; Sharding sharding; std::optional<Extent> extent; };
+struct Want {
+    Stored* stored;
+    Sharding sharding;
+    std::optional<Extent> extent;
+};
 
-struct PlanResult { Plan plan; std::vector<Want> wants; };  // wants not empty: lay them out, then plan again
+struct PlanResult {
+    Plan plan;
+    std::vector<Want> wants;
+};  // wants not empty: lay them out, then plan again
 
 PlanResult make_plan(const Graph& graph, int n_ranks, const std::vector<double>& split);
 

@@ -39,14 +39,14 @@ struct Site {
     const Tensor* t;
     View y;
     View x[10];
-    Matrix w{};                 // MUL_MAT and GET_ROWS: source 0 as a matrix
+    Matrix w{};  // MUL_MAT and GET_ROWS: source 0 as a matrix
     Sharding inputs[10];
     Sharding output;
     int rank = 0;
     Arch arch{};
     DevicePtr scratch = 0;
     u32* fault = nullptr;
-    i64 k_begin = 0, k_end = 0; // within w's stored, rounded-out k
+    i64 k_begin = 0, k_end = 0;  // within w's stored, rounded-out k
     const Stored* w_stored = nullptr;
     bool quantized_already = false;
 };
@@ -174,11 +174,16 @@ auto lookup(const Table& table, Key key) -> decltype(&table[0].second) {
     return nullptr;
 }
 
-constexpr std::pair<Op, BinaryOp> kBinary[] = {
-    {Op::ADD, BinaryOp::kAdd}, {Op::SUB, BinaryOp::kSub}, {Op::MUL, BinaryOp::kMul}, {Op::DIV, BinaryOp::kDiv}};
-constexpr std::pair<abi::Unary, UnaryOp> kUnary[] = {
-    {abi::Unary::SILU, UnaryOp::kSilu}, {abi::Unary::GELU, UnaryOp::kGelu}, {abi::Unary::RELU, UnaryOp::kRelu}, {abi::Unary::SIGMOID, UnaryOp::kSigmoid},
-    {abi::Unary::GELU_QUICK, UnaryOp::kGeluQuick}, {abi::Unary::TANH, UnaryOp::kTanh}, {abi::Unary::NEG, UnaryOp::kNeg},   {abi::Unary::ABS, UnaryOp::kAbs},   {abi::Unary::EXP, UnaryOp::kExp}};
+constexpr std::pair<Op, BinaryOp> kBinary[] = {{Op::ADD, BinaryOp::kAdd}, {Op::SUB, BinaryOp::kSub}, {Op::MUL, BinaryOp::kMul}, {Op::DIV, BinaryOp::kDiv}};
+constexpr std::pair<abi::Unary, UnaryOp> kUnary[] = {{abi::Unary::SILU, UnaryOp::kSilu},
+                                                     {abi::Unary::GELU, UnaryOp::kGelu},
+                                                     {abi::Unary::RELU, UnaryOp::kRelu},
+                                                     {abi::Unary::SIGMOID, UnaryOp::kSigmoid},
+                                                     {abi::Unary::GELU_QUICK, UnaryOp::kGeluQuick},
+                                                     {abi::Unary::TANH, UnaryOp::kTanh},
+                                                     {abi::Unary::NEG, UnaryOp::kNeg},
+                                                     {abi::Unary::ABS, UnaryOp::kAbs},
+                                                     {abi::Unary::EXP, UnaryOp::kExp}};
 constexpr std::pair<abi::Glu, GluOp> kGlu[] = {{abi::Glu::SWIGLU, GluOp::kSwiglu}, {abi::Glu::GEGLU, GluOp::kGeglu}, {abi::Glu::REGLU, GluOp::kReglu}};
 
 void lower_binary(const Site& s, Lowered& out) {
@@ -189,8 +194,9 @@ void lower_scale(const Site& s, Lowered& out) {
     const UnaryArgs args{s.x[0], s.y, s.t->param_f32(0), s.t->param_f32(1)};
     out.add(unary_launch(s.t->op == Op::CLAMP ? UnaryOp::kClamp : UnaryOp::kScale, args, s.arch), args);
 }
+constexpr std::pair<Op, UnaryOp> kUnaryOps[] = {{Op::SQR, UnaryOp::kSqr}, {Op::SQRT, UnaryOp::kSqrt}};
 void lower_unary(const Site& s, Lowered& out) {
-    const UnaryOp* op = lookup(kUnary, static_cast<abi::Unary>(s.t->sub));
+    const UnaryOp* op = s.t->op == Op::UNARY ? lookup(kUnary, static_cast<abi::Unary>(s.t->sub)) : lookup(kUnaryOps, s.t->op);
     const UnaryArgs args{s.x[0], s.y, 0, 0};
     if (op) out.add(unary_launch(*op, args, s.arch), args);
     else out.ok = false;
@@ -260,6 +266,7 @@ void lower_flash_attn(const Site& s, Lowered& out) {
     args.scale = s.t->param_f32(0);
     args.max_bias = s.t->param_f32(1);
     args.logit_softcap = s.t->param_f32(2);
+    if (args.logit_softcap != 0.0f) args.scale /= args.logit_softcap;  // softcap * tanh(q·k * scale / softcap)
     const Tensor &q = s.graph->tensors[s.t->src[0]], &k = s.graph->tensors[s.t->src[1]];
     args.n_head_global = static_cast<i32>(q.ne[2]);
     if (k.ne[2] == 0 || q.ne[2] % k.ne[2]) {
@@ -307,12 +314,17 @@ void lower_copy(const Site& s, Lowered& out) {
     out.add(copy_launch(args, s.arch), args);
 }
 
-struct Row { Op op; void (*lower)(const Site&, Lowered&); };
+struct Row {
+    Op op;
+    void (*lower)(const Site&, Lowered&);
+};
 constexpr Row kRows[] = {
-    {Op::MUL_MAT, lower_mul_mat}, {Op::ADD, lower_binary},   {Op::SUB, lower_binary}, {Op::MUL, lower_binary},        {Op::DIV, lower_binary},
-    {Op::SCALE, lower_scale},     {Op::CLAMP, lower_scale},  {Op::UNARY, lower_unary}, {Op::GLU, lower_glu},          {Op::RMS_NORM, lower_norm},
-    {Op::NORM, lower_norm},       {Op::ROPE, lower_rope},    {Op::SOFT_MAX, lower_soft_max}, {Op::FLASH_ATTN_EXT, lower_flash_attn},
-    {Op::GET_ROWS, lower_get_rows}, {Op::SET_ROWS, lower_set_rows}, {Op::CPY, lower_copy}, {Op::CONT, lower_copy},    {Op::DUP, lower_copy},
+    {Op::MUL_MAT, lower_mul_mat},   {Op::ADD, lower_binary},        {Op::SUB, lower_binary},        {Op::MUL, lower_binary},
+    {Op::DIV, lower_binary},        {Op::SCALE, lower_scale},       {Op::CLAMP, lower_scale},       {Op::UNARY, lower_unary},
+    {Op::SQR, lower_unary},         {Op::SQRT, lower_unary},        {Op::GLU, lower_glu},           {Op::RMS_NORM, lower_norm},
+    {Op::NORM, lower_norm},         {Op::ROPE, lower_rope},         {Op::SOFT_MAX, lower_soft_max}, {Op::FLASH_ATTN_EXT, lower_flash_attn},
+    {Op::GET_ROWS, lower_get_rows}, {Op::SET_ROWS, lower_set_rows}, {Op::CPY, lower_copy},          {Op::CONT, lower_copy},
+    {Op::DUP, lower_copy},
 };
 
 const Row* row_of(Op op) {
@@ -348,7 +360,9 @@ std::string Program::to_text() const {
         out += step.label + ":";
         for (const RankLaunch& l : step.launches) {
             if (!l.launch.kernel) out += " -";
-            else out += std::string(" ") + l.launch.kernel + "<" + std::to_string(l.launch.grid[0]) + "," + std::to_string(l.launch.grid[1]) + "," + std::to_string(l.launch.grid[2]) + ">";
+            else
+                out += std::string(" ") + l.launch.kernel + "<" + std::to_string(l.launch.grid[0]) + "," + std::to_string(l.launch.grid[1]) + "," +
+                       std::to_string(l.launch.grid[2]) + ">";
         }
         out += "\n";
     }
@@ -362,7 +376,11 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
     for (int pass = 0; pass < 2; ++pass) {
         i64 scratch_bytes = 0;
         program->steps.clear();
-        struct Quantized { int x = -1; Sharding s; i64 k = 0, k_begin = 0; } last;
+        struct Quantized {
+            int x = -1;
+            Sharding s;
+            i64 k = 0, k_begin = 0;
+        } last;
         for (const PlanStep& step : plan.steps) {
             const Tensor& t = graph.tensors[step.tensor];
             if (step.kind != PlanStep::kCompute) {
@@ -378,7 +396,8 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                         const Range foreign[2] = {{0, own.begin}, {own.end, step.extent.period_bytes}};
                         for (int side = 0; side < 2; ++side) {
                             if (foreign[side].size() <= 0) continue;
-                            if (foreign[side].begin % 4 || foreign[side].size() % 4) throw Error(t.name + " cannot be gathered: its pieces are not whole words");
+                            if (foreign[side].begin % 4 || foreign[side].size() % 4)
+                                throw Error(t.name + " cannot be gathered: its pieces are not whole words");
                             View v{};
                             v.data = reinterpret_cast<char*>(t.buffer->compute[r] + (t.address - t.buffer->base)) + foreign[side].begin;
                             v.type = kF32;
@@ -450,7 +469,8 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
             // A later writer over the quantised input's memory makes the copy stale.
             if (last.x >= 0 && !t.stored && t.op != Op::MUL_MAT) {
                 const Tensor& x = graph.tensors[last.x];
-                if (!x.stored && x.buffer == t.buffer && x.address < t.address + static_cast<u64>(t.bytes) && t.address < x.address + static_cast<u64>(x.bytes)) last.x = -1;
+                if (!x.stored && x.buffer == t.buffer && x.address < t.address + static_cast<u64>(t.bytes) && t.address < x.address + static_cast<u64>(x.bytes))
+                    last.x = -1;
             }
             for (size_t i = 0; i < most; ++i) {
                 ProgramStep out;
@@ -468,7 +488,8 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
     }
     for (ProgramStep& step : program->steps) {
         for (int r = 0; r < static_cast<int>(step.launches.size()); ++r)
-            if (step.launches[r].launch.kernel && !step.launches[r].function) step.launches[r].function = context.devices[r]->function(step.launches[r].launch.kernel);
+            if (step.launches[r].launch.kernel && !step.launches[r].function)
+                step.launches[r].function = context.devices[r]->function(step.launches[r].launch.kernel);
         program->kernel_launches += step.kind == ProgramStep::kLaunch;
     }
     program->all_reduces = plan.count(PlanStep::kAllReduce);

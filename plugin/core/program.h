@@ -13,7 +13,7 @@ namespace ggml_tp {
 enum class WireType : int { kI32 = 2, kF32 = 7 };  // ncclInt32, ncclFloat32
 
 struct RankLaunch {
-    Launch launch;            // kernel == nullptr: this rank has nothing to do in this step
+    Launch launch;  // kernel == nullptr: this rank has nothing to do in this step
     Handle function = nullptr;
     std::vector<char> args;
 };
@@ -21,8 +21,8 @@ struct RankLaunch {
 struct ProgramStep {
     enum Kind { kLaunch, kAllReduce } kind = kLaunch;
     std::string label;
-    std::vector<RankLaunch> launches;    // kLaunch: [n_ranks]
-    std::vector<DevicePtr> pointers;     // kAllReduce, in place: [n_ranks]
+    std::vector<RankLaunch> launches;  // kLaunch: [n_ranks]
+    std::vector<DevicePtr> pointers;   // kAllReduce, in place: [n_ranks]
     i64 elems = 0;
     WireType wire = WireType::kF32;
 };
@@ -30,9 +30,15 @@ struct ProgramStep {
 struct Program {
     std::vector<ProgramStep> steps;
     std::vector<Handle> executables;  // [n_ranks], once captured
-    struct Written { Buffer* buffer; i64 offset, bytes; };
-    std::vector<Written> written;     // compute memory that the graph wrote
-    struct Survivor { Buffer* buffer; Residency residency; };
+    struct Written {
+        Buffer* buffer;
+        i64 offset, bytes;
+    };
+    std::vector<Written> written;  // compute memory that the graph wrote
+    struct Survivor {
+        Buffer* buffer;
+        Residency residency;
+    };
     std::vector<Survivor> survivors;
     int all_reduces = 0, all_gathers = 0, kernel_launches = 0;
     u64 key = 0;

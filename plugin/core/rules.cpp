@@ -8,7 +8,10 @@ namespace {
 
 using abi::Op;
 
-struct Decision { std::vector<Sharding> inputs; Sharding output; };
+struct Decision {
+    std::vector<Sharding> inputs;
+    Sharding output;
+};
 using Rule = Decision (*)(Propagation& p, const Tensor& t);
 
 int n_sources(const Tensor& t) {
@@ -178,18 +181,36 @@ Decision set_rows(Propagation& p, const Tensor& t) {
         return {{*lies, replicated()}, *lies};
     }
     // Rows are divided: sources are taken as they lie, a rank skips the rows of others.
-    if (!p.in_proportion(t, 0, *cache->extent) && p.source(t, 0).kind == Sharding::kSharded)
-        p.gather(t, 0, "rows of the cache are divided otherwise");
+    if (!p.in_proportion(t, 0, *cache->extent) && p.source(t, 0).kind == Sharding::kSharded) p.gather(t, 0, "rows of the cache are divided otherwise");
     return {{replicated(), replicated()}, replicated()};
 }
 
-struct Row { Op op; Rule rule; };
+struct Row {
+    Op op;
+    Rule rule;
+};
 constexpr Row kRules[] = {
-    {Op::ADD, element_wise},    {Op::SUB, element_wise},  {Op::MUL, element_wise},   {Op::DIV, element_wise}, {Op::SCALE, element_wise},
-    {Op::UNARY, element_wise},  {Op::CLAMP, element_wise}, {Op::SQR, element_wise},  {Op::SQRT, element_wise}, {Op::GLU, glu},
-    {Op::CPY, copies},          {Op::CONT, copies},       {Op::DUP, copies},         {Op::RMS_NORM, norm},    {Op::NORM, norm},
-    {Op::ROPE, rope},           {Op::SOFT_MAX, soft_max}, {Op::MUL_MAT, mul_mat},    {Op::FLASH_ATTN_EXT, flash_attn},
-    {Op::GET_ROWS, get_rows},   {Op::SET_ROWS, set_rows},
+    {Op::ADD, element_wise},
+    {Op::SUB, element_wise},
+    {Op::MUL, element_wise},
+    {Op::DIV, element_wise},
+    {Op::SCALE, element_wise},
+    {Op::UNARY, element_wise},
+    {Op::CLAMP, element_wise},
+    {Op::SQR, element_wise},
+    {Op::SQRT, element_wise},
+    {Op::GLU, glu},
+    {Op::CPY, copies},
+    {Op::CONT, copies},
+    {Op::DUP, copies},
+    {Op::RMS_NORM, norm},
+    {Op::NORM, norm},
+    {Op::ROPE, rope},
+    {Op::SOFT_MAX, soft_max},
+    {Op::MUL_MAT, mul_mat},
+    {Op::FLASH_ATTN_EXT, flash_attn},
+    {Op::GET_ROWS, get_rows},
+    {Op::SET_ROWS, set_rows},
 };
 
 Rule rule_of(Op op) {
@@ -226,9 +247,7 @@ bool Propagation::in_proportion(const Tensor& t, int i, const Extent& cache) con
     return true;
 }
 
-void Propagation::want(Stored* stored, const Sharding& sharding, const std::optional<Extent>& extent) {
-    result_.wants.push_back({stored, sharding, extent});
-}
+void Propagation::want(Stored* stored, const Sharding& sharding, const std::optional<Extent>& extent) { result_.wants.push_back({stored, sharding, extent}); }
 
 void Propagation::reduce(int root, const std::string& reason) {
     result_.plan.steps.push_back({PlanStep::kAllReduce, root, {}, {}, {}, reason});

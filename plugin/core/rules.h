@@ -29,7 +29,10 @@ class Propagation {
     const std::vector<double>& split;
 
   private:
-    struct State { Sharding::Kind kind = Sharding::kReplicated; Extent extent; };
+    struct State {
+        Sharding::Kind kind = Sharding::kReplicated;
+        Extent extent;
+    };
     void reduce(int root, const std::string& reason);
     State& state_of(int root);
 

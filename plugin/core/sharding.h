@@ -19,8 +19,8 @@ using Ranges = std::vector<Range>;  // one per rank; may be empty, uneven, and o
 
 struct Sharding {
     enum Kind { kReplicated, kSharded, kPartial } kind = kReplicated;
-    int axis = 0;    // kSharded: the ggml axis
-    Ranges ranges;   // kSharded: elements along that axis
+    int axis = 0;   // kSharded: the ggml axis
+    Ranges ranges;  // kSharded: elements along that axis
     bool operator==(const Sharding&) const = default;
     std::string to_text() const;
 };

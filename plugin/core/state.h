@@ -15,8 +15,8 @@ struct HostState {
     std::unique_ptr<Group> group;
     std::string description;
     // Objects in the host's layout; their words are set by backend.cpp.
-    void* registration[6] = {};  // version, get_name, get_device_count, get_device, get_proc_address, context
-    void* device[17] = {};       // 15 functions, registration, context
+    void* registration[6] = {};        // version, get_name, get_device_count, get_device, get_proc_address, context
+    void* device[17] = {};             // 15 functions, registration, context
     void* buffer_type_words[13] = {};  // this, then what the host sees: 6 or 8 functions, device, context
     void* buffer_type() { return buffer_type_words + 1; }
 };

@@ -3,15 +3,17 @@
 namespace ggml_tp {
 namespace {
 
-struct Row { std::string_view suffix; Role role; };
+struct Row {
+    std::string_view suffix;
+    Role role;
+};
 
 // Matched against the end of the name after its block prefix ("blk.7."), longest rows first where one ends another.
 constexpr Row kRows[] = {
-    {"attn_q.weight", Role::kColumn},      {"attn_q.bias", Role::kColumn},    {"attn_k.weight", Role::kColumn},
-    {"attn_k.bias", Role::kColumn},        {"attn_v.weight", Role::kColumn},  {"attn_v.bias", Role::kColumn},
-    {"attn_output.weight", Role::kRow},    {"ffn_gate.weight", Role::kColumn}, {"ffn_gate.bias", Role::kColumn},
-    {"ffn_up.weight", Role::kColumn},      {"ffn_up.bias", Role::kColumn},    {"ffn_down.weight", Role::kRow},
-    {"output.weight", Role::kColumn},      {"token_embd.weight", Role::kColumn},
+    {"attn_q.weight", Role::kColumn}, {"attn_q.bias", Role::kColumn},       {"attn_k.weight", Role::kColumn},   {"attn_k.bias", Role::kColumn},
+    {"attn_v.weight", Role::kColumn}, {"attn_v.bias", Role::kColumn},       {"attn_output.weight", Role::kRow}, {"ffn_gate.weight", Role::kColumn},
+    {"ffn_gate.bias", Role::kColumn}, {"ffn_up.weight", Role::kColumn},     {"ffn_up.bias", Role::kColumn},     {"ffn_down.weight", Role::kRow},
+    {"output.weight", Role::kColumn}, {"token_embd.weight", Role::kColumn},
 };
 
 }  // namespace

@@ -18,6 +18,7 @@ VARIABLES = [
     ("GGML_TP_DEVICES", "0,1,2,...", "CUDA device of each rank; a number twice puts two ranks on one GPU"),
     ("GGML_TP_SPLIT", "even", "share of each rank, for example 3,1"),
     ("GGML_TP_EMULATE", "off", 'emulated GPUs for tests and demos, slow: "sm_60*4" is four P100-like devices'),
+    ("GGML_TP_NCCL", "the wheel's", "path of libnccl.so.2 (default: the nvidia-nccl-cu12 wheel beside the package, then the system's)"),
     ("GGML_TP_LOG", "1", "0: errors only, 1: one line per event, 2: more"),
     ("GGML_TP_DEADLINE", "60", "seconds after which a graph whose ranks do not answer fails"),
 ]
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--ranks", default="1,2,4", help="rank counts (default: %(default)s)")
     p.add_argument("--host", help="xllamacpp, llama_cpp or a path (default: the first installed)")
     p.add_argument("--model", default=str(MODELS / "tiny-english.gguf"), help="GGUF file (default: the shipped one)")
-    p.add_argument("--prompt", default="The ")
+    p.add_argument("--prompt", default="It was a ")
     p.add_argument("-n", type=int, default=64, help="tokens to generate (default: %(default)s)")
     p.add_argument("--gpu", action="store_true", help="use the machine's GPUs instead of emulated ones")
     p.add_argument("--json", action="store_true")

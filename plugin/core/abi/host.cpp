@@ -14,6 +14,7 @@ namespace {
 constexpr uintptr_t kFake = 0x10000;  // words of a fake object are kFake + their index: a getter's answer tells the offset
 constexpr int kUnaryOpParam = 0, kGluOpParam = 0;
 constexpr int kComputeFlag = 16;
+constexpr int kNewestApi = 3;  // GGML_BACKEND_API_VERSION of 2026-10
 
 thread_local bool probing_now = false;  // the host calls back on the thread that probes
 thread_local std::string captured_log;
@@ -93,16 +94,26 @@ bool Host::probe(std::string* error) {
     layout.graph_uid = symbol("ggml_graph_next_uid") ? 88 : -1;
     layout.has_compute_flag = symbol("ggml_build_forward_select") != nullptr;
 
-    struct Known { int backend, buffer, type, props, api; };
+    struct Known {
+        int backend, buffer, type, props, api;
+    };
     static constexpr Known kKnown[] = {{13, 9, 6, 40, 1}, {14, 9, 6, 56, 2}, {16, 11, 6, 56, 2}, {16, 11, 8, 56, 3}};
     for (const Known& k : kKnown)
-        if (k.backend == layout.backend_functions && k.buffer == layout.buffer_functions && k.type == layout.buffer_type_functions && k.props == layout.props_bytes)
+        if (k.backend == layout.backend_functions && k.buffer == layout.buffer_functions && k.type == layout.buffer_type_functions &&
+            k.props == layout.props_bytes)
             layout.api_version = k.api;
     if (!layout.api_version || layout.tensor_data != 248 || layout.graph_n_nodes != 4) {
         *error = "the host's struct layout is unknown (" + layout.to_text() + "): a newer ggml-tp is needed for " + path;
         return false;
     }
-    if (const int said = probe_api_version(); said > 0) layout.api_version = said;
+    if (const int said = probe_api_version(); said > 0) {
+        if (said > kNewestApi) {
+            *error = "the host (" + path + ") asks for backend API version " + std::to_string(said) + "; this ggml-tp knows 1 to " +
+                     std::to_string(kNewestApi) + ": a newer one is needed";
+            return false;
+        }
+        layout.api_version = said;
+    }
     return true;
 }
 

@@ -14,10 +14,10 @@ namespace ggml_tp::abi {
 class TensorRef;
 
 struct Layout {
-    int backend_functions = 0;      // 13, 14, 16
-    int buffer_functions = 0;       // 9, 11
-    int buffer_type_functions = 0;  // 6, 8
-    int props_bytes = 0;            // 40, 56
+    int backend_functions = 0;                                // 13, 14, 16
+    int buffer_functions = 0;                                 // 9, 11
+    int buffer_type_functions = 0;                            // 6, 8
+    int props_bytes = 0;                                      // 40, 56
     int graph_n_nodes = 4, graph_nodes = 16, graph_uid = -1;  // byte offsets; -1: the host has none
     int tensor_data = 248, tensor_name = 256;
     bool has_compute_flag = false;

@@ -1,0 +1,288 @@
+"""Single-op graphs through a host's ggml API, on its CPU and on TP0: what upstream's test-backend-ops does, without building it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import cffi
+import numpy as np
+
+_CDEF = """
+typedef struct { size_t mem_size; void *mem_buffer; bool no_alloc; } ggml_init_params;
+typedef void *ctx; typedef void *tensor; typedef const char *name_t;
+ctx ggml_init(ggml_init_params params); void ggml_free(ctx c);
+tensor ggml_new_tensor_4d(ctx c, int type, int64_t a, int64_t b, int64_t d, int64_t e);
+tensor ggml_set_name(tensor t, name_t name);
+size_t ggml_nbytes(tensor t); size_t ggml_row_size(int type, int64_t ne); int64_t ggml_nelements(tensor t);
+size_t ggml_quantize_chunk(int type, const float *src, void *dst, int64_t start, int64_t rows, int64_t per_row, const float *imatrix);
+tensor ggml_mul_mat(ctx c, tensor a, tensor b); tensor ggml_add(ctx c, tensor a, tensor b); tensor ggml_sub(ctx c, tensor a, tensor b);
+tensor ggml_mul(ctx c, tensor a, tensor b); tensor ggml_div(ctx c, tensor a, tensor b); tensor ggml_scale_bias(ctx c, tensor a, float s, float b);
+tensor ggml_clamp(ctx c, tensor a, float lo, float hi); tensor ggml_sqr(ctx c, tensor a); tensor ggml_sqrt(ctx c, tensor a); tensor ggml_sin(ctx c, tensor a);
+tensor ggml_silu(ctx c, tensor a); tensor ggml_gelu(ctx c, tensor a); tensor ggml_relu(ctx c, tensor a); tensor ggml_sigmoid(ctx c, tensor a);
+tensor ggml_gelu_quick(ctx c, tensor a); tensor ggml_tanh(ctx c, tensor a); tensor ggml_neg(ctx c, tensor a); tensor ggml_abs(ctx c, tensor a);
+tensor ggml_exp(ctx c, tensor a);
+tensor ggml_glu(ctx c, tensor a, int op, bool swapped); tensor ggml_glu_split(ctx c, tensor a, tensor b, int op);
+tensor ggml_rms_norm(ctx c, tensor a, float eps); tensor ggml_norm(ctx c, tensor a, float eps);
+tensor ggml_get_rows(ctx c, tensor a, tensor b); tensor ggml_set_rows(ctx c, tensor a, tensor b, tensor idx);
+tensor ggml_cpy(ctx c, tensor a, tensor b); tensor ggml_cont(ctx c, tensor a); tensor ggml_cont_4d(ctx c, tensor a, int64_t p, int64_t q, int64_t r, int64_t s);
+tensor ggml_permute(ctx c, tensor a, int p, int q, int r, int s); tensor ggml_transpose(ctx c, tensor a);
+tensor ggml_view_4d(ctx c, tensor a, int64_t p, int64_t q, int64_t r, int64_t s, size_t nb1, size_t nb2, size_t nb3, size_t offset);
+tensor ggml_rope_ext(ctx c, tensor a, tensor pos, tensor factors, int n_dims, int mode, int n_ctx_orig, float base, float scale, float ext, float attn,
+                     float fast, float slow);
+tensor ggml_soft_max_ext(ctx c, tensor a, tensor mask, float scale, float max_bias); void ggml_soft_max_add_sinks(tensor a, tensor sinks);
+tensor ggml_flash_attn_ext(ctx c, tensor q, tensor k, tensor v, tensor mask, float scale, float max_bias, float softcap);
+void ggml_flash_attn_ext_add_sinks(tensor a, tensor sinks);
+void *ggml_new_graph(ctx c); void ggml_build_forward_expand(void *graph, tensor t);
+size_t ggml_backend_dev_count(void); void *ggml_backend_dev_get(size_t i); int ggml_backend_dev_type(void *dev);
+void *ggml_backend_dev_by_name(name_t name); void *ggml_backend_dev_init(void *dev, name_t params); void ggml_backend_free(void *backend);
+bool ggml_backend_dev_supports_op(void *dev, tensor op);
+void *ggml_backend_alloc_ctx_tensors(ctx c, void *backend); void ggml_backend_buffer_free(void *buffer);
+void ggml_backend_tensor_set(tensor t, const void *data, size_t offset, size_t size);
+void ggml_backend_tensor_get(tensor t, void *data, size_t offset, size_t size);
+int ggml_backend_graph_compute(void *backend, void *graph);
+"""
+
+F32, F16, Q4_0, Q8_0, Q4_K, Q5_K, Q6_K, I32, I64, BF16 = 0, 1, 2, 8, 12, 13, 14, 26, 27, 30
+NAMES = {F32: "F32", F16: "F16", Q4_0: "Q4_0", Q8_0: "Q8_0", Q4_K: "Q4_K", Q6_K: "Q6_K", BF16: "BF16"}
+_CPU = 0
+
+
+class Ggml:
+    def __init__(self, library: str | os.PathLike[str], on_device: bool) -> None:
+        self.ffi = cffi.FFI()
+        self.ffi.cdef(_CDEF)
+        self.lib: Any = self.ffi.dlopen(os.fspath(library))
+        if on_device:
+            self.device = self.lib.ggml_backend_dev_by_name(b"TP0")
+        else:
+            devices = [self.lib.ggml_backend_dev_get(i) for i in range(self.lib.ggml_backend_dev_count())]
+            self.device = next(d for d in devices if self.lib.ggml_backend_dev_type(d) == _CPU)
+        self.backend = self.lib.ggml_backend_dev_init(self.device, self.ffi.NULL)
+
+    def close(self) -> None:
+        self.lib.ggml_backend_free(self.backend)
+
+
+class Case:
+    """One graph: leaves with fixed random contents, then ops; `run` gives (status, the output as f32)."""
+
+    def __init__(self, ggml: Ggml, seed: int = 0) -> None:
+        self.ggml, self.lib, self.null = ggml, ggml.lib, ggml.ffi.NULL
+        self.c = self.lib.ggml_init([16 << 20, self.null, True])
+        self.rng = np.random.default_rng(seed)
+        self.leaves: list[tuple[Any, bytes]] = []
+
+    def leaf(self, type_: int, *ne: int, scale: float = 1.0, name: str = "", values: np.ndarray | None = None) -> Any:
+        ne = (*ne, 1, 1, 1, 1)[:4]
+        tensor = self.lib.ggml_new_tensor_4d(self.c, type_, *ne)
+        if name:
+            self.lib.ggml_set_name(tensor, name.encode())
+        shape = ne[::-1]
+        if values is None:
+            values = self.rng.normal(0, scale, shape).astype(np.float32)
+        self.leaves.append((tensor, self._encode(type_, values.reshape(shape))))
+        return tensor
+
+    def _encode(self, type_: int, values: np.ndarray) -> bytes:
+        if type_ in (I32, I64):
+            return values.astype(np.int32 if type_ == I32 else np.int64).tobytes()
+        if type_ == F32:
+            return values.astype(np.float32).tobytes()
+        flat = np.ascontiguousarray(values, np.float32)
+        rows, per_row = flat.size // flat.shape[-1], flat.shape[-1]
+        out = self.ggml.ffi.new("char[]", self.lib.ggml_row_size(type_, per_row) * rows)
+        self.lib.ggml_quantize_chunk(type_, self.ggml.ffi.from_buffer("float *", flat), out, 0, rows, per_row, self.null)
+        return bytes(self.ggml.ffi.buffer(out))
+
+    def indices(self, *values: int, type_: int = I32) -> Any:
+        return self.leaf(type_, len(values), values=np.array(values))
+
+    def run(self, output: Any, type_: int | None = F32) -> tuple[int, np.ndarray]:
+        """`type_`: of the output; None leaves it as bytes."""
+        lib = self.lib
+        graph = lib.ggml_new_graph(self.c)
+        lib.ggml_build_forward_expand(graph, output)
+        buffer = lib.ggml_backend_alloc_ctx_tensors(self.c, self.ggml.backend)
+        assert buffer != self.null
+        for tensor, data in self.leaves:
+            lib.ggml_backend_tensor_set(tensor, data, 0, len(data))
+        status = lib.ggml_backend_graph_compute(self.ggml.backend, graph)
+        raw = bytearray(lib.ggml_nbytes(output))
+        lib.ggml_backend_tensor_get(output, self.ggml.ffi.from_buffer(raw), 0, len(raw))
+        lib.ggml_backend_buffer_free(buffer)
+        lib.ggml_free(self.c)
+        if type_ is None:
+            return status, np.frombuffer(raw, np.uint8)
+        if type_ == F16:
+            return status, np.frombuffer(raw, np.float16).astype(np.float32)
+        if type_ == BF16:
+            return status, (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return status, np.frombuffer(raw, np.int32 if type_ == I32 else np.float32).astype(np.float32)
+
+
+Build = Callable[[Case], Any]
+CASES: dict[str, tuple[Build, int]] = {}
+
+
+def case(name: str, type_: int = F32) -> Callable[[Build], Build]:
+    def add(build: Build) -> Build:
+        assert name not in CASES
+        CASES[name] = (build, type_)
+        return build
+
+    return add
+
+
+def _mul_mats() -> None:
+    for t in NAMES:
+        for m in (1, 3, 8, 11):
+            case(f"mul_mat {NAMES[t]} 256x37 m{m}")(lambda g, t=t, m=m: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 37, scale=1 / 16), g.leaf(F32, 256, m)))
+        # A name gives the sharding: columns, and rows (a sum of Partials, cut inside 256-element blocks at 3 ranks).
+        for name in ("attn_q", "attn_output"):
+            for m in (1, 5):
+                case(f"mul_mat {NAMES[t]} {name} m{m}")(
+                    lambda g, t=t, m=m, name=name: g.lib.ggml_mul_mat(g.c, g.leaf(t, 512, 192, scale=1 / 22, name=f"blk.0.{name}.weight"), g.leaf(F32, 512, m))
+                )
+        case(f"mul_mat {NAMES[t]} broadcast")(lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 16, 2, 1, scale=1 / 16), g.leaf(F32, 256, 3, 4, 2)))
+        case(f"get_rows {NAMES[t]}")(lambda g, t=t: g.lib.ggml_get_rows(g.c, g.leaf(t, 256, 9), g.indices(8, 0, 3, 3)))
+        case(f"get_rows of a matrix in planes {NAMES[t]}")(
+            lambda g, t=t: g.lib.ggml_get_rows(g.c, g.leaf(t, 256, 9, name="blk.0.ffn_norm.weight"), g.indices(8, 0, 3, 3))
+        )
+    # K·Q and V·softmax without flash attention: the cache's rows are strided.
+    case("mul_mat F16 permuted w, F32 x")(
+        lambda g: g.lib.ggml_mul_mat(g.c, g.lib.ggml_permute(g.c, g.leaf(F16, 64, 4, 33), 0, 2, 1, 3), g.leaf(F32, 64, 5, 8))
+    )
+    case("mul_mat F32 x permuted")(lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(F32, 64, 7, 3), g.lib.ggml_permute(g.c, g.leaf(F32, 64, 3, 5), 0, 2, 1, 3)))
+    case("mul_mat F16 x F16")(lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(F16, 64, 7), g.leaf(F16, 64, 5)))
+
+
+def _element_wise() -> None:
+    for op in ("add", "sub", "mul", "div"):
+        for b in ((70, 5, 3, 2), (70, 1, 1, 1), (70, 5, 1, 1), (1, 5, 3, 1), (35, 1, 3, 2)):
+            case(f"{op} [70,5,3,2] by {list(b)}")(
+                lambda g, op=op, b=b: getattr(g.lib, f"ggml_{op}")(g.c, g.leaf(F32, 70, 5, 3, 2), g.leaf(F32, *b, values=g.rng.uniform(0.5, 2, b[::-1])))
+            )
+    case("add F16", F16)(lambda g: g.lib.ggml_add(g.c, g.leaf(F16, 64, 3), g.leaf(F32, 64, 3)))
+    case("scale and shift")(lambda g: g.lib.ggml_scale_bias(g.c, g.leaf(F32, 77, 3), 1.5, -0.25))
+    case("clamp")(lambda g: g.lib.ggml_clamp(g.c, g.leaf(F32, 77, 3), -0.5, 0.75))
+    case("sqr")(lambda g: g.lib.ggml_sqr(g.c, g.leaf(F32, 77, 3)))
+    case("sqrt")(lambda g: g.lib.ggml_sqrt(g.c, g.leaf(F32, 77, 3, values=g.rng.uniform(0, 9, (3, 77)))))
+    for op in ("silu", "gelu", "relu", "sigmoid", "gelu_quick", "tanh", "neg", "abs", "exp"):
+        case(op)(lambda g, op=op: getattr(g.lib, f"ggml_{op}")(g.c, g.leaf(F32, 130, 3, scale=3)))
+    for number, op in enumerate(("reglu", "geglu", "swiglu")):
+        case(f"{op} of two")(lambda g, n=number: g.lib.ggml_glu_split(g.c, g.leaf(F32, 100, 4), g.leaf(F32, 100, 4), n))
+        for swapped in (False, True):
+            case(f"{op} of halves{', swapped' * swapped}")(lambda g, n=number, s=swapped: g.lib.ggml_glu(g.c, g.leaf(F32, 200, 4), n, s))
+
+
+def _rows() -> None:
+    for n in (5, 64, 256, 1000, 4096):
+        case(f"rms_norm {n}")(lambda g, n=n: g.lib.ggml_rms_norm(g.c, g.leaf(F32, n, 3, 2), 1e-5))
+        case(f"norm {n}")(lambda g, n=n: g.lib.ggml_norm(g.c, g.leaf(F32, n, 3, 2), 1e-5))
+    case("rms_norm of a view")(
+        lambda g: g.lib.ggml_rms_norm(g.c, g.lib.ggml_view_4d(g.c, g.leaf(F32, 96, 4, 3), 32, 4, 3, 1, 96 * 4, 96 * 16, 96 * 48, 128), 1e-5)
+    )
+    for to in (F32, F16, BF16):
+        for index in (I32, I64):
+            case(f"set_rows {NAMES[to]}, {'I32' if index == I32 else 'I64'}", to)(
+                lambda g, to=to, index=index: g.lib.ggml_set_rows(g.c, g.leaf(to, 40, 9), g.leaf(F32, 40, 3), g.indices(8, 0, 5, type_=index))
+            )
+        for frm in (F32, F16, BF16):
+            case(f"cpy {NAMES[frm]} to {NAMES[to]}", to)(lambda g, to=to, frm=frm: g.lib.ggml_cpy(g.c, g.leaf(frm, 40, 5, 2), g.leaf(to, 40, 5, 2)))
+        case(f"cont of permuted {NAMES[to]}", to)(lambda g, to=to: g.lib.ggml_cont(g.c, g.lib.ggml_permute(g.c, g.leaf(to, 40, 5, 3), 1, 2, 0, 3)))
+    case("cpy I32", I32)(lambda g: g.lib.ggml_cpy(g.c, g.indices(2**24 + 1, -5, 7), g.indices(0, 0, 0)))
+    case("cont in another shape")(lambda g: g.lib.ggml_cont_4d(g.c, g.lib.ggml_permute(g.c, g.leaf(F32, 32, 4, 6), 0, 2, 1, 3), 128, 6, 1, 1))
+    case("get_rows I32", I32)(lambda g: g.lib.ggml_get_rows(g.c, g.leaf(I32, 3, 4, values=np.arange(12) + 2**24 + 1), g.indices(3, 1)))
+
+
+def _ropes() -> None:
+    def rope(g: Case, mode: int = 0, n_dims: int = 64, factors: bool = False, ext: float = 0.0, type_: int = F32) -> Any:
+        f = g.leaf(F32, n_dims // 2, values=np.linspace(1, 8, n_dims // 2)) if factors else g.null
+        pos = g.indices(0, 3, 100, 4000, 77)
+        return g.lib.ggml_rope_ext(g.c, g.leaf(type_, 64, 6, 5), pos, f, n_dims, mode, 512, 10000.0, 0.25 if ext else 1.0, ext, 1.0, 32.0, 1.0)
+
+    for mode, name in ((0, "normal"), (2, "neox")):
+        case(f"rope {name}")(lambda g, m=mode: rope(g, m))
+        case(f"rope {name}, part of a head")(lambda g, m=mode: rope(g, m, n_dims=32))
+        case(f"rope {name}, factors")(lambda g, m=mode: rope(g, m, factors=True))
+        case(f"rope {name}, YaRN")(lambda g, m=mode: rope(g, m, ext=1.0))
+        case(f"rope {name}, F16", F16)(lambda g, m=mode: rope(g, m, type_=F16))
+
+
+def causal(n_kv: int, n_tokens: int) -> np.ndarray:
+    return np.where(np.arange(n_kv)[None, :] <= np.arange(n_tokens)[:, None] + n_kv - n_tokens, 0.0, -np.inf).astype(np.float32)
+
+
+def _attention() -> None:
+    def soft_max(g: Case, n: int = 70, mask: int | None = None, max_bias: float = 0.0, sinks: bool = False) -> Any:
+        m = g.null if mask is None else g.leaf(mask, n, 7, values=causal(n, 7))
+        out = g.lib.ggml_soft_max_ext(g.c, g.leaf(F32, n, 7, 6, scale=3), m, 0.3, max_bias)
+        if sinks:
+            g.lib.ggml_soft_max_add_sinks(out, g.leaf(F32, 6))
+        return out
+
+    case("soft_max")(soft_max)
+    case("soft_max, long")(lambda g: soft_max(g, n=3000))
+    for mask in (F32, F16):
+        case(f"soft_max, mask {NAMES[mask]}")(lambda g, m=mask: soft_max(g, mask=m))
+        case(f"soft_max, mask {NAMES[mask]}, ALiBi")(lambda g, m=mask: soft_max(g, mask=m, max_bias=8.0))
+    case("soft_max, sinks")(lambda g: soft_max(g, mask=F32, sinks=True))
+
+    def flash(g: Case, d: int = 64, n_kv: int = 96, n_tokens: int = 3, heads: int = 6, kv_heads: int = 2, max_bias: float = 0.0, softcap: float = 0.0,
+              sinks: bool = False, mask: bool = True, type_: int = F16, streams: int = 1) -> Any:  # fmt: skip
+        q = g.leaf(F32, d, n_tokens, heads, streams)
+        k, v = g.leaf(type_, d, n_kv, kv_heads, streams), g.leaf(type_, d, n_kv, kv_heads, streams)
+        values = np.broadcast_to(causal(n_kv, n_tokens), (streams, 1, n_tokens, n_kv))
+        m = g.leaf(F16, n_kv, n_tokens, 1, streams, values=values) if mask else g.null
+        out = g.lib.ggml_flash_attn_ext(g.c, q, k, v, m, d**-0.5, max_bias, softcap)
+        if sinks:
+            g.lib.ggml_flash_attn_ext_add_sinks(out, g.leaf(F32, heads))
+        return out
+
+    for d in (32, 64, 80, 96, 128, 256):
+        case(f"flash_attn d{d}")(lambda g, d=d: flash(g, d))
+    for n_tokens in (1, 2, 17, 40):
+        case(f"flash_attn {n_tokens} tokens")(lambda g, n=n_tokens: flash(g, n_tokens=n, n_kv=256))
+    case("flash_attn 1 token, many cells")(lambda g: flash(g, d=128, n_tokens=1, n_kv=1536))
+    case("flash_attn, odd number of cells")(lambda g: flash(g, n_kv=101))
+    case("flash_attn, no mask")(lambda g: flash(g, mask=False))
+    case("flash_attn, ALiBi")(lambda g: flash(g, max_bias=8.0))
+    case("flash_attn, softcap")(lambda g: flash(g, softcap=20.0))
+    case("flash_attn, sinks")(lambda g: flash(g, sinks=True))
+    case("flash_attn, sinks, 1 token")(lambda g: flash(g, sinks=True, n_tokens=1, n_kv=512))
+    case("flash_attn, a KV head each")(lambda g: flash(g, kv_heads=6))
+    case("flash_attn, two streams")(lambda g: flash(g, streams=2))
+    case("flash_attn, F32 cache")(lambda g: flash(g, type_=F32))
+    case("flash_attn, BF16 cache")(lambda g: flash(g, type_=BF16))
+
+
+for _register in (_mul_mats, _element_wise, _rows, _ropes, _attention):
+    _register()
+
+def _every_second(g: Case, x: Any) -> Any:
+    """Every second element of F16 rows of 64: no builder of ggml makes a stride like this, so it is set by hand."""
+    view = g.lib.ggml_view_4d(g.c, x, 32, 8, 1, 1, 128, 1024, 1024, 0)
+    g.ggml.ffi.cast("size_t *", view)[6] = 4  # nb[0], at byte 48 of ggml_tensor
+    return view
+
+
+# Graphs that TP0 must not claim, and must refuse with a status when a host sends them anyway.
+FOREIGN: dict[str, Build] = {
+    "an op without a kernel": lambda g: g.lib.ggml_sin(g.c, g.leaf(F32, 8, 3)),
+    "a weight type without a kernel": lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(Q5_K, 256, 8), g.leaf(F32, 256, 3)),
+    "a copy to a type without a kernel": lambda g: g.lib.ggml_cpy(g.c, g.leaf(F32, 32, 3), g.leaf(Q4_0, 32, 3)),
+    "a stride without a kernel": lambda g: g.lib.ggml_mul_mat(g.c, _every_second(g, g.leaf(F16, 64, 8)), g.leaf(F32, 32, 3)),
+}
+# Indices outside their tensors.
+OUTSIDE: dict[str, Build] = {
+    "get_rows, a row beyond the end": lambda g: g.lib.ggml_get_rows(g.c, g.leaf(F16, 64, 9), g.indices(1, 9)),
+    "get_rows, a negative row": lambda g: g.lib.ggml_get_rows(g.c, g.leaf(F32, 64, 9), g.indices(-1, 2)),
+    "get_rows, far away": lambda g: g.lib.ggml_get_rows(g.c, g.leaf(Q4_0, 64, 9), g.indices(0, 2**31 - 1)),
+    "set_rows, a cell beyond the end": lambda g: g.lib.ggml_set_rows(g.c, g.leaf(F16, 40, 9), g.leaf(F32, 40, 2), g.indices(0, 9, type_=I64)),
+    "set_rows, a negative cell": lambda g: g.lib.ggml_set_rows(g.c, g.leaf(F32, 40, 9), g.leaf(F32, 40, 2), g.indices(-1, 3, type_=I64)),
+    "set_rows, a cell of a divided cache": lambda g: g.lib.ggml_set_rows(
+        g.c, g.leaf(F16, 96, 9, name="cache_k_l0"), g.leaf(F32, 96, 2), g.indices(2**40, 3, type_=I64)
+    ),
+}

@@ -1,0 +1,57 @@
+"""Every op that is claimed, alone, against the host's CPU; and graphs that must be refused."""
+
+from __future__ import annotations
+
+import jobs
+import numpy as np
+import pytest
+from conftest import emulated
+from ggml_tp.host import nmse
+from graphs import CASES, FOREIGN, OUTSIDE
+
+SETTINGS = [("sm_60", 1), ("sm_60", 3), ("sm_86", 2)]
+
+
+def tolerance(name: str) -> float:
+    if name.startswith("mul_mat") and any(t in name for t in ("Q4_0", "Q8_0", "Q4_K", "Q6_K")):
+        return 5e-4  # both sides quantise activations, in blocks of different length
+    if name.startswith("mul_mat BF16"):
+        return 1e-4  # the CPU rounds activations to bf16
+    if name.startswith("flash_attn"):
+        return 2e-5  # the CPU rounds its running sums over V to f16: 9e-6 seen over 1536 cells
+    if "F16" in name:
+        return 5e-6  # the CPU rounds activations to f16
+    return 1e-7
+
+
+@pytest.fixture(scope="module")
+def reference(workers):
+    return workers.run(jobs.run_cases, {}, names=list(CASES), on_device=False)
+
+
+@pytest.mark.parametrize(("arch", "ranks"), SETTINGS)
+def test_ops(workers, reference, arch, ranks):
+    results = workers.run(jobs.run_cases, emulated(ranks, arch), names=list(CASES), on_device=True)
+    wrong = []
+    for name, (claimed, status, value) in results.items():
+        expected = reference[name][2]
+        finite = np.isfinite(expected)
+        error = nmse(value[finite], expected[finite])
+        if not claimed or status != 0 or not np.array_equal(finite, np.isfinite(value)) or error > tolerance(name):
+            wrong.append(f"{name}: claimed {claimed}, status {status}, NMSE {error:.2e}")
+    assert not wrong, "\n".join(wrong)
+
+
+# TEST_STDERR: a process of its own, started while pytest captures, so that its lines are seen.
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_foreign_graphs_are_not_claimed_and_refused(workers, ranks, capfd):
+    for name, result in workers.run(jobs.refuse_cases, emulated(ranks, TEST_STDERR="foreign"), table="FOREIGN").items():
+        assert result == (False, -1, 0), name
+    assert capfd.readouterr().err.count("ggml-tp: no kernel for ") == len(FOREIGN)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_indices_outside_touch_nothing_and_fail(workers, ranks, capfd):
+    for name, result in workers.run(jobs.refuse_cases, emulated(ranks, TEST_STDERR="outside"), table="OUTSIDE").items():
+        assert result == (True, -1, 0), name
+    assert capfd.readouterr().err.count("a row number outside the tensor") == len(OUTSIDE)

@@ -1,0 +1,98 @@
+"""Core and kernels under ASan + UBSan and under TSan, and planted mistakes that they must find."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_build import ROOT, build
+
+TESTS = Path(__file__).parent
+pytestmark = pytest.mark.sanitize
+RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
+OPTIONS = {
+    # Hosts and Python leak by design at exit; ours are found by the memory counters of other tests.
+    "ASAN_OPTIONS": "detect_leaks=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1 exitcode=66",
+}
+# A part of the tests that goes through every kernel family, captured graphs, collectives, uneven shards and failures.
+PART = [
+    "test_ops.py",
+    "test_end_to_end.py::test_logits[llama-F16-3]",
+    "test_end_to_end.py::test_logits[llama-Q6_K-3]",
+    "test_end_to_end.py::test_logits[qwen3-Q4_0-3]",
+    "test_end_to_end.py::test_without_flash_attention[2]",
+    "test_end_to_end.py::test_several_sequences[3]",
+    "test_end_to_end.py::test_state_of_four_ranks_restores_into_two",
+    "test_end_to_end.py::test_exhausted_memory_is_refused",
+]
+
+
+def libraries(sanitizer: str, folder: Path) -> Path:
+    assert build.main(["--arch", "none", "--sanitize", sanitizer, "--out", str(folder)]) == 0
+    return folder / "libggml-tp.so"
+
+
+def preload(sanitizer: str) -> str:
+    paths = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip() for name in RUNTIMES[sanitizer]]
+    return " ".join(paths)
+
+
+def without_aslr(command: list[str]) -> list[str]:
+    """Older TSan runtimes refuse the addresses of kernels with much randomisation; containers may forbid to turn it off."""
+    allowed = subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0
+    return ["setarch", "-R", *command] if allowed else command
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("sanitizer", RUNTIMES)
+def test_a_part_of_the_tests_is_clean(sanitizer, tmp_path):
+    library = libraries(sanitizer, tmp_path)
+    environment = {**os.environ, **OPTIONS, "LD_PRELOAD": preload(sanitizer), "TEST_LIBRARY": str(library)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", *(str(TESTS / part) for part in PART)]
+    done = subprocess.run(without_aslr(command), capture_output=True, text=True, env=environment, cwd=ROOT, timeout=1400)
+    report = done.stdout[-6000:] + done.stderr[-6000:]
+    assert done.returncode == 0, report
+    for word in ("ERROR: AddressSanitizer", "runtime error:", "WARNING: ThreadSanitizer"):
+        assert word not in done.stdout + done.stderr, report
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+
+    def run(kernel: str, sanitizer: str) -> subprocess.CompletedProcess[str]:
+        program = folder / sanitizer
+        if not program.exists():
+            flags = [flag for flag in build.COMMON if flag != "-fvisibility=hidden"] + ["-O1", "-DTP_EMULATED", *build.SANITIZERS[sanitizer]]
+            fibers = [flag for flag in flags if flag not in (build.NOT_INSTRUMENTED["fibers.cpp"] if sanitizer == "thread" else [])]
+            source, scheduler = TESTS / "data" / "planted.cpp", ROOT / "cuda_src" / "emulator" / "fibers.cpp"
+            subprocess.run(["g++", *fibers, "-c", str(scheduler), "-o", f"{program}.o"], check=True)
+            subprocess.run(["g++", *flags, str(source), f"{program}.o", "-o", str(program)], check=True)
+        environment = {**os.environ, **OPTIONS}
+        return subprocess.run(without_aslr([str(program), kernel]), capture_output=True, text=True, env=environment, timeout=60)
+
+    return run
+
+
+@pytest.mark.parametrize("sanitizer", RUNTIMES)
+def test_a_right_kernel_is_clean(planted, sanitizer):
+    done = planted("right", sanitizer)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "64 1\n", "")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sanitizer", "report"),
+    [
+        ("race", "thread", "WARNING: ThreadSanitizer: data race"),
+        ("overflow", "address", "ERROR: AddressSanitizer: heap-buffer-overflow"),
+        ("shared_overflow", "address", "runtime error: index 63 out of bounds"),
+    ],
+)
+def test_planted_mistakes_are_found(planted, kernel, sanitizer, report):
+    done = planted(kernel, sanitizer)
+    assert done.returncode != 0 and report in done.stderr
