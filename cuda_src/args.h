@@ -133,6 +133,11 @@ struct FillArgs {
     float value;
 };
 
+struct ReadRateArgs {
+    const char* x;
+    u64 n;
+};
+
 // Bytes of one tensor between the host's layout and a shard's planes (see weight_format.h): a byte permutation.
 struct RepackArgs {
     char* host;  // staging holding host bytes [offset, offset + bytes) of the tensor

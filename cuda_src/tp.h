@@ -3,8 +3,14 @@
 #pragma once
 #include "args.h"
 
+/// Sixteen bytes, loaded and stored in one instruction.
+struct alignas(16) TpInt4 {
+    int x, y, z, w;
+};
+
 #ifdef TP_EMULATED
 #include "emulator/fibers.h"
+static inline TpInt4 tp_load_stream(const char* p) { return *(const TpInt4*)p; }
 #else
 
 typedef unsigned char u8;
@@ -23,6 +29,12 @@ using ggml_tp::u64;
     T* name = (T*)tp_dynamic_shared
 #define TP_DEVICE __device__ __forceinline__
 
+/// Sixteen aligned bytes that are read once: they need not stay in L1.
+TP_DEVICE TpInt4 tp_load_stream(const char* p) {
+    TpInt4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
 TP_DEVICE float tp_half_to_float(u16 h) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));

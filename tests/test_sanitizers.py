@@ -17,7 +17,7 @@ OPTIONS = {
     # Hosts and Python leak by design at exit; ours are found by the memory counters of other tests.
     "ASAN_OPTIONS": "detect_leaks=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
-    "TSAN_OPTIONS": "halt_on_error=1 exitcode=66",
+    "TSAN_OPTIONS": f"halt_on_error=1 exitcode=66 suppressions={TESTS / 'data' / 'tsan.supp'}",
 }
 # A part of the tests that goes through every kernel family, captured graphs, collectives, uneven shards and failures.
 PART = [

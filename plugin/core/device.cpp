@@ -2,7 +2,9 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <thread>
 
@@ -15,6 +17,7 @@ constexpr int kErrorNotReady = 600;
 constexpr int kAttributeSmCount = 16, kAttributeCcMajor = 75, kAttributeCcMinor = 76;
 constexpr int kStreamNonBlocking = 1;
 constexpr int kFuncMaxDynamicShared = 8;
+constexpr double kPollSeconds = 0.02;
 constexpr int kDefaultShared = 48 * 1024;  // more must be asked for, per kernel
 
 void* resolve(void* library, const char* path, const char* symbol) {
@@ -23,10 +26,24 @@ void* resolve(void* library, const char* path, const char* symbol) {
     return address;
 }
 
+/// What CUDA and NCCL read from the environment before their first call; a value that the user set stays.
+void prepare_environment(const Config& config) {
+    setenv("NCCL_NVLS_ENABLE", "0", 0);  // multicast is of no use for a token's few KB and can wedge shared hosts
+    std::vector<int> devices = config.devices;
+    std::sort(devices.begin(), devices.end());
+    if (std::adjacent_find(devices.begin(), devices.end()) == devices.end()) return;
+    // Several ranks on one GPU: all their kernels must be resident together, so NCCL gets few blocks and the GPU many queues. Without
+    // this, 1 MiB on 4 ranks hung (NCCL 2.32.3 on an H200).
+    setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1", 0);
+    setenv("NCCL_MAX_CTAS", devices.size() > 4 ? "1" : "2", 0);
+    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+}
+
 }  // namespace
 
 Driver::Driver(const Config& config, const std::string& plugin_dir)
     : emulated_(config.emulated_cc != 0), plugin_dir_(plugin_dir), wanted_nccl_(config.nccl_path) {
+    if (!emulated_) prepare_environment(config);
     cuda_path_ = emulated_ ? plugin_dir + "/libggml-tp-emulator.so" : "libcuda.so.1";
     cuda_library_ = dlopen(cuda_path_.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!cuda_library_)
@@ -179,13 +196,14 @@ bool Device::wait(double deadline_s) const {
     using Clock = std::chrono::steady_clock;
     make_current();
     const auto begin = Clock::now();
-    for (int spin = 0;; ++spin) {
+    for (;;) {
         int code = driver.cuStreamQuery(stream);
         if (code == 0) return true;
         if (code != kErrorNotReady) driver.check_cuda(code, "cuStreamQuery", rank, __FILE__, __LINE__);
-        if (std::chrono::duration<double>(Clock::now() - begin).count() > deadline_s) return false;
-        // A decoded token takes milliseconds: poll without giving up the core at first, then be kind to the host's threads.
-        if (spin > 200) std::this_thread::sleep_for(std::chrono::microseconds(20));
+        const double waited = std::chrono::duration<double>(Clock::now() - begin).count();
+        if (waited > deadline_s) return false;
+        // A decoded token takes milliseconds: its end is polled for; a long prefill leaves the core to the host's threads.
+        if (waited > kPollSeconds) std::this_thread::sleep_for(std::chrono::microseconds(50));
         else std::this_thread::yield();
     }
 }

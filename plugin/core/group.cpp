@@ -1,5 +1,7 @@
 #include "group.h"
 
+#include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "abi/host.h"
@@ -13,6 +15,8 @@ constexpr size_t kMostPrograms = 48;
 constexpr int kMostReshardRounds = 8;
 constexpr int kCaptureThreadLocal = 1;
 constexpr int kNcclSum = 0;
+constexpr int kNcclSeveralRanksOnAGpu = 23003;  // NCCL_MULTI_RANK_GPU_ENABLE came with 2.30.3
+constexpr size_t kWarmUpElems[] = {1024, 1 << 18};
 constexpr unsigned kHostAllocPortableMapped = 1 | 2;
 
 }  // namespace
@@ -30,7 +34,16 @@ Group::Group(const Config& config_in, const std::string& plugin_dir) : config(co
         if (ordinal >= n_devices) throw Error("GGML_TP_DEVICES names device " + std::to_string(ordinal) + " but there are " + std::to_string(n_devices));
         devices_.push_back(std::make_unique<Device>(driver_, r, ordinal));
     }
-    if (n > 1) driver_.open_nccl();
+    if (n > 1) {
+        driver_.open_nccl();
+        int version = 0;
+        TP_NCCL(driver_, -1, ncclGetVersion, &version);
+        for (const auto& a : devices_)
+            for (const auto& b : devices_)
+                if (a->rank < b->rank && a->ordinal == b->ordinal && version < kNcclSeveralRanksOnAGpu)
+                    throw Error("GGML_TP_DEVICES names device " + std::to_string(a->ordinal) + " more than once; NCCL " + std::to_string(version) + " (" +
+                                driver_.nccl_path() + ") cannot do that: pip install 'nvidia-nccl-cu12>=2.30.3'");
+    }
     memory = std::make_unique<Memory>(devices_, config.split);
     memory->deadline_s = config.deadline_s;
     scratch_ = std::make_unique<Scratch>(devices_);
@@ -88,6 +101,17 @@ void Group::connect() {
         TP_NCCL(driver_, r, ncclCommInitRank, &comms[r], n_ranks(), id, r);
     });
     comms_ = comms;
+    // Once each outside of a capture: NCCL connects its peers, allocates and loads kernels at the first call of a kind.
+    workers_->run([&](int r) {
+        const DevicePtr buffer = devices_[r]->allocate(kWarmUpElems[1] * 4);
+        TP_CUDA(driver_, r, cuMemsetD8Async, buffer, 0, kWarmUpElems[1] * 4, devices_[r]->stream);
+        for (const size_t elems : kWarmUpElems)
+            TP_NCCL(driver_, r, ncclAllReduce, reinterpret_cast<const void*>(buffer), reinterpret_cast<void*>(buffer), elems, static_cast<int>(WireType::kF32),
+                    kNcclSum, comms_[r], devices_[r]->stream);
+        const bool done = devices_[r]->wait(config.deadline_s);
+        if (done) devices_[r]->release(buffer);  // else NCCL may still write to it
+        if (!done) throw Error("NCCL's first all_reduce did not end within " + std::to_string(config.deadline_s) + " s on rank " + std::to_string(r));
+    });
 }
 
 void Group::drop_programs() {
@@ -95,6 +119,39 @@ void Group::drop_programs() {
         for (Handle executable : program->executables)
             if (executable) driver_.cuGraphExecDestroy(executable);
     programs_.clear();
+    seen_.clear();
+}
+
+/// Wall clock around a few launches that take milliseconds each; the best round counts.
+Rates Group::measure(int rank, u64 bytes, int rounds) {
+    Device& device = *devices_[rank];
+    bytes = bytes / 512 * 512;
+    const DevicePtr memory_in = device.allocate(bytes), half = memory_in + bytes / 2;
+    Rates out;
+    try {
+        TP_CUDA(driver_, rank, cuMemsetD8Async, memory_in, 0, bytes, device.stream);
+        const ReadRateArgs args{reinterpret_cast<const char*>(memory_in), bytes / 16};
+        const unsigned grid[3] = {static_cast<unsigned>(device.n_sm) * 4, 1, 1}, block[3] = {512, 1, 1};
+        const Handle kernel = device.function("read_rate");
+        auto seconds = [&](auto&& work) {
+            if (!device.wait(config.deadline_s)) throw Error("a measurement did not end in time");
+            const auto begin = std::chrono::steady_clock::now();
+            for (int i = 0; i < 4; ++i) work();
+            if (!device.wait(config.deadline_s)) throw Error("a measurement did not end in time");
+            return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() / 4;
+        };
+        for (int i = 0; i < rounds; ++i) {
+            const double read = seconds([&] { device.launch(kernel, grid, block, 0, &args); });
+            const double copy = seconds([&] { TP_CUDA(driver_, rank, cuMemcpyDtoDAsync, memory_in, half, bytes / 2, device.stream); });
+            out.read = std::max(out.read, static_cast<double>(bytes) / read);
+            out.copy = std::max(out.copy, static_cast<double>(bytes) / copy);
+        }
+    } catch (...) {
+        device.release(memory_in);
+        throw;
+    }
+    device.release(memory_in);
+    return out;
 }
 
 /// A rank failed or is late: communicators cannot be trusted, nor graphs that hold them. The next graph makes both anew.
@@ -111,22 +168,33 @@ void Group::fail() {
     drop_programs();
 }
 
+/// Enqueues every step of rank r on its stream.
+void Group::record(const Program& program, int r) {
+    Device& device = *devices_[r];
+    for (const ProgramStep& step : program.steps) {
+        if (step.kind == ProgramStep::kAllReduce) {
+            TP_NCCL(driver_, r, ncclAllReduce, reinterpret_cast<const void*>(step.pointers[r]), reinterpret_cast<void*>(step.pointers[r]),
+                    static_cast<size_t>(step.elems), static_cast<int>(step.wire), kNcclSum, comms_[r], device.stream);
+            continue;
+        }
+        const RankLaunch& l = step.launches[r];
+        if (l.launch.kernel) device.launch(l.function, l.launch.grid, l.launch.block, l.launch.shared_bytes, l.args.data());
+    }
+}
+
 void Group::capture(Program& program) {
     program.executables.assign(devices_.size(), nullptr);
     workers_->run([&](int r) {
         Device& device = *devices_[r];
         device.make_current();
         TP_CUDA(driver_, r, cuStreamBeginCapture, device.stream, kCaptureThreadLocal);
-        for (const ProgramStep& step : program.steps) {
-            if (step.kind == ProgramStep::kAllReduce) {
-                TP_NCCL(driver_, r, ncclAllReduce, reinterpret_cast<const void*>(step.pointers[r]), reinterpret_cast<void*>(step.pointers[r]),
-                        static_cast<size_t>(step.elems), static_cast<int>(step.wire), kNcclSum, comms_[r], device.stream);
-                continue;
-            }
-            const RankLaunch& l = step.launches[r];
-            if (l.launch.kernel) device.launch(l.function, l.launch.grid, l.launch.block, l.launch.shared_bytes, l.args.data());
-        }
         Handle graph = nullptr;
+        try {
+            record(program, r);
+        } catch (...) {  // the stream must not stay in capture
+            if (driver_.cuStreamEndCapture(device.stream, &graph) == 0 && graph) driver_.cuGraphDestroy(graph);
+            throw;
+        }
         TP_CUDA(driver_, r, cuStreamEndCapture, device.stream, &graph);
         const int code = driver_.cuGraphInstantiate(&program.executables[r], graph, 0);
         driver_.cuGraphDestroy(graph);
@@ -155,10 +223,28 @@ std::unique_ptr<Program> Group::build(const Graph& graph, u64 key) {
     std::unique_ptr<Program> program = lower(graph, result.plan, {*memory, devices_, *scratch_, fault_pointers_});
     program->plan_text = result.plan.to_text(graph);
     program->key = key;
-    connect();
-    capture(*program);
+    try {
+        connect();
+        capture(*program);
+    } catch (...) {
+        for (Handle executable : program->executables)
+            if (executable) driver_.cuGraphExecDestroy(executable);
+        fail();
+        throw;
+    }
     ++counters.programs_built;
     return program;
+}
+
+Program* Group::program_seen(u64 uid, const void* cgraph, int n_nodes) {
+    if (uid == 0) return nullptr;
+    for (const Seen& seen : seen_) {
+        if (seen.uid != uid || seen.cgraph != cgraph || seen.n_nodes != n_nodes || seen.epoch != memory->layout_epoch()) continue;
+        for (const Program::Leaf& leaf : seen.program->leaves)
+            if (leaf.buffer->extent_at(leaf.offset, leaf.bytes) != leaf.extent) return nullptr;
+        return seen.program;
+    }
+    return nullptr;
 }
 
 Program& Group::program_for(const Graph& graph) {
@@ -173,6 +259,7 @@ Program& Group::program_for(const Graph& graph) {
     programs_.push_front(std::move(program));
     if (programs_.size() > kMostPrograms) {
         for (Handle executable : programs_.back()->executables) driver_.cuGraphExecDestroy(executable);
+        std::erase_if(seen_, [&](const Seen& seen) { return seen.program == programs_.back().get(); });
         programs_.pop_back();
     }
     last_plan = programs_.front()->plan_text;
@@ -181,11 +268,18 @@ Program& Group::program_for(const Graph& graph) {
 }
 
 void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, void* context) {
-    const Graph graph = read_graph(host, cgraph, buffer_of, context);
-    if (graph.nodes.empty()) return;
+    const abi::GraphRef ref(host, cgraph);
+    Program* found = program_seen(ref.uid(), cgraph, ref.n_nodes());
+    if (!found) {
+        const Graph graph = read_graph(host, cgraph, buffer_of, context);
+        if (graph.nodes.empty()) return;
+        found = &program_for(graph);
+        std::erase_if(seen_, [&](const Seen& seen) { return seen.program == found; });
+        seen_.push_back({ref.uid(), memory->layout_epoch(), cgraph, ref.n_nodes(), found});
+    }
+    const Program& program = *found;
     for (volatile u32* fault : faults_) *fault = kFaultNone;
     try {
-        Program& program = program_for(graph);
         workers_->run([&](int r) {
             devices_[r]->make_current();
             TP_CUDA(driver_, r, cuGraphLaunch, program.executables[r], devices_[r]->stream);

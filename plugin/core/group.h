@@ -21,6 +21,10 @@ struct Counters {
     u64 last_all_reduces = 0, last_all_gathers = 0, last_kernel_launches = 0;
 };
 
+struct Rates {
+    double read = 0, copy = 0;  // bytes per second; a copy counts what it reads and what it writes
+};
+
 class Group {
   public:
     /// Throws Error with one line when there is no device or library to run on.
@@ -30,6 +34,8 @@ class Group {
     /// Runs the host's graph to its end. Throws Error; the next graph may run.
     void compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, void* context);
     bool supports(const abi::Host& host, const void* operation) const;
+
+    Rates measure(int rank, u64 bytes, int rounds);
 
     int n_ranks() const { return static_cast<int>(devices_.size()); }
     std::string description() const;
@@ -41,9 +47,12 @@ class Group {
     std::string last_plan, last_program;
 
   private:
+    /// The program of a graph that the host says it has not changed since (same uid), without reading it; null: read it.
+    Program* program_seen(u64 uid, const void* cgraph, int n_nodes);
     Program& program_for(const Graph& graph);
     std::unique_ptr<Program> build(const Graph& graph_in, u64 key);
     void capture(Program& program);
+    void record(const Program& program, int rank);
     void connect();
     void drop_programs();
     void fail();
@@ -56,6 +65,13 @@ class Group {
     std::vector<DevicePtr> fault_pointers_;
     std::unique_ptr<Workers> workers_;
     std::list<std::unique_ptr<Program>> programs_;  // most recently used first
+    struct Seen {
+        u64 uid = 0, epoch = 0;
+        const void* cgraph = nullptr;
+        int n_nodes = 0;
+        Program* program = nullptr;
+    };
+    std::vector<Seen> seen_;  // at most one per program, forgotten with it
 };
 
 }  // namespace ggml_tp

@@ -1,6 +1,7 @@
 // The inspection C API (inspect.h) over the groups of this process, in the order of their hosts' addresses.
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 
 #include "state.h"
@@ -75,6 +76,20 @@ int ggml_tp_rank_bytes(int group, int rank, uint64_t* weight_bytes, uint64_t* kv
     if (kv_bytes) *kv_bytes = state->group->memory->kv_bytes(rank);
     if (compute_bytes) *compute_bytes = state->group->memory->compute_bytes(rank);
     return 0;
+}
+
+int ggml_tp_measure(int group, int rank, uint64_t bytes, int rounds, double* read_rate, double* copy_rate) {
+    HostState* state = host_state(group);
+    if (!state || rank < 0 || rank >= state->group->n_ranks() || !read_rate || !copy_rate) return -1;
+    std::lock_guard lock(state->group->mutex);
+    try {
+        const Rates rates = state->group->measure(rank, bytes, rounds);
+        *read_rate = rates.read, *copy_rate = rates.copy;
+        return 0;
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "ggml-tp: %s\n", error.what());
+        return -1;
+    }
 }
 
 const char* ggml_tp_version(void) { return "0.1.0"; }

@@ -12,4 +12,7 @@ int ggml_tp_get_counters(int group, struct ggml_tp_counters *out);
 /* Copies at most capacity bytes and a final 0; returns the length needed without it. The text of the last plan and program. */
 size_t ggml_tp_text(int group, int what, char *out, size_t capacity);
 int ggml_tp_rank_bytes(int group, int rank, uint64_t *weight_bytes, uint64_t *kv_bytes, uint64_t *compute_bytes);
+/* Bytes per second at which a rank's device reads memory (a kernel over bytes, best of rounds) and copies it (bytes read and written
+ * both counted). 0, or -1 with a line on stderr when there is no such rank or no memory. Blocks the group while it measures. */
+int ggml_tp_measure(int group, int rank, uint64_t bytes, int rounds, double *read_rate, double *copy_rate);
 const char *ggml_tp_version(void);

@@ -11,7 +11,9 @@ namespace ggml_tp {
 namespace {
 
 constexpr i64 kStagingBytes = 16 << 20;  // per rank; one upload step
+constexpr i64 kRingBytes = 4 << 20;      // pinned, for inputs and results of a token; a vocabulary of 128k is 0.5 MB of logits
 constexpr i64 kAlign = 256;              // of shards and planes: 16-byte loads, and what cuMemAlloc gives
+constexpr unsigned kHostAllocPortable = 1;
 i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 
 bool overlaps(i64 a, i64 a_bytes, i64 b, i64 b_bytes) { return a < b + b_bytes && b < a + a_bytes; }
@@ -50,6 +52,7 @@ Memory::Memory(std::vector<std::unique_ptr<Device>>& devices, const std::vector<
     : devices_(devices), split_(split), staging_(devices.size()), weight_bytes_(devices.size()), kv_bytes_(devices.size()), compute_bytes_(devices.size()) {}
 
 Memory::~Memory() {
+    if (ring_) devices_[0]->driver.cuMemFreeHost(ring_);
     for (size_t r = 0; r < devices_.size(); ++r) devices_[r]->release(staging_[r]);
 }
 
@@ -65,6 +68,23 @@ void Memory::report(size_t* free_bytes, size_t* total_bytes) const {
     }
     *free_bytes = least_free * devices_.size();
     *total_bytes = least_total * devices_.size();
+}
+
+char* Memory::pinned(i64 bytes) {
+    bytes = round_up(bytes, kAlign);
+    if (bytes > kRingBytes / 2) return nullptr;
+    if (!ring_) {
+        void* memory = nullptr;
+        devices_[0]->make_current();
+        TP_CUDA(devices_[0]->driver, 0, cuMemHostAlloc, &memory, kRingBytes, kHostAllocPortable);
+        ring_ = static_cast<char*>(memory);
+    }
+    if (ring_used_ + bytes > kRingBytes) {
+        wait_all();
+        ring_used_ = 0;
+    }
+    ring_used_ += bytes;
+    return ring_ + ring_used_ - bytes;
 }
 
 std::unique_ptr<Buffer> Memory::reserve(i64 bytes) {
@@ -83,6 +103,7 @@ std::unique_ptr<Buffer> Memory::reserve(i64 bytes) {
 }
 
 void Memory::release(Buffer& buffer) {
+    ++epoch_;
     for (auto& [offset, tensor] : buffer.stored) account(*tensor, -1);
     for (size_t r = 0; r < devices_.size(); ++r) {
         for (const Buffer::Chunk& chunk : buffer.chunks[r]) devices_[r]->release(chunk.base);
@@ -97,6 +118,7 @@ void Memory::release(Buffer& buffer) {
 
 void Memory::make_compute(Buffer& buffer) {
     if (buffer.is_compute) return;
+    ++epoch_;
     std::vector<DevicePtr> pointers(devices_.size());
     try {
         for (size_t r = 0; r < devices_.size(); ++r) {
@@ -137,6 +159,7 @@ void Memory::account(const Stored& tensor, int sign) {
 }
 
 void Memory::allocate_shards(Buffer& buffer, Stored& tensor) {
+    ++epoch_;
     const int n = n_ranks();
     tensor.planes.clear();
     if (tensor.format)
@@ -297,12 +320,16 @@ void Memory::write(Buffer& buffer, i64 offset, const void* data, i64 bytes) {
     if (bytes == 0) return;
     if (buffer.is_compute) {
         std::erase_if(buffer.residency, [&](const Residency& r) { return overlaps(r.offset, r.bytes, offset, bytes); });
+        char* copy = pinned(bytes);
+        if (copy) std::memcpy(copy, data, static_cast<size_t>(bytes));
         for (int r = 0; r < n_ranks(); ++r) {
             Device& device = *devices_[r];
             device.make_current();
-            TP_CUDA(device.driver, r, cuMemcpyHtoDAsync, buffer.compute[r] + static_cast<u64>(offset), data, static_cast<size_t>(bytes), device.stream);
+            TP_CUDA(device.driver, r, cuMemcpyHtoDAsync, buffer.compute[r] + static_cast<u64>(offset), copy ? copy : data, static_cast<size_t>(bytes),
+                    device.stream);
         }
-        return wait_all();
+        if (!copy) wait_all();
+        return;
     }
     const char* from = static_cast<const char*>(data);
     while (bytes > 0) {
@@ -319,7 +346,8 @@ void Memory::read(Buffer& buffer, i64 offset, void* data, i64 bytes) {
     if (offset < 0 || bytes < 0 || offset + bytes > buffer.size) throw Error("a read outside its buffer was refused");
     if (bytes == 0) return;
     if (buffer.is_compute) {
-        char* to = static_cast<char*>(data);
+        char* copy = pinned(bytes);
+        char* to = copy ? copy : static_cast<char*>(data);
         Device& first = *devices_[0];  // replicated bytes are the same on every rank
         first.make_current();
         const Residency* covering = nullptr;
@@ -327,7 +355,7 @@ void Memory::read(Buffer& buffer, i64 offset, void* data, i64 bytes) {
             if (r.offset <= offset && offset + bytes <= r.offset + r.bytes) covering = &r;
         if (!covering) {
             TP_CUDA(first.driver, 0, cuMemcpyDtoHAsync, to, buffer.compute[0] + static_cast<u64>(offset), static_cast<size_t>(bytes), first.stream);
-            wait_all();
+            if (!buffer.residency.empty()) wait_all();  // what other ranks own is laid over it
         }
         for (const Residency& region : buffer.residency) {
             if (!overlaps(region.offset, region.bytes, offset, bytes)) continue;
@@ -348,7 +376,9 @@ void Memory::read(Buffer& buffer, i64 offset, void* data, i64 bytes) {
                 }
             }
         }
-        return wait_all();
+        wait_all();
+        if (copy) std::memcpy(data, copy, static_cast<size_t>(bytes));
+        return;
     }
     char* to = static_cast<char*>(data);
     while (bytes > 0) {

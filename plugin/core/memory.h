@@ -61,6 +61,12 @@ struct Buffer {
     std::vector<DevicePtr> compute;                 // [n_ranks], when is_compute
     std::map<i64, std::unique_ptr<Stored>> stored;  // by offset
     std::vector<Residency> residency;
+    /// How exactly this region was left divided; nullopt: whole on every rank.
+    std::optional<Extent> extent_at(i64 offset, i64 bytes) const {
+        for (const Residency& r : residency)
+            if (r.offset == offset && r.bytes == bytes) return r.extent;
+        return std::nullopt;
+    }
     struct Chunk {
         DevicePtr base;
         i64 bytes, used;
@@ -98,8 +104,13 @@ class Memory {
     const std::vector<double>& split() const { return split_; }
     void wait_all() const;
     double deadline_s = 60;
+    /// Counts every change of where tensors lie: what was derived from an older count may be stale.
+    u64 layout_epoch() const { return epoch_; }
 
   private:
+    /// Pinned memory that the device reads while the host goes on. Small inputs (a token's position, mask, embedding) are copied here
+    /// and need no wait: 7 of them cost a decoded token 7 round trips otherwise.
+    char* pinned(i64 bytes);
     struct Piece {
         int rank;
         DevicePtr device;
@@ -116,6 +127,9 @@ class Memory {
 
     std::vector<std::unique_ptr<Device>>& devices_;
     std::vector<double> split_;
+    u64 epoch_ = 0;
+    char* ring_ = nullptr;
+    i64 ring_used_ = 0;
     std::vector<DevicePtr> staging_;  // one per rank, kStagingBytes
     std::vector<u64> weight_bytes_, kv_bytes_, compute_bytes_;
 };

@@ -498,6 +498,11 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
         const Tensor& root = graph.tensors[graph.tensors[id].root];
         if (!root.stored && root.buffer) program->written.push_back({root.buffer, static_cast<i64>(root.address - root.buffer->base), root.bytes});
     }
+    for (const Tensor& t : graph.tensors)
+        if (t.buffer && t.buffer->is_compute && !t.is_node && t.root == t.id) {
+            const i64 offset = static_cast<i64>(t.address - t.buffer->base);
+            program->leaves.push_back({t.buffer, offset, t.bytes, t.buffer->extent_at(offset, t.bytes)});
+        }
     for (const Plan::Survivor& s : plan.survivors) {
         const Tensor& root = graph.tensors[s.root];
         program->survivors.push_back({root.buffer, {static_cast<i64>(root.address - root.buffer->base), root.bytes, s.extent}});

@@ -2,6 +2,7 @@
 // Captured once into one CUDA graph per rank and replayed.
 #pragma once
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -40,6 +41,12 @@ struct Program {
         Residency residency;
     };
     std::vector<Survivor> survivors;
+    struct Leaf {
+        Buffer* buffer;
+        i64 offset, bytes;
+        std::optional<Extent> extent;  // how an earlier graph left it
+    };
+    std::vector<Leaf> leaves;  // compute memory that the graph reads and earlier graphs may have written
     int all_reduces = 0, all_gathers = 0, kernel_launches = 0;
     u64 key = 0;
     std::string plan_text;

@@ -105,6 +105,43 @@ def env(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench(args: argparse.Namespace) -> int:
+    from . import bench as measurement
+    from .host import HostError
+
+    tests = [measurement.parse(field) for field in args.tests.split(",")]
+    if args.measure:
+        try:
+            result = measurement.run(args.model, args.host, args.measure, tests, args.repetitions, args.ubatch, not args.no_flash_attn)
+        except HostError as error:
+            raise SystemExit(f"ggml-tp: {error}") from None
+        print("RESULT " + json.dumps(result), flush=True)
+        return 0
+    # A process of its own per device and rank count: the environment is read once per host.
+    base = [sys.executable, "-m", "ggml_tp.cli", "bench", args.model, "--tests", args.tests, "-r", str(args.repetitions), "--ubatch", str(args.ubatch)]
+    base += ["--no-flash-attn"] * args.no_flash_attn
+    base += ["--host", args.host] if args.host else []
+    runs = [("TP0", int(field)) for field in args.ranks.split(",")] + [(device, 0) for device in (args.against.split(",") if args.against else [])]
+    results = []
+    for device, ranks in runs:
+        environment = dict(os.environ) | ({"GGML_TP_RANKS": str(ranks)} if ranks and "GGML_TP_DEVICES" not in os.environ else {})
+        done = subprocess.run([*base, "--measure", device], stdout=subprocess.PIPE, text=True, env=environment, timeout=args.timeout)
+        line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+        if line is None:
+            raise SystemExit(f"ggml-tp: the measurement on {device} ended with status {done.returncode}; see the lines above")
+        results.append(json.loads(line.removeprefix("RESULT ")))
+    if args.json:
+        print(json.dumps(results))
+        return 0
+    for result in results:
+        rates = ", ".join(f"{r['read'] / 1e12:.2f} TB/s read, {r['copy'] / 1e12:.2f} copied" for r in result.get("rates", []))
+        print(f"{result['model']} on {result['device']}, {result.get('ranks', 1)} ranks, loaded in {result['load_s']:.1f} s; {rates}")
+        for name, row in result["tests"].items():
+            share = f"  {100 * row['share_of_limit']:.0f} % of the read limit" if "share_of_limit" in row else ""
+            print(f"  {name:16} {row['tokens_per_s']:10.1f} tokens/s{share}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ggml-tp", description=__import__("ggml_tp").__doc__)
     commands = parser.add_subparsers(required=True)
@@ -118,6 +155,21 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--json", action="store_true")
     p.add_argument("--measure", help=argparse.SUPPRESS)
     p.set_defaults(run=demo)
+    p = commands.add_parser(
+        "bench", help="speed through a real host, as a share of the memory's rate", epilog="example: ggml-tp bench model.gguf --ranks 1,2 --tests pp512,tg128,tg64@16384,tg32x8"
+    )
+    p.add_argument("model", help="GGUF file")
+    p.add_argument("--ranks", default="1", help="rank counts, a run each (default: %(default)s)")
+    p.add_argument("--tests", default="pp512,pp2048,tg128", help="ppN, tgN, tgN@DEPTH, tgNxSEQUENCES (default: %(default)s)")
+    p.add_argument("--against", help="other devices of the host to measure too, for example CUDA0 or CPU")
+    p.add_argument("-r", "--repetitions", type=int, default=3, help="the median counts (default: %(default)s)")
+    p.add_argument("--ubatch", type=int, default=512, help="tokens that the host computes at once (default: %(default)s)")
+    p.add_argument("--no-flash-attn", action="store_true")
+    p.add_argument("--host", help="xllamacpp, llama_cpp or a path (default: the first installed)")
+    p.add_argument("--timeout", type=float, default=3600, help="seconds for one run (default: %(default)s)")
+    p.add_argument("--json", action="store_true")
+    p.add_argument("--measure", help=argparse.SUPPRESS)
+    p.set_defaults(run=bench)
     p = commands.add_parser("env", help="print what to export for llama.cpp's programs", epilog='example: eval "$(ggml-tp env)"')
     p.set_defaults(run=env)
     args = parser.parse_args(argv)

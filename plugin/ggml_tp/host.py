@@ -42,6 +42,9 @@ float *llama_get_logits_ith(void *context, int32_t i);
 size_t llama_state_get_size(void *context);
 size_t llama_state_get_data(void *context, uint8_t *data, size_t n);
 size_t llama_state_set_data(void *context, const uint8_t *data, size_t n);
+void llama_synchronize(void *context);
+void *llama_get_memory(const void *context);
+void llama_memory_clear(void *memory, bool data);
 void llama_log_set(void *callback, void *user);
 void *ggml_backend_load(const char *path);
 void *ggml_backend_dev_by_name(const char *name);
@@ -52,6 +55,7 @@ const char *ggml_backend_dev_description(void *device);
 """
 
 _N_GPU_LAYERS_OFFSET = 16  # after devices and tensor_buft_overrides
+_LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _DEFAULT_THREADS = 4  # GGML_DEFAULT_N_THREADS
 
 
@@ -107,6 +111,15 @@ class Host:
         self.ffi.cdef(_CDEF)
         self.lib: Any = self.ffi.dlopen(os.fspath(self.path))
         self.lib.llama_backend_init()
+
+    def quiet(self) -> None:
+        """Lets only the host's errors through to stderr."""
+        def log(level: int, text: Any, _user: Any) -> None:
+            if level == _LOG_ERROR:
+                sys.stderr.write(self.ffi.string(text).decode(errors="replace"))
+
+        self._log = self.ffi.callback("void(int, const char *, void *)", log)
+        self.lib.llama_log_set(self._log, self.ffi.NULL)
 
     def load_backend(self, plugin: str | os.PathLike[str]) -> None:
         """Registers a backend plugin with the host; its own message on stderr says why when it refuses."""
@@ -179,7 +192,7 @@ class Context:
         params = ffi.new("params_t *", lib.llama_context_default_params())
         fields = _context_fields(bytes(ffi.buffer(params)))
         words = ffi.cast("int32_t *", params)
-        words[0], words[2], words[3] = n_ctx, n_ubatch, n_seq_max
+        words[0], words[1], words[2], words[3] = n_ctx, max(n_ubatch, 2048), n_ubatch, n_seq_max
         words[fields.threads // 4] = words[fields.threads // 4 + 1] = 2
         if fields.flash_attn_is_enum:
             words[fields.flash_attn // 4] = int(flash_attn)
@@ -194,15 +207,10 @@ class Context:
         return self.decode_batch([(token, start + i, seq) for i, token in enumerate(tokens)], all_logits)
 
     def decode_batch(self, items: list[tuple[int, int, int]], all_logits: bool = False) -> np.ndarray:
-        """Logits of one batch of (token, position, sequence); of its last item unless all_logits."""
+        """Logits of one batch of (token, position, sequence); of its last item unless all_logits (each sequence's last is computed)."""
         ffi, lib = self.model.host.ffi, self.model.host.lib
-        batch = lib.llama_batch_init(len(items), 0, 1)
+        batch = self._fill(items, all_logits)
         try:
-            batch.n_tokens = len(items)
-            for i, (token, position, seq) in enumerate(items):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
-                batch.seq_id[i][0] = seq
-                batch.logits[i] = int(all_logits or i + 1 == len(items))
             status = lib.llama_decode(self.handle, batch)
         finally:
             lib.llama_batch_free(batch)
@@ -210,6 +218,16 @@ class Context:
             raise HostError(f"llama_decode returned {status}")
         rows = range(len(items)) if all_logits else [len(items) - 1]
         return np.stack([self._logits(ffi, lib, i) for i in rows])
+
+    def _fill(self, items: list[tuple[int, int, int]], all_logits: bool) -> Any:
+        batch = self.model.host.lib.llama_batch_init(len(items), 0, 1)
+        batch.n_tokens = len(items)
+        last = {seq: i for i, (_, _, seq) in enumerate(items)}
+        for i, (token, position, seq) in enumerate(items):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0] = seq
+            batch.logits[i] = int(all_logits or last[seq] == i)
+        return batch
 
     def _logits(self, ffi: Any, lib: Any, i: int) -> np.ndarray:
         pointer = lib.llama_get_logits_ith(self.handle, i)
@@ -230,6 +248,26 @@ class Context:
                 logits = self.decode([tokens[-1]], len(prompt) + i)[-1]
         seconds = time.perf_counter() - begin
         return tokens, np.stack(rows), (n - 1) / seconds if seconds > 0 else 0.0
+
+    def run(self, items: list[tuple[int, int, int]]) -> float:
+        """Seconds for one batch of (token, position, sequence), logits of its last item; nothing is read back."""
+        lib = self.model.host.lib
+        batch = self._fill(items, False)
+        try:
+            begin = time.perf_counter()
+            status = lib.llama_decode(self.handle, batch)
+            lib.llama_synchronize(self.handle)
+            seconds = time.perf_counter() - begin
+        finally:
+            lib.llama_batch_free(batch)
+        if status != 0:
+            raise HostError(f"llama_decode returned {status}")
+        return seconds
+
+    def clear(self) -> None:
+        """Forgets all positions."""
+        lib = self.model.host.lib
+        lib.llama_memory_clear(lib.llama_get_memory(self.handle), False)
 
     def state(self) -> bytes:
         ffi, lib = self.model.host.ffi, self.model.host.lib

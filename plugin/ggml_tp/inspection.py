@@ -59,3 +59,10 @@ class Inspection:
             self.lib.ggml_tp_rank_bytes(group, rank, values, values + 1, values + 2)
             out.append(dict(zip(("weight", "kv", "compute"), map(int, values), strict=True)))
         return out
+
+    def rates(self, rank: int = 0, gib: float = 4.0, rounds: int = 5, group: int = 0) -> dict[str, float]:
+        """Bytes per second that a rank's device reads, and copies (read plus written), measured now."""
+        values = self.ffi.new("double[2]")
+        if self.lib.ggml_tp_measure(group, rank, int(gib * 2**30), rounds, values, values + 1) != 0:
+            raise LookupError(f"rank {rank} could not be measured; see the line above")
+        return {"read": values[0], "copy": values[1]}
