@@ -64,6 +64,20 @@ struct MulMatArgs {
     i32 ratio2, ratio3;  // broadcast: w's index = x's index / ratio (global)
 };
 
+// Up to kVecMatrices products of the same activations x [k, m <= 8]: y_i[n_i, m] = w_i[k, n_i]^T x. xq, xd as in MulMatArgs.
+struct MulVecPart {
+    Matrix w;
+    View y;
+};
+struct MulVecArgs {
+    MulVecPart part[3];
+    View x;
+    const char *xq, *xd;
+    i64 k;
+    i32 n_parts, pad;
+};
+constexpr int kVecRows = 4;  // rows of one matrix that a block computes
+
 // x F32 [k_end - k_begin, rows...] -> int8 [rows][k] and float2 [rows][k/32], zero outside [k_begin, k_end); k is a multiple of 32.
 struct QuantizeArgs {
     View x;
@@ -89,6 +103,19 @@ struct NormArgs {
     i32 has_weight;
     float eps;
 };  // F32, rows along ne0; weight broadcast
+// s = a + b (has_b), y = s / sqrt(mean(s^2) + eps) * weight (has_weight), and y as int8 (xq not null), all rows of ne0; F32, 16-byte aligned.
+struct FusedNormArgs {
+    View a, b, sum, y, weight;
+    char *xq, *xd;
+    i32 has_b, has_weight;
+    float eps;
+    i32 pad;
+};
+// A GLU whose result is written as F32 and as int8.
+struct FusedGluArgs {
+    GluArgs glu;
+    char *xq, *xd;
+};
 struct RopeArgs {
     View x, y;     // [head_dim, n_head, n_tokens, 1] F32 or F16
     View pos;      // I32 [n_tokens]
@@ -108,6 +135,20 @@ struct FlashAttnArgs {
     i32 head_offset, kv_head_offset, n_head_global, gqa_ratio;  // kv head of local head h = (h + head_offset) / gqa_ratio - kv_head_offset
     float scale, max_bias, logit_softcap;
 };
+// A piece of flash attention: cells [split * cells, ...) of one KV head against all its query heads. Per (token, local head, split):
+// acc [dv] unscaled, meta {max, sum}. flash_combine adds the splits up.
+struct FlashSplitArgs {
+    FlashAttnArgs a;
+    float *acc, *meta;
+    i32 n_splits, cells, head_groups, pad;
+};
+struct FlashCombineArgs {
+    View y;  // F32 [dv, n_head, n_tok, ns]
+    View sinks;
+    const float *acc, *meta;
+    char *xq, *xd;  // not null: also as int8, a row being all heads of a token
+    i32 n_splits, has_sinks, head_offset, pad;
+};
 struct GetRowsArgs {
     Matrix w;
     View w_view;
@@ -124,6 +165,12 @@ struct SetRowsArgs {
     View y;
     u32* fault;
     i64 n_rows, row_period, row_begin, row_end;
+};
+// Up to two ropes (Q and K), and up to two tensors' rows stored into the cache. stored_rope: the rope whose result is store[0].x, or -1.
+struct RopeStoreArgs {
+    RopeArgs rope[2];
+    SetRowsArgs store[2];
+    i32 n_ropes, n_stores, stored_rope, pad;
 };
 struct CopyArgs {
     View x, y;

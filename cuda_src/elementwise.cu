@@ -3,6 +3,7 @@
 #include "elementwise.h"
 
 #include "element.h"
+#include "quantize_group.h"
 
 namespace ggml_tp {
 namespace {
@@ -86,6 +87,28 @@ TP_KERNEL(glu_swiglu_oai, GluArgs, 256) {
         store(args.y, i, a / (1.0f + expf(-args.alpha * a)) * (b + 1.0f));
     });
 }
+
+// Four elements a thread; grid: (rows, elements / 1024).
+#define FUSED_GLU(name, expression)                                                                                 \
+    TP_KERNEL(fused_glu_##name, FusedGluArgs, 256) {                                                                \
+        const GluArgs& g = args.glu;                                                                                \
+        const i64 n = g.y.ne[0], i = ((i64)blockIdx.y * blockDim.x + threadIdx.x) * 4;                              \
+        const Index row = row_index(blockIdx.x, g.y.ne);                                                            \
+        const bool inside = i < n;                                                                                  \
+        float v[4] = {};                                                                                            \
+        if (inside) {                                                                                               \
+            const float *pa = (const float*)element_at(g.a, row) + i, *pb = (const float*)element_at(g.b, row) + i; \
+            for (int e = 0; e < 4; ++e) {                                                                           \
+                const float a = pa[e], b = pb[e];                                                                   \
+                v[e] = expression;                                                                                  \
+            }                                                                                                       \
+            for (int e = 0; e < 4; ++e) ((float*)element_at(g.y, row))[i + e] = v[e];                               \
+        }                                                                                                           \
+        quantize_four(v, i, inside, args.xq + blockIdx.x * n, args.xd + blockIdx.x * (n / 32) * 8);                 \
+    }
+FUSED_GLU(swiglu, silu(a) * b)
+FUSED_GLU(geglu, gelu(a) * b)
+FUSED_GLU(reglu, relu(a) * b)
 
 TP_KERNEL(fill, FillArgs, 256) {
     for_my_element(args.y, [&](const Index& i) { store(args.y, i, args.value); });

@@ -53,6 +53,31 @@ inline Launch glu_launch(GluOp op, const GluArgs& args, Arch) {
     return element_launch(kGluKernels[(int)op], y.ne[0], n_rows(y));
 }
 
+/// `kernel`: that of the plain GLU. Rows of F32 side by side, in whole blocks of 32.
+inline Launch fused_glu_launch(const char* kernel, const FusedGluArgs& args, Arch) {
+    struct Row {
+        const char *plain, *fused;
+    };
+    static constexpr Row kRows[] = {{"glu_swiglu", "fused_glu_swiglu"}, {"glu_geglu", "fused_glu_geglu"}, {"glu_reglu", "fused_glu_reglu"}};
+    const GluArgs& g = args.glu;
+    Launch l;
+    auto fits = [](const View& v) {
+        return v.type == kF32 && v.nb[0] == 4 && (u64)v.data % 16 == 0 && v.nb[1] % 16 == 0 && v.nb[2] % 16 == 0 && v.nb[3] % 16 == 0;
+    };
+    if (!fits(g.a) || !fits(g.b) || !fits(g.y)) return l;
+    const i64 n = g.y.ne[0], rows = n_rows(g.y), blocks = (n / 4 + kElementThreads - 1) / kElementThreads;
+    if (n % 32 || rows <= 0 || rows > 0x7fffffff || blocks > 65535) return l;
+    for (const Row& row : kRows) {
+        bool same = true;
+        for (int i = 0; same && (row.plain[i] || kernel[i]); ++i) same = row.plain[i] == kernel[i];
+        if (same) l.kernel = row.fused;
+    }
+    l.grid[0] = (u32)rows;
+    l.grid[1] = (u32)blocks;
+    l.block[0] = kElementThreads;
+    return l;
+}
+
 inline Launch fill_launch(const FillArgs& args, Arch) {
     if (!is_float_type(args.y.type) && args.y.type != kI32) return {};
     return element_launch("fill", args.y.ne[0], n_rows(args.y));

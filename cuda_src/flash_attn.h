@@ -1,8 +1,12 @@
-// Launch settings of flash_attn.cu.
+// Launch settings of flash_attn.cu: pieces of the cache in parallel and their sum, or (odd types and shapes) a warp per head.
 #pragma once
 #include "grid_stride.h"
 
 namespace ggml_tp {
+
+constexpr int kFlashHeads = 8;        // query heads of one KV head that a block takes along
+constexpr int kFlashWarps = 4;        // of a block
+constexpr i64 kFlashLeastCells = 32;  // of a piece: less is all merging
 
 inline Launch flash_attn_launch(const FlashAttnArgs& a, Arch) {
     Launch out;
@@ -13,6 +17,59 @@ inline Launch flash_attn_launch(const FlashAttnArgs& a, Arch) {
     out.kernel = "flash_attn";
     for (int d = 0; d < 3; ++d) out.grid[d] = (u32)a.q.ne[d + 1];
     out.block[0] = 32;
+    return out;
+}
+
+/// Whether the split kernel can: an F16 cache in 16-byte words, K and V of one head size up to 256.
+inline bool flash_split_can(const FlashAttnArgs& a) {
+    auto words = [](const View& v) { return v.type == kF16 && v.nb[0] == 2 && v.nb[1] % 16 == 0 && v.nb[2] % 16 == 0 && v.nb[3] % 16 == 0; };
+    if (!words(a.k) || !words(a.v) || a.q.ne[0] != a.v.ne[0] || a.q.ne[0] % 8 || a.q.ne[0] > 256 || a.q.nb[0] != 4 || a.y.nb[0] != 4) return false;
+    return !a.has_mask || a.mask.type == kF16;
+}
+
+/// Divides the cells so that there are about four blocks a multiprocessor, where there are cells enough. The division depends on the
+/// shapes and the device alone, so results repeat.
+inline FlashSplitArgs flash_split_args(const FlashAttnArgs& a, Arch arch) {
+    FlashSplitArgs s{};
+    s.a = a;
+    s.head_groups = (a.gqa_ratio + kFlashHeads - 1) / kFlashHeads;
+    const i64 cells = a.k.ne[1], blocks = a.k.ne[2] * s.head_groups * a.q.ne[1] * a.q.ne[3], want = (i64)arch.n_sm * 4;
+    i64 splits = blocks > 0 ? want / blocks : 1;
+    const i64 most = (cells + kFlashLeastCells - 1) / kFlashLeastCells;
+    splits = splits > most ? most : splits;
+    splits = splits > 64 ? 64 : splits < 1 ? 1 : splits;
+    i64 each = splits ? (cells + splits - 1) / splits : cells;
+    each = (each + 7) / 8 * 8;
+    s.cells = (i32)(each ? each : 8);
+    s.n_splits = (i32)((cells + s.cells - 1) / s.cells);
+    if (s.n_splits < 1) s.n_splits = 1;
+    return s;
+}
+/// Floats of acc and of meta.
+inline i64 flash_split_acc(const FlashSplitArgs& s) { return s.a.q.ne[1] * s.a.q.ne[2] * s.a.q.ne[3] * s.n_splits * s.a.v.ne[0]; }
+inline i64 flash_split_meta(const FlashSplitArgs& s) { return s.a.q.ne[1] * s.a.q.ne[2] * s.a.q.ne[3] * s.n_splits * 2; }
+
+inline Launch flash_split_launch(const FlashSplitArgs& s, Arch) {
+    Launch out;
+    const i64 y = s.a.k.ne[2] * s.head_groups, z = s.a.q.ne[1] * s.a.q.ne[3];
+    if (!flash_split_can(s.a) || y > 65535 || z > 65535) return out;
+    const i64 heads = s.a.gqa_ratio < kFlashHeads ? s.a.gqa_ratio : kFlashHeads;
+    out.kernel = heads <= 1 ? "flash_split_1" : heads <= 2 ? "flash_split_2" : heads <= 4 ? "flash_split_4" : "flash_split_8";
+    out.grid[0] = (u32)s.n_splits;
+    out.grid[1] = (u32)y;
+    out.grid[2] = (u32)z;
+    out.block[0] = 32 * kFlashWarps;
+    return out;
+}
+
+inline Launch flash_combine_launch(const FlashCombineArgs& c, Arch) {
+    Launch out;
+    if (c.y.ne[1] > 0x7fffffff || c.y.ne[2] > 65535 || c.y.ne[3] > 65535 || (c.xq && c.y.ne[0] % 32)) return out;
+    out.kernel = "flash_combine";
+    out.grid[0] = (u32)c.y.ne[1];
+    out.grid[1] = (u32)c.y.ne[2];
+    out.grid[2] = (u32)c.y.ne[3];
+    out.block[0] = (u32)((c.y.ne[0] + 31) / 32 * 32);
     return out;
 }
 

@@ -2,6 +2,7 @@
 #include "norm.h"
 
 #include "element.h"
+#include "quantize_group.h"
 
 namespace ggml_tp {
 namespace {
@@ -15,6 +16,18 @@ TP_DEVICE float block_sum(float v, int slot) {
     __syncthreads();
     float sum = 0.0f;
     for (u32 w = 0; w < blockDim.x / 32; w++) sum += partial[slot][w];
+    return sum;
+}
+
+/// The sum over up to 32 warps, in the order of warps.
+TP_DEVICE float wide_block_sum(float v) {
+    __shared__ float partial[32];
+    v = tp_warp_sum(v);
+    if (blockDim.x == 32) return v;
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+    __syncthreads();
+    float sum = 0.0f;
+    for (u32 w = 0; w < blockDim.x / 32; w++) sum += partial[w];
     return sum;
 }
 
@@ -61,4 +74,53 @@ TP_KERNEL(layer_norm, NormArgs, 256) {
     }
     const float variance = block_sum(squares, 1) / (float)args.x.ne[0];
     write_row(args, row, mean, 1.0f / sqrtf(variance + args.eps));
+}
+
+namespace ggml_tp {
+namespace {
+
+TP_DEVICE void load_four(const char* p, float (&v)[4]) {
+    const TpInt4 w = *(const TpInt4*)p;
+    v[0] = __int_as_float(w.x), v[1] = __int_as_float(w.y), v[2] = __int_as_float(w.z), v[3] = __int_as_float(w.w);
+}
+TP_DEVICE void store_four(char* p, const float (&v)[4]) {
+    *(TpInt4*)p = {__float_as_int(v[0]), __float_as_int(v[1]), __float_as_int(v[2]), __float_as_int(v[3])};
+}
+
+}  // namespace
+}  // namespace ggml_tp
+
+// The row stays in registers between the sum of squares and the result.
+TP_KERNEL(fused_norm, FusedNormArgs, 1024) {
+    constexpr int kSteps = 4;
+    const Index row = row_index(blockIdx.x, args.y.ne);
+    const i64 n = args.y.ne[0];
+    const char *a = element_at(args.a, row), *b = args.has_b ? element_at(args.b, row) : nullptr;
+    char *sum_row = args.has_b ? element_at(args.sum, row) : nullptr, *y = element_at(args.y, row);
+    float v[kSteps][4] = {}, squares = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+        const i64 i = ((i64)j * blockDim.x + threadIdx.x) * 4;
+        if (i >= n) break;
+        load_four(a + i * 4, v[j]);
+        if (b) {
+            float more[4];
+            load_four(b + i * 4, more);
+            for (int e = 0; e < 4; ++e) v[j][e] += more[e];
+            store_four(sum_row + i * 4, v[j]);
+        }
+        for (int e = 0; e < 4; ++e) squares += v[j][e] * v[j][e];
+    }
+    const float scale = 1.0f / sqrtf(wide_block_sum(squares) / (float)n + args.eps);
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+        const i64 first = (i64)j * blockDim.x * 4, i = first + threadIdx.x * 4;
+        if (first >= n) break;  // for the whole block: quantising needs whole warps
+        const bool inside = i < n;
+        float weight[4] = {1, 1, 1, 1};
+        if (inside && args.has_weight) load_four(args.weight.data + i * 4, weight);
+        for (int e = 0; e < 4; ++e) v[j][e] *= scale * weight[e];
+        if (inside) store_four(y + i * 4, v[j]);
+        if (args.xq) quantize_four(v[j], i, inside, args.xq + blockIdx.x * n, args.xd + blockIdx.x * (n / 32) * 8);
+    }
 }

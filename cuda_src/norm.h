@@ -30,4 +30,21 @@ inline Launch rms_norm_launch(const NormArgs& args, Arch) { return detail::norm_
 /// y = (x - mean(x)) / sqrt(var(x) + eps) [* weight]
 inline Launch norm_launch(const NormArgs& args, Arch) { return detail::norm_launch_of("layer_norm", args); }
 
+/// See FusedNormArgs. Up to 16,384 elements a row: four a thread and step, 1,024 threads.
+inline Launch fused_norm_launch(const FusedNormArgs& f, Arch) {
+    Launch l;
+    auto fits = [&](const View& v) {
+        return v.type == kF32 && same_shape(v, f.y) && v.nb[0] == 4 && (u64)v.data % 16 == 0 && v.nb[1] % 16 == 0 && v.nb[2] % 16 == 0 && v.nb[3] % 16 == 0;
+    };
+    const i64 n = f.y.ne[0], rows = n_rows(f.y);
+    if (!fits(f.a) || !fits(f.y) || (f.has_b && (!fits(f.b) || !fits(f.sum))) || n % 4 || n > 16384 || rows <= 0 || rows > 0x7fffffff) return l;
+    if (f.has_weight && (f.weight.type != kF32 || f.weight.nb[0] != 4 || (u64)f.weight.data % 16)) return l;
+    if (f.xq && n % 32) return l;
+    l.kernel = "fused_norm";
+    l.grid[0] = (u32)rows;
+    const i64 threads = (n / 4 + 31) / 32 * 32;
+    l.block[0] = (u32)(threads < 1024 ? threads : 1024);
+    return l;
+}
+
 }  // namespace ggml_tp

@@ -3,6 +3,7 @@
 #include "rope.h"
 
 #include "element.h"
+#include "set_row.h"
 
 namespace ggml_tp {
 namespace {
@@ -31,29 +32,42 @@ TP_DEVICE void rotation(const RopeArgs& args, float pos, i64 i, float* cosine, f
     *sine = sinf(theta) * magnitude;
 }
 
+/// Where the two elements of pair `pair` of a row lie, and what becomes of them.
+struct Pair {
+    Index first, second;
+    float a, b;
+};
+TP_DEVICE Pair rotate(const RopeArgs& args, i64 pair, i64 row, bool neox) {
+    const View& x = args.x;
+    Pair p;
+    p.first = p.second = row_index((u32)row, x.ne);
+    if (2 * pair >= args.n_dims) {
+        p.first.i0 = 2 * pair;
+        p.second.i0 = 2 * pair + 1;
+        p.a = load(x, p.first);
+        p.b = p.second.i0 < x.ne[0] ? load(x, p.second) : 0.0f;
+        return p;
+    }
+    p.first.i0 = neox ? pair : 2 * pair;
+    p.second.i0 = neox ? pair + args.n_dims / 2 : 2 * pair + 1;
+    const i32 pos = *(const i32*)(args.pos.data + p.first.i2 * args.pos.nb[0]);
+    float cosine, sine;
+    rotation(args, (float)pos, pair, &cosine, &sine);
+    const float a = load(x, p.first), b = load(x, p.second);
+    p.a = a * cosine - b * sine;
+    p.b = a * sine + b * cosine;
+    return p;
+}
+
 template <bool kNeox>
 TP_DEVICE void rope(const RopeArgs& args) {
     const View &x = args.x, &y = args.y;
     const i64 pair = (i64)blockIdx.y * blockDim.x + threadIdx.x;
     const i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y;
     if (2 * pair >= x.ne[0] || row >= x.ne[1] * x.ne[2] * x.ne[3]) return;
-    const Index at = row_index((u32)row, x.ne);
-    Index first = at, second = at;
-    if (2 * pair >= args.n_dims) {
-        first.i0 = 2 * pair;
-        second.i0 = 2 * pair + 1;
-        store(y, first, load(x, first));
-        if (second.i0 < x.ne[0]) store(y, second, load(x, second));
-        return;
-    }
-    first.i0 = kNeox ? pair : 2 * pair;
-    second.i0 = kNeox ? pair + args.n_dims / 2 : 2 * pair + 1;
-    const i32 pos = *(const i32*)(args.pos.data + at.i2 * args.pos.nb[0]);
-    float cosine, sine;
-    rotation(args, (float)pos, pair, &cosine, &sine);
-    const float a = load(x, first), b = load(x, second);
-    store(y, first, a * cosine - b * sine);
-    store(y, second, a * sine + b * cosine);
+    const Pair p = rotate(args, pair, row, kNeox);
+    store(y, p.first, p.a);
+    if (p.second.i0 < x.ne[0]) store(y, p.second, p.b);
 }
 
 }  // namespace
@@ -63,3 +77,40 @@ using namespace ggml_tp;
 
 TP_KERNEL(rope_normal, RopeArgs, 256) { rope<false>(args); }
 TP_KERNEL(rope_neox, RopeArgs, 256) { rope<true>(args); }
+
+TP_KERNEL(rope_store, RopeStoreArgs, 256) {
+    i64 block = blockIdx.x;
+    for (int r = 0; r < args.n_ropes; ++r) {
+        const RopeArgs& rope = args.rope[r];
+        const i64 half = rope.x.ne[0] / 2, n = half * rope.x.ne[1] * rope.x.ne[2] * rope.x.ne[3], blocks = (n + 255) / 256;
+        if (block >= blocks) {
+            block -= blocks;
+            continue;
+        }
+        const i64 i = block * 256 + threadIdx.x;
+        if (i >= n) return;
+        const Pair p = rotate(rope, i % half, i / half, rope.neox);
+        store(rope.y, p.first, p.a);
+        store(rope.y, p.second, p.b);
+        if (args.stored_rope == r) {
+            const i64 head = p.first.i1 * rope.y.ne[0];
+            set_row_element(args.store[0], head + p.first.i0, p.first.i2, 0, 0, p.a);
+            set_row_element(args.store[0], head + p.second.i0, p.first.i2, 0, 0, p.b);
+        }
+        return;
+    }
+    for (int s = args.stored_rope >= 0 ? 1 : 0; s < args.n_stores; ++s) {
+        const View& x = args.store[s].x;
+        const i64 n = x.ne[0] * x.ne[1] * x.ne[2] * x.ne[3], blocks = (n + 255) / 256;
+        if (block >= blocks) {
+            block -= blocks;
+            continue;
+        }
+        const i64 i = block * 256 + threadIdx.x;
+        if (i >= n) return;
+        Index at = row_index((u32)(i / x.ne[0]), x.ne);
+        at.i0 = i % x.ne[0];
+        set_row_element(args.store[s], at.i0, at.i1, at.i2, at.i3, load(x, at));
+        return;
+    }
+}

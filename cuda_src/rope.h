@@ -14,4 +14,25 @@ inline Launch rope_launch(const RopeArgs& args, Arch) {
     return element_launch(args.neox ? "rope_neox" : "rope_normal", (x.ne[0] + 1) / 2, n_rows(x));
 }
 
+/// See RopeStoreArgs: blocks of 256 pairs of the first rope, then of the second, then of the second store's elements (the first's too
+/// when no rope feeds it). F32 ropes of one mode.
+inline Launch rope_store_launch(const RopeStoreArgs& a, Arch arch) {
+    Launch out;
+    i64 blocks = 0;
+    for (int i = 0; i < a.n_ropes; ++i) {
+        if (!rope_launch(a.rope[i], arch).kernel || a.rope[i].x.type != kF32 || a.rope[i].y.type != kF32) return {};
+        blocks += (n_elements(a.rope[i].y) / 2 + 255) / 256;
+        if (a.rope[i].x.ne[0] % 2) return {};
+    }
+    for (int i = 0; i < a.n_stores; ++i) {
+        if (a.store[i].x.type != kF32 || !is_float_type(a.store[i].y.type)) return {};
+        if (i != 0 || a.stored_rope < 0) blocks += (n_elements(a.store[i].x) + 255) / 256;
+    }
+    if (blocks > 0x7fffffff) return {};
+    out.kernel = "rope_store";
+    out.grid[0] = (u32)blocks;
+    out.block[0] = 256;
+    return out;
+}
+
 }  // namespace ggml_tp

@@ -28,11 +28,16 @@ using ggml_tp::u64;
     extern __shared__ __align__(16) char tp_dynamic_shared[]; \
     T* name = (T*)tp_dynamic_shared
 #define TP_DEVICE __device__ __forceinline__
+#define TP_MEMBER __device__ __forceinline__  // of a struct
 
 /// Sixteen aligned bytes that are read once: they need not stay in L1.
 TP_DEVICE TpInt4 tp_load_stream(const char* p) {
     TpInt4 v;
+#if __CUDA_ARCH__ >= 700
     asm volatile("ld.global.nc.L1::no_allocate.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+#else
+    asm volatile("ld.global.nc.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+#endif
     return v;
 }
 TP_DEVICE float tp_half_to_float(u16 h) {

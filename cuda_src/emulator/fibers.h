@@ -68,6 +68,7 @@ bool run(const Kernel& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_byte
 #define __shared__ static thread_local  // one block at a time per OS thread
 #define __align__(n) alignas(n)
 #define TP_DEVICE static inline
+#define TP_MEMBER inline
 #define threadIdx (tp_emulator::current.thread)
 #define blockIdx (tp_emulator::current.block)
 #define blockDim (tp_emulator::current.block_dim)

@@ -240,6 +240,9 @@ int backend_graph_compute(void* backend, void* graph) {
         },
         kStatusFailed);
 }
+void backend_graph_optimize(void* backend, void* graph) {
+    guarded_void([&] { order_products(*backend_of(backend).state->host, graph); });
+}
 unsigned char kGuid[16] = {'g', 'g', 'm', 'l', '-', 't', 'p', 0x5d, 0x91, 0x0e, 0x77, 0x42, 0xa8, 0x3c, 0x6b, 0x01};
 
 void* device_init_backend(void* device, const char*) {
@@ -257,6 +260,7 @@ void* device_init_backend(void* device, const char*) {
             w[i++] = word(backend_synchronize);
             i += 4;  // graph plans: none
             w[i++] = word(backend_graph_compute);
+            if (functions >= 14) w[functions] = word(backend_graph_optimize);  // the last one, since 2025-09
             w[functions + 1] = device;
             backend->state = &state;
             return backend;

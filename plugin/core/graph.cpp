@@ -1,5 +1,6 @@
 #include "graph.h"
 
+#include <algorithm>
 #include <cstring>
 #include <unordered_map>
 
@@ -78,6 +79,8 @@ class Reader {
     std::unordered_map<const void*, int> ids_;
 };
 
+constexpr int kLookAhead = 48;  // nodes, views counted; Q, K and V with biases and head norms span about 20
+
 struct Hash {
     u64 value = 1469598103934665603ull;
     void mix(u64 x) { value = (value ^ x) * 0x9E3779B97F4A7C15ull, value ^= value >> 29; }
@@ -112,6 +115,31 @@ Graph read_operation(const abi::Host& host, const void* tensor) {
     const int id = reader.add(tensor);
     reader.graph_.nodes.push_back(id);
     return std::move(reader.graph_);
+}
+
+void order_products(const abi::Host& host, void* cgraph) {
+    const abi::GraphRef ref(host, cgraph);
+    const int n = ref.n_nodes();
+    void** nodes = ref.nodes();
+    auto product = [&](int i) { return host.op_of(abi::TensorRef(host, nodes[i])) == abi::Op::MUL_MAT; };
+    auto source = [&](int i, int s) { return abi::TensorRef(host, nodes[i]).src(s); };
+    // A weight is a leaf: such a product needs nothing but its input, which the earlier one has already.
+    auto multiplies_a_leaf = [&](int i) {
+        const abi::TensorRef w(host, source(i, 0));
+        return host.op_of(w) == abi::Op::NONE && !w.view_src();
+    };
+    for (int i = 0; i < n; ++i) {
+        if (!product(i)) continue;
+        int to = i + 1;
+        for (const bool same_type : {true, false})
+            for (int j = to; j < std::min(n, i + kLookAhead); ++j) {
+                if (!product(j) || source(j, 1) != source(i, 1) || !multiplies_a_leaf(j)) continue;
+                if ((abi::TensorRef(host, source(j, 0)).type() == abi::TensorRef(host, source(i, 0)).type()) != same_type) continue;
+                std::rotate(nodes + to, nodes + j, nodes + j + 1);
+                ++to;
+            }
+        i = to - 1;
+    }
 }
 
 u64 graph_key(const Graph& graph) {

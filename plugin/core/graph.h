@@ -51,6 +51,10 @@ Graph read_graph(const abi::Host& host, void* cgraph, BufferOf buffer_of, void* 
 /// A graph of the one operation `tensor`, for supports_op: no buffer is looked at.
 Graph read_operation(const abi::Host& host, const void* tensor);
 
+/// Brings products of the same input next to each other in the host's graph, before the host gives its tensors their memory: Q, K and V
+/// are then one launch, which memory that is reused between them would forbid. Called from the host's graph_optimize.
+void order_products(const abi::Host& host, void* cgraph);
+
 /// A digest of all that a plan depends on: ops, shapes, strides, parameters, addresses, and how leaves lie on the ranks.
 u64 graph_key(const Graph& graph);
 

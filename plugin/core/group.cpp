@@ -6,6 +6,7 @@
 
 #include "abi/host.h"
 #include "abi/tensor.h"
+#include "fuse.h"
 
 namespace ggml_tp {
 namespace {
@@ -218,6 +219,7 @@ std::unique_ptr<Program> Group::build(const Graph& graph, u64 key) {
             ++counters.weights_resharded;
         }
     }
+    schedule(result.plan, graph);
     verify(result.plan, graph);
     // Other programs hold the addresses of shards that were laid out anew; their keys no longer match, so they are never replayed.
     std::unique_ptr<Program> program = lower(graph, result.plan, {*memory, devices_, *scratch_, fault_pointers_});

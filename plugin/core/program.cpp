@@ -6,7 +6,9 @@
 #include "copy.h"
 #include "elementwise.h"
 #include "flash_attn.h"
+#include "fuse.h"
 #include "mul_mat.h"
+#include "mul_vec.h"
 #include "norm.h"
 #include "quantize.h"
 #include "rope.h"
@@ -44,7 +46,8 @@ struct Site {
     Sharding output;
     int rank = 0;
     Arch arch{};
-    DevicePtr scratch = 0;
+    DevicePtr scratch = 0;   // quantised activations
+    DevicePtr partials = 0;  // of attention
     u32* fault = nullptr;
     i64 k_begin = 0, k_end = 0;  // within w's stored, rounded-out k
     const Stored* w_stored = nullptr;
@@ -55,7 +58,7 @@ struct Site {
 struct Lowered {
     bool ok = true;
     std::vector<RankLaunch> launches;
-    i64 scratch_bytes = 0;
+    i64 scratch_bytes = 0, partial_bytes = 0;
     bool quantizes_x = false;
 
     template <class Args>
@@ -164,7 +167,12 @@ void lower_mul_mat(const Site& s, Lowered& out) {
         if (!s.quantized_already) out.add(quantize_launch(quantize, s.arch), quantize);
         out.quantizes_x = true;
     }
-    out.add(mul_mat_launch(args, s.arch), args);
+    if (mul_vec_can(args)) {
+        const MulVecArgs vec = mul_vec_args(args);
+        out.add(mul_vec_launch(vec, s.arch), vec);
+    } else {
+        out.add(mul_mat_launch(args, s.arch), args);
+    }
 }
 
 template <class Table, class Key>
@@ -276,7 +284,25 @@ void lower_flash_attn(const Site& s, Lowered& out) {
     args.gqa_ratio = static_cast<i32>(q.ne[2] / k.ne[2]);
     if (s.inputs[0].kind == Sharding::kSharded) args.head_offset = static_cast<i32>(s.inputs[0].ranges[s.rank].begin);
     if (s.inputs[1].kind == Sharding::kSharded) args.kv_head_offset = static_cast<i32>(s.inputs[1].ranges[s.rank].begin);
-    out.add(flash_attn_launch(args, s.arch), args);
+    if (!flash_split_can(args)) {
+        out.add(flash_attn_launch(args, s.arch), args);
+        return;
+    }
+    FlashSplitArgs split = flash_split_args(args, s.arch);
+    split.acc = reinterpret_cast<float*>(s.partials);
+    const i64 acc_bytes = round_up(flash_split_acc(split) * 4, kScratchAlign);
+    split.meta = reinterpret_cast<float*>(s.partials + static_cast<u64>(acc_bytes));
+    out.partial_bytes = acc_bytes + flash_split_meta(split) * 4;
+    FlashCombineArgs combine{};
+    combine.y = args.y;
+    combine.sinks = args.sinks;
+    combine.has_sinks = args.has_sinks;
+    combine.head_offset = args.head_offset;
+    combine.acc = split.acc;
+    combine.meta = split.meta;
+    combine.n_splits = split.n_splits;
+    out.add(flash_split_launch(split, s.arch), split);
+    out.add(flash_combine_launch(combine, s.arch), combine);
 }
 void lower_get_rows(const Site& s, Lowered& out) {
     if (s.w_stored && s.inputs[0].kind != Sharding::kReplicated) {
@@ -373,8 +399,8 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
     auto program = std::make_unique<Program>();
     const int n = plan.n_ranks;
     // Twice: the first pass finds out how much scratch memory there must be, the second writes its address into arguments.
+    i64 scratch_bytes = 0, partial_bytes = 0;
     for (int pass = 0; pass < 2; ++pass) {
-        i64 scratch_bytes = 0;
         program->steps.clear();
         struct Quantized {
             int x = -1;
@@ -430,6 +456,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 site.rank = r;
                 site.arch = {context.devices[r]->cc, context.devices[r]->n_sm};
                 site.scratch = context.scratch.pointer(r);
+                site.partials = site.scratch + static_cast<u64>(pass ? scratch_bytes : 0);
                 site.fault = reinterpret_cast<u32*>(context.faults[r]);
                 site.output = step.output;
                 site.y = local_view(context.memory, t, step.output, r);
@@ -460,7 +487,8 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 }
                 if (!is_empty(site.y) || (t.op == Op::SET_ROWS && site.output.kind != Sharding::kSharded)) row->lower(site, lowered[r]);
                 if (!lowered[r].ok) throw Error(std::string("no kernel for ") + abi::op_name(t.op) + " (" + t.name + ") with these types and strides");
-                scratch_bytes = std::max(scratch_bytes, lowered[r].scratch_bytes);
+                if (pass == 0) scratch_bytes = std::max(scratch_bytes, round_up(lowered[r].scratch_bytes, kScratchAlign));
+                if (pass == 0) partial_bytes = std::max(partial_bytes, lowered[r].partial_bytes);
                 most = std::max(most, lowered[r].launches.size());
                 quantizes |= lowered[r].quantizes_x;
             }
@@ -484,8 +512,11 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 program->steps.push_back(std::move(out));
             }
         }
-        if (pass == 0) context.scratch.grow(scratch_bytes);
+        if (pass == 0) context.scratch.grow(scratch_bytes + partial_bytes);
     }
+    std::vector<Arch> archs;
+    for (const auto& device : context.devices) archs.push_back({device->cc, device->n_sm});
+    fuse(program->steps, archs);
     for (ProgramStep& step : program->steps) {
         for (int r = 0; r < static_cast<int>(step.launches.size()); ++r)
             if (step.launches[r].launch.kernel && !step.launches[r].function)

@@ -38,6 +38,7 @@ class GraphRef {
   public:
     GraphRef(const Host& host, const void* graph) : host_(host), graph_(graph) {}
     int n_nodes() const { return read_at<int32_t>(graph_, host_.layout.graph_n_nodes); }
+    void** nodes() const { return read_at<void**>(graph_, host_.layout.graph_nodes); }
     const void* node(int i) const { return read_at<void**>(graph_, host_.layout.graph_nodes)[i]; }
     uint64_t uid() const { return host_.layout.graph_uid < 0 ? 0 : read_at<uint64_t>(graph_, host_.layout.graph_uid); }
 

@@ -1,0 +1,67 @@
+// Launch settings of mul_vec.cu.
+#pragma once
+#include "launch.h"
+#include "weight_format.h"
+
+namespace ggml_tp {
+
+constexpr int kVecWarps = 4;       // of a block, sharing the k axis
+constexpr int kVecMaxColumns = 8;  // above, the tiles of mul_mat_tile win (measured: docs/decisions.md)
+constexpr int kVecMatrices = 3;    // Q, K and V in one launch
+
+/// Columns that one instance of the kernel computes: the next of 1, 2, 4, 8.
+constexpr int mul_vec_columns(i64 m) { return m <= 1 ? 1 : m <= 2 ? 2 : m <= 4 ? 4 : 8; }
+
+/// Whether a product is the kind that mul_vec computes: one repacked matrix, whole 16-byte pieces in each row, few columns.
+inline bool mul_vec_can(const MulMatArgs& a) {
+    const WeightFormat* format = find_weight_format(a.w.type);
+    if (!format || !a.w.repacked || a.x.ne[1] > kVecMaxColumns || a.x.ne[2] * a.x.ne[3] != 1 || a.y.type != kF32 || a.x.type != kF32) return false;
+    if (format->block_elems == 1) return a.w.row_stride[0] % 16 == 0 && a.x.nb[0] == 4 && a.x.nb[1] % 16 == 0 && (u64)a.x.data % 16 == 0 && a.k_begin == 0;
+    return true;
+}
+
+/// The product as a launch of one matrix; mul_vec_join adds others.
+inline MulVecArgs mul_vec_args(const MulMatArgs& a) {
+    MulVecArgs v{};
+    v.part[0] = {a.w, a.y};
+    v.n_parts = 1;
+    v.x = a.x;
+    v.xq = a.xq;
+    v.xd = a.xd;
+    v.k = a.w.k;
+    return v;
+}
+
+/// Puts b's matrices behind a's when both multiply the same activations by weights of one type; false: they stay two launches.
+inline bool mul_vec_join(MulVecArgs& a, const MulVecArgs& b) {
+    if (a.n_parts + b.n_parts > kVecMatrices || a.x.data != b.x.data || a.xq != b.xq || a.k != b.k || a.x.ne[1] != b.x.ne[1]) return false;
+    if (a.part[0].w.type != b.part[0].w.type) return false;
+    for (int i = 0; i < b.n_parts; ++i) a.part[a.n_parts++] = b.part[i];
+    return true;
+}
+
+inline Launch mul_vec_launch(const MulVecArgs& a, Arch) {
+    struct Row {
+        i32 type;
+        const char* kernel[4];
+    };
+    static constexpr Row kRows[] = {
+        {kQ4_0, {"mul_vec_q4_0_1", "mul_vec_q4_0_2", "mul_vec_q4_0_4", "mul_vec_q4_0_8"}},
+        {kQ8_0, {"mul_vec_q8_0_1", "mul_vec_q8_0_2", "mul_vec_q8_0_4", "mul_vec_q8_0_8"}},
+        {kQ4_K, {"mul_vec_q4_K_1", "mul_vec_q4_K_2", "mul_vec_q4_K_4", "mul_vec_q4_K_8"}},
+        {kQ6_K, {"mul_vec_q6_K_1", "mul_vec_q6_K_2", "mul_vec_q6_K_4", "mul_vec_q6_K_8"}},
+        {kF32, {"mul_vec_f32_1", "mul_vec_f32_2", "mul_vec_f32_4", "mul_vec_f32_8"}},
+        {kF16, {"mul_vec_f16_1", "mul_vec_f16_2", "mul_vec_f16_4", "mul_vec_f16_8"}},
+        {kBF16, {"mul_vec_bf16_1", "mul_vec_bf16_2", "mul_vec_bf16_4", "mul_vec_bf16_8"}},
+    };
+    Launch out;
+    const int columns = mul_vec_columns(a.x.ne[1]);
+    for (const Row& row : kRows)
+        if (row.type == a.part[0].w.type) out.kernel = row.kernel[columns == 1 ? 0 : columns == 2 ? 1 : columns == 4 ? 2 : 3];
+    out.grid[0] = 0;
+    for (int i = 0; i < a.n_parts; ++i) out.grid[0] += (u32)((a.part[i].w.n + kVecRows - 1) / kVecRows);
+    out.block[0] = 32 * kVecWarps;
+    return out;
+}
+
+}  // namespace ggml_tp

@@ -1,0 +1,253 @@
+#include "fuse.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "elementwise.h"
+#include "flash_attn.h"
+#include "mul_vec.h"
+#include "norm.h"
+#include "rope.h"
+
+namespace ggml_tp {
+namespace {
+
+// ---- schedule
+
+bool overlap(const Tensor& a, const Tensor& b) {
+    return a.address < b.address + static_cast<u64>(b.bytes) && b.address < a.address + static_cast<u64>(a.bytes);
+}
+
+/// Whether two steps may change places.
+bool independent(const PlanStep& a, const PlanStep& b, const Graph& graph) {
+    const Tensor &x = graph.tensors[a.tensor], &y = graph.tensors[b.tensor];
+    if (overlap(x, y)) return false;
+    auto reads = [&](const PlanStep& step, const Tensor& t, const Tensor& written) {
+        if (step.kind != PlanStep::kCompute) return false;
+        for (int s : t.src)
+            if (s >= 0 && overlap(graph.tensors[s], written)) return true;
+        return false;
+    };
+    return !reads(a, x, y) && !reads(b, y, x);
+}
+
+constexpr size_t kLookAhead = 24;  // steps; Q, K and V lie at most a dozen apart, with biases and head norms between
+
+}  // namespace
+
+void schedule(Plan& plan, const Graph& graph) {
+    std::vector<PlanStep>& steps = plan.steps;
+    auto product = [&](const PlanStep& step) { return step.kind == PlanStep::kCompute && graph.tensors[step.tensor].op == abi::Op::MUL_MAT; };
+    auto source = [&](const PlanStep& step, int i) -> const Tensor& { return graph.tensors[graph.tensors[step.tensor].src[i]]; };
+    for (size_t i = 0; i < steps.size(); ++i) {
+        if (!product(steps[i])) continue;
+        size_t to = i + 1;
+        // Weights of the same type first: those become one launch.
+        for (const bool same_type : {true, false})
+            for (size_t j = to; j < std::min(steps.size(), i + kLookAhead); ++j) {
+                if (!product(steps[j]) || (source(steps[j], 0).type == source(steps[i], 0).type) != same_type) continue;
+                const Tensor &x = source(steps[i], 1), &other = source(steps[j], 1);
+                if (x.address != other.address || x.bytes != other.bytes || !std::equal(x.ne, x.ne + 4, other.ne)) continue;
+                if (!std::all_of(steps.begin() + static_cast<long>(to), steps.begin() + static_cast<long>(j),
+                                 [&](const PlanStep& between) { return independent(between, steps[j], graph); }))
+                    continue;
+                std::rotate(steps.begin() + static_cast<long>(to), steps.begin() + static_cast<long>(j), steps.begin() + static_cast<long>(j) + 1);
+                ++to;
+            }
+        i = to - 1;
+    }
+}
+
+// ---- fuse
+namespace {
+
+template <class Args>
+Args args_of(const RankLaunch& l) {
+    Args args;
+    std::memcpy(&args, l.args.data(), sizeof args);
+    return args;
+}
+template <class Args>
+bool replace(RankLaunch& l, const Launch& launch, const Args& args) {
+    if (!launch.kernel) return false;
+    l.launch = launch;
+    l.function = nullptr;
+    l.args.resize(sizeof args);
+    std::memcpy(l.args.data(), &args, sizeof args);
+    return true;
+}
+
+bool same_view(const View& a, const View& b) {
+    return a.data == b.data && a.type == b.type && std::equal(a.ne, a.ne + 4, b.ne) && std::equal(a.nb, a.nb + 4, b.nb);
+}
+bool apart(const View& a, const View& b) {
+    i64 a_bytes = 4, b_bytes = 4;
+    for (int d = 0; d < 4; ++d) a_bytes += (a.ne[d] - 1) * a.nb[d], b_bytes += (b.ne[d] - 1) * b.nb[d];
+    return a.data + a_bytes <= b.data || b.data + b_bytes <= a.data;
+}
+bool same_or_apart(const View& a, const View& b) { return same_view(a, b) || apart(a, b); }
+
+bool join_products(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    MulVecArgs args = args_of<MulVecArgs>(a);
+    const MulVecArgs more = args_of<MulVecArgs>(b);
+    for (int i = 0; i < args.n_parts; ++i)
+        for (int j = 0; j < more.n_parts; ++j)
+            if (!apart(args.part[i].y, more.part[j].y)) return false;
+    return mul_vec_join(args, more) && replace(a, mul_vec_launch(args, arch), args);
+}
+
+/// Norms: a row of the residual stream is summed, normalised, weighted and quantised in one go.
+FusedNormArgs fused(const NormArgs& n) {
+    FusedNormArgs f{};
+    f.a = n.x;
+    f.y = n.y;
+    f.weight = n.weight;
+    f.has_weight = n.has_weight;
+    f.eps = n.eps;
+    return f;
+}
+FusedNormArgs norm_of(const RankLaunch& l) { return std::strcmp(l.launch.kernel, "rms_norm") == 0 ? fused(args_of<NormArgs>(l)) : args_of<FusedNormArgs>(l); }
+bool sum_then_norm(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    const BinaryArgs sum = args_of<BinaryArgs>(a);
+    FusedNormArgs norm = norm_of(b);
+    if (norm.has_b || !same_view(sum.y, norm.a) || !same_or_apart(norm.y, sum.a) || !same_or_apart(norm.y, sum.b)) return false;
+    norm.a = sum.a;
+    norm.b = sum.b;
+    norm.sum = sum.y;
+    norm.has_b = 1;
+    return replace(a, fused_norm_launch(norm, arch), norm);
+}
+bool norm_then_weight(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    FusedNormArgs norm = norm_of(a);
+    const BinaryArgs scale = args_of<BinaryArgs>(b);
+    // Only where the product takes the norm's place: otherwise both results would have to be written.
+    if (norm.has_weight || norm.xq || !same_view(scale.a, norm.y) || !same_view(scale.y, norm.y) || scale.b.ne[0] != norm.y.ne[0]) return false;
+    if (scale.b.ne[1] * scale.b.ne[2] * scale.b.ne[3] != 1 || scale.b.type != kF32 || scale.b.nb[0] != 4) return false;
+    norm.weight = scale.b;
+    norm.has_weight = 1;
+    return replace(a, fused_norm_launch(norm, arch), norm);
+}
+/// What a kernel that ends in int8 activations needs: the whole of k, rows in the quantised order.
+bool quantizes(const QuantizeArgs& q, const View& y, i64 k, i64 rows) {
+    return q.x.data == y.data && q.k_begin == 0 && q.k_end == q.k && q.k == k && q.x.ne[0] == k && q.x.ne[1] * q.x.ne[2] * q.x.ne[3] == rows &&
+           q.x.nb[0] == 4 && (rows == 1 || q.x.nb[1] == k * 4);
+}
+bool norm_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    FusedNormArgs norm = norm_of(a);
+    const QuantizeArgs q = args_of<QuantizeArgs>(b);
+    if (norm.xq || !quantizes(q, norm.y, norm.y.ne[0], norm.y.ne[1] * norm.y.ne[2] * norm.y.ne[3])) return false;
+    norm.xq = q.xq;
+    norm.xd = q.xd;
+    return replace(a, fused_norm_launch(norm, arch), norm);
+}
+bool glu_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    FusedGluArgs glu{};
+    glu.glu = args_of<GluArgs>(a);
+    const QuantizeArgs q = args_of<QuantizeArgs>(b);
+    const View& y = glu.glu.y;
+    if (!quantizes(q, y, y.ne[0], y.ne[1] * y.ne[2] * y.ne[3])) return false;
+    glu.xq = q.xq;
+    glu.xd = q.xd;
+    return replace(a, fused_glu_launch(a.launch.kernel, glu, arch), glu);
+}
+bool attention_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    FlashCombineArgs args = args_of<FlashCombineArgs>(a);
+    const QuantizeArgs q = args_of<QuantizeArgs>(b);
+    if (args.xq || !quantizes(q, args.y, args.y.ne[0] * args.y.ne[1], args.y.ne[2] * args.y.ne[3])) return false;
+    args.xq = q.xq;
+    args.xd = q.xd;
+    return replace(a, flash_combine_launch(args, arch), args);
+}
+
+/// Rope of Q and of K, and the cache's new rows.
+RopeStoreArgs rope_of(const RankLaunch& l) {
+    if (std::strcmp(l.launch.kernel, "rope_store") == 0) return args_of<RopeStoreArgs>(l);
+    RopeStoreArgs out{};
+    out.rope[0] = args_of<RopeArgs>(l);
+    out.n_ropes = 1;
+    out.stored_rope = -1;
+    return out;
+}
+bool rope_then_rope(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    RopeStoreArgs args = rope_of(a);
+    const RopeStoreArgs more = rope_of(b);
+    if (args.n_ropes != 1 || args.n_stores || more.n_ropes != 1 || more.n_stores) return false;
+    const RopeArgs &q = args.rope[0], &k = more.rope[0];
+    if (!apart(q.y, k.y) || !apart(q.y, k.x) || !apart(q.x, k.y)) return false;
+    args.rope[args.n_ropes++] = k;
+    return replace(a, rope_store_launch(args, arch), args);
+}
+bool rope_then_store(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    RopeStoreArgs args = rope_of(a);
+    const SetRowsArgs store = args_of<SetRowsArgs>(b);
+    if (args.n_stores == 2) return false;
+    bool reads_rope = false;
+    for (int i = 0; i < args.n_ropes; ++i) {
+        const View &y = args.rope[i].y, &x = store.x;
+        if (apart(x, y)) continue;
+        // The same elements, heads side by side in a token's row.
+        const bool same = x.data == y.data && x.type == kF32 && y.type == kF32 && x.ne[0] == y.ne[0] * y.ne[1] && x.ne[1] == y.ne[2] && y.ne[3] == 1 &&
+                          x.ne[2] * x.ne[3] == 1 && y.nb[0] == 4 && y.nb[1] == y.ne[0] * 4 && x.nb[0] == 4 && x.nb[1] == y.nb[2];
+        if (!same || args.stored_rope >= 0 || store.row_period) return false;
+        args.stored_rope = i;
+        reads_rope = true;
+    }
+    for (int i = 0; i < args.n_stores; ++i)
+        if (!apart(args.store[i].y, store.y)) return false;
+    if (reads_rope && args.n_stores) return false;  // the rope's own row goes first
+    args.store[args.n_stores++] = store;
+    return replace(a, rope_store_launch(args, arch), args);
+}
+
+bool is_mul_vec(const char* kernel) { return std::strncmp(kernel, "mul_vec_", 8) == 0; }
+bool is_add(const char* kernel) { return std::strcmp(kernel, "binary_add") == 0; }
+bool is_mul(const char* kernel) { return std::strcmp(kernel, "binary_mul") == 0; }
+bool is_norm(const char* kernel) { return std::strcmp(kernel, "rms_norm") == 0 || std::strcmp(kernel, "fused_norm") == 0; }
+bool is_glu(const char* kernel) { return std::strncmp(kernel, "glu_", 4) == 0; }
+bool is_quantize(const char* kernel) { return std::strcmp(kernel, "quantize_x") == 0; }
+bool is_combine(const char* kernel) { return std::strcmp(kernel, "flash_combine") == 0; }
+bool is_rope(const char* kernel) { return std::strncmp(kernel, "rope_", 5) == 0; }
+bool is_set_rows(const char* kernel) { return std::strcmp(kernel, "set_rows") == 0; }
+
+struct Merge {
+    bool (*first)(const char*);
+    bool (*second)(const char*);
+    bool (*join)(RankLaunch& a, const RankLaunch& b, Arch arch);  // false: a may be changed and is thrown away
+};
+constexpr Merge kMerges[] = {
+    {is_mul_vec, is_mul_vec, join_products},    {is_add, is_norm, sum_then_norm},         {is_norm, is_mul, norm_then_weight},
+    {is_norm, is_quantize, norm_then_quantize}, {is_glu, is_quantize, glu_then_quantize}, {is_combine, is_quantize, attention_then_quantize},
+    {is_rope, is_rope, rope_then_rope},         {is_rope, is_set_rows, rope_then_store},
+};
+
+bool try_merge(ProgramStep& a, const ProgramStep& b, const std::vector<Arch>& archs) {
+    if (a.kind != ProgramStep::kLaunch || b.kind != ProgramStep::kLaunch) return false;
+    for (const Merge& merge : kMerges) {
+        std::vector<RankLaunch> joined = a.launches;
+        bool any = false, all = true;
+        for (size_t r = 0; all && r < joined.size(); ++r) {
+            const char *first = a.launches[r].launch.kernel, *second = b.launches[r].launch.kernel;
+            if (!first && !second) continue;
+            any = true;
+            all = first && second && merge.first(first) && merge.second(second) && merge.join(joined[r], b.launches[r], archs[r]);
+        }
+        if (!any || !all) continue;
+        a.launches = std::move(joined);
+        a.label += ", " + b.label;
+        return true;
+    }
+    return false;
+}
+
+}  // namespace
+
+void fuse(std::vector<ProgramStep>& steps, const std::vector<Arch>& archs) {
+    std::vector<ProgramStep> out;
+    for (ProgramStep& step : steps) {
+        out.push_back(std::move(step));
+        while (out.size() > 1 && try_merge(out[out.size() - 2], out.back(), archs)) out.pop_back();
+    }
+    steps = std::move(out);
+}
+
+}  // namespace ggml_tp
