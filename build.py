@@ -22,8 +22,8 @@ CACHE = ROOT / "build" / "objects"
 KERNELS = sorted((ROOT / "cuda_src").glob("*.cu"))
 # All that NVRTC 12.9 compiles and users have: Pascal to Blackwell.
 ARCHS = ("sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
-# One compile class per set of kernel variants: sm_60 has no dp4a, everything later has.
-EMULATED_CLASSES = (600, 610)
+# One compile class per set of kernel variants: sm_60 has no dp4a; from sm_80 on there are the tensor cores' m16n8k16.
+EMULATED_CLASSES = (600, 610, 800)
 INCLUDES = [f"-I{ROOT / 'cuda_src'}", f"-I{ROOT / 'plugin/core'}"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread", *WARNINGS, *INCLUDES]

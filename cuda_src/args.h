@@ -79,11 +79,19 @@ struct MulVecArgs {
 constexpr int kVecRows = 4;  // rows of one matrix that a block computes
 
 // x F32 [k_end - k_begin, rows...] -> int8 [rows][k] and float2 [rows][k/32], zero outside [k_begin, k_end); k is a multiple of 32.
-struct QuantizeArgs {
+struct QuantizeArgs {  // half_x writes halves to xq: [rows][k], and no xd
     View x;
     char* xq;
     char* xd;
     i64 k, k_begin, k_end;
+};
+
+// y[n, m] = w[k, n]^T x with x as halves (f16, or bf16 for bf16 weights) [m][k], zero outside of the shard's part of k.
+struct MulTileArgs {
+    Matrix w;
+    View y;
+    const char* xh;
+    i64 k, m;
 };
 
 struct BinaryArgs {

@@ -120,12 +120,16 @@ TP_DEVICE void flash_split(const FlashSplitArgs& args) {
     const i64 head0 = (kv_head + a.kv_head_offset) * a.gqa_ratio + first_of_group - a.head_offset;  // local number of the group's first head
     const char* k = a.k.data + kv_head * a.k.nb[2] + stream % a.k.ne[3] * a.k.nb[3] + part * 16;
     const char* v = a.v.data + kv_head * a.v.nb[2] + stream % a.v.ne[3] * a.v.nb[3] + part * 16;
+    // One mask for all heads: with one per head the launcher takes the plain kernel.
+    const char* mask_row = a.has_mask ? a.mask.data + token * a.mask.nb[1] + stream % a.mask.ne[3] * a.mask.nb[3] : nullptr;
     float q[kHeads][8];
     bool mine[kHeads];
+    float slope[kHeads];
     Running run[kHeads];
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
         mine[h] = first_of_group + h < a.gqa_ratio && head0 + h >= 0 && head0 + h < a.q.ne[2];
+        slope[h] = alibi_slope(a.max_bias, (i32)(head0 + h + a.head_offset), a.n_head_global);
         run[h].most = -INFINITY;
         run[h].sum = 0;
         const float* from = (const float*)(a.q.data + token * a.q.nb[1] + (mine[h] ? head0 + h : 0) * a.q.nb[2] + stream * a.q.nb[3]) + part * 8;
@@ -136,36 +140,42 @@ TP_DEVICE void flash_split(const FlashSplitArgs& args) {
         }
     }
     const i64 begin = (i64)blockIdx.x * args.cells, end = begin + args.cells < a.k.ne[1] ? begin + args.cells : a.k.ne[1];
-    // Every lane of a warp takes the same number of steps: shuffles below need them all.
-    for (i64 first = begin + warp * slots; first < end; first += kFlashWarps * slots) {
-        const i64 cell = first + slot;
-        const bool inside = cell < end && holds;
-        TpInt4 kw = {0, 0, 0, 0}, vw = {0, 0, 0, 0};
-        if (inside) {
-            kw = *(const TpInt4*)(k + cell * a.k.nb[1]);
-            vw = *(const TpInt4*)(v + cell * a.v.nb[1]);
+    // Four cells of a lane group at a time: their loads go out together. Every lane of a warp takes the same number of steps, shuffles
+    // need them all.
+    constexpr int kAhead = 4;
+    const i64 stride = (i64)kFlashWarps * slots;
+    for (i64 first = begin + warp * slots + slot; first - slot < end; first += kAhead * stride) {
+        TpInt4 kw[kAhead], vw[kAhead];
+        u16 mask[kAhead];
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+            const i64 cell = first + j * stride;
+            const bool inside = cell < end && holds;
+            kw[j] = inside ? *(const TpInt4*)(k + cell * a.k.nb[1]) : TpInt4{0, 0, 0, 0};
+            vw[j] = inside ? *(const TpInt4*)(v + cell * a.v.nb[1]) : TpInt4{0, 0, 0, 0};
+            mask[j] = cell < end && mask_row ? *(const u16*)(mask_row + cell * 2) : (u16)0;
         }
-        const Eight kf = eight_halves(kw), vf = eight_halves(vw);
 #pragma unroll
-        for (int h = 0; h < kHeads; ++h) {
-            float score = 0;
+        for (int j = 0; j < kAhead; ++j) {
+            const bool inside = first + j * stride < end;
+            const Eight kf = eight_halves(kw[j]), vf = eight_halves(vw[j]);
+            const float bias = tp_half_to_float(mask[j]);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) score += q[h][i] * kf.f[i];
-            for (int o = 1; o < width; o *= 2) score += __shfl_xor_sync(0xffffffffu, score, o);
-            if (cell >= end || !mine[h]) continue;
-            const i64 head = head0 + h + a.head_offset;
-            if (a.logit_softcap != 0.0f) score = a.logit_softcap * tanhf(score);
-            if (a.has_mask) {
-                const float bias = tp_half_to_float(
-                    *(const u16*)(a.mask.data + cell * 2 + token * a.mask.nb[1] + head % a.mask.ne[2] * a.mask.nb[2] + stream % a.mask.ne[3] * a.mask.nb[3]));
-                score += alibi_slope(a.max_bias, (i32)head, a.n_head_global) * bias;
+            for (int h = 0; h < kHeads; ++h) {
+                float score = 0;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) score += q[h][i] * kf.f[i];
+                for (int o = 1; o < width; o *= 2) score += __shfl_xor_sync(0xffffffffu, score, o);
+                if (!inside || !mine[h]) continue;
+                if (a.logit_softcap != 0.0f) score = a.logit_softcap * tanhf(score);
+                score += slope[h] * bias;
+                if (score == -INFINITY) continue;
+                if (score > run[h].most) run[h].scale_to(score);
+                const float p = expf(score - run[h].most);
+                run[h].sum += p;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) run[h].acc[i] += p * vf.f[i];
             }
-            if (score == -INFINITY) continue;
-            if (score > run[h].most) run[h].scale_to(score);
-            const float p = expf(score - run[h].most);
-            run[h].sum += p;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) run[h].acc[i] += p * vf.f[i];
         }
     }
 #pragma unroll

@@ -24,7 +24,7 @@ inline Launch flash_attn_launch(const FlashAttnArgs& a, Arch) {
 inline bool flash_split_can(const FlashAttnArgs& a) {
     auto words = [](const View& v) { return v.type == kF16 && v.nb[0] == 2 && v.nb[1] % 16 == 0 && v.nb[2] % 16 == 0 && v.nb[3] % 16 == 0; };
     if (!words(a.k) || !words(a.v) || a.q.ne[0] != a.v.ne[0] || a.q.ne[0] % 8 || a.q.ne[0] > 256 || a.q.nb[0] != 4 || a.y.nb[0] != 4) return false;
-    return !a.has_mask || a.mask.type == kF16;
+    return !a.has_mask || (a.mask.type == kF16 && a.mask.ne[2] == 1);
 }
 
 /// Divides the cells so that there are about four blocks a multiprocessor, where there are cells enough. The division depends on the

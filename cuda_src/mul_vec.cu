@@ -142,7 +142,8 @@ TP_DEVICE void vec_store(const MulVecArgs& a, const MulVecPart& part, i64 row, f
             if (lane == 0) sums[warp][r * kCols + c] = sum;
         }
     __syncthreads();
-    const int i = threadIdx.x, r = i / kCols, c = i % kCols;
+    const int i = threadIdx.x, r = i / kCols;
+    const i64 c = (i64)blockIdx.y * kCols + i % kCols;
     if (i >= kVecRows * kCols || row + r >= part.w.n || c >= a.x.ne[1]) return;
     float sum = 0;
 #pragma unroll
@@ -162,17 +163,23 @@ TP_DEVICE void mul_vec_quantized(const MulVecArgs& a) {
 #pragma unroll
         for (int f = 0; f < 4; ++f) plane[r][f] = part.w.plane[f] + at * part.w.row_stride[f];
     }
+    const i64 column0 = (i64)blockIdx.y * kCols;
     float acc[kVecRows][kCols] = {};
-    for (i64 p = threadIdx.x; p < pieces; p += 32 * kVecWarps) {
-        Piece<kType> w[kVecRows];
+    Piece<kType> w[kVecRows];
+    auto load = [&](i64 p) {
 #pragma unroll
         for (int r = 0; r < kVecRows; ++r) w[r].load(plane[r], p);
+    };
+    if (threadIdx.x < pieces) load(threadIdx.x);
+    tp_grid_wait();  // the activations are the work of the kernel before; the weights were not
+    for (i64 p = threadIdx.x; p < pieces; p += 32 * kVecWarps) {
+        if (p >= 32 * kVecWarps) load(p);
         const i64 first = Piece<kType>::first(p), second = Piece<kType>::second(p);
 #pragma unroll
         for (int c = 0; c < kCols; ++c) {
-            if (c >= a.x.ne[1]) break;
-            const TpInt4 x0 = *(const TpInt4*)(a.xq + c * a.k + first), x1 = *(const TpInt4*)(a.xq + c * a.k + second);
-            const Float2* d = (const Float2*)a.xd + c * pieces;
+            if (column0 + c >= a.x.ne[1]) break;
+            const TpInt4 x0 = *(const TpInt4*)(a.xq + (column0 + c) * a.k + first), x1 = *(const TpInt4*)(a.xq + (column0 + c) * a.k + second);
+            const Float2* d = (const Float2*)a.xd + (column0 + c) * pieces;
             const Float2 d0 = d[first / 32], d1 = d[second / 32];
 #pragma unroll
             for (int r = 0; r < kVecRows; ++r) acc[r][c] += w[r].dot(p, x0, x1, d0, d1);
@@ -202,15 +209,21 @@ TP_DEVICE void mul_vec_float(const MulVecArgs& a) {
     const char* base[kVecRows];
 #pragma unroll
     for (int r = 0; r < kVecRows; ++r) base[r] = part.w.plane[0] + (row + r < n ? row + r : n - 1) * part.w.row_stride[0];
+    const i64 column0 = (i64)blockIdx.y * kCols;
     float acc[kVecRows][kCols] = {};
-    for (i64 k = (i64)threadIdx.x * kElems; k < a.k; k += 32 * kVecWarps * kElems) {
-        TpInt4 w[kVecRows];
+    TpInt4 w[kVecRows];
+    auto load = [&](i64 k) {
 #pragma unroll
         for (int r = 0; r < kVecRows; ++r) w[r] = tp_load_stream(base[r] + k * (16 / kElems));
+    };
+    if ((i64)threadIdx.x * kElems < a.k) load((i64)threadIdx.x * kElems);
+    tp_grid_wait();
+    for (i64 k = (i64)threadIdx.x * kElems; k < a.k; k += 32 * kVecWarps * kElems) {
+        if (k >= 32 * kVecWarps * kElems) load(k);
 #pragma unroll
         for (int c = 0; c < kCols; ++c) {
-            if (c >= a.x.ne[1]) break;
-            const char* x = a.x.data + c * a.x.nb[1] + k * 4;
+            if (column0 + c >= a.x.ne[1]) break;
+            const char* x = a.x.data + (column0 + c) * a.x.nb[1] + k * 4;
             float v[kElems];
 #pragma unroll
             for (int i = 0; i < kElems; i += 4) {
@@ -228,11 +241,11 @@ TP_DEVICE void mul_vec_float(const MulVecArgs& a) {
 
 }  // namespace ggml_tp
 
-#define MUL_VEC(kind, name, type)                                                                        \
-    TP_KERNEL(mul_vec_##name##_1, MulVecArgs, 32 * ggml_tp::kVecWarps) { ggml_tp::kind<type, 1>(args); } \
-    TP_KERNEL(mul_vec_##name##_2, MulVecArgs, 32 * ggml_tp::kVecWarps) { ggml_tp::kind<type, 2>(args); } \
-    TP_KERNEL(mul_vec_##name##_4, MulVecArgs, 32 * ggml_tp::kVecWarps) { ggml_tp::kind<type, 4>(args); } \
-    TP_KERNEL(mul_vec_##name##_8, MulVecArgs, 32 * ggml_tp::kVecWarps) { ggml_tp::kind<type, 8>(args); }
+#define MUL_VEC(kind, name, type)                                                                              \
+    TP_KERNEL_EARLY(mul_vec_##name##_1, MulVecArgs, 32 * ggml_tp::kVecWarps) { ggml_tp::kind<type, 1>(args); } \
+    TP_KERNEL_EARLY(mul_vec_##name##_2, MulVecArgs, 32 * ggml_tp::kVecWarps) { ggml_tp::kind<type, 2>(args); } \
+    TP_KERNEL_EARLY(mul_vec_##name##_4, MulVecArgs, 32 * ggml_tp::kVecWarps) { ggml_tp::kind<type, 4>(args); } \
+    TP_KERNEL_EARLY(mul_vec_##name##_8, MulVecArgs, 32 * ggml_tp::kVecWarps) { ggml_tp::kind<type, 8>(args); }
 
 MUL_VEC(mul_vec_quantized, q4_0, ggml_tp::kQ4_0)
 MUL_VEC(mul_vec_quantized, q8_0, ggml_tp::kQ8_0)

@@ -5,9 +5,9 @@
 
 namespace ggml_tp {
 
-constexpr int kVecWarps = 4;       // of a block, sharing the k axis
-constexpr int kVecMaxColumns = 8;  // above, the tiles of mul_mat_tile win (measured: docs/decisions.md)
-constexpr int kVecMatrices = 3;    // Q, K and V in one launch
+constexpr int kVecWarps = 4;        // of a block, sharing the k axis
+constexpr int kVecMaxColumns = 16;  // in groups of 8; above, the tiles of mul_tile win
+constexpr int kVecMatrices = 3;     // Q, K and V in one launch
 
 /// Columns that one instance of the kernel computes: the next of 1, 2, 4, 8.
 constexpr int mul_vec_columns(i64 m) { return m <= 1 ? 1 : m <= 2 ? 2 : m <= 4 ? 4 : 8; }
@@ -60,6 +60,7 @@ inline Launch mul_vec_launch(const MulVecArgs& a, Arch) {
         if (row.type == a.part[0].w.type) out.kernel = row.kernel[columns == 1 ? 0 : columns == 2 ? 1 : columns == 4 ? 2 : 3];
     out.grid[0] = 0;
     for (int i = 0; i < a.n_parts; ++i) out.grid[0] += (u32)((a.part[i].w.n + kVecRows - 1) / kVecRows);
+    out.grid[1] = (u32)((a.x.ne[1] + columns - 1) / columns);
     out.block[0] = 32 * kVecWarps;
     return out;
 }

@@ -16,4 +16,17 @@ inline Launch quantize_launch(const QuantizeArgs& a, Arch) {
     return out;
 }
 
+/// To halves; k a multiple of 8.
+inline Launch halve_launch(const QuantizeArgs& a, bool bf16, Arch) {
+    const i64 rows = a.x.ne[1] * a.x.ne[2] * a.x.ne[3];
+    Launch out;
+    if (a.x.type != kF32 || a.k % 8 || rows > 65535) return out;
+    out.kernel = bf16 ? "bf16_x" : "half_x";
+    out.grid[0] = (u32)((a.k + 511) / 512);
+    out.grid[1] = (u32)rows;
+    out.block[0] = 32;
+    out.block[1] = 4;
+    return out;
+}
+
 }  // namespace ggml_tp

@@ -23,13 +23,35 @@ using ggml_tp::u64;
 
 #define TP_ARCH __CUDA_ARCH__
 #define INFINITY __int_as_float(0x7f800000)
-#define TP_KERNEL(name, Args, max_threads) extern "C" __global__ void __launch_bounds__(max_threads) name(const ggml_tp::Args args)
+// Arguments stay in constant memory: a copy to every thread's stack would cost more than small kernels themselves.
+#if __CUDA_ARCH__ >= 700
+#define TP_GRID_CONSTANT __grid_constant__
+#else
+#define TP_GRID_CONSTANT
+#endif
+#define TP_KERNEL_BODY(name, Args, max_threads, before)                                                         \
+    static __device__ __forceinline__ void name##_body(const ggml_tp::Args& args);                              \
+    extern "C" __global__ void __launch_bounds__(max_threads) name(const TP_GRID_CONSTANT ggml_tp::Args args) { \
+        before;                                                                                                 \
+        name##_body(args);                                                                                      \
+    }                                                                                                           \
+    static __device__ __forceinline__ void name##_body(const ggml_tp::Args& args)
+#define TP_KERNEL(name, Args, max_threads) TP_KERNEL_BODY(name, Args, max_threads, tp_grid_wait())
+// A kernel that calls tp_grid_wait itself, after it has begun to read what no kernel of the graph writes: weights.
+#define TP_KERNEL_EARLY(name, Args, max_threads) TP_KERNEL_BODY(name, Args, max_threads, (void)0)
 #define TP_DYN_SHARED(T, name)                                \
     extern __shared__ __align__(16) char tp_dynamic_shared[]; \
     T* name = (T*)tp_dynamic_shared
 #define TP_DEVICE __device__ __forceinline__
 #define TP_MEMBER __device__ __forceinline__  // of a struct
 
+/// Programmatic dependent launch (sm_90): this grid was started before the one ahead of it had ended, and waits for it here; the one
+/// behind may start now. Elsewhere grids follow each other and this is nothing.
+TP_DEVICE void tp_grid_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+}
 /// Sixteen aligned bytes that are read once: they need not stay in L1.
 TP_DEVICE TpInt4 tp_load_stream(const char* p) {
     TpInt4 v;
@@ -73,4 +95,29 @@ TP_DEVICE int tp_dp4a(int a, int b, int c) {
     return c + (s8)a * (s8)b + (s8)(a >> 8) * (s8)(b >> 8) + (s8)(a >> 16) * (s8)(b >> 16) + (a >> 24) * (b >> 24);
 #endif
 }
+/// Two halves: x * y + z, rounded once.
+TP_DEVICE u32 tp_half2_fma(u32 x, u32 y, u32 z) {
+    u32 out;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(y), "r"(z));
+    return out;
+}
+TP_DEVICE u32 tp_byte_perm(u32 x, u32 y, u32 selector) { return __byte_perm(x, y, selector); }
+#if __CUDA_ARCH__ >= 800
+TP_DEVICE void tp_mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+TP_DEVICE void tp_mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+/// Four 8x8 matrices of halves from shared memory: lane l gives the address of row l % 8 of matrix l / 8.
+TP_DEVICE void tp_ldmatrix_x4(u32 (&r)[4], const void* row) {
+    u32 address;
+    asm("{ .reg .u64 p; cvta.to.shared.u64 p, %1; cvt.u32.u64 %0, p; }" : "=r"(address) : "l"(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+#endif
 #endif

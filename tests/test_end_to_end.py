@@ -82,8 +82,10 @@ def test_a_model_with_foreign_ops_is_right(workers, models, ranks):
     assert result["counters"].graphs_computed > 3  # more than one graph of ours in a decode
 
 
-def test_architecture_with_dp4a(workers, models):
-    check(workers, models, "llama", "Q4_K", 2, arch="sm_86")
+@pytest.mark.parametrize(("arch", "family", "quant", "ranks"), [("sm_75", "llama", "Q4_K", 2), ("sm_90", "qwen3", "Q4_K", 3), ("sm_90", "llama", "BF16", 2)])
+def test_kernels_of_other_architectures(workers, models, arch, family, quant, ranks):
+    """sm_60 has no dp4a; from sm_80 on long prompts go through the tensor cores."""
+    check(workers, models, family, quant, ranks, arch=arch)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

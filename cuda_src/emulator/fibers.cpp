@@ -54,6 +54,8 @@ struct Fiber {
     Collective op{};
     float value = 0, result = 0;
     int source = 0;
+    WarpFunction call = nullptr;
+    void* pointer = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
 #endif
@@ -79,6 +81,11 @@ class Block {
         fibers_[running_].state = State::kAtBarrier;
         yield();
         TP_TSAN_ACQUIRE(&barrier_);
+    }
+    void call(WarpFunction function, void* pointer) {
+        fibers_[running_].call = function;
+        fibers_[running_].pointer = pointer;
+        collective(Collective::kCall, ~0u, 0, 0);
     }
     float collective(Collective op, u32 mask, float value, int source) {
         Fiber& f = fibers_[running_];
@@ -161,7 +168,11 @@ bool Block::complete(unsigned warp, u32 mask) {
     float in[32] = {}, next[32];
     for (unsigned l = 0; l < 32; ++l)
         if (mask >> l & 1) in[l] = fibers_[warp + l].value;
-    if (me.op == Collective::kSum || me.op == Collective::kMax) {
+    if (me.op == Collective::kCall) {
+        void* pointers[32];
+        for (unsigned l = 0; l < 32; ++l) pointers[l] = fibers_[warp + l].pointer;
+        me.call(pointers);
+    } else if (me.op == Collective::kSum || me.op == Collective::kMax) {
         // In the order of the xor butterfly, so that results match the GPU's bit for bit.
         for (int o = 16; o; o >>= 1) {
             for (int l = 0; l < 32; ++l) next[l] = me.op == Collective::kSum ? in[l] + in[l ^ o] : std::max(in[l], in[l ^ o]);
@@ -288,6 +299,7 @@ const Kernel* find_kernel(const char* name, int compute_capability) {
 
 void sync_block() { block_of_thread().sync_block(); }
 float warp_float(Collective op, u32 mask, float value, int source) { return block_of_thread().collective(op, mask, value, source); }
+void warp_call(WarpFunction function, void* lane) { block_of_thread().call(function, lane); }
 u32 warp_ballot(u32 mask, bool predicate) {
     // Lanes' predicates as distinct powers of two, exact in a float sum of 24 bits at a time.
     const unsigned lane = current.linear & 31;

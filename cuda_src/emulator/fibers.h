@@ -35,12 +35,15 @@ struct Context {
 };
 extern thread_local Context current;
 
-enum class Collective { kSync, kSum, kMax, kShuffle };
+enum class Collective { kSync, kSum, kMax, kShuffle, kCall };
 
 void sync_block();
 /// value: this lane's contribution; source: the lane read by a shuffle. Returns this lane's result.
 float warp_float(Collective op, u32 mask, float value, int source);
 u32 warp_ballot(u32 mask, bool predicate);
+/// Every lane hands in a pointer; the last to arrive calls `function` with those of all 32 lanes.
+using WarpFunction = void (*)(void* const (&lanes)[32]);
+void warp_call(WarpFunction function, void* lane);
 
 using Entry = void (*)(const void* args);
 struct Kernel {
@@ -80,6 +83,8 @@ bool run(const Kernel& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_byte
     static const tp_emulator::Registration name##_registration(                                                        \
         tp_emulator::Kernel{#name, TP_ARCH, name##_entry, sizeof(ggml_tp::Args), static_cast<unsigned>(max_threads)}); \
     static void name(const ggml_tp::Args args)
+#define TP_KERNEL_EARLY(name, Args, max_threads) TP_KERNEL(name, Args, max_threads)
+static inline void tp_grid_wait() {}
 #define TP_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(tp_emulator::current.dynamic_shared)
 
 static inline void __syncthreads() { tp_emulator::sync_block(); }
@@ -124,4 +129,70 @@ static inline u16 tp_float_to_bf16(float f) {
 static inline int tp_dp4a(int a, int b, int c) {
     for (int i = 0; i < 32; i += 8) c += static_cast<s8>(a >> i) * static_cast<s8>(b >> i);
     return c;
+}
+
+// Tensor cores: fragments as in the PTX ISA's mma.m16n8k16. g = lane / 4, t = lane % 4; a: rows g, g + 8 at k 2t, 2t + 8; b: column g at
+// k 2t, 2t + 8; d: rows g, g + 8 at columns 2t, 2t + 1.
+namespace tp_emulator {
+struct MmaLane {
+    float* d;
+    const u32 *a, *b;
+};
+template <float (*kUp)(u16)>
+inline void mma_16816(void* const (&lanes)[32]) {
+    float a[16][16], b[8][16];
+    auto at = [&](int lane) -> const MmaLane& { return *static_cast<const MmaLane*>(lanes[lane]); };
+    for (int lane = 0; lane < 32; ++lane)
+        for (int half = 0; half < 2; ++half) {
+            const int g = lane / 4, t = lane % 4;
+            for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][2 * t + i / 2 * 8 + half] = kUp(static_cast<u16>(at(lane).a[i] >> 16 * half));
+            for (int i = 0; i < 2; ++i) b[g][2 * t + i * 8 + half] = kUp(static_cast<u16>(at(lane).b[i] >> 16 * half));
+        }
+    for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + i / 2 * 8, column = 2 * (lane % 4) + i % 2;
+            float sum = 0;
+            for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column][k];
+            at(lane).d[i] += sum;
+        }
+}
+struct LdmatrixLane {
+    u32* r;
+    const char* row;
+    const char* from[4];
+};
+/// Lane l gives the address of row l % 8 of matrix l / 8, and is told which addresses to read: it reads them itself, so that a
+/// sanitizer sees who does.
+inline void ldmatrix_x4(void* const (&lanes)[32]) {
+    for (int lane = 0; lane < 32; ++lane)
+        for (int m = 0; m < 4; ++m) static_cast<LdmatrixLane*>(lanes[lane])->from[m] = static_cast<LdmatrixLane*>(lanes[8 * m + lane / 4])->row + lane % 4 * 4;
+}
+}  // namespace tp_emulator
+static inline void tp_mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    tp_emulator::MmaLane lane{d, a, b};
+    tp_emulator::warp_call(tp_emulator::mma_16816<tp_half_to_float>, &lane);
+}
+static inline void tp_mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    tp_emulator::MmaLane lane{d, a, b};
+    tp_emulator::warp_call(tp_emulator::mma_16816<tp_bf16_to_float>, &lane);
+}
+static inline void tp_ldmatrix_x4(u32 (&r)[4], const void* row) {
+    tp_emulator::LdmatrixLane lane{r, static_cast<const char*>(row), {}};
+    tp_emulator::warp_call(tp_emulator::ldmatrix_x4, &lane);
+    for (int m = 0; m < 4; ++m) std::memcpy(&r[m], lane.from[m], 4);
+}
+/// Two halves: x * y + z, rounded once.
+static inline u32 tp_half2_fma(u32 x, u32 y, u32 z) {
+    u32 out = 0;
+    for (int i = 0; i < 2; ++i) {
+        auto part = [&](u32 v) { return tp_half_to_float(static_cast<u16>(v >> 16 * i)); };
+        out |= static_cast<u32>(tp_float_to_half(part(x) * part(y) + part(z))) << 16 * i;
+    }
+    return out;
+}
+static inline u32 tp_byte_perm(u32 x, u32 y, u32 selector) {
+    const u64 bytes = static_cast<u64>(y) << 32 | x;
+    u32 out = 0;
+    for (int i = 0; i < 4; ++i) out |= static_cast<u32>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return out;
 }

@@ -20,6 +20,21 @@ constexpr int kFuncMaxDynamicShared = 8;
 constexpr double kPollSeconds = 0.02;
 constexpr int kDefaultShared = 48 * 1024;  // more must be asked for, per kernel
 
+constexpr int kProgrammaticStreamSerialization = 6;
+struct LaunchAttribute {  // CUlaunchAttribute
+    int id;
+    char pad[4];
+    int value;
+    char rest[60];
+};
+static_assert(sizeof(LaunchAttribute) == 72);
+struct LaunchConfig {  // CUlaunchConfig
+    unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+    Handle stream;
+    LaunchAttribute* attributes;
+    unsigned n_attributes;
+};
+
 void* resolve(void* library, const char* path, const char* symbol) {
     void* address = dlsym(library, symbol);
     if (!address) throw Error(std::string(path) + " has no function " + symbol + ": it is too old; update the driver or NCCL");
@@ -57,6 +72,9 @@ Driver::Driver(const Config& config, const std::string& plugin_dir)
     }
 #define GGML_TP_RESOLVE(name, symbol, parameters) name = reinterpret_cast<int(*) parameters>(resolve(cuda_library_, cuda_path_.c_str(), #symbol));
     GGML_TP_CUDA_FUNCTIONS(GGML_TP_RESOLVE)
+#undef GGML_TP_RESOLVE
+#define GGML_TP_RESOLVE(name, symbol, parameters) name = reinterpret_cast<int(*) parameters>(dlsym(cuda_library_, #symbol));
+    GGML_TP_CUDA_OPTIONAL(GGML_TP_RESOLVE)
 #undef GGML_TP_RESOLVE
     TP_CUDA(*this, -1, cuInit, 0);
 }
@@ -108,6 +126,7 @@ Device::Device(const Driver& driver_in, int rank_in, int ordinal_in) : driver(dr
     TP_CUDA(driver, rank, cuDeviceGetAttribute, &minor, kAttributeCcMinor, device);
     TP_CUDA(driver, rank, cuDeviceGetAttribute, &n_sm, kAttributeSmCount, device);
     cc = major * 100 + minor * 10;
+    dependent_launch_ = cc >= 900 && driver.cuLaunchKernelEx != nullptr;
     TP_CUDA(driver, rank, cuDevicePrimaryCtxRetain, &context_, device);
     make_current();
     TP_CUDA(driver, rank, cuStreamCreate, &stream, kStreamNonBlocking);
@@ -189,6 +208,12 @@ Handle Device::function(const std::string& wanted) {
 void Device::launch(Handle function, const unsigned grid[3], const unsigned block[3], unsigned shared_bytes, const void* args) const {
     if (shared_bytes > kDefaultShared) TP_CUDA(driver, rank, cuFuncSetAttribute, function, kFuncMaxDynamicShared, static_cast<int>(shared_bytes));
     void* parameters[] = {const_cast<void*>(args)};
+    if (dependent_launch_) {
+        LaunchAttribute attribute{kProgrammaticStreamSerialization, {}, 1, {}};
+        const LaunchConfig config{grid[0], grid[1], grid[2], block[0], block[1], block[2], shared_bytes, stream, &attribute, 1};
+        TP_CUDA(driver, rank, cuLaunchKernelEx, &config, function, parameters, nullptr);
+        return;
+    }
     TP_CUDA(driver, rank, cuLaunchKernel, function, grid[0], grid[1], grid[2], block[0], block[1], block[2], shared_bytes, stream, parameters, nullptr);
 }
 

@@ -56,6 +56,9 @@ struct NcclId {
     X(cuFuncSetAttribute, cuFuncSetAttribute, (Handle, int, int))                             \
     X(cuLaunchKernel, cuLaunchKernel, (Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**, void**))
 
+// Of newer drivers; null where the driver has none.
+#define GGML_TP_CUDA_OPTIONAL(X) X(cuLaunchKernelEx, cuLaunchKernelEx, (const void*, Handle, void**, void**))
+
 #define GGML_TP_NCCL_FUNCTIONS(X)                                      \
     X(ncclGetVersion, ncclGetVersion, (int*))                          \
     X(ncclGetUniqueId, ncclGetUniqueId, (NcclId*))                     \
@@ -77,6 +80,7 @@ class Driver {
 
 #define GGML_TP_DECLARE(name, symbol, parameters) int(*name) parameters = nullptr;
     GGML_TP_CUDA_FUNCTIONS(GGML_TP_DECLARE)
+    GGML_TP_CUDA_OPTIONAL(GGML_TP_DECLARE)
     GGML_TP_NCCL_FUNCTIONS(GGML_TP_DECLARE)
     const char* (*ncclGetErrorString)(int) = nullptr;
 #undef GGML_TP_DECLARE
@@ -128,6 +132,7 @@ class Device {
         Handle handle;
     };
     Handle context_ = nullptr;
+    bool dependent_launch_ = false;  // kernels wait for the one before themselves (tp_grid_wait)
     std::vector<Handle> modules_;
     std::vector<Function> functions_;
 };

@@ -81,7 +81,8 @@ bool same_view(const View& a, const View& b) {
     return a.data == b.data && a.type == b.type && std::equal(a.ne, a.ne + 4, b.ne) && std::equal(a.nb, a.nb + 4, b.nb);
 }
 bool apart(const View& a, const View& b) {
-    i64 a_bytes = 4, b_bytes = 4;
+    auto element = [](const View& v) { return v.type == kF16 || v.type == kBF16 ? 2 : v.type == kI64 ? 8 : 4; };
+    i64 a_bytes = element(a), b_bytes = element(b);
     for (int d = 0; d < 4; ++d) a_bytes += (a.ne[d] - 1) * a.nb[d], b_bytes += (b.ne[d] - 1) * b.nb[d];
     return a.data + a_bytes <= b.data || b.data + b_bytes <= a.data;
 }

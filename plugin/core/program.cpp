@@ -8,6 +8,7 @@
 #include "flash_attn.h"
 #include "fuse.h"
 #include "mul_mat.h"
+#include "mul_tile.h"
 #include "mul_vec.h"
 #include "norm.h"
 #include "quantize.h"
@@ -35,6 +36,9 @@ RankLaunch make(const Launch& launch, const Args& args) {
 
 bool is_empty(const View& v) { return v.ne[0] * v.ne[1] * v.ne[2] * v.ne[3] == 0; }
 
+/// Activations in scratch, in the form that a product wants them.
+enum class Prepared { kNone, kInt8, kHalf, kBf16 };
+
 /// What one op needs on one rank: its tensors as that rank sees them.
 struct Site {
     const Graph* graph;
@@ -51,7 +55,7 @@ struct Site {
     u32* fault = nullptr;
     i64 k_begin = 0, k_end = 0;  // within w's stored, rounded-out k
     const Stored* w_stored = nullptr;
-    bool quantized_already = false;
+    Prepared prepared = Prepared::kNone;  // what scratch holds of this very input already
 };
 
 /// The launches of one op, and the scratch bytes that they use. An empty list with ok = false: no kernel for this.
@@ -59,7 +63,7 @@ struct Lowered {
     bool ok = true;
     std::vector<RankLaunch> launches;
     i64 scratch_bytes = 0, partial_bytes = 0;
-    bool quantizes_x = false;
+    Prepared prepared = Prepared::kNone;
 
     template <class Args>
     void add(const Launch& launch, const Args& args) {
@@ -153,23 +157,32 @@ void lower_mul_mat(const Site& s, Lowered& out) {
         out.add(fill_launch({s.y, 0.0f}, s.arch), FillArgs{s.y, 0.0f});
         return;
     }
+    const i64 rows = args.x.ne[1] * args.x.ne[2] * args.x.ne[3];
+    const bool vec = mul_vec_can(args);
+    QuantizeArgs prepare{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
+    if (!vec && mul_tile_can(args, s.arch)) {
+        const MulTileArgs tile{args.w, args.y, prepare.xq, s.w.k, args.x.ne[1]};
+        out.scratch_bytes = rows * s.w.k * 2;
+        out.prepared = w.type == kBF16 ? Prepared::kBf16 : Prepared::kHalf;
+        if (s.prepared != out.prepared) out.add(halve_launch(prepare, w.type == kBF16, s.arch), prepare);
+        out.add(mul_tile_launch(tile, s.arch), tile);
+        return;
+    }
     if (mul_mat_needs_quantized_x(s.w, args.x.ne[1], s.arch)) {
         if (x.type != kF32) {
             out.ok = false;
             return;
         }
-        const i64 rows = args.x.ne[1] * args.x.ne[2] * args.x.ne[3];
-        QuantizeArgs quantize{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
-        quantize.xd = quantize.xq + round_up(rows * s.w.k, kScratchAlign);
-        args.xq = quantize.xq;
-        args.xd = quantize.xd;
+        prepare.xd = prepare.xq + round_up(rows * s.w.k, kScratchAlign);
+        args.xq = prepare.xq;
+        args.xd = prepare.xd;
         out.scratch_bytes = round_up(rows * s.w.k, kScratchAlign) + rows * (s.w.k / 32) * 8;
-        if (!s.quantized_already) out.add(quantize_launch(quantize, s.arch), quantize);
-        out.quantizes_x = true;
+        out.prepared = Prepared::kInt8;
+        if (s.prepared != out.prepared) out.add(quantize_launch(prepare, s.arch), prepare);
     }
-    if (mul_vec_can(args)) {
-        const MulVecArgs vec = mul_vec_args(args);
-        out.add(mul_vec_launch(vec, s.arch), vec);
+    if (vec) {
+        const MulVecArgs products = mul_vec_args(args);
+        out.add(mul_vec_launch(products, s.arch), products);
     } else {
         out.add(mul_mat_launch(args, s.arch), args);
     }
@@ -406,6 +419,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
             int x = -1;
             Sharding s;
             i64 k = 0, k_begin = 0;
+            std::vector<Prepared> prepared;  // [n_ranks]
         } last;
         for (const PlanStep& step : plan.steps) {
             const Tensor& t = graph.tensors[step.tensor];
@@ -447,8 +461,8 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
             if (!row) throw Error(std::string("no kernel for ") + abi::op_name(t.op) + " (" + t.name + "); supports_op had refused it");
             std::vector<Lowered> lowered(n);
             size_t most = 0;
-            bool quantizes = false;
             Quantized now;
+            now.prepared.resize(static_cast<size_t>(n), Prepared::kNone);
             for (int r = 0; r < n; ++r) {
                 Site site{};
                 site.graph = &graph;
@@ -481,19 +495,18 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                     }
                 }
                 if (t.op == Op::MUL_MAT) {
-                    now = {t.src[1], step.inputs[1], site.w.k, site.k_begin};
+                    now.x = t.src[1], now.s = step.inputs[1], now.k = site.w.k, now.k_begin = site.k_begin;
                     // Q, K and V, gate and up read the same input: it is quantised once.
-                    site.quantized_already = last.x == now.x && last.s == now.s && last.s.kind != Sharding::kSharded && last.k == now.k;
+                    if (last.x == now.x && last.s == now.s && last.s.kind != Sharding::kSharded && last.k == now.k) site.prepared = last.prepared[r];
                 }
                 if (!is_empty(site.y) || (t.op == Op::SET_ROWS && site.output.kind != Sharding::kSharded)) row->lower(site, lowered[r]);
                 if (!lowered[r].ok) throw Error(std::string("no kernel for ") + abi::op_name(t.op) + " (" + t.name + ") with these types and strides");
                 if (pass == 0) scratch_bytes = std::max(scratch_bytes, round_up(lowered[r].scratch_bytes, kScratchAlign));
                 if (pass == 0) partial_bytes = std::max(partial_bytes, lowered[r].partial_bytes);
                 most = std::max(most, lowered[r].launches.size());
-                quantizes |= lowered[r].quantizes_x;
+                now.prepared[r] = lowered[r].prepared;
             }
-            if (quantizes) last = now;
-            else if (std::any_of(lowered.begin(), lowered.end(), [](const Lowered& l) { return l.scratch_bytes > 0; })) last.x = -1;
+            if (std::any_of(now.prepared.begin(), now.prepared.end(), [](Prepared p) { return p != Prepared::kNone; })) last = now;
             // A later writer over the quantised input's memory makes the copy stale.
             if (last.x >= 0 && !t.stored && t.op != Op::MUL_MAT) {
                 const Tensor& x = graph.tensors[last.x];

@@ -1,0 +1,47 @@
+// Launch settings of mul_tile.cu.
+#pragma once
+#include "launch.h"
+#include "weight_format.h"
+
+namespace ggml_tp {
+
+constexpr int kTileStep = 64;    // of k: 64 halves of a row are in shared memory at a time
+constexpr int kTileStride = 72;  // halves between rows there: 144 bytes, so that ldmatrix meets no bank twice
+constexpr int kTileThreads = 256;
+constexpr i32 kTileArch = 800;  // mma.m16n8k16; older cards go on with mul_mat
+
+/// Bytes of two stages of both operands.
+constexpr u32 mul_tile_shared(int rows, int columns) { return 2u * (u32)(rows + columns) * kTileStride * 2u; }
+
+/// Whether a product is the kind that mul_tile computes: one repacked matrix, more columns than mul_vec takes, tensor cores.
+inline bool mul_tile_can(const MulMatArgs& a, Arch arch) {
+    const WeightFormat* format = find_weight_format(a.w.type);
+    if (arch.cc < kTileArch || !format || !a.w.repacked || a.w.type == kF32 || a.x.ne[2] * a.x.ne[3] != 1 || a.y.type != kF32 || a.x.type != kF32) return false;
+    return format->block_elems > 1 || (a.w.row_stride[0] % 16 == 0 && a.w.k % 8 == 0);
+}
+
+inline Launch mul_tile_launch(const MulTileArgs& a, Arch) {
+    struct Row {
+        i32 type;
+        const char *large, *small;
+    };
+    static constexpr Row kRows[] = {
+        {kQ4_0, "mul_tile_q4_0", "mul_tile_q4_0_small"}, {kQ8_0, "mul_tile_q8_0", "mul_tile_q8_0_small"}, {kQ4_K, "mul_tile_q4_K", "mul_tile_q4_K_small"},
+        {kQ6_K, "mul_tile_q6_K", "mul_tile_q6_K_small"}, {kF16, "mul_tile_f16", "mul_tile_f16_small"},    {kBF16, "mul_tile_bf16", "mul_tile_bf16_small"},
+    };
+    Launch out;
+    // Small tiles where large ones would leave most multiprocessors idle.
+    const bool small = a.m <= 64;
+    const int rows = small ? 64 : 128, columns = small ? 64 : 128;
+    for (const Row& row : kRows)
+        if (row.type == a.w.type) out.kernel = small ? row.small : row.large;
+    const i64 y = (a.m + columns - 1) / columns;
+    if (y > 65535) return {};
+    out.grid[0] = (u32)((a.w.n + rows - 1) / rows);
+    out.grid[1] = (u32)y;
+    out.block[0] = kTileThreads;
+    out.shared_bytes = mul_tile_shared(rows, columns);
+    return out;
+}
+
+}  // namespace ggml_tp
