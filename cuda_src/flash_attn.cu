@@ -155,27 +155,54 @@ TP_DEVICE void flash_split(const FlashSplitArgs& args) {
             vw[j] = inside ? *(const TpInt4*)(v + cell * a.v.nb[1]) : TpInt4{0, 0, 0, 0};
             mask[j] = cell < end && mask_row ? *(const u16*)(mask_row + cell * 2) : (u16)0;
         }
+        // All scores first, then one step of the soft max: independent chains hide each other's latency.
+        float score[kAhead][kHeads];
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) {
-            const bool inside = first + j * stride < end;
-            const Eight kf = eight_halves(kw[j]), vf = eight_halves(vw[j]);
-            const float bias = tp_half_to_float(mask[j]);
+            const Eight kf = eight_halves(kw[j]);
 #pragma unroll
             for (int h = 0; h < kHeads; ++h) {
-                float score = 0;
+                float dot = 0;
 #pragma unroll
-                for (int i = 0; i < 8; ++i) score += q[h][i] * kf.f[i];
-                for (int o = 1; o < width; o *= 2) score += __shfl_xor_sync(0xffffffffu, score, o);
-                if (!inside || !mine[h]) continue;
-                if (a.logit_softcap != 0.0f) score = a.logit_softcap * tanhf(score);
-                score += slope[h] * bias;
-                if (score == -INFINITY) continue;
-                if (score > run[h].most) run[h].scale_to(score);
-                const float p = expf(score - run[h].most);
-                run[h].sum += p;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) run[h].acc[i] += p * vf.f[i];
+                for (int i = 0; i < 8; ++i) dot += q[h][i] * kf.f[i];
+                score[j][h] = dot;
             }
+        }
+        for (int o = 1; o < width; o *= 2)
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j)
+#pragma unroll
+                for (int h = 0; h < kHeads; ++h) score[j][h] += __shfl_xor_sync(0xffffffffu, score[j][h], o);
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) {
+            float most = run[h].most;
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j) {
+                float s = score[j][h];
+                if (a.logit_softcap != 0.0f) s = a.logit_softcap * tanhf(s);
+                s += slope[h] * tp_half_to_float(mask[j]);
+                score[j][h] = first + j * stride < end && mine[h] ? s : -INFINITY;
+                most = fmaxf(most, score[j][h]);
+            }
+            const float base = most == -INFINITY ? 0.0f : most;  // while all are masked, every exponential below is 0
+            const float keep = expf(run[h].most - base);
+            run[h].most = most;
+            run[h].sum *= keep;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) run[h].acc[i] *= keep;
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j) {
+                score[j][h] = expf(score[j][h] - base);
+                run[h].sum += score[j][h];
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+            const Eight vf = eight_halves(vw[j]);
+#pragma unroll
+            for (int h = 0; h < kHeads; ++h)
+#pragma unroll
+                for (int i = 0; i < 8; ++i) run[h].acc[i] += score[j][h] * vf.f[i];
         }
     }
 #pragma unroll

@@ -73,4 +73,27 @@ inline Launch flash_combine_launch(const FlashCombineArgs& c, Arch) {
     return out;
 }
 
+constexpr int kFlashTile = 64;        // tokens of a block, and cells of a step
+constexpr i64 kFlashTileTokens = 64;  // with fewer the tensor cores idle
+
+/// Whether the tensor-core kernel can: many tokens, the split kernel's cache, heads up to 128.
+inline bool flash_tile_can(const FlashAttnArgs& a, Arch arch) {
+    return arch.cc >= 800 && flash_split_can(a) && a.q.ne[1] >= kFlashTileTokens && a.q.ne[0] <= 128 && (!a.has_mask || a.mask.nb[1] % 16 == 0);
+}
+/// Bytes of a step's K, V and mask.
+constexpr u32 flash_tile_shared(int d) { return 2u * kFlashTile * (u32)(d + 8) * 2u + kFlashTile * (kFlashTile + 8) * 2u; }
+
+inline Launch flash_tile_launch(const FlashAttnArgs& a, Arch arch) {
+    Launch out;
+    if (!flash_tile_can(a, arch) || a.q.ne[2] > 65535 || a.q.ne[3] > 65535) return out;
+    const int d = a.q.ne[0] <= 64 ? 64 : a.q.ne[0] <= 96 ? 96 : 128;
+    out.kernel = d == 64 ? "flash_tile_64" : d == 96 ? "flash_tile_96" : "flash_tile_128";
+    out.grid[0] = (u32)((a.q.ne[1] + kFlashTile - 1) / kFlashTile);
+    out.grid[1] = (u32)a.q.ne[2];
+    out.grid[2] = (u32)a.q.ne[3];
+    out.block[0] = 128;
+    out.shared_bytes = flash_tile_shared(d);
+    return out;
+}
+
 }  // namespace ggml_tp

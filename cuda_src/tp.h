@@ -113,11 +113,24 @@ TP_DEVICE void tp_mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) 
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+TP_DEVICE u32 tp_shared_address(const void* p) {
+    u32 address;
+    asm("{ .reg .u64 p; cvta.to.shared.u64 p, %1; cvt.u32.u64 %0, p; }" : "=r"(address) : "l"(p));
+    return address;
+}
 /// Four 8x8 matrices of halves from shared memory: lane l gives the address of row l % 8 of matrix l / 8.
 TP_DEVICE void tp_ldmatrix_x4(u32 (&r)[4], const void* row) {
-    u32 address;
-    asm("{ .reg .u64 p; cvta.to.shared.u64 p, %1; cvt.u32.u64 %0, p; }" : "=r"(address) : "l"(row));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(tp_shared_address(row))
+                 : "memory");
+}
+/// The same, each matrix transposed.
+TP_DEVICE void tp_ldmatrix_x4_trans(u32 (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(tp_shared_address(row))
+                 : "memory");
 }
 #endif
 #endif

@@ -245,6 +245,12 @@ def _attention() -> None:
         case(f"flash_attn d{d}")(lambda g, d=d: flash(g, d))
     for n_tokens in (1, 2, 17, 40):
         case(f"flash_attn {n_tokens} tokens")(lambda g, n=n_tokens: flash(g, n_tokens=n, n_kv=256))
+    for d in (32, 64, 80, 96, 128):
+        case(f"flash_attn d{d}, 70 tokens")(lambda g, d=d: flash(g, d, n_tokens=70, n_kv=256))
+    case("flash_attn, 70 tokens, odd number of cells")(lambda g: flash(g, n_tokens=70, n_kv=101))
+    case("flash_attn, 70 tokens, no mask")(lambda g: flash(g, n_tokens=70, n_kv=101, mask=False))
+    case("flash_attn, 70 tokens, ALiBi, softcap, sinks")(lambda g: flash(g, n_tokens=70, n_kv=128, max_bias=8.0, softcap=20.0, sinks=True))
+    case("flash_attn, 130 tokens, two streams")(lambda g: flash(g, n_tokens=130, n_kv=160, streams=2))
     case("flash_attn 1 token, many cells")(lambda g: flash(g, d=128, n_tokens=1, n_kv=1536))
     case("flash_attn, odd number of cells")(lambda g: flash(g, n_kv=101))
     case("flash_attn, no mask")(lambda g: flash(g, mask=False))

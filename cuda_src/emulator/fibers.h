@@ -181,6 +181,25 @@ static inline void tp_ldmatrix_x4(u32 (&r)[4], const void* row) {
     tp_emulator::warp_call(tp_emulator::ldmatrix_x4, &lane);
     for (int m = 0; m < 4; ++m) std::memcpy(&r[m], lane.from[m], 4);
 }
+static inline void tp_ldmatrix_x4_trans(u32 (&r)[4], const void* row) {
+    struct Lane {
+        const char* row;
+        const char* rows[4][8];
+    } lane{static_cast<const char*>(row), {}};
+    tp_emulator::warp_call(
+        [](void* const(&lanes)[32]) {
+            for (int l = 0; l < 32; ++l)
+                for (int m = 0; m < 4; ++m)
+                    for (int i = 0; i < 8; ++i) static_cast<Lane*>(lanes[l])->rows[m][i] = static_cast<Lane*>(lanes[8 * m + i])->row;
+        },
+        &lane);
+    const int at = static_cast<int>(tp_emulator::current.linear & 31);
+    for (int m = 0; m < 4; ++m) {
+        u16 half[2];
+        for (int i = 0; i < 2; ++i) std::memcpy(&half[i], lane.rows[m][at % 4 * 2 + i] + at / 4 * 2, 2);
+        r[m] = half[0] | static_cast<u32>(half[1]) << 16;
+    }
+}
 /// Two halves: x * y + z, rounded once.
 static inline u32 tp_half2_fma(u32 x, u32 y, u32 z) {
     u32 out = 0;

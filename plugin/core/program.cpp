@@ -297,6 +297,10 @@ void lower_flash_attn(const Site& s, Lowered& out) {
     args.gqa_ratio = static_cast<i32>(q.ne[2] / k.ne[2]);
     if (s.inputs[0].kind == Sharding::kSharded) args.head_offset = static_cast<i32>(s.inputs[0].ranges[s.rank].begin);
     if (s.inputs[1].kind == Sharding::kSharded) args.kv_head_offset = static_cast<i32>(s.inputs[1].ranges[s.rank].begin);
+    if (flash_tile_can(args, s.arch)) {
+        out.add(flash_tile_launch(args, s.arch), args);
+        return;
+    }
     if (!flash_split_can(args)) {
         out.add(flash_attn_launch(args, s.arch), args);
         return;
