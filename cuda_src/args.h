@@ -129,6 +129,7 @@ struct RopeArgs {
     View pos;      // I32 [n_tokens]
     View factors;  // F32 [n_dims/2], used when has_factors
     i32 has_factors, n_dims, neox, n_ctx_orig;
+    i32 n_offs, pad;  // the first of the n_dims elements that turn
     float freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow;
 };
 struct SoftMaxArgs {
@@ -188,6 +189,9 @@ struct FillArgs {
     float value;
 };
 
+struct SpinArgs {
+    u64 nanoseconds;
+};
 struct ReadRateArgs {
     const char* x;
     u64 n;

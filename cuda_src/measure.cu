@@ -14,3 +14,9 @@ TP_KERNEL(read_rate, ReadRateArgs, 512) {
     }
     if (sum == 0x9e3779b9u) *(u32*)args.x = sum;  // never true for zeroed memory
 }
+
+// Keeps a stream busy: a late peer, for tests. One thread.
+TP_KERNEL(spin, SpinArgs, 32) {
+    const u64 begin = tp_nanoseconds();
+    while (tp_nanoseconds() - begin < args.nanoseconds) {}
+}

@@ -41,18 +41,19 @@ TP_DEVICE Pair rotate(const RopeArgs& args, i64 pair, i64 row, bool neox) {
     const View& x = args.x;
     Pair p;
     p.first = p.second = row_index((u32)row, x.ne);
-    if (2 * pair >= args.n_dims) {
+    if (2 * pair < args.n_offs || 2 * pair >= args.n_offs + args.n_dims) {
         p.first.i0 = 2 * pair;
         p.second.i0 = 2 * pair + 1;
         p.a = load(x, p.first);
         p.b = p.second.i0 < x.ne[0] ? load(x, p.second) : 0.0f;
         return p;
     }
-    p.first.i0 = neox ? pair : 2 * pair;
-    p.second.i0 = neox ? pair + args.n_dims / 2 : 2 * pair + 1;
+    const i64 turned = pair - args.n_offs / 2;
+    p.first.i0 = args.n_offs + (neox ? turned : 2 * turned);
+    p.second.i0 = args.n_offs + (neox ? turned + args.n_dims / 2 : 2 * turned + 1);
     const i32 pos = *(const i32*)(args.pos.data + p.first.i2 * args.pos.nb[0]);
     float cosine, sine;
-    rotation(args, (float)pos, pair, &cosine, &sine);
+    rotation(args, (float)pos, turned, &cosine, &sine);
     const float a = load(x, p.first), b = load(x, p.second);
     p.a = a * cosine - b * sine;
     p.b = a * sine + b * cosine;

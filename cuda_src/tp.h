@@ -62,6 +62,11 @@ TP_DEVICE TpInt4 tp_load_stream(const char* p) {
 #endif
     return v;
 }
+TP_DEVICE u64 tp_nanoseconds() {
+    u64 t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+}
 TP_DEVICE float tp_half_to_float(u16 h) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));

@@ -31,6 +31,7 @@ tensor ggml_permute(ctx c, tensor a, int p, int q, int r, int s); tensor ggml_tr
 tensor ggml_view_4d(ctx c, tensor a, int64_t p, int64_t q, int64_t r, int64_t s, size_t nb1, size_t nb2, size_t nb3, size_t offset);
 tensor ggml_rope_ext(ctx c, tensor a, tensor pos, tensor factors, int n_dims, int mode, int n_ctx_orig, float base, float scale, float ext, float attn,
                      float fast, float slow);
+void ggml_rope_set_offset(tensor a, int n_offs);
 tensor ggml_soft_max_ext(ctx c, tensor a, tensor mask, float scale, float max_bias); void ggml_soft_max_add_sinks(tensor a, tensor sinks);
 tensor ggml_flash_attn_ext(ctx c, tensor q, tensor k, tensor v, tensor mask, float scale, float max_bias, float softcap);
 void ggml_flash_attn_ext_add_sinks(tensor a, tensor sinks);
@@ -203,11 +204,16 @@ def _ropes() -> None:
         pos = g.indices(0, 3, 100, 4000, 77)
         return g.lib.ggml_rope_ext(g.c, g.leaf(type_, 64, 6, 5), pos, f, n_dims, mode, 512, 10000.0, 0.25 if ext else 1.0, ext, 1.0, 32.0, 1.0)
 
+    def offset(g: Case, tensor: Any) -> Any:
+        g.lib.ggml_rope_set_offset(tensor, 16)
+        return tensor
+
     for mode, name in ((0, "normal"), (2, "neox")):
         case(f"rope {name}")(lambda g, m=mode: rope(g, m))
         case(f"rope {name}, part of a head")(lambda g, m=mode: rope(g, m, n_dims=32))
         case(f"rope {name}, factors")(lambda g, m=mode: rope(g, m, factors=True))
         case(f"rope {name}, YaRN")(lambda g, m=mode: rope(g, m, ext=1.0))
+        case(f"rope {name}, from an offset")(lambda g, m=mode: offset(g, rope(g, m, n_dims=32)))
         case(f"rope {name}, F16", F16)(lambda g, m=mode: rope(g, m, type_=F16))
 
 
@@ -278,6 +284,7 @@ def _every_second(g: Case, x: Any) -> Any:
 FOREIGN: dict[str, Build] = {
     "an op without a kernel": lambda g: g.lib.ggml_sin(g.c, g.leaf(F32, 8, 3)),
     "a weight type without a kernel": lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(Q5_K, 256, 8), g.leaf(F32, 256, 3)),
+    "rows of a type without a kernel": lambda g: g.lib.ggml_get_rows(g.c, g.leaf(Q5_K, 256, 8), g.indices(1, 2)),
     "a copy to a type without a kernel": lambda g: g.lib.ggml_cpy(g.c, g.leaf(F32, 32, 3), g.leaf(Q4_0, 32, 3)),
     "a stride without a kernel": lambda g: g.lib.ggml_mul_mat(g.c, _every_second(g, g.leaf(F16, 64, 8)), g.leaf(F32, 32, 3)),
 }

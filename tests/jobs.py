@@ -157,3 +157,28 @@ def product(type_: int, k: int, n: int, m: int, name: str, on_device: bool) -> t
         _cache["ggml", on_device] = graphs.Ggml(host.path, on_device)
     case = graphs.Case(_cache["ggml", on_device])
     return case.run(case.lib.ggml_mul_mat(case.c, case.leaf(type_, k, n, scale=k**-0.5, name=name), case.leaf(graphs.F32, k, m)))
+
+
+def late_peer(model: str, seconds: float) -> dict[str, Any]:
+    """A generation, a decode with a late rank, the same generation again."""
+    loaded = _with_plugin().model(model, "TP0")
+    inspection = Inspection(LIBRARY)
+    context = loaded.context(n_ctx=256)
+    before, _, _ = context.generate([1, 2, 3], 4)
+    inspection.delay(inspection.n_ranks() - 1, seconds)
+    try:
+        context.decode([5], 6)
+        failed = False
+    except HostError:
+        failed = True
+    context.close()
+    context = loaded.context(n_ctx=256)
+    after, _, _ = context.generate([1, 2, 3], 4)
+    context.close()
+    loaded.close()
+    return {"failed": failed, "tokens_before": before, "tokens_after": after}
+
+
+def devices_text() -> str:
+    _with_plugin()
+    return Inspection(LIBRARY).text("devices")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import ggml_tp
@@ -170,6 +171,7 @@ BAD = [
     {"GGML_TP_EMULATE": "P100"},
     {"GGML_TP_LOG": "loud"},
     {"GGML_TP_DEADLINE": "0"},
+    {"GGML_TP_P2P": "yes"},
     {"GGML_TP_NCCL": "/nowhere/libnccl.so.2"},
 ]
 
@@ -193,3 +195,23 @@ def test_without_a_gpu_there_is_no_device_and_one_line(workers, models, capfd):
 def test_exhausted_memory_is_refused(workers, models):
     result = workers.run(jobs.out_of_memory, emulated(2), model=models("llama", "F16"))
     assert result["refused"] and len(result["tokens"]) == 2
+
+
+def test_a_late_peer_fails_one_graph(workers, models):
+    """One rank is later than the deadline: a failed status, then the group is made anew and goes on."""
+    environment = emulated(3, GGML_TP_DEADLINE="1")
+    result = workers.run(jobs.late_peer, environment, model=models("llama", "F16"), seconds=3.0)
+    assert result["failed"]
+    assert result["tokens_after"] == result["tokens_before"]
+
+
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="the emulator's bridge is the one that can be broken")
+def test_broken_direct_copies_are_found(workers, models, capfd):
+    environment = emulated(2, TP_EMULATOR_BROKEN_P2P="1")
+    devices = workers.run(jobs.devices_text, environment)
+    assert "rank 0 to others: - BROKEN" in devices
+    assert "direct copies between GPUs corrupt data" in capfd.readouterr().err
+    proven = workers.run(jobs.devices_text, emulated(2, TEST_STDERR="p2p"))
+    assert "rank 0 to others: - ok" in proven and "rank 1 to others: ok -" in proven
+    off = workers.run(jobs.devices_text, emulated(2, GGML_TP_P2P="0"))
+    assert "direct copies are turned off" in off

@@ -2,6 +2,7 @@
 // source that NVRTC compiles runs under g++ (and its sanitizers). Blocks of a launch run on a few OS threads.
 // A collective's work is done by the last lane to arrive. Not covered: the GPU's memory model and timing.
 #pragma once
+#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -85,6 +86,7 @@ bool run(const Kernel& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_byte
     static void name(const ggml_tp::Args args)
 #define TP_KERNEL_EARLY(name, Args, max_threads) TP_KERNEL(name, Args, max_threads)
 static inline void tp_grid_wait() {}
+static inline u64 tp_nanoseconds() { return static_cast<u64>(std::chrono::steady_clock::now().time_since_epoch().count()); }
 #define TP_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(tp_emulator::current.dynamic_shared)
 
 static inline void __syncthreads() { tp_emulator::sync_block(); }

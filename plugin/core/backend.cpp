@@ -337,6 +337,7 @@ EXPORT void* ggml_backend_init() {
             fill_tables(*state);
             if (config.emulated_cc) log_line("EMULATED GPUs (GGML_TP_EMULATE): for demos and tests, slow; " + state->description);
             else if (config.log_level > 0) log_line("TP0 = " + state->description);
+            if (!state->group->notes().empty() && config.log_level > 0) log_line(state->group->notes());
             HostState* raw = state.get();
             p.hosts[base] = std::move(state);
             return raw->registration;

@@ -44,6 +44,7 @@ void* resolve(void* library, const char* path, const char* symbol) {
 /// What CUDA and NCCL read from the environment before their first call; a value that the user set stays.
 void prepare_environment(const Config& config) {
     setenv("NCCL_NVLS_ENABLE", "0", 0);  // multicast is of no use for a token's few KB and can wedge shared hosts
+    if (!config.p2p) setenv("NCCL_P2P_DISABLE", "1", 1);
     std::vector<int> devices = config.devices;
     std::sort(devices.begin(), devices.end());
     if (std::adjacent_find(devices.begin(), devices.end()) == devices.end()) return;
@@ -58,7 +59,7 @@ void prepare_environment(const Config& config) {
 
 Driver::Driver(const Config& config, const std::string& plugin_dir)
     : emulated_(config.emulated_cc != 0), plugin_dir_(plugin_dir), wanted_nccl_(config.nccl_path) {
-    if (!emulated_) prepare_environment(config);
+    prepare_environment(config);
     cuda_path_ = emulated_ ? plugin_dir + "/libggml-tp-emulator.so" : "libcuda.so.1";
     cuda_library_ = dlopen(cuda_path_.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!cuda_library_)
@@ -139,11 +140,15 @@ Device::Device(const Driver& driver_in, int rank_in, int ordinal_in) : driver(dr
         TP_CUDA(driver, rank, cuModuleLoadData, &module, image.data);
         modules_.push_back(module);
         loaded.push_back(image.module);
+        if (this->image.empty())
+            this->image =
+                (image.ptx ? "compute_" : "sm_") + std::to_string(image.major * 10 + image.minor) + (image.feature_a ? "a" : "") + (image.ptx ? " (PTX)" : "");
     };
     if (name.rfind("Emulated", 0) == 0) {
         Handle module = nullptr;
         TP_CUDA(driver, rank, cuModuleLoadData, &module, "");
         modules_.push_back(module);
+        image = "emulated";
         return;
     }
     for (int want = minor; want >= 0; --want)

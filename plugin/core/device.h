@@ -20,40 +20,45 @@ struct NcclId {
 };
 
 // name, parameters (as in cuda.h; handles are void*)
-#define GGML_TP_CUDA_FUNCTIONS(X)                                                             \
-    X(cuInit, cuInit, (unsigned))                                                             \
-    X(cuGetErrorString, cuGetErrorString, (int, const char**))                                \
-    X(cuDeviceGetCount, cuDeviceGetCount, (int*))                                             \
-    X(cuDeviceGet, cuDeviceGet, (int*, int))                                                  \
-    X(cuDeviceGetName, cuDeviceGetName, (char*, int, int))                                    \
-    X(cuDeviceGetAttribute, cuDeviceGetAttribute, (int*, int, int))                           \
-    X(cuDevicePrimaryCtxRetain, cuDevicePrimaryCtxRetain, (Handle*, int))                     \
-    X(cuDevicePrimaryCtxRelease, cuDevicePrimaryCtxRelease_v2, (int))                         \
-    X(cuCtxSetCurrent, cuCtxSetCurrent, (Handle))                                             \
-    X(cuMemGetInfo, cuMemGetInfo_v2, (size_t*, size_t*))                                      \
-    X(cuMemAlloc, cuMemAlloc_v2, (DevicePtr*, size_t))                                        \
-    X(cuMemFree, cuMemFree_v2, (DevicePtr))                                                   \
-    X(cuMemHostAlloc, cuMemHostAlloc, (void**, size_t, unsigned))                             \
-    X(cuMemFreeHost, cuMemFreeHost, (void*))                                                  \
-    X(cuMemHostGetDevicePointer, cuMemHostGetDevicePointer_v2, (DevicePtr*, void*, unsigned)) \
-    X(cuMemcpyHtoDAsync, cuMemcpyHtoDAsync_v2, (DevicePtr, const void*, size_t, Handle))      \
-    X(cuMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, (void*, DevicePtr, size_t, Handle))            \
-    X(cuMemcpyDtoDAsync, cuMemcpyDtoDAsync_v2, (DevicePtr, DevicePtr, size_t, Handle))        \
-    X(cuMemsetD8Async, cuMemsetD8Async, (DevicePtr, unsigned char, size_t, Handle))           \
-    X(cuStreamCreate, cuStreamCreate, (Handle*, unsigned))                                    \
-    X(cuStreamDestroy, cuStreamDestroy_v2, (Handle))                                          \
-    X(cuStreamSynchronize, cuStreamSynchronize, (Handle))                                     \
-    X(cuStreamQuery, cuStreamQuery, (Handle))                                                 \
-    X(cuStreamBeginCapture, cuStreamBeginCapture_v2, (Handle, int))                           \
-    X(cuStreamEndCapture, cuStreamEndCapture, (Handle, Handle*))                              \
-    X(cuGraphInstantiate, cuGraphInstantiateWithFlags, (Handle*, Handle, unsigned long long)) \
-    X(cuGraphExecDestroy, cuGraphExecDestroy, (Handle))                                       \
-    X(cuGraphDestroy, cuGraphDestroy, (Handle))                                               \
-    X(cuGraphLaunch, cuGraphLaunch, (Handle, Handle))                                         \
-    X(cuModuleLoadData, cuModuleLoadData, (Handle*, const void*))                             \
-    X(cuModuleUnload, cuModuleUnload, (Handle))                                               \
-    X(cuModuleGetFunction, cuModuleGetFunction, (Handle*, Handle, const char*))               \
-    X(cuFuncSetAttribute, cuFuncSetAttribute, (Handle, int, int))                             \
+#define GGML_TP_CUDA_FUNCTIONS(X)                                                                   \
+    X(cuInit, cuInit, (unsigned))                                                                   \
+    X(cuGetErrorString, cuGetErrorString, (int, const char**))                                      \
+    X(cuDeviceGetCount, cuDeviceGetCount, (int*))                                                   \
+    X(cuDeviceGet, cuDeviceGet, (int*, int))                                                        \
+    X(cuDeviceGetName, cuDeviceGetName, (char*, int, int))                                          \
+    X(cuDeviceGetAttribute, cuDeviceGetAttribute, (int*, int, int))                                 \
+    X(cuDevicePrimaryCtxRetain, cuDevicePrimaryCtxRetain, (Handle*, int))                           \
+    X(cuDevicePrimaryCtxRelease, cuDevicePrimaryCtxRelease_v2, (int))                               \
+    X(cuCtxSetCurrent, cuCtxSetCurrent, (Handle))                                                   \
+    X(cuMemGetInfo, cuMemGetInfo_v2, (size_t*, size_t*))                                            \
+    X(cuMemAlloc, cuMemAlloc_v2, (DevicePtr*, size_t))                                              \
+    X(cuMemFree, cuMemFree_v2, (DevicePtr))                                                         \
+    X(cuMemHostAlloc, cuMemHostAlloc, (void**, size_t, unsigned))                                   \
+    X(cuMemFreeHost, cuMemFreeHost, (void*))                                                        \
+    X(cuMemHostGetDevicePointer, cuMemHostGetDevicePointer_v2, (DevicePtr*, void*, unsigned))       \
+    X(cuMemcpyHtoDAsync, cuMemcpyHtoDAsync_v2, (DevicePtr, const void*, size_t, Handle))            \
+    X(cuMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, (void*, DevicePtr, size_t, Handle))                  \
+    X(cuMemcpyDtoDAsync, cuMemcpyDtoDAsync_v2, (DevicePtr, DevicePtr, size_t, Handle))              \
+    X(cuDeviceCanAccessPeer, cuDeviceCanAccessPeer, (int*, int, int))                               \
+    X(cuCtxEnablePeerAccess, cuCtxEnablePeerAccess, (Handle, unsigned))                             \
+    X(cuCtxDisablePeerAccess, cuCtxDisablePeerAccess, (Handle))                                     \
+    X(cuMemcpyPeerAsync, cuMemcpyPeerAsync, (DevicePtr, Handle, DevicePtr, Handle, size_t, Handle)) \
+    X(cuDriverGetVersion, cuDriverGetVersion, (int*))                                               \
+    X(cuMemsetD8Async, cuMemsetD8Async, (DevicePtr, unsigned char, size_t, Handle))                 \
+    X(cuStreamCreate, cuStreamCreate, (Handle*, unsigned))                                          \
+    X(cuStreamDestroy, cuStreamDestroy_v2, (Handle))                                                \
+    X(cuStreamSynchronize, cuStreamSynchronize, (Handle))                                           \
+    X(cuStreamQuery, cuStreamQuery, (Handle))                                                       \
+    X(cuStreamBeginCapture, cuStreamBeginCapture_v2, (Handle, int))                                 \
+    X(cuStreamEndCapture, cuStreamEndCapture, (Handle, Handle*))                                    \
+    X(cuGraphInstantiate, cuGraphInstantiateWithFlags, (Handle*, Handle, unsigned long long))       \
+    X(cuGraphExecDestroy, cuGraphExecDestroy, (Handle))                                             \
+    X(cuGraphDestroy, cuGraphDestroy, (Handle))                                                     \
+    X(cuGraphLaunch, cuGraphLaunch, (Handle, Handle))                                               \
+    X(cuModuleLoadData, cuModuleLoadData, (Handle*, const void*))                                   \
+    X(cuModuleUnload, cuModuleUnload, (Handle))                                                     \
+    X(cuModuleGetFunction, cuModuleGetFunction, (Handle*, Handle, const char*))                     \
+    X(cuFuncSetAttribute, cuFuncSetAttribute, (Handle, int, int))                                   \
     X(cuLaunchKernel, cuLaunchKernel, (Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**, void**))
 
 // Of newer drivers; null where the driver has none.
@@ -124,7 +129,9 @@ class Device {
     const int rank, ordinal;
     int cc = 0, n_sm = 0;  // cc as in __CUDA_ARCH__
     std::string name;
+    std::string image;  // which of the embedded kernels run here: "sm_90", or "compute_80 (PTX)"
     Handle stream = nullptr;
+    Handle context() const { return context_; }
 
   private:
     struct Function {

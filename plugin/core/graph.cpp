@@ -152,7 +152,18 @@ u64 graph_key(const Graph& graph) {
         hash.mix(t.address);
         hash.mix(static_cast<u64>(t.root));
         hash.mix(reinterpret_cast<u64>(t.buffer));
-        hash.mix(t.stored && !t.stored->shard.empty() ? t.stored->shard[0] : 0);
+        // Where the bytes lie on every rank: a host may free a buffer and get one at the same address, other memory behind it.
+        if (t.stored) {
+            for (const DevicePtr shard : t.stored->shard) hash.mix(shard);
+            hash.mix(static_cast<u64>(t.stored->sharding.kind) << 8 | static_cast<u64>(t.stored->sharding.axis));
+            for (const Range& range : t.stored->sharding.ranges) hash.mix(static_cast<u64>(range.begin)), hash.mix(static_cast<u64>(range.end));
+            if (t.stored->extent) {
+                hash.mix(static_cast<u64>(t.stored->extent->period_bytes));
+                for (const Range& range : t.stored->extent->ranges) hash.mix(static_cast<u64>(range.begin)), hash.mix(static_cast<u64>(range.end));
+            }
+        } else if (t.buffer) {
+            for (const DevicePtr memory : t.buffer->compute) hash.mix(memory);
+        }
         if (t.buffer && t.buffer->is_compute && !t.is_node && !t.buffer->residency.empty())
             for (const Residency& r : t.buffer->residency) {
                 if (static_cast<i64>(t.address - t.buffer->base) != r.offset) continue;

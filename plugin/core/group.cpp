@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "abi/host.h"
 #include "abi/tensor.h"
@@ -45,6 +47,15 @@ Group::Group(const Config& config_in, const std::string& plugin_dir) : config(co
                     throw Error("GGML_TP_DEVICES names device " + std::to_string(a->ordinal) + " more than once; NCCL " + std::to_string(version) + " (" +
                                 driver_.nccl_path() + ") cannot do that: pip install 'nvidia-nccl-cu12>=2.30.3'");
     }
+    if (n > 1 && config.p2p) {
+        peers_ = prove_peers(devices_, config.deadline_s);
+        if (!peers_.all_proven()) {
+            // NCCL reads this when it makes its first communicator, which is later.
+            if (peers_.any_broken()) setenv("NCCL_P2P_DISABLE", "1", 1);
+            notes_ = peers_.any_broken() ? "direct copies between GPUs corrupt data (an IOMMU?): turned off for NCCL too; ggml-tp doctor shows which"
+                                         : "not all GPUs can copy to each other directly: NCCL goes through the host's memory there";
+        }
+    }
     memory = std::make_unique<Memory>(devices_, config.split);
     memory->deadline_s = config.deadline_s;
     scratch_ = std::make_unique<Scratch>(devices_);
@@ -82,8 +93,12 @@ std::string Group::devices_text() const {
     std::string out;
     for (const auto& d : devices_)
         out += "rank " + std::to_string(d->rank) + ": device " + std::to_string(d->ordinal) + ", " + d->name + ", sm_" + std::to_string(d->cc / 10) + ", " +
-               std::to_string(d->n_sm) + " multiprocessors\n";
-    return out + "driver " + driver_.cuda_path() + "\nnccl " + (driver_.nccl_path().empty() ? "not needed" : driver_.nccl_path()) + "\n";
+               std::to_string(d->n_sm) + " multiprocessors, kernels " + d->image + "\n";
+    if (n_ranks() > 1) out += config.p2p ? peers_.to_text() : "direct copies are turned off (GGML_TP_P2P=0)\n";
+    int version = 0;
+    driver_.cuDriverGetVersion(&version);
+    return out + "driver " + driver_.cuda_path() + ", CUDA " + std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10) + "\nnccl " +
+           (driver_.nccl_path().empty() ? "not needed" : driver_.nccl_path()) + "\n";
 }
 
 bool Group::supports(const abi::Host& host, const void* operation) const {
@@ -91,6 +106,8 @@ bool Group::supports(const abi::Host& host, const void* operation) const {
     for (const auto& device : devices_) archs.push_back({device->cc, device->n_sm});
     return can_lower(read_operation(host, operation), archs);
 }
+
+void Group::delay(int rank, double seconds) { delays_.push_back({rank, seconds}); }
 
 void Group::connect() {
     if (!comms_.empty() || n_ranks() == 1) return;
@@ -281,9 +298,16 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
     }
     const Program& program = *found;
     for (volatile u32* fault : faults_) *fault = kFaultNone;
+    const auto delays = std::exchange(delays_, {});
     try {
         workers_->run([&](int r) {
             devices_[r]->make_current();
+            for (const auto& [rank, seconds] : delays)
+                if (rank == r) {
+                    const SpinArgs args{static_cast<u64>(seconds * 1e9)};
+                    const unsigned one[3] = {1, 1, 1};
+                    devices_[r]->launch(devices_[r]->function("spin"), one, one, 0, &args);
+                }
             TP_CUDA(driver_, r, cuGraphLaunch, program.executables[r], devices_[r]->stream);
         });
         for (const auto& device : devices_)

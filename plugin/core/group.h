@@ -11,6 +11,7 @@
 #include "device.h"
 #include "graph.h"
 #include "memory.h"
+#include "peers.h"
 #include "program.h"
 #include "runner.h"
 
@@ -35,6 +36,10 @@ class Group {
     void compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, void* context);
     bool supports(const abi::Host& host, const void* operation) const;
 
+    /// For tests: the rank's next graph begins that much later on its device.
+    void delay(int rank, double seconds);
+    /// What a user should know of the devices, or empty.
+    const std::string& notes() const { return notes_; }
     Rates measure(int rank, u64 bytes, int rounds);
 
     int n_ranks() const { return static_cast<int>(devices_.size()); }
@@ -60,6 +65,9 @@ class Group {
     Driver driver_;
     std::vector<std::unique_ptr<Device>> devices_;
     std::unique_ptr<Scratch> scratch_;
+    Peers peers_;
+    std::string notes_;
+    std::vector<std::pair<int, double>> delays_;
     std::vector<Handle> comms_;  // [n_ranks], empty until the first plan
     std::vector<volatile u32*> faults_;
     std::vector<DevicePtr> fault_pointers_;

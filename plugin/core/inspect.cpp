@@ -92,4 +92,12 @@ int ggml_tp_measure(int group, int rank, uint64_t bytes, int rounds, double* rea
     }
 }
 
+int ggml_tp_delay(int group, int rank, double seconds) {
+    HostState* state = host_state(group);
+    if (!state || rank < 0 || rank >= state->group->n_ranks() || !(seconds >= 0) || seconds > 600) return -1;
+    std::lock_guard lock(state->group->mutex);
+    state->group->delay(rank, seconds);
+    return 0;
+}
+
 const char* ggml_tp_version(void) { return "0.1.0"; }

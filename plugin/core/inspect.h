@@ -15,4 +15,6 @@ int ggml_tp_rank_bytes(int group, int rank, uint64_t *weight_bytes, uint64_t *kv
 /* Bytes per second at which a rank's device reads memory (a kernel over bytes, best of rounds) and copies it (bytes read and written
  * both counted). 0, or -1 with a line on stderr when there is no such rank or no memory. Blocks the group while it measures. */
 int ggml_tp_measure(int group, int rank, uint64_t bytes, int rounds, double *read_rate, double *copy_rate);
+/* For tests: the rank's next graph begins that many seconds later, as a late peer's would. 0, or -1 when there is no such rank. */
+int ggml_tp_delay(int group, int rank, double seconds);
 const char *ggml_tp_version(void);

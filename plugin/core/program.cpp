@@ -251,6 +251,7 @@ void lower_rope(const Site& s, Lowered& out) {
     args.n_dims = p[1];
     args.neox = p[2] == 2;
     args.n_ctx_orig = p[4];
+    args.n_offs = p[15];  // zero in hosts from before ggml_rope_set_offset
     args.freq_base = s.t->param_f32(5);
     args.freq_scale = s.t->param_f32(6);
     args.ext_factor = s.t->param_f32(7);
@@ -322,7 +323,8 @@ void lower_flash_attn(const Site& s, Lowered& out) {
     out.add(flash_combine_launch(combine, s.arch), combine);
 }
 void lower_get_rows(const Site& s, Lowered& out) {
-    if (s.w_stored && s.inputs[0].kind != Sharding::kReplicated) {
+    const i32 type = s.graph->tensors[s.t->src[0]].type;
+    if ((s.w_stored && s.inputs[0].kind != Sharding::kReplicated) || (type != kI32 && !find_weight_format(type))) {
         out.ok = false;
         return;
     }

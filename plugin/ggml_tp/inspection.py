@@ -66,3 +66,8 @@ class Inspection:
         if self.lib.ggml_tp_measure(group, rank, int(gib * 2**30), rounds, values, values + 1) != 0:
             raise LookupError(f"rank {rank} could not be measured; see the line above")
         return {"read": values[0], "copy": values[1]}
+
+    def delay(self, rank: int, seconds: float, group: int = 0) -> None:
+        """For tests: the rank's next graph begins that much later."""
+        if self.lib.ggml_tp_delay(group, rank, seconds) != 0:
+            raise LookupError(f"no rank {rank}")

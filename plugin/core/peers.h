@@ -1,0 +1,25 @@
+// Whether GPUs can copy to each other directly, proven with data: some boards say yes and corrupt silently (behind an IOMMU).
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device.h"
+
+namespace ggml_tp {
+
+struct Peers {
+    enum Link : char { kSame, kNone, kProven, kBroken };
+    std::vector<std::vector<Link>> link;  // [from][to], by rank
+
+    bool all_proven() const;
+    bool any_broken() const;
+    /// A line per rank; "-" the same device, "no", "ok", "BROKEN".
+    std::string to_text() const;
+};
+
+/// Copies patterns of several sizes between all pairs of different devices, both ways, and compares every byte. Leaves peer access as it
+/// was. Throws Error when a device fails altogether.
+Peers prove_peers(const std::vector<std::unique_ptr<Device>>& devices, double deadline_s);
+
+}  // namespace ggml_tp
