@@ -12,6 +12,7 @@ import concurrent.futures
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,9 @@ KERNELS = sorted((ROOT / "cuda_src").glob("*.cu"))
 ARCHS = ("sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 # One compile class per set of kernel variants: sm_60 has no dp4a; from sm_80 on there are the tensor cores' m16n8k16.
 EMULATED_CLASSES = (600, 610, 800)
+# Kernels as text for GPUs that are newer than all cubins: the PTX version that NVRTC 12.9 writes needs a driver of its age, so it is
+# lowered to the first that knows what the text uses (assembled by older drivers' own compiler; tried on an H100).
+PTX_VERSIONS = {"compute_60": "7.4", "compute_70": "7.7", "compute_75": "7.7", "compute_80": "7.7", "compute_90": "7.8"}
 INCLUDES = [f"-I{ROOT / 'cuda_src'}", f"-I{ROOT / 'plugin/core'}"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread", *WARNINGS, *INCLUDES]
@@ -77,6 +81,8 @@ def compile_kernel(source: Path, arch: str, ptx: bool = False) -> bytes:
     data = b" " * size
     get(program, data)
     nvrtc.nvrtcDestroyProgram(program)
+    if ptx:
+        data = re.sub(rb"(?m)^\.version .*$", b".version " + PTX_VERSIONS[target].encode(), data, count=1)
     return data
 
 
@@ -114,16 +120,17 @@ def kernel_images(archs: list[str], work: Path) -> list[Path]:
     work.mkdir(parents=True, exist_ok=True)
     rows, labels, assembler = [], [], ['    .section .rodata\n']
     for arch in archs:
-        number = int(arch.removeprefix("sm_").rstrip("a"))
+        ptx = arch in PTX_VERSIONS
+        number = int(arch.removeprefix("sm_").removeprefix("compute_").rstrip("a"))
         for source in KERNELS:
-            data = compile_kernel(source, arch)
+            data = compile_kernel(source, arch.replace("compute_", "sm_"), ptx)
             path = work / f"{source.stem}-{arch}.cubin"
             path.write_bytes(data)
             label = f"ggml_tp_image_{source.stem}_{arch}"
             assembler.append(f'    .balign 64\n    .global {label}\n    .hidden {label}\n{label}:\n    .incbin "{path}"\n')
             labels.append(f'extern "C" const unsigned char {label}[];')
-            rows.append(f'    {{{number // 10}, {number % 10}, {int(arch.endswith("a"))}, 0, "{source.stem}", {label}}},')
-        print(f"build: {len(KERNELS)} kernel files for {arch}", flush=True)
+            rows.append(f'    {{{number // 10}, {number % 10}, {int(arch.endswith("a"))}, {int(ptx)}, "{source.stem}", {label}}},')
+        print(f"build: {len(KERNELS)} kernel files for {arch}{' (PTX)' if ptx else ''}", flush=True)
     assembler.append('    .section .note.GNU-stack,"",@progbits\n')
     table = work / "kernel_images.cpp"
     empty = "    {0, 0, 0, 0, nullptr, nullptr},"  # an array of no elements is not C++
@@ -175,17 +182,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Build libggml-tp.so and libggml-tp-emulator.so.", epilog="example: python build.py --arch sm_90,sm_60 --out plugin/ggml_tp"
     )
-    parser.add_argument("--arch", help=f"comma-separated, of {' '.join(ARCHS)}; none: emulator only (default: the GPUs of this machine)")
+    of = f"comma-separated, of {' '.join(ARCHS)}; compute_NN is PTX for newer GPUs; none: emulator only"
+    parser.add_argument("--arch", help=f"{of} (default: the GPUs of this machine)")
     parser.add_argument("--out", type=Path, default=ROOT / "plugin" / "ggml_tp", help="folder for the libraries (default: %(default)s)")
-    parser.add_argument("--sanitize", choices=sorted(SANITIZERS), default="none", help="address: ASan and UBSan; thread: TSan (the process preloads the runtime)")
+    parser.add_argument("--sanitize", choices=sorted(SANITIZERS), default="none", help="address: ASan and UBSan; thread: TSan")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     try:
         named = args.arch if args.arch is not None else os.environ.get("GGML_TP_BUILD_ARCH")
         archs = gpus_found() if named is None else [] if named == "none" else named.split(",")
-        unknown = [arch for arch in archs if arch not in ARCHS]
+        known = (*ARCHS, *PTX_VERSIONS)
+        unknown = [arch for arch in archs if arch not in known]
         if unknown:
-            raise BuildError(f"unknown architecture {unknown[0]}; known: {' '.join(ARCHS)}")
+            raise BuildError(f"unknown architecture {unknown[0]}; known: {' '.join(known)}")
+        newest = [f"compute_{arch.removeprefix('sm_')}" for arch in archs if f"compute_{arch.removeprefix('sm_')}" in PTX_VERSIONS]
+        if newest and not any(arch in PTX_VERSIONS for arch in archs):
+            archs = [*archs, max(newest, key=lambda name: int(name.removeprefix("compute_")))]
         build(args.out.resolve(), archs, args.sanitize, max(args.jobs, 1))
     except BuildError as error:
         print(f"build: {error}", file=sys.stderr)

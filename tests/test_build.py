@@ -41,3 +41,10 @@ def test_nothing_of_python_ggml_cuda_or_nccl_is_needed():
 def test_unknown_architecture_is_one_line(capsys):
     assert build.main(["--arch", "sm_1"]) == 1
     assert capsys.readouterr().err.startswith("build: unknown architecture sm_1; known: sm_60")
+
+
+@pytest.mark.parametrize("arch", build.PTX_VERSIONS)
+def test_kernels_as_text_for_newer_gpus(arch):
+    for source in build.KERNELS:
+        text = build.compile_kernel(source, arch.replace("compute_", "sm_"), ptx=True).decode().rstrip("\0")
+        assert f".version {build.PTX_VERSIONS[arch]}\n" in text and f".target {arch.replace('compute_', 'sm_')}" in text

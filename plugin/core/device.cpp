@@ -156,7 +156,8 @@ Device::Device(const Driver& driver_in, int rank_in, int ordinal_in) : driver(dr
             const KernelImage& image = kKernelImages[i];
             if (!image.ptx && image.major == major && image.minor == want && (!image.feature_a || want == minor)) load(image);
         }
-    for (int i = 0; i < kKernelImageCount; ++i)
+    const bool whole = !loaded.empty();  // a build holds every module for each of its architectures
+    for (int i = 0; !whole && i < kKernelImageCount; ++i)
         if (kKernelImages[i].ptx && kKernelImages[i].major * 10 + kKernelImages[i].minor <= major * 10 + minor) load(kKernelImages[i]);
     if (modules_.empty())
         throw Error("libggml-tp.so was built without kernels for " + name + " (sm_" + std::to_string(cc / 10) + "): run build.py --arch sm_" +

@@ -111,6 +111,8 @@ def bench(args: argparse.Namespace) -> int:
     from .host import HostError
 
     tests = [measurement.parse(field) for field in args.tests.split(",")]
+    if not Path(args.model).is_file():
+        raise SystemExit(f"ggml-tp: no model at {args.model}")
     if args.measure:
         try:
             result = measurement.run(args.model, args.host, args.measure, tests, args.repetitions, args.ubatch, not args.no_flash_attn)
@@ -143,6 +145,14 @@ def bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(args: argparse.Namespace) -> int:
+    from . import doctor as examination
+
+    result = examination.examine()
+    print(json.dumps(result) if args.json else examination.report(result))
+    return 0 if examination.is_well(result) else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ggml-tp", description=__import__("ggml_tp").__doc__)
     commands = parser.add_subparsers(required=True)
@@ -156,9 +166,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--json", action="store_true")
     p.add_argument("--measure", help=argparse.SUPPRESS)
     p.set_defaults(run=demo)
-    p = commands.add_parser(
-        "bench", help="speed through a real host, as a share of the memory's rate", epilog="example: ggml-tp bench model.gguf --ranks 1,2 --tests pp512,tg128,tg64@16384,tg32x8"
-    )
+    example = "example: ggml-tp bench model.gguf --ranks 1,2 --tests pp512,tg128,tg64@16384,tg32x8"
+    p = commands.add_parser("bench", help="speed through a real host, as a share of the memory's rate", epilog=example)
     p.add_argument("model", help="GGUF file")
     p.add_argument("--ranks", default="1", help="rank counts, a run each (default: %(default)s)")
     p.add_argument("--tests", default="pp512,pp2048,tg128", help="ppN, tgN, tgN@DEPTH, tgNxSEQUENCES (default: %(default)s)")
@@ -171,6 +180,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--json", action="store_true")
     p.add_argument("--measure", help=argparse.SUPPRESS)
     p.set_defaults(run=bench)
+    p = commands.add_parser("doctor", help="what this machine has and what to do about it", epilog="example: GGML_TP_RANKS=2 ggml-tp doctor")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=doctor)
     p = commands.add_parser("env", help="print what to export for llama.cpp's programs", epilog='example: eval "$(ggml-tp env)"')
     p.set_defaults(run=env)
     args = parser.parse_args(argv)
