@@ -83,6 +83,7 @@ def compile_kernel(source: Path, arch: str, ptx: bool = False) -> bytes:
     nvrtc.nvrtcDestroyProgram(program)
     if ptx:
         data = re.sub(rb"(?m)^\.version .*$", b".version " + PTX_VERSIONS[target].encode(), data, count=1)
+        data = re.sub(rb'(?m)^.*\.pragma "used_bytes_mask.*$', b"", data)  # a hint that PTX 8.3 brought
     return data
 
 

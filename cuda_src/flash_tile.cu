@@ -42,6 +42,7 @@ TP_DEVICE void flash_tile(const FlashAttnArgs& a) {
     for (i64 first = 0; first < n_kv; first += kTile) {
         // Every warp reads its own tokens' rows of the mask, and says whether any cell counts.
         u32 open = mask ? 0u : 1u;
+        __syncwarp();  // its lanes have read the rows of the step before
         if (mask) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 from pathlib import Path
@@ -44,7 +45,13 @@ def test_unknown_architecture_is_one_line(capsys):
 
 
 @pytest.mark.parametrize("arch", build.PTX_VERSIONS)
-def test_kernels_as_text_for_newer_gpus(arch):
+def test_kernels_as_text_for_newer_gpus(arch, tmp_path):
+    """Assembled by ptxas, as a driver would."""
+    ptxas = next(Path(folder) / "bin/ptxas" for folder in importlib.import_module("nvidia.cuda_nvcc").__path__)
     for source in build.KERNELS:
         text = build.compile_kernel(source, arch.replace("compute_", "sm_"), ptx=True).decode().rstrip("\0")
         assert f".version {build.PTX_VERSIONS[arch]}\n" in text and f".target {arch.replace('compute_', 'sm_')}" in text
+        (tmp_path / "kernel.ptx").write_text(text)
+        command = [str(ptxas), "-O0", "-arch", arch.replace("compute_", "sm_"), "kernel.ptx", "-o", "kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[:2000]

@@ -308,11 +308,15 @@ API int cuStreamEndCapture(void* stream, void** graph) {
     s.capture.reset();
     return *graph = g, kOk;
 }
-API int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long) { return *executable = new Graph(*static_cast<Graph*>(graph)), kOk; }
-API int cuGraphExecDestroy(void* executable) { return delete static_cast<Graph*>(executable), kOk; }
+// An executable that is destroyed while it runs goes on to its end, as on a GPU.
+using Executable = std::shared_ptr<const Graph>;
+API int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long) {
+    return *executable = new Executable(std::make_shared<const Graph>(*static_cast<Graph*>(graph))), kOk;
+}
+API int cuGraphExecDestroy(void* executable) { return delete static_cast<Executable*>(executable), kOk; }
 API int cuGraphDestroy(void* graph) { return delete static_cast<Graph*>(graph), kOk; }
 API int cuGraphLaunch(void* executable, void* stream) {
-    const Graph* g = static_cast<Graph*>(executable);
+    const Executable g = *static_cast<Executable*>(executable);
     stream_of(stream)->submit([g] {
         for (const Operation& op : g->operations)
             if (int code = op()) return code;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
@@ -17,6 +18,7 @@ namespace {
 constexpr size_t kMostPrograms = 48;
 constexpr int kMostReshardRounds = 8;
 constexpr int kCaptureThreadLocal = 1;
+constexpr double kAbortSeconds = 10;
 constexpr int kNcclSum = 0;
 constexpr int kNcclSeveralRanksOnAGpu = 23003;  // NCCL_MULTI_RANK_GPU_ENABLE came with 2.30.3
 constexpr size_t kWarmUpElems[] = {1024, 1 << 18};
@@ -174,16 +176,34 @@ Rates Group::measure(int rank, u64 bytes, int rounds) {
 
 /// A rank failed or is late: communicators cannot be trusted, nor graphs that hold them. The next graph makes both anew.
 void Group::fail() {
+    // Graphs first: ncclCommAbort waits until no captured graph refers to its communicator (seen: it never came back). One that still runs
+    // lives on until the abort has ended it.
+    drop_programs();
+    struct Aborting {
+        std::mutex mutex;
+        std::condition_variable changed;
+        size_t left;
+    };
+    auto aborting = std::make_shared<Aborting>();
+    aborting->left = comms_.size();
     for (Handle comm : comms_)
-        if (comm) driver_.ncclCommAbort(comm);
+        std::thread([aborting, comm, abort = driver_.ncclCommAbort] {
+            if (comm) abort(comm);
+            std::lock_guard lock(aborting->mutex);
+            --aborting->left;
+            aborting->changed.notify_all();
+        }).detach();  // one that does not end must not take the host along
     comms_.clear();
+    {
+        std::unique_lock lock(aborting->mutex);
+        aborting->changed.wait_for(lock, std::chrono::duration<double>(kAbortSeconds), [&] { return aborting->left == 0; });
+    }
     for (const auto& device : devices_) {
         try {
-            device->wait(5);
+            device->wait(kAbortSeconds);
         } catch (const Error&) {  // the stream's error was reported by whoever called us
         }
     }
-    drop_programs();
 }
 
 /// Enqueues every step of rank r on its stream.
