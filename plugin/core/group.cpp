@@ -175,10 +175,10 @@ Rates Group::measure(int rank, u64 bytes, int rounds) {
 }
 
 /// A rank failed or is late: communicators cannot be trusted, nor graphs that hold them. The next graph makes both anew.
+/// The order is NCCL's: ncclCommAbort ends the kernels that wait for a peer, then waits until no captured graph refers to the communicator,
+/// and only then frees it. So the graphs go while it waits, after the last of their kernels: sooner, a late rank's kernel read freed memory
+/// (seen on an H200); after it, the abort never came back.
 void Group::fail() {
-    // Graphs first: ncclCommAbort waits until no captured graph refers to its communicator (seen: it never came back). One that still runs
-    // lives on until the abort has ended it.
-    drop_programs();
     struct Aborting {
         std::mutex mutex;
         std::condition_variable changed;
@@ -194,16 +194,21 @@ void Group::fail() {
             aborting->changed.notify_all();
         }).detach();  // one that does not end must not take the host along
     comms_.clear();
-    {
-        std::unique_lock lock(aborting->mutex);
-        aborting->changed.wait_for(lock, std::chrono::duration<double>(kAbortSeconds), [&] { return aborting->left == 0; });
-    }
+    bool drained = true;
     for (const auto& device : devices_) {
         try {
-            device->wait(kAbortSeconds);
+            drained &= device->wait(kAbortSeconds);
         } catch (const Error&) {  // the stream's error was reported by whoever called us
         }
     }
+    if (drained) {
+        drop_programs();
+    } else {  // what still runs keeps its graph
+        programs_.clear();
+        seen_.clear();
+    }
+    std::unique_lock lock(aborting->mutex);
+    aborting->changed.wait_for(lock, std::chrono::duration<double>(kAbortSeconds), [&] { return aborting->left == 0; });
 }
 
 /// Enqueues every step of rank r on its stream.
