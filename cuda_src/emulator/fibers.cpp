@@ -92,10 +92,12 @@ class Block {
         const unsigned warp = running_ / 32 * 32, lanes = std::min(32u, n_ - warp);
         if (lanes < 32) mask &= (1u << lanes) - 1;
         f.op = op, f.mask = mask, f.value = value, f.source = source, f.state = State::kInCollective;
-        // Of the collectives only __syncwarp orders memory accesses; a shuffle does not.
-        if (op == Collective::kSync) TP_TSAN_RELEASE(&fibers_[warp]);
+        // Of the collectives only __syncwarp orders memory accesses; a shuffle does not. A call does here: its function reads and writes
+        // the lanes' registers, which on a GPU are nobody else's to see.
+        const bool orders = op == Collective::kSync || op == Collective::kCall;
+        if (orders) TP_TSAN_RELEASE(&fibers_[warp]);
         if (!complete(warp, mask)) yield();
-        if (op == Collective::kSync) TP_TSAN_ACQUIRE(&fibers_[warp]);
+        if (orders) TP_TSAN_ACQUIRE(&fibers_[warp]);
         return fibers_[running_].result;
     }
 
@@ -171,7 +173,9 @@ bool Block::complete(unsigned warp, u32 mask) {
     if (me.op == Collective::kCall) {
         void* pointers[32];
         for (unsigned l = 0; l < 32; ++l) pointers[l] = fibers_[warp + l].pointer;
+        TP_TSAN_ACQUIRE(&fibers_[warp]);
         me.call(pointers);
+        TP_TSAN_RELEASE(&fibers_[warp]);
     } else if (me.op == Collective::kSum || me.op == Collective::kMax) {
         // In the order of the xor butterfly, so that results match the GPU's bit for bit.
         for (int o = 16; o; o >>= 1) {
