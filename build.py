@@ -23,8 +23,9 @@ CACHE = ROOT / "build" / "objects"
 KERNELS = sorted((ROOT / "cuda_src").glob("*.cu"))
 # All that NVRTC 12.9 compiles and users have: Pascal to Blackwell.
 ARCHS = ("sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
-# One compile class per set of kernel variants: sm_60 has no dp4a; from sm_80 on there are the tensor cores' m16n8k16.
-EMULATED_CLASSES = (600, 610, 800)
+# One compile class per set of kernel variants: sm_60 has no dp4a; from sm_80 on there are the tensor cores' m16n8k16, on
+# sm_90 bulk copies and the persistent kernel.
+EMULATED_CLASSES = (600, 610, 800, 900)
 # Kernels as text for GPUs that are newer than all cubins: the PTX version that NVRTC 12.9 writes needs a driver of its age, so it is
 # lowered to the first that knows what the text uses (assembled by older drivers' own compiler; tried on an H100).
 PTX_VERSIONS = {"compute_60": "7.4", "compute_70": "7.7", "compute_75": "7.7", "compute_80": "7.7", "compute_90": "7.8"}

@@ -149,7 +149,7 @@ struct FlashAttnArgs {
 struct FlashSplitArgs {
     FlashAttnArgs a;
     float *acc, *meta;
-    i32 n_splits, cells, head_groups, pad;
+    i32 n_splits, cells, head_groups, group_heads;  // a unit: group_heads query heads of one KV head
 };
 struct FlashCombineArgs {
     View y;  // F32 [dv, n_head, n_tok, ns]
@@ -213,6 +213,91 @@ struct RepackArgs {
     i32 pad;
 };
 
-enum Fault : u32 { kFaultNone = 0, kFaultRowIndex = 1, kFaultKvCell = 2 };
+// ---- stream.cu: one persistent kernel that walks a table of stages (see there). Vectors are one token's: F32, contiguous, 16-byte aligned.
+constexpr int kStreamWarps = 16;         // that multiply; one more streams weights, one more stores results
+constexpr int kStreamSlots = 5;          // of the shared-memory ring
+constexpr int kStreamSlotBytes = 36864;  // 16 rows of 4096 4-bit weights: 5 of them keep 4 TB/s busy for 5 us (docs/decisions.md)
+constexpr int kStreamMostK = 32768;
+constexpr int kStreamStageBytes = 1536;
+
+struct StreamPart {
+    const char* plane[4];
+    float *y, *copy;  // copy: for a later stage of the stream, or null
+    i64 n;            // rows
+};
+enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2 };
+// Up to three products of one quantised type and the same activations. A tile is `rows` rows of one part (glu: half of them of part 0, the
+// gate, half of part 1, at the same place) in one slot of the ring: plane f at slot_offset[f], row_bytes[f] a row.
+// Input: as the stage before left it in shared memory; `a` quantised; or the norm of s = a + b times weight, quantised.
+struct StreamProduct {
+    StreamPart part[3];
+    i32 n_parts, type, k, rows;
+    i32 k_groups, pieces_each;  // 16 warps are k_groups x 16 / k_groups: a lane holds pieces_each pieces (32 elements) of the input
+    i32 n_tiles, n_planes;
+    i32 row_bytes[4], slot_offset[4];
+    i32 glu, input;  // glu: 1 + GluOp, or 0
+    float eps;
+    i32 n_push;
+    const float *a, *b, *weight;   // b, weight: may be null
+    float *sum, *sum_copy, *norm;  // written for others: s twice, its norm; may be null
+    float *glu_y, *glu_copy;
+    float* push[16];  // where this rank's partial sums go on every rank: the all_reduce behind this product
+};
+// y[i] = sum over ranks of inbox[rank][i], in rank order: the same bits on every rank.
+struct StreamReduce {
+    const float* inbox;  // [n_ranks][n_elems]
+    float *y, *copy;
+    i64 n;
+    i32 n_ranks, pad;
+};
+struct StreamNormRows {
+    FusedNormArgs norm;
+};
+struct StreamBinary {
+    BinaryArgs args;
+    i32 op, pad;  // elementwise.h's BinaryOp
+};
+struct StreamCombine {
+    FlashCombineArgs args;
+};
+struct StreamFlash {
+    FlashSplitArgs args;
+    i32 n_units, pad;
+};
+enum StreamKind : i32 {
+    kStreamProduct,
+    kStreamReduce,
+    kStreamNormRows,
+    kStreamBinary,
+    kStreamRopeStore,
+    kStreamSetRows,
+    kStreamGetRows,
+    kStreamFlash,
+    kStreamCombine,
+    kStreamCopy,
+    kStreamEnd,
+};
+// wait: 1: for all blocks of this rank to have done all stages before; 2: for all blocks of all ranks to have pushed as often as `pushes`.
+struct StreamStage {
+    i32 kind, wait, pushes, count;  // count: blocks of 256 of a kStreamRopeStore
+    alignas(16) char body[kStreamStageBytes - 16];
+};
+// Device memory of one rank, zero at first: how many blocks have arrived at how many stages, how many have ended; and how many blocks of all
+// ranks have pushed, ever, of which `pushed_before` in launches before this one.
+struct StreamState {
+    u32 arrived, done, pushed, pushed_before;
+    u32 pad[28];
+};
+struct StreamArgs {
+    const StreamStage* stages;
+    StreamState* state;
+    u32* pushed[16];  // StreamState::pushed of every rank
+    u32* fault;
+    i32 n_stages, n_ranks, n_pushes;  // pushes of this launch
+    i32 blocks_of_all;                // over all ranks
+    u64 deadline_ns;
+};
+
+enum Fault : u32 { kFaultNone = 0, kFaultRowIndex = 1, kFaultKvCell = 2, kFaultLatePeer = 3 };
 
 }  // namespace ggml_tp

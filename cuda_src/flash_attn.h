@@ -32,7 +32,8 @@ inline bool flash_split_can(const FlashAttnArgs& a) {
 inline FlashSplitArgs flash_split_args(const FlashAttnArgs& a, Arch arch) {
     FlashSplitArgs s{};
     s.a = a;
-    s.head_groups = (a.gqa_ratio + kFlashHeads - 1) / kFlashHeads;
+    s.group_heads = kFlashHeads;
+    s.head_groups = (a.gqa_ratio + s.group_heads - 1) / s.group_heads;
     const i64 cells = a.k.ne[1], blocks = a.k.ne[2] * s.head_groups * a.q.ne[1] * a.q.ne[3], want = (i64)arch.n_sm * 4;
     i64 splits = blocks > 0 ? want / blocks : 1;
     const i64 most = (cells + kFlashLeastCells - 1) / kFlashLeastCells;

@@ -1,21 +1,9 @@
 // GET_ROWS and SET_ROWS. One thread per element. A row number outside the tensor is reported and touches nothing.
-#include "dequantize.h"
-#include "index.h"
-#include "set_row.h"
+#include "get_row.h"
 
-// y[:, i10, i11, i12] = w[:, idx[i10, i11, i12], i11, i12]
 TP_KERNEL(get_rows, GetRowsArgs, 256) {
     using namespace ggml_tp;
-    TP_FOR_EACH(i, tp_elems(args.y)) {
-        const Index4 at = tp_index(args.y.ne, i);
-        const i64 row = row_number(args.idx, at.i[1], at.i[2], at.i[3]);
-        if (row < 0 || row >= args.w.n) {
-            atomicExch(args.fault, (u32)kFaultRowIndex);
-            continue;
-        }
-        const WeightRow w = tp_weight_row(args.w, row, at.i[2] % args.w.ne2, at.i[3] % args.w.ne3);
-        tp_store(args.y.type, tp_at(args.y, at), tp_weight_elem(args.w.type, w, at.i[0]));
-    }
+    TP_FOR_EACH(i, tp_elems(args.y)) get_row_element(args, i);
 }
 TP_KERNEL(get_rows_i32, GetRowsArgs, 256) {
     using namespace ggml_tp;

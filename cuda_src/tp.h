@@ -39,6 +39,8 @@ using ggml_tp::u64;
 #define TP_KERNEL(name, Args, max_threads) TP_KERNEL_BODY(name, Args, max_threads, tp_grid_wait())
 // A kernel that calls tp_grid_wait itself, after it has begun to read what no kernel of the graph writes: weights.
 #define TP_KERNEL_EARLY(name, Args, max_threads) TP_KERNEL_BODY(name, Args, max_threads, (void)0)
+// A kernel whose blocks wait for each other: all of them are on the device at once.
+#define TP_KERNEL_COOPERATIVE(name, Args, max_threads) TP_KERNEL_BODY(name, Args, max_threads, (void)0)
 #define TP_DYN_SHARED(T, name)                                \
     extern __shared__ __align__(16) char tp_dynamic_shared[]; \
     T* name = (T*)tp_dynamic_shared
@@ -107,6 +109,65 @@ TP_DEVICE u32 tp_half2_fma(u32 x, u32 y, u32 z) {
     return out;
 }
 TP_DEVICE u32 tp_byte_perm(u32 x, u32 y, u32 selector) { return __byte_perm(x, y, selector); }
+#if __CUDA_ARCH__ >= 700
+TP_DEVICE u32 tp_shared_address(const void* p) {
+    u32 address;
+    asm("{ .reg .u64 p; cvta.to.shared.u64 p, %1; cvt.u32.u64 %0, p; }" : "=r"(address) : "l"(p));
+    return address;
+}
+#endif
+#if __CUDA_ARCH__ >= 900
+/// A barrier in shared memory (mbarrier): a phase ends when `count` arrivals and all announced bytes are there.
+struct TpBarrier {
+    u64 word;
+};
+TP_DEVICE void tp_barrier_init(TpBarrier* b, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(tp_shared_address(b)), "r"(count) : "memory");
+}
+/// After the last init, before the block's first barrier.
+TP_DEVICE void tp_barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+TP_DEVICE void tp_barrier_arrive(TpBarrier* b) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(tp_shared_address(b)) : "memory"); }
+TP_DEVICE void tp_barrier_expect(TpBarrier* b, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(tp_shared_address(b)), "r"(bytes) : "memory");
+}
+/// Until the phase of this parity has ended.
+TP_DEVICE void tp_barrier_wait(TpBarrier* b, int parity) {
+    asm volatile("{ .reg .pred p; AGAIN: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @p bra DONE; bra AGAIN; DONE: }" ::"r"(tp_shared_address(b)),
+                 "r"(parity)
+                 : "memory");
+}
+/// Copies `bytes` (a multiple of 16, both ends 16-byte aligned) to shared memory; they count towards b's announced bytes.
+TP_DEVICE void tp_bulk_load(void* to, const char* from, u32 bytes, TpBarrier* b) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(tp_shared_address(to)), "l"(from), "r"(bytes),
+                 "r"(tp_shared_address(b))
+                 : "memory");
+}
+/// A barrier of the first `threads` threads of a block.
+template <int kThreads>
+TP_DEVICE void tp_sync_some() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+/// Counters that blocks (and GPUs) wait for: what was written before an add is seen after a read of its result.
+TP_DEVICE void tp_signal(u32* p) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p) : "memory"); }
+TP_DEVICE void tp_signal_system(u32* p) { asm volatile("red.release.sys.global.add.u32 [%0], 1;" ::"l"(p) : "memory"); }
+TP_DEVICE u32 tp_read_signal(const u32* p) {
+    u32 v;
+    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+TP_DEVICE u32 tp_read_signal_system(const u32* p) {
+    u32 v;
+    asm volatile("ld.acquire.sys.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+/// Adds one; returns what was there.
+TP_DEVICE u32 tp_count(u32* p) {
+    u32 v;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+TP_DEVICE void tp_spin() {}
+#endif
 #if __CUDA_ARCH__ >= 800
 TP_DEVICE void tp_mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -117,11 +178,6 @@ TP_DEVICE void tp_mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) 
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-TP_DEVICE u32 tp_shared_address(const void* p) {
-    u32 address;
-    asm("{ .reg .u64 p; cvta.to.shared.u64 p, %1; cvt.u32.u64 %0, p; }" : "=r"(address) : "l"(p));
-    return address;
 }
 /// Four 8x8 matrices of halves from shared memory: lane l gives the address of row l % 8 of matrix l / 8.
 TP_DEVICE void tp_ldmatrix_x4(u32 (&r)[4], const void* row) {

@@ -23,6 +23,8 @@ namespace {
 
 enum : int { kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kNotInitialized = 3, kInvalidDevice = 101, kNotFound = 500, kNotReady = 600, kLaunchFailed = 719 };
 
+constexpr unsigned kMultiprocessors = 4;
+
 using Operation = std::function<int()>;  // returns a CUresult
 
 struct Stream {
@@ -185,6 +187,8 @@ API int tp_emulator_configure(int n_devices, int compute_capability, unsigned lo
     w.used.resize(static_cast<size_t>(n_devices));
     return kOk;
 }
+/// Dynamic shared memory that a block may ask for; as on the GPUs of those architectures.
+static unsigned most_shared() { return world().compute_capability >= 900 ? 227u << 10 : 99u << 10; }
 API int cuInit(unsigned) { return world().n_devices ? kOk : kNotInitialized; }
 API int cuDriverGetVersion(int* v) { return *v = 12090, kOk; }
 API int cuGetErrorString(int code, const char** text) {
@@ -202,7 +206,12 @@ API int cuDeviceGet(int* device, int ordinal) { return ordinal < 0 || ordinal >=
 API int cuDeviceGetName(char* text, int n, int) { return std::snprintf(text, static_cast<size_t>(n), "Emulated sm_%d", world().compute_capability / 10), kOk; }
 API int cuDeviceGetAttribute(int* value, int attribute, int) {
     const int cc = world().compute_capability;
-    *value = attribute == 16 ? 4 : attribute == 75 ? cc / 100 : attribute == 76 ? cc / 10 % 10 : attribute == 97 ? 99 << 10 : 0;
+    *value = attribute == 16   ? static_cast<int>(kMultiprocessors)
+             : attribute == 75 ? cc / 100
+             : attribute == 76 ? cc / 10 % 10
+             : attribute == 95 ? 1
+             : attribute == 97 ? static_cast<int>(most_shared())
+                               : 0;
     return kOk;
 }
 API int cuDevicePrimaryCtxRetain(void** context, int device) { return *context = reinterpret_cast<void*>(static_cast<intptr_t>(device + 1)), kOk; }
@@ -335,7 +344,8 @@ API int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, un
                        void** parameters, void**) {
     const Kernel* kernel = static_cast<Kernel*>(function);
     const unsigned long long threads = 1ull * bx * by * bz;
-    if (!gx || !gy || !gz || gx > 0x7fffffffu || gy > 65535 || gz > 65535 || !threads || threads > kernel->max_threads || shared_bytes > 99u << 10)
+    if (!gx || !gy || !gz || gx > 0x7fffffffu || gy > 65535 || gz > 65535 || !threads || threads > kernel->max_threads || shared_bytes > most_shared() ||
+        (kernel->cooperative && (gx > kMultiprocessors || gy != 1 || gz != 1)))
         return kInvalidValue;
     auto args = std::make_shared<std::vector<char>>(static_cast<char*>(parameters[0]), static_cast<char*>(parameters[0]) + kernel->args_bytes);
     stream_of(stream)->submit([=] {

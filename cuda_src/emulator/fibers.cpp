@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -44,7 +46,7 @@ asm(".text\n.hidden tp_emulator_switch\n.type tp_emulator_switch,@function\n.glo
 
 constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 4096;
 
-enum class State : unsigned char { kReady, kAtBarrier, kInCollective, kDone };
+enum class State : unsigned char { kReady, kAtBarrier, kInCollective, kAtPartialBarrier, kDone };
 
 struct Fiber {
     char* stack = nullptr;
@@ -81,6 +83,24 @@ class Block {
         fibers_[running_].state = State::kAtBarrier;
         yield();
         TP_TSAN_ACQUIRE(&barrier_);
+    }
+    void sync_some(unsigned n) {
+        TP_TSAN_RELEASE(&some_);
+        if (++some_arrived_ < n) {
+            fibers_[running_].state = State::kAtPartialBarrier;
+            yield();
+        } else {
+            some_arrived_ = 0;
+            for (unsigned i = 0; i < n_; ++i)
+                if (fibers_[i].state == State::kAtPartialBarrier) fibers_[i].state = State::kReady;
+        }
+        TP_TSAN_ACQUIRE(&some_);
+    }
+    void spin() {
+        const int next = next_ready();
+        if (next >= 0 && next != static_cast<int>(running_)) switch_to(static_cast<unsigned>(next));
+        // Once around: whoever can go on has gone; other blocks' threads get the core.
+        if (++spins_ % n_ == 0) std::this_thread::yield();
     }
     void call(WarpFunction function, void* pointer) {
         fibers_[running_].call = function;
@@ -128,12 +148,12 @@ class Block {
 
     std::vector<Fiber> fibers_;
     std::vector<char> shared_;
-    unsigned n_ = 0, running_ = 0;
+    unsigned n_ = 0, running_ = 0, some_arrived_ = 0, spins_ = 0;
     Dim3 block_{};
     void* home_ = nullptr;
     const Kernel* kernel_ = nullptr;
     const void* args_ = nullptr;
-    char barrier_ = 0, begin_ = 0, end_ = 0;  // their addresses stand for what orders memory accesses
+    char barrier_ = 0, some_ = 0, begin_ = 0, end_ = 0;  // their addresses stand for what orders memory accesses
 #if defined(TP_TSAN)
     void* home_tsan_ = nullptr;
 #endif
@@ -215,7 +235,7 @@ void Block::yield() {
     if (next < 0) {
         bool barrier = true, any = false;
         for (unsigned i = 0; i < n_; ++i) {
-            barrier &= fibers_[i].state != State::kInCollective;
+            barrier &= fibers_[i].state != State::kInCollective && fibers_[i].state != State::kAtPartialBarrier;
             any |= fibers_[i].state == State::kAtBarrier;
         }
         if (barrier && any) {
@@ -241,6 +261,7 @@ bool Block::run(const Kernel& kernel, Dim3 grid, Dim3 block, Dim3 index, size_t 
     block_ = block;
     kernel_ = &kernel;
     args_ = args;
+    some_arrived_ = 0;
     if (fibers_.size() < n_) fibers_.resize(n_);
     // Of exactly this size, so that a sanitizer sees a write beyond it.
     std::vector<char>(shared_bytes + 16).swap(shared_);
@@ -312,7 +333,91 @@ u32 warp_ballot(u32 mask, bool predicate) {
     return static_cast<u32>(low) | static_cast<u32>(high) << 16;
 }
 
+void sync_some(unsigned n) { block_of_thread().sync_some(n); }
+void spin() { block_of_thread().spin(); }
+u32 count(u32* p) {
+    TP_TSAN_RELEASE(p);
+    const u32 v = __atomic_fetch_add(p, 1u, __ATOMIC_ACQ_REL);
+    TP_TSAN_ACQUIRE(p);
+    return v;
+}
+void signal(u32* p) { count(p); }
+u32 read_signal(const u32* p) {
+    const u32 v = __atomic_load_n(p, __ATOMIC_ACQUIRE);
+    TP_TSAN_ACQUIRE(const_cast<u32*>(p));
+    return v;
+}
+void barrier_arrive(TpBarrier* b, int bytes_expected, int bytes_done, int arrivals) {
+    TP_TSAN_RELEASE(b);
+    b->bytes += bytes_expected - bytes_done;
+    b->pending -= arrivals;
+    if (b->pending == 0 && b->bytes == 0) ++b->phase, b->pending = b->count;
+}
+void barrier_wait(TpBarrier* b, int parity) {
+    while (static_cast<int>(b->phase & 1) == parity) spin();
+    TP_TSAN_ACQUIRE(b);
+}
+
+namespace {
+
+/// OS threads for the blocks of cooperative kernels, one each, kept for the next launch.
+class Crew {
+  public:
+    ~Crew() {
+        {
+            std::lock_guard lock(mutex_);
+            stop_ = true;
+        }
+        start_.notify_all();
+        for (std::thread& thread : threads_) thread.join();
+    }
+    bool run(unsigned n, const std::function<bool(unsigned)>& work) {
+        while (threads_.size() < n) {
+            const unsigned i = static_cast<unsigned>(threads_.size());
+            threads_.emplace_back([this, i] { loop(i); });
+        }
+        std::unique_lock lock(mutex_);
+        work_ = &work;
+        left_ = n_ = n;
+        ok_ = true;
+        ++generation_;
+        start_.notify_all();
+        done_.wait(lock, [&] { return left_ == 0; });
+        return ok_;
+    }
+
+  private:
+    void loop(unsigned i) {
+        unsigned seen = 0;
+        std::unique_lock lock(mutex_);
+        for (;;) {
+            start_.wait(lock, [&] { return stop_ || (generation_ != seen && i < n_); });
+            if (stop_) return;
+            seen = generation_;
+            const auto* work = work_;
+            lock.unlock();
+            const bool ok = (*work)(i);
+            lock.lock();
+            ok_ &= ok;
+            if (--left_ == 0) done_.notify_all();
+        }
+    }
+    std::mutex mutex_;
+    std::condition_variable start_, done_;
+    const std::function<bool(unsigned)>* work_ = nullptr;
+    unsigned n_ = 0, left_ = 0, generation_ = 0;
+    bool ok_ = true, stop_ = false;
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace
+
 bool run(const Kernel& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_bytes, const void* args, const char** error) {
+    if (kernel.cooperative) {
+        thread_local Crew crew;
+        *error = "threads of a block wait for each other";
+        return crew.run(grid.x, [&](unsigned i) { return block_of_thread().run(kernel, grid, block, {i, 0, 0}, dynamic_shared_bytes, args); });
+    }
     const u64 n_blocks = static_cast<u64>(grid.x) * grid.y * grid.z;
     for (u64 i = 0; i < n_blocks; ++i) {
         const Dim3 index{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y), static_cast<unsigned>(i / grid.x / grid.y)};

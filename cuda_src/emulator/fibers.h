@@ -39,6 +39,14 @@ extern thread_local Context current;
 enum class Collective { kSync, kSum, kMax, kShuffle, kCall };
 
 void sync_block();
+/// A barrier of the block's first n threads.
+void sync_some(unsigned n);
+/// The running fiber waits for something that another fiber or another block will do, and asks again after this.
+void spin();
+/// What tp_signal and its readers order, for TSan: kernels' accesses before an add are seen after a read.
+u32 read_signal(const u32* p);
+void signal(u32* p);
+u32 count(u32* p);
 /// value: this lane's contribution; source: the lane read by a shuffle. Returns this lane's result.
 float warp_float(Collective op, u32 mask, float value, int source);
 u32 warp_ballot(u32 mask, bool predicate);
@@ -53,6 +61,7 @@ struct Kernel {
     Entry entry;
     size_t args_bytes;
     unsigned max_threads;
+    bool cooperative;  // its blocks wait for each other: each has an OS thread
 };
 /// Registration at load time; one per kernel and compile class.
 struct Registration {
@@ -78,12 +87,14 @@ bool run(const Kernel& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_byte
 #define blockDim (tp_emulator::current.block_dim)
 #define gridDim (tp_emulator::current.grid_dim)
 
-#define TP_KERNEL(name, Args, max_threads)                                                                             \
-    static void name(const ggml_tp::Args args);                                                                        \
-    static void name##_entry(const void* p) { name(*static_cast<const ggml_tp::Args*>(p)); }                           \
-    static const tp_emulator::Registration name##_registration(                                                        \
-        tp_emulator::Kernel{#name, TP_ARCH, name##_entry, sizeof(ggml_tp::Args), static_cast<unsigned>(max_threads)}); \
+#define TP_KERNEL_OF_KIND(name, Args, max_threads, cooperative)                                                                     \
+    static void name(const ggml_tp::Args args);                                                                                     \
+    static void name##_entry(const void* p) { name(*static_cast<const ggml_tp::Args*>(p)); }                                        \
+    static const tp_emulator::Registration name##_registration(                                                                     \
+        tp_emulator::Kernel{#name, TP_ARCH, name##_entry, sizeof(ggml_tp::Args), static_cast<unsigned>(max_threads), cooperative}); \
     static void name(const ggml_tp::Args args)
+#define TP_KERNEL(name, Args, max_threads) TP_KERNEL_OF_KIND(name, Args, max_threads, false)
+#define TP_KERNEL_COOPERATIVE(name, Args, max_threads) TP_KERNEL_OF_KIND(name, Args, max_threads, true)
 #define TP_KERNEL_EARLY(name, Args, max_threads) TP_KERNEL(name, Args, max_threads)
 static inline void tp_grid_wait() {}
 static inline u64 tp_nanoseconds() { return static_cast<u64>(std::chrono::steady_clock::now().time_since_epoch().count()); }
@@ -99,6 +110,35 @@ static inline u32 __ballot_sync(u32 mask, int p) { return tp_emulator::warp_ball
 static inline float tp_warp_sum(float v) { return tp_emulator::warp_float(tp_emulator::Collective::kSum, ~0u, v, 0); }
 static inline float tp_warp_max(float v) { return tp_emulator::warp_float(tp_emulator::Collective::kMax, ~0u, v, 0); }
 static inline u32 atomicExch(u32* p, u32 v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }
+
+/// mbarrier: a phase ends when all arrivals and all announced bytes are there. One OS thread runs a block: plain words do.
+struct TpBarrier {
+    u32 phase;
+    int count, pending, bytes;
+};
+namespace tp_emulator {
+void barrier_arrive(TpBarrier* b, int bytes_expected, int bytes_done, int arrivals);
+void barrier_wait(TpBarrier* b, int parity);
+}  // namespace tp_emulator
+static inline void tp_barrier_init(TpBarrier* b, int count) { *b = {0, count, count, 0}; }
+static inline void tp_barrier_init_fence() {}
+static inline void tp_barrier_arrive(TpBarrier* b) { tp_emulator::barrier_arrive(b, 0, 0, 1); }
+static inline void tp_barrier_expect(TpBarrier* b, u32 bytes) { tp_emulator::barrier_arrive(b, static_cast<int>(bytes), 0, 1); }
+static inline void tp_barrier_wait(TpBarrier* b, int parity) { tp_emulator::barrier_wait(b, parity); }
+static inline void tp_bulk_load(void* to, const char* from, u32 bytes, TpBarrier* b) {
+    std::memcpy(to, from, bytes);
+    tp_emulator::barrier_arrive(b, 0, static_cast<int>(bytes), 0);
+}
+template <int kThreads>
+static inline void tp_sync_some() {
+    tp_emulator::sync_some(kThreads);
+}
+static inline void tp_signal(u32* p) { tp_emulator::signal(p); }
+static inline void tp_signal_system(u32* p) { tp_emulator::signal(p); }
+static inline u32 tp_read_signal(const u32* p) { return tp_emulator::read_signal(p); }
+static inline u32 tp_read_signal_system(const u32* p) { return tp_emulator::read_signal(p); }
+static inline u32 tp_count(u32* p) { return tp_emulator::count(p); }
+static inline void tp_spin() { tp_emulator::spin(); }
 
 static inline float __int_as_float(int x) {
     float f;

@@ -79,10 +79,12 @@ Config read_config() {
         config.n_ranks = static_cast<int>(config.split.size());
     }
     config.nccl_path = variable("GGML_TP_NCCL");
-    if (std::string text = variable("GGML_TP_P2P"); !text.empty()) {
-        if (text != "0" && text != "1") refuse("GGML_TP_P2P", text, "0 or 1");
-        config.p2p = text == "1";
-    }
+    const std::pair<const char*, bool*> switches[] = {{"GGML_TP_P2P", &config.p2p}, {"GGML_TP_PERSIST", &config.persist}};
+    for (const auto& [name, value] : switches)
+        if (std::string text = variable(name); !text.empty()) {
+            if (text != "0" && text != "1") refuse(name, text, "0 or 1");
+            *value = text == "1";
+        }
     if (std::string text = variable("GGML_TP_LOG"); !text.empty()) {
         long level = 0;
         if (!parse_int(text, &level) || level < 0 || level > 2) refuse("GGML_TP_LOG", text, "0, 1 or 2");
@@ -107,6 +109,7 @@ std::string Config::to_text() const {
     out += emulated_cc ? "sm_" + std::to_string(emulated_cc / 10) + "*" + std::to_string(emulated_devices) : "no";
     out += "\nnccl " + (nccl_path.empty() ? "auto" : nccl_path);
     out += p2p ? "\np2p where it is proven" : "\np2p off";
+    out += persist ? "\npersistent kernel where it can" : "\nno persistent kernel";
     out += "\nlog " + std::to_string(log_level) + "\ndeadline_s " + std::to_string(deadline_s) + "\n";
     return out;
 }

@@ -20,8 +20,8 @@ constexpr int kFuncMaxDynamicShared = 8;
 constexpr double kPollSeconds = 0.02;
 constexpr int kDefaultShared = 48 * 1024;  // more must be asked for, per kernel
 
-constexpr int kProgrammaticStreamSerialization = 6;
-struct LaunchAttribute {  // CUlaunchAttribute
+constexpr int kCooperative = 2, kProgrammaticStreamSerialization = 6;  // CUlaunchAttributeID
+struct LaunchAttribute {                                               // CUlaunchAttribute
     int id;
     char pad[4];
     int value;
@@ -211,16 +211,17 @@ Handle Device::function(const std::string& wanted) {
     throw Error("no kernel " + wanted + " for sm_" + std::to_string(cc / 10) + " in libggml-tp.so: run build.py again");
 }
 
-void Device::launch(Handle function, const unsigned grid[3], const unsigned block[3], unsigned shared_bytes, const void* args) const {
-    if (shared_bytes > kDefaultShared) TP_CUDA(driver, rank, cuFuncSetAttribute, function, kFuncMaxDynamicShared, static_cast<int>(shared_bytes));
+void Device::launch(Handle function, const Launch& l, const void* args) const {
+    if (l.shared_bytes > kDefaultShared) TP_CUDA(driver, rank, cuFuncSetAttribute, function, kFuncMaxDynamicShared, static_cast<int>(l.shared_bytes));
     void* parameters[] = {const_cast<void*>(args)};
-    if (dependent_launch_) {
-        LaunchAttribute attribute{kProgrammaticStreamSerialization, {}, 1, {}};
-        const LaunchConfig config{grid[0], grid[1], grid[2], block[0], block[1], block[2], shared_bytes, stream, &attribute, 1};
+    const unsigned *grid = l.grid, *block = l.block;
+    if (driver.cuLaunchKernelEx && (dependent_launch_ || l.cooperative)) {
+        LaunchAttribute attribute{l.cooperative ? kCooperative : kProgrammaticStreamSerialization, {}, 1, {}};
+        const LaunchConfig config{grid[0], grid[1], grid[2], block[0], block[1], block[2], l.shared_bytes, stream, &attribute, 1};
         TP_CUDA(driver, rank, cuLaunchKernelEx, &config, function, parameters, nullptr);
         return;
     }
-    TP_CUDA(driver, rank, cuLaunchKernel, function, grid[0], grid[1], grid[2], block[0], block[1], block[2], shared_bytes, stream, parameters, nullptr);
+    TP_CUDA(driver, rank, cuLaunchKernel, function, grid[0], grid[1], grid[2], block[0], block[1], block[2], l.shared_bytes, stream, parameters, nullptr);
 }
 
 bool Device::wait(double deadline_s) const {

@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "config.h"
 #include "error.h"
+#include "launch.h"
 
 namespace ggml_tp {
 
@@ -121,7 +123,7 @@ class Device {
     void release(DevicePtr pointer) const;
     void memory(size_t* free_bytes, size_t* total_bytes) const;
     Handle function(const std::string& name);  // resolved once, when a program is built
-    void launch(Handle function, const unsigned grid[3], const unsigned block[3], unsigned shared_bytes, const void* args) const;
+    void launch(Handle function, const Launch& launch, const void* args) const;
     /// Waits for the stream; false when `deadline_s` passed first.
     bool wait(double deadline_s) const;
 
@@ -142,6 +144,29 @@ class Device {
     bool dependent_launch_ = false;  // kernels wait for the one before themselves (tp_grid_wait)
     std::vector<Handle> modules_;
     std::vector<Function> functions_;
+};
+
+/// Device memory that is released with its owner.
+class DeviceBlock {
+  public:
+    DeviceBlock() = default;
+    DeviceBlock(const Device& device, size_t bytes) : device_(&device), pointer_(device.allocate(bytes)) {}
+    DeviceBlock(DeviceBlock&& o) noexcept : device_(o.device_), pointer_(std::exchange(o.pointer_, 0)) {}
+    DeviceBlock& operator=(DeviceBlock&& o) noexcept {
+        std::swap(device_, o.device_), std::swap(pointer_, o.pointer_);
+        return *this;
+    }
+    ~DeviceBlock() {
+        if (pointer_) device_->release(pointer_);
+    }
+    /// Kernels may use it for ever: it is never released.
+    void abandon() { pointer_ = 0; }
+    const Device* device() const { return device_; }
+    DevicePtr pointer() const { return pointer_; }
+
+  private:
+    const Device* device_ = nullptr;
+    DevicePtr pointer_ = 0;
 };
 
 }  // namespace ggml_tp

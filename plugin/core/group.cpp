@@ -61,6 +61,11 @@ Group::Group(const Config& config_in, const std::string& plugin_dir) : config(co
     memory = std::make_unique<Memory>(devices_, config.split);
     memory->deadline_s = config.deadline_s;
     scratch_ = std::make_unique<Scratch>(devices_);
+    if (config.persist && can_persist(devices_)) {
+        const bool reachable = n > 1 && config.p2p && peers_.all_proven();
+        if (reachable) enable_peers(devices_);
+        stream_ = std::make_unique<StreamMemory>(devices_, reachable, config.deadline_s);
+    }
     workers_ = std::make_unique<Workers>(n);
     for (int r = 0; r < n; ++r) {
         devices_[r]->make_current();
@@ -80,6 +85,7 @@ Group::~Group() {
         if (comm) driver_.ncclCommDestroy(comm);
     for (volatile u32* word : faults_) driver_.cuMemFreeHost(const_cast<u32*>(word));
     workers_.reset();
+    stream_.reset();
     scratch_.reset();
     memory.reset();
 }
@@ -151,7 +157,9 @@ Rates Group::measure(int rank, u64 bytes, int rounds) {
     try {
         TP_CUDA(driver_, rank, cuMemsetD8Async, memory_in, 0, bytes, device.stream);
         const ReadRateArgs args{reinterpret_cast<const char*>(memory_in), bytes / 16};
-        const unsigned grid[3] = {static_cast<unsigned>(device.n_sm) * 4, 1, 1}, block[3] = {512, 1, 1};
+        Launch launch;
+        launch.grid[0] = static_cast<u32>(device.n_sm) * 4;
+        launch.block[0] = 512;
         const Handle kernel = device.function("read_rate");
         auto seconds = [&](auto&& work) {
             if (!device.wait(config.deadline_s)) throw Error("a measurement did not end in time");
@@ -161,7 +169,7 @@ Rates Group::measure(int rank, u64 bytes, int rounds) {
             return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() / 4;
         };
         for (int i = 0; i < rounds; ++i) {
-            const double read = seconds([&] { device.launch(kernel, grid, block, 0, &args); });
+            const double read = seconds([&] { device.launch(kernel, launch, &args); });
             const double copy = seconds([&] { TP_CUDA(driver_, rank, cuMemcpyDtoDAsync, memory_in, half, bytes / 2, device.stream); });
             out.read = std::max(out.read, static_cast<double>(bytes) / read);
             out.copy = std::max(out.copy, static_cast<double>(bytes) / copy);
@@ -203,7 +211,10 @@ void Group::fail() {
     }
     if (drained) {
         drop_programs();
-    } else {  // what still runs keeps its graph
+        if (stream_) stream_->reset();
+    } else {  // what still runs keeps its graph and its memory
+        for (auto& program : programs_)
+            for (DeviceBlock& block : program->blocks) block.abandon();
         programs_.clear();
         seen_.clear();
     }
@@ -221,7 +232,7 @@ void Group::record(const Program& program, int r) {
             continue;
         }
         const RankLaunch& l = step.launches[r];
-        if (l.launch.kernel) device.launch(l.function, l.launch.grid, l.launch.block, l.launch.shared_bytes, l.args.data());
+        if (l.launch.kernel) device.launch(l.function, l.launch, l.args.data());
     }
 }
 
@@ -264,7 +275,7 @@ std::unique_ptr<Program> Group::build(const Graph& graph, u64 key) {
     schedule(result.plan, graph);
     verify(result.plan, graph);
     // Other programs hold the addresses of shards that were laid out anew; their keys no longer match, so they are never replayed.
-    std::unique_ptr<Program> program = lower(graph, result.plan, {*memory, devices_, *scratch_, fault_pointers_});
+    std::unique_ptr<Program> program = lower(graph, result.plan, {*memory, devices_, *scratch_, fault_pointers_, stream_.get()});
     program->plan_text = result.plan.to_text(graph);
     program->key = key;
     try {
@@ -330,8 +341,7 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
             for (const auto& [rank, seconds] : delays)
                 if (rank == r) {
                     const SpinArgs args{static_cast<u64>(seconds * 1e9)};
-                    const unsigned one[3] = {1, 1, 1};
-                    devices_[r]->launch(devices_[r]->function("spin"), one, one, 0, &args);
+                    devices_[r]->launch(devices_[r]->function("spin"), Launch{}, &args);
                 }
             TP_CUDA(driver_, r, cuGraphLaunch, program.executables[r], devices_[r]->stream);
         });
@@ -339,6 +349,10 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
             if (!device->wait(config.deadline_s))
                 throw Error("rank " + std::to_string(device->rank) + " did not finish a graph within " + std::to_string(config.deadline_s) +
                             " s (GGML_TP_DEADLINE); its peers are given up and connected anew");
+        for (size_t r = 0; r < faults_.size(); ++r)
+            if (*faults_[r] == kFaultLatePeer)
+                throw Error("rank " + std::to_string(r) + " waited for a peer for more than " + std::to_string(config.deadline_s) +
+                            " s (GGML_TP_DEADLINE); the graph's results are not valid");
         for (const Program::Written& w : program.written)
             std::erase_if(w.buffer->residency, [&](const Residency& r) { return r.offset < w.offset + w.bytes && w.offset < r.offset + r.bytes; });
         for (const Program::Survivor& s : program.survivors) s.buffer->residency.push_back(s.residency);

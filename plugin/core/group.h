@@ -12,6 +12,7 @@
 #include "graph.h"
 #include "memory.h"
 #include "peers.h"
+#include "persist.h"
 #include "program.h"
 #include "runner.h"
 
@@ -65,6 +66,7 @@ class Group {
     Driver driver_;
     std::vector<std::unique_ptr<Device>> devices_;
     std::unique_ptr<Scratch> scratch_;
+    std::unique_ptr<StreamMemory> stream_;  // null: no persistent kernel here
     Peers peers_;
     std::string notes_;
     std::vector<std::pair<int, double>> delays_;

@@ -284,7 +284,7 @@ void Memory::transfer_planes(Stored& tensor, i64 begin, char* data, i64 bytes, b
             const Launch launch = repack_launch(args, {device.cc, device.n_sm});
             // Reading: shards are laid over one another in the staging, so that each rank only fills in what it owns.
             TP_CUDA(device.driver, r, cuMemcpyHtoDAsync, staging_[r], data + done, static_cast<size_t>(n), device.stream);
-            device.launch(device.function(launch.kernel), launch.grid, launch.block, launch.shared_bytes, &args);
+            device.launch(device.function(launch.kernel), launch, &args);
             if (to_host) {
                 TP_CUDA(device.driver, r, cuMemcpyDtoHAsync, data + done, staging_[r], static_cast<size_t>(n), device.stream);
                 if (!device.wait(deadline_s)) throw Error("rank " + std::to_string(r) + " did not return a weight in time");

@@ -67,6 +67,16 @@ Peers prove_peers(const std::vector<std::unique_ptr<Device>>& devices, double de
     return out;
 }
 
+void enable_peers(const std::vector<std::unique_ptr<Device>>& devices) {
+    for (const auto& from : devices)
+        for (const auto& to : devices) {
+            if (from->ordinal == to->ordinal) continue;
+            from->make_current();
+            const int code = from->driver.cuCtxEnablePeerAccess(to->context(), 0);
+            if (code != kAlreadyEnabled) from->driver.check_cuda(code, "cuCtxEnablePeerAccess", from->rank, __FILE__, __LINE__);
+        }
+}
+
 bool Peers::all_proven() const {
     for (const auto& row : link)
         for (const Link l : row)

@@ -22,4 +22,7 @@ struct Peers {
 /// was. Throws Error when a device fails altogether.
 Peers prove_peers(const std::vector<std::unique_ptr<Device>>& devices, double deadline_s);
 
+/// Lets every device's kernels store to every other device's memory; only between pairs that are proven.
+void enable_peers(const std::vector<std::unique_ptr<Device>>& devices);
+
 }  // namespace ggml_tp

@@ -11,6 +11,7 @@
 #include "mul_tile.h"
 #include "mul_vec.h"
 #include "norm.h"
+#include "persist.h"
 #include "quantize.h"
 #include "rope.h"
 #include "rows.h"
@@ -409,7 +410,7 @@ std::string Program::to_text() const {
                 out += std::string(" ") + l.launch.kernel + "<" + std::to_string(l.launch.grid[0]) + "," + std::to_string(l.launch.grid[1]) + "," +
                        std::to_string(l.launch.grid[2]) + ">";
         }
-        out += "\n";
+        out += "\n" + step.detail;
     }
     return out;
 }
@@ -536,6 +537,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
     std::vector<Arch> archs;
     for (const auto& device : context.devices) archs.push_back({device->cc, device->n_sm});
     fuse(program->steps, archs);
+    if (context.stream) persist(*program, context.devices, *context.stream, context.faults);
     for (ProgramStep& step : program->steps) {
         for (int r = 0; r < static_cast<int>(step.launches.size()); ++r)
             if (step.launches[r].launch.kernel && !step.launches[r].function)

@@ -22,6 +22,7 @@ struct RankLaunch {
 struct ProgramStep {
     enum Kind { kLaunch, kAllReduce } kind = kLaunch;
     std::string label;
+    std::string detail;                // whole lines: the stages of a persistent kernel
     std::vector<RankLaunch> launches;  // kLaunch: [n_ranks]
     std::vector<DevicePtr> pointers;   // kAllReduce, in place: [n_ranks]
     i64 elems = 0;
@@ -31,6 +32,7 @@ struct ProgramStep {
 struct Program {
     std::vector<ProgramStep> steps;
     std::vector<Handle> executables;  // [n_ranks], once captured
+    std::vector<DeviceBlock> blocks;  // device memory of this program alone
     struct Written {
         Buffer* buffer;
         i64 offset, bytes;
@@ -70,11 +72,14 @@ class Scratch {
     i64 bytes_ = 0;
 };
 
+class StreamMemory;  // persist.h
+
 struct LoweringContext {
     Memory& memory;
     std::vector<std::unique_ptr<Device>>& devices;
     Scratch& scratch;
     const std::vector<DevicePtr>& faults;  // [n_ranks] one u32 each, device addresses
+    const StreamMemory* stream;            // of the persistent kernel; null: a kernel per step
 };
 
 std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringContext context);

@@ -1,0 +1,67 @@
+// The persistent decode kernel of sm_90 and later (stream.cu): its shape, and which products fit it. Host side and device side.
+#pragma once
+#include "launch.h"
+#include "weight_format.h"
+
+namespace ggml_tp {
+
+constexpr i32 kStreamArch = 900;                         // bulk copies and mbarriers
+constexpr int kStreamThreads = 32 * (kStreamWarps + 2);  // and a warp that streams weights, a warp that stores results
+constexpr int kStreamMostRows = 32;                      // of a tile: a lane of the storing warp each
+constexpr int kStreamInputBytes = kStreamMostK * 5 / 4;  // int8, and {scale, scale * sum} per 32
+constexpr int kStreamMostPieces = 4;                     // 16-byte pieces of the input that a lane keeps in registers
+constexpr int kStreamFlashHeads = 4;                     // query heads of a unit: more would not fit the registers
+constexpr u32 kStreamShared = kStreamSlots * kStreamSlotBytes + kStreamInputBytes + 2 * kStreamStageBytes + 2048;
+static_assert(kStreamShared <= 227 * 1024, "what a block of sm_90 may have");
+
+/// Whether the kernel has this type's pieces.
+constexpr bool stream_can_type(i32 type) { return type == kQ4_0 || type == kQ8_0 || type == kQ4_K || type == kQ6_K; }
+
+/// Fills in the tiles of a product of which parts, n_parts, type, k and glu are set. False: it does not fit the ring, or its rows do not
+/// begin at multiples of 16 bytes.
+inline bool stream_fit(StreamProduct& p) {
+    const WeightFormat* format = find_weight_format(p.type);
+    if (!format || !stream_can_type(p.type) || p.k % format->block_elems || p.k > kStreamMostK) return false;
+    i32 row_bytes = 0;
+    p.n_planes = format->n_fields;
+    for (int f = 0; f < p.n_planes; ++f) row_bytes += p.row_bytes[f] = p.k / format->block_elems * format->field[f].bytes;
+    const i32 least = p.glu ? 2 : 1;
+    p.rows = kStreamMostRows;
+    auto fits = [&] {
+        i32 at = 0;
+        for (int f = 0; f < p.n_planes; ++f) {
+            p.slot_offset[f] = at;
+            at = (at + p.rows * p.row_bytes[f] + 15) / 16 * 16;
+        }
+        return at <= kStreamSlotBytes;
+    };
+    while (p.rows >= least && !fits()) p.rows /= 2;
+    if (p.rows < least) return false;
+    p.k_groups = p.rows < kStreamWarps ? kStreamWarps / p.rows : 1;
+    const i32 each = (p.k / 32 + 32 * p.k_groups - 1) / (32 * p.k_groups);
+    p.pieces_each = each <= 1 ? 1 : each <= 2 ? 2 : 4;
+    if (each > kStreamMostPieces) return false;
+    // Every copy is of whole 16 bytes from a multiple of 16: also the last tile's.
+    const i32 step = p.glu ? p.rows / 2 : p.rows;
+    p.n_tiles = 0;
+    for (int i = 0; i < p.n_parts; ++i) {
+        const i64 n = p.part[i].n;
+        for (int f = 0; f < p.n_planes; ++f)
+            if ((u64)p.part[i].plane[f] % 16 || step * p.row_bytes[f] % 16 || n % step * p.row_bytes[f] % 16) return false;
+        if (!p.glu || i == 0) p.n_tiles += (i32)((n + step - 1) / step);
+    }
+    return true;
+}
+
+/// blocks: at most one per multiprocessor, fewer where ranks share a device.
+inline Launch stream_launch(u32 blocks) {
+    Launch out;
+    out.kernel = "stream";
+    out.grid[0] = blocks;
+    out.block[0] = kStreamThreads;
+    out.shared_bytes = kStreamShared;
+    out.cooperative = true;
+    return out;
+}
+
+}  // namespace ggml_tp

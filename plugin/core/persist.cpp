@@ -1,0 +1,603 @@
+#include "persist.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+#include "elementwise.h"
+#include "flash_attn.h"
+#include "mul_vec.h"
+#include "norm.h"
+#include "rope.h"
+
+namespace ggml_tp {
+namespace {
+
+constexpr int kAttributeCooperative = 95;  // CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
+constexpr int kAttributeSharedOptIn = 97;  // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+constexpr i64 kLeastCells = 16;            // of a piece of attention: less is all merging
+constexpr i64 kMostElems = 1 << 17;        // of an element-wise stage: more is no token's work
+constexpr size_t kLeastProducts = 2;       // of a run: one alone gains nothing over its own launch
+constexpr i64 kAlign = 256;
+i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
+
+// StreamMemory::Rank::vectors. A norm reads its residual and what is added to it in every block, while fast blocks store results already,
+// maybe where the host's allocator has put them: over the inputs, which are dead by then. So norms read copies that are nobody else's.
+enum Vector { kSum0, kSum1, kAdded0, kAdded1, kImportA, kImportB };
+
+template <class T>
+T args_of(const RankLaunch& l) {
+    T args;
+    std::memcpy(&args, l.args.data(), sizeof args);
+    return args;
+}
+
+struct Span {
+    u64 begin, end;
+    bool meets(const Span& o) const { return begin < o.end && o.begin < end; }
+};
+Span span_of(const void* data, i64 bytes) { return {reinterpret_cast<u64>(data), reinterpret_cast<u64>(data) + static_cast<u64>(bytes)}; }
+Span span_of(const View& v) {
+    i64 bytes = v.type == kF16 || v.type == kBF16 ? 2 : v.type == kI64 ? 8 : 4;
+    for (int d = 0; d < 4; ++d) bytes += (v.ne[d] - 1) * v.nb[d];
+    return span_of(v.data, bytes);
+}
+bool meet(const std::vector<Span>& a, const std::vector<Span>& b) {
+    return std::any_of(a.begin(), a.end(), [&](const Span& x) { return std::any_of(b.begin(), b.end(), [&](const Span& y) { return x.meets(y); }); });
+}
+
+/// One stage of one rank while the table is being made.
+struct Draft {
+    i32 kind = kStreamEnd, count = 0;
+    std::vector<char> body;
+    std::vector<Span> reads, writes;
+
+    template <class T>
+    static Draft of(i32 kind, const T& body) {
+        static_assert(sizeof(T) <= sizeof(StreamStage::body));
+        Draft d;
+        d.kind = kind;
+        d.body.resize(sizeof body);
+        std::memcpy(d.body.data(), &body, sizeof body);
+        return d;
+    }
+    template <class T>
+    T get() const {
+        T out;
+        std::memcpy(&out, body.data(), sizeof out);
+        return out;
+    }
+    template <class T>
+    void set(const T& value) {
+        std::memcpy(body.data(), &value, sizeof value);
+    }
+};
+struct Stage {
+    std::string label;
+    std::vector<Draft> ranks;
+    int pushes = 0;  // of the launch, up to and with the all_reduce that this stage waits for; 0: it waits for no peer
+};
+
+/// A token's activations on their way to a product: how its input comes about. Bound to the scratch memory that a launch of its own would
+/// have written them to as int8.
+struct Recipe {
+    i32 input = kInputKept;
+    const float *a = nullptr, *b = nullptr, *weight = nullptr;
+    float *sum = nullptr, *norm = nullptr;
+    float eps = 0;
+    i64 k = 0;
+    bool used = false;  // a second reader finds the int8 in shared memory, or runs as a launch of its own
+};
+
+bool is_vector(const View& v, i64 n) {
+    return v.type == kF32 && v.ne[0] == n && v.ne[1] * v.ne[2] * v.ne[3] == 1 && v.nb[0] == 4 && reinterpret_cast<u64>(v.data) % 16 == 0;
+}
+bool named(const RankLaunch& l, const char* prefix) { return l.launch.kernel && std::strncmp(l.launch.kernel, prefix, std::strlen(prefix)) == 0; }
+
+/// One rank's reading of a run of steps. add() is called with the steps in order; false: this step ends the run (and this object is of no
+/// more use: the run is read again up to here).
+class RankRun {
+  public:
+    RankRun(const StreamMemory::Rank& memory, int n_ranks) : memory_(&memory), n_ranks_(n_ranks) {}
+
+    std::vector<Draft> stages;  // what has been drafted; a step adds none, one or two
+
+    bool add(const RankLaunch& l) {
+        if (named(l, "fused_norm")) return add_norm(args_of<FusedNormArgs>(l));
+        if (named(l, "quantize_x")) return add_quantize(args_of<QuantizeArgs>(l));
+        if (named(l, "fused_glu_")) return add_glu(l);
+        if (named(l, "mul_vec_") && l.args.size() == sizeof(MulVecArgs)) return add_product(args_of<MulVecArgs>(l));
+        if (named(l, "flash_split_")) return add_flash(args_of<FlashSplitArgs>(l));
+        if (named(l, "flash_combine")) return add_combine(args_of<FlashCombineArgs>(l));
+        if (named(l, "rope_")) return add_rope(l);
+        if (named(l, "set_rows")) return add_set_rows(args_of<SetRowsArgs>(l));
+        if (named(l, "get_rows") && !named(l, "get_rows_i32")) return add_get_rows(args_of<GetRowsArgs>(l));
+        if (named(l, "binary_")) return add_binary(l);
+        return false;
+    }
+    /// The all_reduce of what the last stage, a product, has computed. inboxes: of every rank.
+    bool add_reduce(DevicePtr y, i64 elems, const std::vector<float*>& inboxes, int rank) {
+        if (stages.empty() || stages.back().kind != kStreamProduct || elems > kStreamMostK) return false;
+        StreamProduct p = stages.back().get<StreamProduct>();
+        if (p.n_parts != 1 || p.glu || p.part[0].n != elems || reinterpret_cast<DevicePtr>(p.part[0].y) != y) return false;
+        p.n_push = n_ranks_;
+        for (int r = 0; r < n_ranks_; ++r) p.push[r] = inboxes[static_cast<size_t>(r)] + rank * elems;
+        stages.back().set(p);
+        StreamReduce reduce{inboxes[static_cast<size_t>(rank)], p.part[0].y, nullptr, elems, n_ranks_, 0};
+        Draft d = Draft::of(kStreamReduce, reduce);
+        d.reads = {span_of(reduce.inbox, elems * n_ranks_ * 4)};
+        d.writes = {span_of(reduce.y, elems * 4)};
+        stages.push_back(std::move(d));
+        return true;
+    }
+    i64 scratch_bytes = 0;  // of attention's pieces; offsets into it stand in the drafts until set_scratch
+    void set_scratch(DevicePtr base) {
+        for (Draft& d : stages) {
+            auto move = [&](const float*& p) { p = reinterpret_cast<const float*>(base + reinterpret_cast<u64>(p)); };
+            if (d.kind == kStreamFlash) {
+                StreamFlash f = d.get<StreamFlash>();
+                const float *acc = f.args.acc, *meta = f.args.meta;
+                move(acc), move(meta);
+                f.args.acc = const_cast<float*>(acc), f.args.meta = const_cast<float*>(meta);
+                d.set(f);
+                d.writes = {span_of(acc, flash_split_acc(f.args) * 4), span_of(meta, flash_split_meta(f.args) * 4)};
+            } else if (d.kind == kStreamCombine) {
+                StreamCombine c = d.get<StreamCombine>();
+                move(c.args.acc), move(c.args.meta);
+                d.set(c);
+                const i64 heads = c.args.y.ne[1] * c.args.n_splits;
+                d.reads.push_back(span_of(c.args.acc, heads * c.args.y.ne[0] * 4));
+                d.reads.push_back(span_of(c.args.meta, heads * 8));
+            }
+        }
+    }
+
+  private:
+    bool add_norm(const FusedNormArgs& n) {
+        const i64 k = n.y.ne[0];
+        if (!n.xq) {
+            if (n.has_b) return false;
+            Draft d = Draft::of(kStreamNormRows, StreamNormRows{n});
+            d.reads = {span_of(n.a)};
+            d.writes = {span_of(n.y)};
+            stages.push_back(std::move(d));
+            return true;
+        }
+        if (!is_vector(n.y, k) || !is_vector(n.a, k) || (n.has_b && (!is_vector(n.b, k) || !is_vector(n.sum, k)))) return false;
+        Recipe r{kInputNorm, reinterpret_cast<const float*>(n.a.data), nullptr, nullptr, nullptr, reinterpret_cast<float*>(n.y.data), n.eps, k};
+        if (n.has_b) r.b = reinterpret_cast<const float*>(n.b.data), r.sum = reinterpret_cast<float*>(n.sum.data);
+        if (n.has_weight) r.weight = reinterpret_cast<const float*>(n.weight.data);
+        return bind(n.xq, r);
+    }
+    bool add_quantize(const QuantizeArgs& q) {
+        if (q.k_begin != 0 || q.k_end != q.k || !is_vector(q.x, q.k)) return false;
+        Recipe r;
+        r.input = kInputPlain, r.a = reinterpret_cast<const float*>(q.x.data), r.k = q.k;
+        return bind(q.xq, r);
+    }
+    bool bind(const char* xq, const Recipe& recipe) {
+        if (recipe.k % 32 || recipe.k > kStreamMostK) return false;
+        recipes_[xq] = recipe;
+        if (kept_ == xq) kept_ = nullptr;
+        return true;
+    }
+    /// Two products of the stage before become one whose tiles hold rows of both.
+    bool add_glu(const RankLaunch& l) {
+        const FusedGluArgs g = args_of<FusedGluArgs>(l);
+        static constexpr const char* kKernels[] = {"fused_glu_swiglu", "fused_glu_geglu", "fused_glu_reglu"};  // in the order of GluOp
+        if (stages.empty() || stages.back().kind != kStreamProduct) return false;
+        StreamProduct p = stages.back().get<StreamProduct>();
+        const i64 n = g.glu.y.ne[0];
+        if (p.n_parts != 2 || p.glu || p.part[0].n != n || p.part[1].n != n || !is_vector(g.glu.y, n)) return false;
+        if (g.glu.a.data != reinterpret_cast<char*>(p.part[0].y) || g.glu.b.data != reinterpret_cast<char*>(p.part[1].y)) {
+            if (g.glu.b.data != reinterpret_cast<char*>(p.part[0].y) || g.glu.a.data != reinterpret_cast<char*>(p.part[1].y)) return false;
+            std::swap(p.part[0], p.part[1]);
+        }
+        for (int op = 0; op < 3; ++op)
+            if (!std::strcmp(l.launch.kernel, kKernels[op])) p.glu = 1 + op;
+        p.glu_y = reinterpret_cast<float*>(g.glu.y.data);
+        if (!p.glu || !stream_fit(p)) return false;
+        Recipe r;
+        r.input = kInputPlain, r.a = p.glu_y, r.k = n;
+        if (!bind(g.xq, r)) return false;
+        stages.back().set(p);
+        stages.back().writes.push_back(span_of(p.glu_y, n * 4));
+        return true;
+    }
+    bool add_product(const MulVecArgs& m) {
+        if (m.x.ne[1] != 1 || !m.xq || !stream_can_type(m.part[0].w.type)) return false;
+        const auto found = recipes_.find(m.xq);
+        if (found == recipes_.end() || found->second.k != m.k) return false;
+        const Recipe r = found->second;
+        StreamProduct p{};
+        p.n_parts = m.n_parts;
+        p.type = m.part[0].w.type;
+        p.k = static_cast<i32>(m.k);
+        for (int i = 0; i < m.n_parts; ++i) {
+            const MulVecPart& part = m.part[i];
+            if (part.y.nb[0] != 4 || part.y.type != kF32) return false;
+            for (int f = 0; f < 4; ++f) p.part[i].plane[f] = part.w.plane[f];
+            p.part[i].y = reinterpret_cast<float*>(part.y.data);
+            p.part[i].n = part.w.n;
+        }
+        if (!stream_fit(p)) return false;
+        for (int i = 0; i < m.n_parts; ++i)
+            for (int f = 0; f < p.n_planes; ++f)
+                if (m.part[i].w.row_stride[f] != p.row_bytes[f]) return false;
+        Draft d = Draft::of(kStreamProduct, p);
+        for (int i = 0; i < m.n_parts; ++i) d.writes.push_back(span_of(p.part[i].y, p.part[i].n * 4));
+        if (kept_ != m.xq) {
+            if (r.used) return false;
+            found->second.used = true;
+            give_input(p, r, d);
+        }
+        kept_ = m.xq;
+        d.set(p);
+        stages.push_back(std::move(d));
+        return true;
+    }
+    /// The recipe becomes the product's input. Copies that only this kernel knows take the place of memory that the host may reuse.
+    void give_input(StreamProduct& p, const Recipe& r, Draft& d) {
+        p.input = r.input;
+        p.a = r.a, p.b = r.b, p.weight = r.weight, p.eps = r.eps, p.sum = r.sum, p.norm = r.norm;
+        bool own_a = false, own_b = false;
+        if (p.input == kInputNorm) {
+            own_a = take_copy(p.a, r.k);
+            own_b = take_copy(p.b, r.k);
+            if (r.sum) {
+                next_sum_ ^= 1;
+                p.sum_copy = memory_->vectors[kSum0 + next_sum_];
+                last_sum_ = {r.sum, p.sum_copy};
+                d.writes.push_back(span_of(p.sum, r.k * 4));
+                d.writes.push_back(span_of(p.sum_copy, r.k * 4));
+            }
+            if (r.norm) d.writes.push_back(span_of(r.norm, r.k * 4));
+        }
+        auto import = [&](const float*& from, int vector) {
+            if (!from || !meet({span_of(from, r.k * 4)}, d.writes)) return;
+            const StreamReduce copy{from, memory_->vectors[vector], nullptr, r.k, 1, 0};
+            Draft c = Draft::of(kStreamReduce, copy);
+            c.reads = {span_of(from, r.k * 4)};
+            c.writes = {span_of(copy.y, r.k * 4)};
+            stages.push_back(std::move(c));
+            from = copy.y;
+        };
+        if (!own_a) import(p.a, kImportA);
+        if (!own_b) import(p.b, kImportB);
+        d.reads.push_back(span_of(p.a, r.k * 4));
+        if (p.b) d.reads.push_back(span_of(p.b, r.k * 4));
+    }
+    /// Reads the copy of a residual or of a product's result instead, where there is one. Hosts add them in either order.
+    bool take_copy(const float*& from, i64 k) {
+        if (!from) return false;
+        const float* copy = last_sum_.host == from ? last_sum_.copy : copy_of_output(from, k);
+        if (copy) from = copy;
+        return copy != nullptr;
+    }
+    /// A copy of what the last product or all_reduce wrote to y, made by its stage; null when some other stage wrote it.
+    float* copy_of_output(const float* y, i64 n) {
+        for (size_t i = stages.size(); i-- > 0;) {
+            Draft& d = stages[i];
+            const Span wanted = span_of(y, n * 4);
+            if (!meet({wanted}, d.writes)) continue;
+            float* copy = memory_->vectors[kAdded0 + next_added_];
+            if (d.kind == kStreamProduct) {
+                StreamProduct p = d.get<StreamProduct>();
+                if (p.n_parts != 1 || p.part[0].y != y || p.part[0].n != n || p.part[0].copy || p.n_push) return nullptr;
+                p.part[0].copy = copy;
+                d.set(p);
+            } else if (d.kind == kStreamReduce) {
+                StreamReduce r = d.get<StreamReduce>();
+                if (r.y != y || r.n != n || r.copy) return nullptr;
+                r.copy = copy;
+                d.set(r);
+            } else {
+                return nullptr;
+            }
+            d.writes.push_back(span_of(copy, n * 4));
+            next_added_ ^= 1;
+            return copy;
+        }
+        return nullptr;
+    }
+    bool add_flash(FlashSplitArgs f) {
+        const FlashAttnArgs& a = f.a;
+        const i64 cells = a.k.ne[1], d = a.q.ne[0];
+        if (a.q.ne[1] != 1 || a.q.ne[3] != 1 || cells <= 0) return false;
+        f.group_heads = a.gqa_ratio <= 1 ? 1 : a.gqa_ratio <= 2 ? 2 : kStreamFlashHeads;
+        f.head_groups = (a.gqa_ratio + f.group_heads - 1) / f.group_heads;
+        if (kStreamWarps / 2 * f.group_heads * (2 + d) * 4 > kStreamInputBytes) return false;
+        const i64 units = a.k.ne[2] * f.head_groups;
+        const i64 splits = std::clamp<i64>(memory_->n_blocks / std::max<i64>(units, 1), 1, (cells + kLeastCells - 1) / kLeastCells);
+        f.cells = static_cast<i32>(round_up((cells + splits - 1) / splits, 8));
+        f.n_splits = static_cast<i32>((cells + f.cells - 1) / f.cells);
+        // Offsets for now; a later attention of the run uses the same scratch.
+        const i64 acc_bytes = round_up(flash_split_acc(f) * 4, kAlign), meta_bytes = round_up(flash_split_meta(f) * 4, kAlign);
+        f.acc = nullptr;
+        f.meta = reinterpret_cast<float*>(acc_bytes);
+        scratch_bytes = std::max(scratch_bytes, acc_bytes + meta_bytes);
+        Draft out = Draft::of(kStreamFlash, StreamFlash{f, static_cast<i32>(units), 0});
+        out.reads = {span_of(a.q), span_of(a.k), span_of(a.v)};
+        if (a.has_mask) out.reads.push_back(span_of(a.mask));
+        stages.push_back(std::move(out));
+        kept_ = nullptr;  // its warps meet in the same shared memory
+        return true;
+    }
+    bool add_combine(FlashCombineArgs c) {
+        if (stages.empty() || stages.back().kind != kStreamFlash || c.y.ne[2] * c.y.ne[3] != 1 || c.y.nb[0] != 4) return false;
+        const FlashSplitArgs f = stages.back().get<StreamFlash>().args;
+        const i64 k = c.y.ne[0] * c.y.ne[1];
+        if (c.xq) {
+            if (c.y.nb[1] != c.y.ne[0] * 4) return false;
+            Recipe r;
+            r.input = kInputPlain, r.a = reinterpret_cast<const float*>(c.y.data), r.k = k;
+            if (!bind(c.xq, r)) return false;
+        }
+        c.acc = f.acc, c.meta = f.meta, c.n_splits = f.n_splits, c.xq = c.xd = nullptr;
+        Draft d = Draft::of(kStreamCombine, StreamCombine{c});
+        d.writes = {span_of(c.y)};
+        stages.push_back(std::move(d));
+        return true;
+    }
+    bool add_rope(const RankLaunch& l) {
+        RopeStoreArgs a{};
+        if (named(l, "rope_store")) {
+            a = args_of<RopeStoreArgs>(l);
+        } else {
+            if (l.args.size() != sizeof(RopeArgs)) return false;
+            a.rope[0] = args_of<RopeArgs>(l);
+            a.n_ropes = 1;
+            a.stored_rope = -1;
+        }
+        const Launch launch = rope_store_launch(a, {});
+        if (!launch.kernel || launch.grid[0] > kMostElems / 256) return false;
+        Draft d = Draft::of(kStreamRopeStore, a);
+        d.count = static_cast<i32>(launch.grid[0]);
+        for (int i = 0; i < a.n_ropes; ++i) d.reads.push_back(span_of(a.rope[i].x)), d.writes.push_back(span_of(a.rope[i].y));
+        for (int i = 0; i < a.n_stores; ++i) d.reads.push_back(span_of(a.store[i].x)), d.writes.push_back(span_of(a.store[i].y));
+        stages.push_back(std::move(d));
+        return true;
+    }
+    bool add_set_rows(const SetRowsArgs& a) {
+        if (n_elements(a.x) > kMostElems) return false;
+        Draft d = Draft::of(kStreamSetRows, a);
+        d.reads = {span_of(a.x)};
+        d.writes = {span_of(a.y)};
+        stages.push_back(std::move(d));
+        return true;
+    }
+    bool add_get_rows(const GetRowsArgs& a) {
+        if (n_elements(a.y) > kMostElems || a.w.repacked) return false;
+        Draft d = Draft::of(kStreamGetRows, a);
+        d.reads = {span_of(a.w_view), span_of(a.idx)};
+        d.writes = {span_of(a.y)};
+        stages.push_back(std::move(d));
+        return true;
+    }
+    bool add_binary(const RankLaunch& l) {
+        StreamBinary b{args_of<BinaryArgs>(l), -1, 0};
+        if (n_elements(b.args.y) > kMostElems) return false;
+        for (int op = 0; op < 4; ++op)
+            if (!std::strcmp(l.launch.kernel, kBinaryKernels[op])) b.op = op;
+        Draft d = Draft::of(kStreamBinary, b);
+        d.reads = {span_of(b.args.a), span_of(b.args.b)};
+        d.writes = {span_of(b.args.y)};
+        stages.push_back(std::move(d));
+        return b.op >= 0;
+    }
+
+    struct Copy {
+        const float* host = nullptr;
+        float* copy = nullptr;
+    };
+    const StreamMemory::Rank* memory_;
+    int n_ranks_;
+    std::map<const char*, Recipe> recipes_;  // by the scratch that they would be written to
+    const char* kept_ = nullptr;             // whose int8 the shared memory holds
+    Copy last_sum_;
+    int next_sum_ = 0, next_added_ = 0;
+};
+
+/// Whether a launch refers to this address: its arguments are words, and pointers are aligned in them.
+bool refers_to(const RankLaunch& l, const char* pointer) {
+    for (size_t at = 0; at + sizeof pointer <= l.args.size(); at += sizeof pointer)
+        if (!std::memcmp(l.args.data() + at, &pointer, sizeof pointer)) return true;
+    return false;
+}
+
+/// Where a launch writes int8 activations, or null.
+const char* quantizes_to(const RankLaunch& l) {
+    if (named(l, "fused_norm")) return args_of<FusedNormArgs>(l).xq;
+    if (named(l, "quantize_x")) return args_of<QuantizeArgs>(l).xq;
+    if (named(l, "fused_glu_")) return args_of<FusedGluArgs>(l).xq;
+    if (named(l, "flash_combine")) return args_of<FlashCombineArgs>(l).xq;
+    return nullptr;
+}
+
+/// Steps [begin, end) as stages of every rank. The longest that all ranks can.
+struct Run {
+    size_t end = 0;
+    std::vector<Stage> stages;
+    std::vector<RankRun> ranks;
+    int n_pushes = 0;
+    size_t n_products = 0;
+};
+
+Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMemory& memory, int pushes_before, size_t most) {
+    Run run;
+    const int n = static_cast<int>(memory.ranks.size());
+    for (int r = 0; r < n; ++r) run.ranks.emplace_back(memory.ranks[static_cast<size_t>(r)], n);
+    run.end = begin;
+    for (size_t i = begin; i < std::min(most, steps.size()); ++i) {
+        const ProgramStep& step = steps[i];
+        bool ok = true;
+        if (step.kind == ProgramStep::kAllReduce) {
+            ok = memory.peers && step.wire == WireType::kF32;
+            std::vector<float*> inboxes;
+            for (const auto& rank : memory.ranks) inboxes.push_back(rank.inbox[(pushes_before + run.n_pushes) % 2]);
+            for (int r = 0; ok && r < n; ++r) ok = run.ranks[static_cast<size_t>(r)].add_reduce(step.pointers[static_cast<size_t>(r)], step.elems, inboxes, r);
+        } else {
+            for (int r = 0; ok && r < n; ++r) ok = run.ranks[static_cast<size_t>(r)].add(step.launches[static_cast<size_t>(r)]);
+            // The same stages on every rank: they count arrivals alike.
+            for (int r = 1; ok && r < n; ++r) {
+                const auto &a = run.ranks[0].stages, &b = run.ranks[static_cast<size_t>(r)].stages;
+                ok = a.size() == b.size() && (a.empty() || a.back().kind == b.back().kind);
+            }
+        }
+        if (!ok) return make_run(steps, begin, memory, pushes_before, i);
+        const size_t now = run.ranks[0].stages.size();
+        const bool reduces = step.kind == ProgramStep::kAllReduce;
+        run.n_pushes += reduces;
+        while (run.stages.size() < now) run.stages.push_back({step.label, {}, 0});
+        if (reduces) run.stages.back().pushes = run.n_pushes;
+        run.end = i + 1;
+    }
+    for (const Draft& d : run.ranks.empty() ? std::vector<Draft>{} : run.ranks[0].stages) run.n_products += d.kind == kStreamProduct;
+    return run;
+}
+
+/// The first step of the run whose int8 activations are read by a launch behind the run, or its end: such a step must run itself.
+size_t end_of_kept_inputs(const std::vector<ProgramStep>& steps, size_t begin, size_t end) {
+    std::vector<const char*> written_over;
+    for (size_t i = end; i-- > begin;) {
+        if (steps[i].kind != ProgramStep::kLaunch) continue;
+        const char* xq = quantizes_to(steps[i].launches[0]);
+        if (!xq || std::find(written_over.begin(), written_over.end(), xq) != written_over.end()) continue;
+        written_over.push_back(xq);
+        for (size_t j = end; j < steps.size(); ++j) {
+            if (steps[j].kind != ProgramStep::kLaunch) continue;
+            if (quantizes_to(steps[j].launches[0]) == xq) break;
+            if (refers_to(steps[j].launches[0], xq)) return i;
+        }
+    }
+    return end;
+}
+
+/// Who waits: a stage that reads what a stage before it wrote since the last wait, or writes what such a stage read or wrote.
+std::vector<i32> waits_of(const Run& run) {
+    std::vector<i32> waits(run.stages.size());
+    std::vector<std::vector<Span>> reads(run.ranks.size()), writes(run.ranks.size());
+    for (size_t i = 0; i < run.stages.size(); ++i) {
+        bool wait = run.stages[i].pushes > 0;
+        for (size_t r = 0; r < run.ranks.size(); ++r) {
+            const Draft& d = run.ranks[r].stages[i];
+            wait |= meet(d.reads, writes[r]) || meet(d.writes, writes[r]) || meet(d.writes, reads[r]);
+        }
+        waits[i] = run.stages[i].pushes > 0 ? 2 : wait;
+        for (size_t r = 0; r < run.ranks.size(); ++r) {
+            const Draft& d = run.ranks[r].stages[i];
+            if (wait) reads[r].clear(), writes[r].clear();
+            reads[r].insert(reads[r].end(), d.reads.begin(), d.reads.end());
+            writes[r].insert(writes[r].end(), d.writes.begin(), d.writes.end());
+        }
+    }
+    return waits;
+}
+
+constexpr const char* kKindNames[] = {"product",   "reduce",  "norm rows", "binary", "rope and store", "set_rows", "get_rows",
+                                      "attention", "combine", "copy",      "end"};
+
+}  // namespace
+
+StreamMemory::StreamMemory(std::vector<std::unique_ptr<Device>>& devices, bool peers_in, double deadline) : peers(peers_in), deadline_s(deadline) {
+    const i64 n = static_cast<i64>(devices.size()), vector_bytes = kStreamMostK * 4;
+    for (const auto& device : devices) {
+        Rank rank;
+        int sharing = 0;
+        for (const auto& other : devices) sharing += other->ordinal == device->ordinal;
+        rank.n_blocks = static_cast<u32>(std::max(device->n_sm / sharing, 1));
+        const i64 bytes = kAlign + (6 + (peers ? 2 * n : 0)) * vector_bytes;
+        rank.block = DeviceBlock(*device, static_cast<size_t>(bytes));
+        const DevicePtr base = rank.block.pointer();
+        rank.state = reinterpret_cast<StreamState*>(base);
+        for (int v = 0; v < 6; ++v) rank.vectors[v] = reinterpret_cast<float*>(base + static_cast<u64>(kAlign + v * vector_bytes));
+        for (int i = 0; peers && i < 2; ++i) rank.inbox[i] = reinterpret_cast<float*>(base + static_cast<u64>(kAlign + (6 + i * n) * vector_bytes));
+        blocks_of_all += rank.n_blocks;
+        ranks.push_back(std::move(rank));
+    }
+    reset();
+}
+
+void StreamMemory::reset() const {
+    for (const Rank& rank : ranks) {
+        const Device& device = *rank.block.device();
+        device.make_current();
+        TP_CUDA(device.driver, device.rank, cuMemsetD8Async, rank.block.pointer(), 0, sizeof(StreamState), device.stream);
+        if (!device.wait(deadline_s)) throw Error("rank " + std::to_string(device.rank) + " did not clear its counters in time");
+    }
+}
+
+bool can_persist(const std::vector<std::unique_ptr<Device>>& devices) {
+    for (const auto& device : devices) {
+        int shared = 0;
+        TP_CUDA(device->driver, device->rank, cuDeviceGetAttribute, &shared, kAttributeSharedOptIn, device->ordinal);
+        int cooperative = 0;
+        TP_CUDA(device->driver, device->rank, cuDeviceGetAttribute, &cooperative, kAttributeCooperative, device->ordinal);
+        if (device->cc < kStreamArch || shared < static_cast<int>(kStreamShared) || !cooperative) return false;
+    }
+    return true;
+}
+
+void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, const StreamMemory& memory, const std::vector<DevicePtr>& faults) {
+    std::vector<ProgramStep> out;
+    const size_t n = devices.size();
+    int pushes = 0;
+    for (size_t i = 0; i < program.steps.size();) {
+        Run run = make_run(program.steps, i, memory, pushes, program.steps.size());
+        const size_t kept = end_of_kept_inputs(program.steps, i, run.end);
+        if (kept < run.end) run = make_run(program.steps, i, memory, pushes, kept);
+        if (run.n_products < kLeastProducts) {
+            out.push_back(std::move(program.steps[i++]));
+            continue;
+        }
+        ProgramStep step;
+        step.label = "stream of " + std::to_string(run.stages.size()) + " stages";
+        const std::vector<i64> table_bytes(n, static_cast<i64>(run.stages.size() * sizeof(StreamStage)));
+        std::vector<DevicePtr> tables;
+        for (size_t r = 0; r < n; ++r) {
+            DeviceBlock block(*devices[r], static_cast<size_t>(table_bytes[r] + run.ranks[r].scratch_bytes + kAlign));
+            tables.push_back(block.pointer());
+            run.ranks[r].set_scratch(block.pointer() + static_cast<u64>(round_up(table_bytes[r], kAlign)));
+            program.blocks.push_back(std::move(block));
+        }
+        const std::vector<i32> waits = waits_of(run);
+        for (size_t s = 0; s < run.stages.size(); ++s)
+            step.detail += std::string(waits[s] == 2 ? "  == "
+                                       : waits[s]    ? "  -- "
+                                                     : "     ") +
+                           kKindNames[run.ranks[0].stages[s].kind] + " " + run.stages[s].label + "\n";
+        for (size_t r = 0; r < n; ++r) {
+            std::vector<StreamStage> stages(run.stages.size());
+            for (size_t s = 0; s < stages.size(); ++s) {
+                const Draft& d = run.ranks[r].stages[s];
+                stages[s].kind = d.kind, stages[s].wait = waits[s], stages[s].pushes = run.stages[s].pushes, stages[s].count = d.count;
+                std::memcpy(stages[s].body, d.body.data(), d.body.size());
+            }
+            Device& device = *devices[r];
+            device.make_current();
+            TP_CUDA(device.driver, device.rank, cuMemcpyHtoDAsync, tables[r], stages.data(), stages.size() * sizeof(StreamStage), device.stream);
+            if (!device.wait(memory.deadline_s)) throw Error("rank " + std::to_string(r) + " did not take a program in time");
+            StreamArgs args{};
+            args.stages = reinterpret_cast<const StreamStage*>(tables[r]);
+            args.state = memory.ranks[r].state;
+            for (size_t p = 0; p < n; ++p) args.pushed[p] = &memory.ranks[p].state->pushed;
+            args.fault = reinterpret_cast<u32*>(faults[r]);
+            args.n_stages = static_cast<i32>(stages.size());
+            args.n_ranks = static_cast<i32>(n);
+            args.n_pushes = run.n_pushes;
+            args.blocks_of_all = static_cast<i32>(memory.blocks_of_all);
+            args.deadline_ns = static_cast<u64>(memory.deadline_s * 1e9);
+            RankLaunch launch;
+            launch.launch = stream_launch(memory.ranks[r].n_blocks);
+            launch.args.resize(sizeof args);
+            std::memcpy(launch.args.data(), &args, sizeof args);
+            step.launches.push_back(std::move(launch));
+        }
+        out.push_back(std::move(step));
+        pushes += run.n_pushes;
+        i = run.end;
+    }
+    program.steps = std::move(out);
+}
+
+}  // namespace ggml_tp

@@ -1,0 +1,36 @@
+// Runs of launches that the persistent kernel (cuda_src/stream.cu) can do become one launch of it, with a table of stages; an all_reduce
+// between them becomes stores into the peers' memory. Whatever it does not know stays a launch of its own, between two such runs.
+#pragma once
+#include "program.h"
+#include "stream.h"
+
+namespace ggml_tp {
+
+/// What the persistent kernels of a group share, per rank: counters, vectors that only they read and write, and inboxes for peers' sums.
+class StreamMemory {
+  public:
+    /// peers: every rank's memory can be stored to from every other rank's device. Throws Error when memory is short.
+    StreamMemory(std::vector<std::unique_ptr<Device>>& devices, bool peers, double deadline_s);
+
+    /// After a failure: counters as at the start. No kernel may run.
+    void reset() const;
+
+    struct Rank {
+        DeviceBlock block;
+        StreamState* state = nullptr;
+        float* vectors[6] = {};  // kStreamMostK floats each: see persist.cpp
+        float* inbox[2] = {};    // [n_ranks][elems of the all_reduce]
+        u32 n_blocks = 0;        // of a launch
+    };
+    std::vector<Rank> ranks;
+    const bool peers;  // several ranks, and all of them can be reached
+    u32 blocks_of_all = 0;
+    const double deadline_s;
+};
+
+/// Whether these devices run it: each sm_90 or newer, with room for its ring.
+bool can_persist(const std::vector<std::unique_ptr<Device>>& devices);
+
+void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, const StreamMemory& memory, const std::vector<DevicePtr>& faults);
+
+}  // namespace ggml_tp
