@@ -125,9 +125,12 @@ def kernel_images(archs: list[str], work: Path) -> list[Path]:
         ptx = arch in PTX_VERSIONS
         number = int(arch.removeprefix("sm_").removeprefix("compute_").rstrip("a"))
         for source in KERNELS:
-            data = compile_kernel(source, arch.replace("compute_", "sm_"), ptx)
-            path = work / f"{source.stem}-{arch}.cubin"
-            path.write_bytes(data)
+            path = CACHE / f"{source.stem}-{digest(source, [arch])}.{arch}.cubin"
+            if not path.exists():
+                CACHE.mkdir(parents=True, exist_ok=True)
+                partial = path.with_suffix(f".{os.getpid()}.tmp")
+                partial.write_bytes(compile_kernel(source, arch.replace("compute_", "sm_"), ptx))
+                partial.rename(path)
             label = f"ggml_tp_image_{source.stem}_{arch}"
             assembler.append(f'    .balign 64\n    .global {label}\n    .hidden {label}\n{label}:\n    .incbin "{path}"\n')
             labels.append(f'extern "C" const unsigned char {label}[];')

@@ -214,7 +214,8 @@ struct RepackArgs {
 };
 
 // ---- stream.cu: one persistent kernel that walks a table of stages (see there). Vectors are one token's: F32, contiguous, 16-byte aligned.
-constexpr int kStreamWarps = 16;         // that multiply; one more streams weights, one more stores results
+constexpr int kStreamWarps = 8;          // that multiply; one more streams weights, one more stores results. 16 had no registers left: what
+                                         // spilled came back from the L2, and an 8B model ran at 298 tokens/s (docs/decisions.md)
 constexpr int kStreamSlots = 5;          // of the shared-memory ring
 constexpr int kStreamSlotBytes = 36864;  // 16 rows of 4096 4-bit weights: 5 of them keep 4 TB/s busy for 5 us (docs/decisions.md)
 constexpr int kStreamMostK = 32768;
@@ -232,7 +233,7 @@ enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2 };
 struct StreamProduct {
     StreamPart part[3];
     i32 n_parts, type, k, rows;
-    i32 k_groups, pieces_each;  // 16 warps are k_groups x 16 / k_groups: a lane holds pieces_each pieces (32 elements) of the input
+    i32 k_groups, pieces_each;  // the warps are k_groups x row groups: a lane holds pieces_each pieces (32 elements) of the input
     i32 n_tiles, n_planes;
     i32 row_bytes[4], slot_offset[4];
     i32 glu, input;  // glu: 1 + GluOp, or 0
@@ -249,6 +250,15 @@ struct StreamReduce {
     float *y, *copy;
     i64 n;
     i32 n_ranks, pad;
+};
+// The turns of every pair of a token's heads, the same in all layers: {cos, sin} of pair i at table[2 * i].
+struct StreamTurns {
+    RopeArgs rope;
+    float* table;
+};
+struct StreamRope {
+    RopeStoreArgs args;
+    const float* table[2];  // of each rope
 };
 struct StreamNormRows {
     FusedNormArgs norm;
@@ -269,18 +279,20 @@ enum StreamKind : i32 {
     kStreamReduce,
     kStreamNormRows,
     kStreamBinary,
+    kStreamTurns,
     kStreamRopeStore,
     kStreamSetRows,
     kStreamGetRows,
     kStreamFlash,
     kStreamCombine,
-    kStreamCopy,
     kStreamEnd,
 };
 // wait: 1: for all blocks of this rank to have done all stages before; 2: for all blocks of all ranks to have pushed as often as `pushes`.
 struct StreamStage {
     i32 kind, wait, pushes, count;  // count: blocks of 256 of a kStreamRopeStore
-    alignas(16) char body[kStreamStageBytes - 16];
+    i32 next_product;               // index of the next stage that is one, or n_stages: the streaming warp goes from one to the other
+    i32 pad[3];
+    alignas(16) char body[kStreamStageBytes - 32];
 };
 // Device memory of one rank, zero at first: how many blocks have arrived at how many stages, how many have ended; and how many blocks of all
 // ranks have pushed, ever, of which `pushed_before` in launches before this one.
@@ -293,10 +305,12 @@ struct StreamArgs {
     StreamState* state;
     u32* pushed[16];  // StreamState::pushed of every rank
     u32* fault;
-    i32 n_stages, n_ranks, n_pushes;  // pushes of this launch
-    i32 blocks_of_all;                // over all ranks
+    i32 n_stages, first_product, n_ranks, n_pushes;  // pushes of this launch
+    i32 blocks_of_all, pad;                          // over all ranks
     u64 deadline_ns;
+    u64* cycles;  // [n_stages][kStreamTimes]: of the multiprocessor of block 0, for whoever asks where a token's time goes
 };
+enum StreamTime : i32 { kTimeBegin, kTimeWaited, kTimeInput, kTimeDone, kTimeStored, kStreamTimes };
 
 enum Fault : u32 { kFaultNone = 0, kFaultRowIndex = 1, kFaultKvCell = 2, kFaultLatePeer = 3 };
 

@@ -68,11 +68,11 @@ TP_KERNEL(flash_attn, FlashAttnArgs, 32) {
         if (j * 32 + lane < dv) *(float*)(y + (j * 32 + lane) * args.y.nb[0]) = acc[j] * scale;
 }
 
-#define FLASH_SPLIT(heads)                                                                                                            \
-    TP_KERNEL(flash_split_##heads, FlashSplitArgs, 32 * ggml_tp::kFlashWarps) {                                                       \
-        __shared__ float merged[ggml_tp::kFlashWarps / 2 * heads * (2 + 256)];                                                        \
-        ggml_tp::flash_split_unit<heads, 4, ggml_tp::kFlashWarps>(args, blockIdx.x, blockIdx.y, blockIdx.z, (int)threadIdx.x, merged, \
-                                                                  [] { __syncthreads(); });                                           \
+#define FLASH_SPLIT(heads)                                                                                                                      \
+    TP_KERNEL(flash_split_##heads, FlashSplitArgs, 32 * ggml_tp::kFlashWarps) {                                                                 \
+        __shared__ float merged[ggml_tp::kFlashWarps / 2 * heads * (2 + 256)];                                                                  \
+        ggml_tp::flash_split_unit<heads, 4, ggml_tp::kFlashWarps, false>(args, blockIdx.x, blockIdx.y, blockIdx.z, (int)threadIdx.x, 1, merged, \
+                                                                         [] { __syncthreads(); });                                              \
     }
 FLASH_SPLIT(1)
 FLASH_SPLIT(2)

@@ -41,18 +41,19 @@ struct Running {
 };
 
 /// Piece `split` of unit (kv head and group of its query heads, token and stream). A group of `width` lanes (head size / 8, rounded up to a
-/// power of two) takes a cell: each lane eight elements of its K and V rows; kAhead cells of a lane group are loaded together.
-/// merged: kWarps / 2 * kHeads * (2 + head size) floats of shared memory. sync: a barrier of the block's threads.
-template <int kHeads, int kAhead, int kWarps, class Sync>
-TP_DEVICE void flash_split_unit(const FlashSplitArgs& args, i64 split, i64 unit, i64 token_stream, int thread, float* merged, Sync sync) {
+/// power of two) takes a cell: each lane eight elements of its K and V rows; kAhead cells of a lane group are loaded together, and with
+/// kPrefetch while those before are worked on. A warp does kHeads heads; `sets` of warps (a power of two) share the unit's heads, and the
+/// warps of a set its cells. merged: kWarps / 2 * kHeads * (2 + head size) floats of shared memory. sync: a barrier of the block's threads.
+template <int kHeads, int kAhead, int kWarps, bool kPrefetch, class Sync>
+TP_DEVICE void flash_split_unit(const FlashSplitArgs& args, i64 split, i64 unit, i64 token_stream, int thread, int sets, float* merged, Sync sync) {
     const FlashAttnArgs& a = args.a;
-    const int d = (int)a.q.ne[0], lane = thread % 32, warp = thread / 32;
+    const int d = (int)a.q.ne[0], lane = thread % 32, set = thread / 32 % sets, warp = thread / 32 / sets, warps = kWarps / sets;
     int width = 1;
     while (width * 8 < d) width *= 2;
     const int part = lane % width, slot = lane / width, slots = 32 / width;
     const bool holds = part * 8 < d;
     const i64 token = token_stream % a.q.ne[1], stream = token_stream / a.q.ne[1];
-    const i64 kv_head = unit / args.head_groups, first_of_group = unit % args.head_groups * args.group_heads;
+    const i64 kv_head = unit / args.head_groups, first_of_group = unit % args.head_groups * args.group_heads + set * kHeads;
     const i64 head0 = (kv_head + a.kv_head_offset) * a.gqa_ratio + first_of_group - a.head_offset;  // local number of the group's first head
     const char* k = a.k.data + kv_head * a.k.nb[2] + stream % a.k.ne[3] * a.k.nb[3] + part * 16;
     const char* v = a.v.data + kv_head * a.v.nb[2] + stream % a.v.ne[3] * a.v.nb[3] + part * 16;
@@ -77,18 +78,33 @@ TP_DEVICE void flash_split_unit(const FlashSplitArgs& args, i64 split, i64 unit,
     }
     const i64 begin = split * args.cells, end = begin + args.cells < a.k.ne[1] ? begin + args.cells : a.k.ne[1];
     // Every lane of a warp takes the same number of steps, shuffles need them all.
-    const i64 stride = (i64)kWarps * slots;
-    for (i64 first = begin + warp * slots + slot; first - slot < end; first += kAhead * stride) {
-        TpInt4 kw[kAhead], vw[kAhead];
+    const i64 stride = (i64)warps * slots;
+    struct Cells {
+        TpInt4 k[kAhead], v[kAhead];
         u16 mask[kAhead];
+    };
+    auto load_cells = [&](i64 first, Cells& c) {
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) {
             const i64 cell = first + j * stride;
             const bool inside = cell < end && holds;
-            kw[j] = inside ? *(const TpInt4*)(k + cell * a.k.nb[1]) : TpInt4{0, 0, 0, 0};
-            vw[j] = inside ? *(const TpInt4*)(v + cell * a.v.nb[1]) : TpInt4{0, 0, 0, 0};
-            mask[j] = cell < end && mask_row ? *(const u16*)(mask_row + cell * 2) : (u16)0;
+            c.k[j] = inside ? *(const TpInt4*)(k + cell * a.k.nb[1]) : TpInt4{0, 0, 0, 0};
+            c.v[j] = inside ? *(const TpInt4*)(v + cell * a.v.nb[1]) : TpInt4{0, 0, 0, 0};
+            c.mask[j] = cell < end && mask_row ? *(const u16*)(mask_row + cell * 2) : (u16)0;
         }
+    };
+    Cells now, next;
+    const i64 start = begin + warp * slots + slot;
+    if (kPrefetch) load_cells(start, next);
+    for (i64 first = start; first - slot < end; first += kAhead * stride) {
+        if (kPrefetch) {
+            now = next;
+            load_cells(first + kAhead * stride, next);
+        } else {
+            load_cells(first, now);
+        }
+        const TpInt4(&kw)[kAhead] = now.k, (&vw)[kAhead] = now.v;
+        const u16(&mask)[kAhead] = now.mask;
         // All scores first, then one step of the soft max: independent chains hide each other's latency.
         float score[kAhead][kHeads];
 #pragma unroll
@@ -161,12 +177,11 @@ TP_DEVICE void flash_split_unit(const FlashSplitArgs& args, i64 split, i64 unit,
     }
     // The upper half of the warps hands its sums to the lower half, until warp 0 has all: the order depends on nothing but the shape.
     const int stride_head = 2 + d;
-#pragma unroll
-    for (int half = kWarps / 2; half >= 1; half /= 2) {
+    for (int half = warps / 2; half >= 1; half /= 2) {
         if (warp >= half && warp < 2 * half && slot == 0) {
 #pragma unroll
             for (int h = 0; h < kHeads; ++h) {
-                float* to = merged + ((warp - half) * kHeads + h) * stride_head;
+                float* to = merged + (((warp - half) * sets + set) * kHeads + h) * stride_head;
                 if (part == 0) to[0] = run[h].most, to[1] = run[h].sum;
                 if (holds)
 #pragma unroll
@@ -177,7 +192,7 @@ TP_DEVICE void flash_split_unit(const FlashSplitArgs& args, i64 split, i64 unit,
         if (warp < half) {
 #pragma unroll
             for (int h = 0; h < kHeads; ++h) {
-                const float* from = merged + (warp * kHeads + h) * stride_head;
+                const float* from = merged + ((warp * sets + set) * kHeads + h) * stride_head;
                 float other[8];
 #pragma unroll
                 for (int i = 0; i < 8; ++i) other[i] = holds ? from[2 + part * 8 + i] : 0.0f;
@@ -198,23 +213,35 @@ TP_DEVICE void flash_split_unit(const FlashSplitArgs& args, i64 split, i64 unit,
     }
 }
 
-/// Element i (a thread each; the threads of a warp are 32 neighbours of one head) of the sum of a head's pieces.
+/// Element i of the sum of a head's pieces; all lanes of a warp call it for neighbours of one head, and each of them looks at one piece of 32.
 TP_DEVICE float flash_combined(const FlashCombineArgs& args, i64 head, i64 token, i64 stream, i64 i) {
     const i64 dv = args.y.ne[0], at = ((stream * args.y.ne[2] + token) * args.y.ne[1] + head) * args.n_splits;
-    float most = -INFINITY, sum = 0, total = 0;
-    for (int s = 0; s < args.n_splits; ++s) most = fmaxf(most, args.meta[(at + s) * 2]);
+    const int lane = threadIdx.x % 32;
+    const bool inside = i < dv;
+    float most = -INFINITY;
+    for (int first = 0; first < args.n_splits; first += 32)
+        if (first + lane < args.n_splits) most = fmaxf(most, args.meta[(at + first + lane) * 2]);
+    most = tp_warp_max(most);
     float sink = -INFINITY;
     if (args.has_sinks) {
         sink = *(const float*)(args.sinks.data + (head + args.head_offset) * args.sinks.nb[0]);
         most = fmaxf(most, sink);
     }
-    for (int s = 0; s < args.n_splits; ++s) {
-        const float piece = args.meta[(at + s) * 2];
-        if (piece == -INFINITY) continue;
-        const float keep = expf(piece - most);
-        sum += args.meta[(at + s) * 2 + 1] * keep;
-        if (i < dv) total += args.acc[(at + s) * dv + i] * keep;
+    if (most == -INFINITY) return 0.0f;
+    float sum = 0, total = 0;
+    for (int first = 0; first < args.n_splits; first += 32) {
+        const bool mine = first + lane < args.n_splits;
+        const float piece = mine ? args.meta[(at + first + lane) * 2] : -INFINITY;
+        const float keep = piece > -INFINITY ? expf(piece - most) : 0.0f;
+        if (mine) sum += args.meta[(at + first + lane) * 2 + 1] * keep;
+        const int n = args.n_splits - first < 32 ? args.n_splits - first : 32;
+#pragma unroll 16
+        for (int s = 0; s < n; ++s) {
+            const float share = __shfl_sync(0xffffffffu, keep, s);
+            if (inside && share > 0) total += args.acc[(at + first + s) * dv + i] * share;
+        }
     }
+    sum = tp_warp_sum(sum);
     if (sink > -INFINITY) sum += expf(sink - most);
     return sum > 0 ? total / sum : 0.0f;
 }

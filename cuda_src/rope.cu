@@ -24,4 +24,4 @@ using namespace ggml_tp;
 TP_KERNEL(rope_normal, RopeArgs, 256) { rope<false>(args); }
 TP_KERNEL(rope_neox, RopeArgs, 256) { rope<true>(args); }
 
-TP_KERNEL(rope_store, RopeStoreArgs, 256) { rope_store_one(args, blockIdx.x, (int)threadIdx.x); }
+TP_KERNEL(rope_store, RopeStoreArgs, 256) { rope_store_one<false>(args, blockIdx.x, (int)threadIdx.x, nullptr); }

@@ -35,7 +35,8 @@ struct Pair {
     Index first, second;
     float a, b;
 };
-TP_DEVICE Pair rotate(const RopeArgs& args, i64 pair, i64 row, bool neox) {
+/// table: {cos, sin} of the pair at 2 * its number, where they are known already; else null.
+TP_DEVICE Pair rotate(const RopeArgs& args, i64 pair, i64 row, bool neox, const float* table = nullptr) {
     const View& x = args.x;
     Pair p;
     p.first = p.second = row_index((u32)row, x.ne);
@@ -49,9 +50,9 @@ TP_DEVICE Pair rotate(const RopeArgs& args, i64 pair, i64 row, bool neox) {
     const i64 turned = pair - args.n_offs / 2;
     p.first.i0 = args.n_offs + (neox ? turned : 2 * turned);
     p.second.i0 = args.n_offs + (neox ? turned + args.n_dims / 2 : 2 * turned + 1);
-    const i32 pos = *(const i32*)(args.pos.data + p.first.i2 * args.pos.nb[0]);
     float cosine, sine;
-    rotation(args, (float)pos, turned, &cosine, &sine);
+    if (table) cosine = table[2 * turned], sine = table[2 * turned + 1];
+    else rotation(args, (float)*(const i32*)(args.pos.data + p.first.i2 * args.pos.nb[0]), turned, &cosine, &sine);
     const float a = load(x, p.first), b = load(x, p.second);
     p.a = a * cosine - b * sine;
     p.b = a * sine + b * cosine;
@@ -59,7 +60,8 @@ TP_DEVICE Pair rotate(const RopeArgs& args, i64 pair, i64 row, bool neox) {
 }
 
 /// Thread `thread` of block `block` (of 256): one pair of a rope, or one element to be stored.
-TP_DEVICE void rope_store_one(const RopeStoreArgs& args, i64 block, int thread) {
+template <bool kTables>
+TP_DEVICE void rope_store_one(const RopeStoreArgs& args, i64 block, int thread, const float* const* tables) {
     for (int r = 0; r < args.n_ropes; ++r) {
         const RopeArgs& rope = args.rope[r];
         const i64 half = rope.x.ne[0] / 2, n = half * rope.x.ne[1] * rope.x.ne[2] * rope.x.ne[3], blocks = (n + 255) / 256;
@@ -69,7 +71,7 @@ TP_DEVICE void rope_store_one(const RopeStoreArgs& args, i64 block, int thread) 
         }
         const i64 i = block * 256 + thread;
         if (i >= n) return;
-        const Pair p = rotate(rope, i % half, i / half, rope.neox);
+        const Pair p = rotate(rope, i % half, i / half, rope.neox, kTables ? tables[r] : nullptr);
         store(rope.y, p.first, p.a);
         store(rope.y, p.second, p.b);
         if (args.stored_rope == r) {

@@ -1,6 +1,6 @@
 // A token's work in one persistent kernel (sm_90): a block per multiprocessor walks a table of stages. What limits decode is reading the
 // weights once, so one warp streams them: it walks the products' tiles ahead of everybody, through a ring in shared memory, and never waits
-// for activations. Sixteen warps multiply; each lane keeps its pieces of the input in registers for all rows of a product, so that
+// for activations. Eight warps multiply; each lane keeps its pieces of the input in registers for all rows of a product, so that
 // shared memory carries the weights only and the multiplying is faster than the stream: after a wait it catches up on a full ring. One
 // warp adds up what warps share and stores results, so nobody waits for a store.
 // Between stages blocks wait for each other on a counter in global memory. Who waits: thread 0, with an acquire, then a barrier of the
@@ -29,7 +29,8 @@ constexpr u32 kPollsPerLook = 1024;  // at the clock
 struct Shared {
     char x[kStreamMostK];
     float xd[kStreamMostK / 32 * 2];
-    char stage[2][kStreamStageBytes];
+    char stage[3][kStreamStageBytes];
+    char streamed[512], stored[512];  // the products that the streaming and the storing warp are at
     float out[kOuts][kStreamMostRows];
     float squares[kStreamWarps];
     TpBarrier full[kStreamSlots], empty[kStreamSlots], out_full[kOuts], out_empty[kOuts];
@@ -61,13 +62,23 @@ TP_DEVICE int part_of(const StreamProduct& p, int tile, i64& row) {
     return part;
 }
 
-// ---- the warp that streams weights; one thread
+/// Brings a product into shared memory, by one warp: the table lies in memory that the weights keep pushing out of the L2.
+TP_DEVICE const StreamProduct& fetch_product(const StreamStage& stage, char* to, int& next) {
+    static_assert(sizeof(StreamProduct) <= 512, "one step of a warp");
+    next = stage.next_product;
+    __syncwarp();
+    ((TpInt4*)to)[threadIdx.x % 32] = ((const TpInt4*)stage.body)[threadIdx.x % 32];
+    __syncwarp();
+    return *(const StreamProduct*)to;
+}
+
+// ---- the warp that streams weights
 TP_DEVICE void stream_weights(const StreamArgs& args, Shared& s, char* ring) {
     Turn<kStreamSlots> slot, ahead;
     int issued = 0;
-    for (int i = 0; i < args.n_stages; ++i) {
-        if (args.stages[i].kind != kStreamProduct) continue;
-        const StreamProduct& p = *(const StreamProduct*)args.stages[i].body;
+    for (int i = args.first_product, next; i < args.n_stages; i = next) {
+        const StreamProduct& p = fetch_product(args.stages[i], s.streamed, next);
+        if (threadIdx.x % 32 != 0) continue;
         const int pieces = p.glu ? 2 : 1;
         const i64 step = p.rows / pieces;
         for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
@@ -110,9 +121,8 @@ TP_DEVICE float activated(int op, float x) {
 TP_DEVICE void store_results(const StreamArgs& args, Shared& s) {
     const int lane = threadIdx.x % 32;
     Turn<kOuts> out;
-    for (int i = 0; i < args.n_stages; ++i) {
-        if (args.stages[i].kind != kStreamProduct) continue;
-        const StreamProduct& p = *(const StreamProduct*)args.stages[i].body;
+    for (int i = args.first_product, next; i < args.n_stages; i = next) {
+        const StreamProduct& p = fetch_product(args.stages[i], s.stored, next);
         if ((int)blockIdx.x >= p.n_tiles) continue;
         for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
             i64 row;
@@ -145,6 +155,7 @@ TP_DEVICE void store_results(const StreamArgs& args, Shared& s) {
         }
         __syncwarp();
         if (lane == 0) arrive(args, &p);
+        if (lane == 0 && blockIdx.x == 0) args.cycles[i * kStreamTimes + kTimeStored] = tp_cycles();
     }
 }
 
@@ -154,67 +165,84 @@ struct Walk {
     Turn<kOuts> out;
 };
 
-/// The input of a product, as int8 in shared memory, without the norm's 1 / root mean square: that is returned, and scales the results.
-TP_DEVICE float take_input(const StreamProduct& p, Shared& s) {
+TP_DEVICE void load_eight(const float* from, float (&v)[8]) {
+    const TpInt4 a = *(const TpInt4*)from, b = *(const TpInt4*)(from + 4);
+    v[0] = __int_as_float(a.x), v[1] = __int_as_float(a.y), v[2] = __int_as_float(a.z), v[3] = __int_as_float(a.w);
+    v[4] = __int_as_float(b.x), v[5] = __int_as_float(b.y), v[6] = __int_as_float(b.z), v[7] = __int_as_float(b.w);
+}
+TP_DEVICE void store_eight(float* to, const float (&v)[8]) {
+    ((TpInt4*)to)[0] = {__float_as_int(v[0]), __float_as_int(v[1]), __float_as_int(v[2]), __float_as_int(v[3])};
+    ((TpInt4*)to)[1] = {__float_as_int(v[4]), __float_as_int(v[5]), __float_as_int(v[6]), __float_as_int(v[7])};
+}
+
+/// Elements [first, first + kSteps * 8 * threads) of a product's input, a thread eight neighbours a step; all loads go out before any is
+/// used. Of what is written for others every block writes its share [from, to). Returns this thread's sum of squares.
+template <int kSteps, bool kNorm>
+TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int first, i64 from, i64 to) {
     const int thread = threadIdx.x;
-    // Of what is written for others every block writes its share.
-    const i64 share = ((p.k + gridDim.x - 1) / gridDim.x + 7) / 8 * 8, from = blockIdx.x * share, to = from + share;
-    float squares = 0;
-    for (int first = 0; first < p.k; first += kMultiply * 8) {
-        const int at = first + thread * 8;
-        const bool inside = at < p.k;
-        float v[8] = {};
-        if (inside) {
-            for (int i = 0; i < 8; i += 4) {
-                const TpInt4 w = *(const TpInt4*)(p.a + at + i);
-                v[i] = __int_as_float(w.x), v[i + 1] = __int_as_float(w.y), v[i + 2] = __int_as_float(w.z), v[i + 3] = __int_as_float(w.w);
+    float v[kSteps][8], more[kNorm ? kSteps : 1][8], weight[kNorm ? kSteps : 1][8], squares = 0;
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+        const int at = first + (j * kMultiply + thread) * 8;
+        for (int i = 0; i < 8; ++i) v[j][i] = 0;
+        if (at < p.k) load_eight(p.a + at, v[j]);
+        if constexpr (kNorm) {
+            for (int i = 0; i < 8; ++i) more[j][i] = 0, weight[j][i] = 1;
+            if (at < p.k && p.b) load_eight(p.b + at, more[j]);
+            if (at < p.k && p.weight) load_eight(p.weight + at, weight[j]);
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+        const int at = first + (j * kMultiply + thread) * 8;
+        if constexpr (kNorm) {
+            for (int i = 0; i < 8; ++i) v[j][i] += more[j][i];
+            if (at >= from && at < to && at < p.k) {
+                if (p.sum) store_eight(p.sum + at, v[j]);
+                if (p.sum_copy) store_eight(p.sum_copy + at, v[j]);
             }
-            if (p.b)
-                for (int i = 0; i < 8; i += 4) {
-                    const TpInt4 w = *(const TpInt4*)(p.b + at + i);
-                    v[i] += __int_as_float(w.x), v[i + 1] += __int_as_float(w.y), v[i + 2] += __int_as_float(w.z), v[i + 3] += __int_as_float(w.w);
-                }
-            if (at >= from && at < to)
-                for (int i = 0; i < 8; i += 4) {
-                    const TpInt4 w = {__float_as_int(v[i]), __float_as_int(v[i + 1]), __float_as_int(v[i + 2]), __float_as_int(v[i + 3])};
-                    if (p.sum) *(TpInt4*)(p.sum + at + i) = w;
-                    if (p.sum_copy) *(TpInt4*)(p.sum_copy + at + i) = w;
-                }
-            for (int i = 0; i < 8; ++i) squares += v[i] * v[i];
-            if (p.weight)
-                for (int i = 0; i < 8; i += 4) {
-                    const TpInt4 w = *(const TpInt4*)(p.weight + at + i);
-                    v[i] *= __int_as_float(w.x), v[i + 1] *= __int_as_float(w.y), v[i + 2] *= __int_as_float(w.z), v[i + 3] *= __int_as_float(w.w);
-                }
+            for (int i = 0; i < 8; ++i) squares += v[j][i] * v[j][i], v[j][i] *= weight[j][i];
         }
         float most = 0;
-        for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(v[i]));
+        for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(v[j][i]));
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
         const float inverse = most > 0 ? 127.0f / most : 0.0f;
         int words[2] = {};
         float sum = 0;
         for (int i = 0; i < 8; ++i) {
-            const float q = rintf(v[i] * inverse);
+            const float q = rintf(v[j][i] * inverse);
             sum += q;
             words[i / 4] |= ((int)q & 255) << 8 * (i % 4);
         }
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (inside) {
-            *(int*)(s.x + at) = words[0];
-            *(int*)(s.x + at + 4) = words[1];
-            if (at % 32 == 0) {
-                const float d = most / 127.0f;
-                s.xd[at / 32 * 2] = d;
-                s.xd[at / 32 * 2 + 1] = d * sum;
-            }
+        if (at >= p.k) continue;
+        *(int*)(s.x + at) = words[0];
+        *(int*)(s.x + at + 4) = words[1];
+        if (at % 32 == 0) {
+            const float d = most / 127.0f;
+            s.xd[at / 32 * 2] = d;
+            s.xd[at / 32 * 2 + 1] = d * sum;
         }
     }
+    return squares;
+}
+
+/// The input of a product, as int8 in shared memory, without the norm's 1 / root mean square: that is returned, and scales the results.
+TP_DEVICE float take_input(const StreamProduct& p, Shared& s) {
+    const int thread = threadIdx.x;
+    const i64 share = ((p.k + gridDim.x - 1) / gridDim.x + 7) / 8 * 8, from = blockIdx.x * share, to = from + share;
+    if (p.input != kInputNorm) {
+        for (int first = 0; first < p.k; first += 4 * kMultiply * 8) take_steps<4, false>(p, s, first, from, to);
+        sync_multiplying();
+        return 1.0f;
+    }
+    float squares = 0;
+    for (int first = 0; first < p.k; first += 2 * kMultiply * 8) squares += take_steps<2, true>(p, s, first, from, to);
     squares = tp_warp_sum(squares);
     if (thread % 32 == 0) s.squares[thread / 32] = squares;
     sync_multiplying();
-    if (p.input != kInputNorm) return 1.0f;
     float total = 0;
     for (int w = 0; w < kStreamWarps; ++w) total += s.squares[w];
     const float scale = 1.0f / sqrtf(total / (float)p.k + p.eps);
@@ -225,7 +253,7 @@ TP_DEVICE float take_input(const StreamProduct& p, Shared& s) {
     return scale;
 }
 
-/// Rows that one warp sums up together: their butterflies share shuffles.
+/// All tiles of a product. A warp takes two rows at a time, so that their loads, products and sums overlap.
 template <int kType, int kPieces>
 TP_DEVICE void multiply(const StreamProduct& p, Shared& s, const char* ring, Walk& walk, float scale) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pieces = p.k / 32;
@@ -242,25 +270,35 @@ TP_DEVICE void multiply(const StreamProduct& p, Shared& s, const char* ring, Wal
         d0[j] = inside ? s.xd[a / 32 * 2] * scale : 0.0f, m0[j] = inside ? s.xd[a / 32 * 2 + 1] * scale : 0.0f;
         d1[j] = inside ? s.xd[b / 32 * 2] * scale : 0.0f, m1[j] = inside ? s.xd[b / 32 * 2 + 1] * scale : 0.0f;
     }
-    for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
+    const int rows = p.rows, n_tiles = p.n_tiles;
+    int offset[4], stride[4];
+#pragma unroll
+    for (int f = 0; f < 4; ++f) offset[f] = p.slot_offset[f], stride[f] = p.row_bytes[f];
+    for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
         tp_barrier_wait(&s.full[walk.slot.at], walk.slot.parity);
         tp_barrier_wait(&s.out_empty[walk.out.at], walk.out.parity ^ 1);
         const char* slot = ring + walk.slot.at * kStreamSlotBytes;
-        for (int row = first_row; row < p.rows; row += row_groups) {
-            const char* plane[4];
+        for (int row = first_row; row < rows; row += 2 * row_groups) {
+            const bool two = row + row_groups < rows;
+            const int other = two ? row + row_groups : row;
+            const char *plane[4], *plane_of_other[4];
 #pragma unroll
-            for (int f = 0; f < 4; ++f) plane[f] = slot + p.slot_offset[f] + row * p.row_bytes[f];
-            float sum = 0;
+            for (int f = 0; f < 4; ++f) plane[f] = slot + offset[f] + row * stride[f], plane_of_other[f] = slot + offset[f] + other * stride[f];
+            float sum = 0, sum_of_other = 0;
 #pragma unroll
             for (int j = 0; j < kPieces; ++j) {
-                const int piece = (group * kPieces + j) * 32 + lane;
-                if (piece >= pieces) break;
-                Piece<kType> w;
+                // Beyond the end: any weights, times an input of zero. A branch here would keep the loads from going out together.
+                const int at = (group * kPieces + j) * 32 + lane, piece = at < pieces ? at : pieces - 1;
+                Piece<kType> w, w_of_other;
                 w.load((const char* const*)plane, piece, LoadShared());
+                w_of_other.load((const char* const*)plane_of_other, piece, LoadShared());
                 sum += w.dot(piece, x0[j], x1[j], {d0[j], m0[j]}, {d1[j], m1[j]});
+                sum_of_other += w_of_other.dot(piece, x0[j], x1[j], {d0[j], m0[j]}, {d1[j], m1[j]});
             }
             sum = tp_warp_sum(sum);
-            if (lane == 0) s.out[walk.out.at][group * p.rows + row] = sum;
+            sum_of_other = tp_warp_sum(sum_of_other);
+            if (lane == 0) s.out[walk.out.at][group * rows + row] = sum;
+            if (lane == 0 && two) s.out[walk.out.at][group * rows + other] = sum_of_other;
         }
         __syncwarp();
         if (lane == 0) {
@@ -319,9 +357,17 @@ TP_DEVICE void do_stage(const StreamStage& stage, Shared& s) {
             }
             break;
         }
-        case kStreamRopeStore:  // blocks of 256 threads; too many of them do nothing
-            for (i64 block = first / 256; block < stage.count; block += step / 256) rope_store_one(*(const RopeStoreArgs*)body, block, thread % 256);
+        case kStreamTurns: {
+            const StreamTurns& a = *(const StreamTurns*)body;
+            for (i64 i = first; i < a.rope.n_dims / 2; i += step)
+                rotation(a.rope, (float)*(const i32*)a.rope.pos.data, i, a.table + 2 * i, a.table + 2 * i + 1);
             break;
+        }
+        case kStreamRopeStore: {  // blocks of 256 threads
+            const StreamRope& a = *(const StreamRope*)body;
+            for (i64 block = first / 256; block < stage.count; block += step / 256) rope_store_one<true>(a.args, block, thread % 256, a.table);
+            break;
+        }
         case kStreamSetRows: {
             const SetRowsArgs& a = *(const SetRowsArgs*)body;
             for (i64 i = first; i < tp_elems(a.x); i += step) {
@@ -340,9 +386,7 @@ TP_DEVICE void do_stage(const StreamStage& stage, Shared& s) {
             float* merged = (float*)s.x;
             for (int unit = blockIdx.x; unit < f.n_units * f.args.n_splits; unit += gridDim.x) {
                 const int split = unit % f.args.n_splits, head = unit / f.args.n_splits;
-                if (f.args.group_heads == 1) flash_split_unit<1, 4, kStreamWarps>(f.args, split, head, 0, thread, merged, sync_multiplying);
-                else if (f.args.group_heads == 2) flash_split_unit<2, 4, kStreamWarps>(f.args, split, head, 0, thread, merged, sync_multiplying);
-                else flash_split_unit<kStreamFlashHeads, 2, kStreamWarps>(f.args, split, head, 0, thread, merged, sync_multiplying);
+                flash_split_unit<1, 4, kStreamWarps, true>(f.args, split, head, 0, thread, f.args.group_heads, merged, sync_multiplying);
             }
             break;
         }
@@ -382,29 +426,42 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args, Shared& s, const char* 
     float scale = 1.0f;
     u32 pushed_before = 0;
     if (thread == 0) pushed_before = args.state->pushed_before;
-    if (thread < kWords) ((TpInt4*)s.stage[0])[thread] = ((const TpInt4*)args.stages)[thread];
+    // Stages come into shared memory two ahead: see fetch_product.
+    auto fetch = [&](int stage) {
+        if (thread < kWords && stage < args.n_stages) tp_copy_async((TpInt4*)s.stage[stage % 3] + thread, (const TpInt4*)(args.stages + stage) + thread);
+    };
+    auto mark = [&](int stage, StreamTime what) {
+        if (thread == 0 && blockIdx.x == 0) args.cycles[stage * kStreamTimes + what] = tp_cycles();
+    };
+    fetch(0);
+    fetch(1);
+    tp_copy_wait();
     sync_multiplying();
     for (int i = 0; i < args.n_stages; ++i) {
-        const StreamStage& stage = *(const StreamStage*)s.stage[i % 2];
-        TpInt4 next{};
-        const bool more = thread < kWords && i + 1 < args.n_stages;
-        if (more) next = ((const TpInt4*)(args.stages + i + 1))[thread];
+        mark(i, kTimeBegin);
+        const StreamStage& stage = *(const StreamStage*)s.stage[i % 3];
         if (thread == 0 && stage.wait == 1) wait_for<false>(&args.state->arrived, (u32)i * gridDim.x, args, s);
         if (thread == 0 && stage.wait == 2) wait_for<true>(&args.state->pushed, pushed_before + (u32)(stage.pushes * args.blocks_of_all), args, s);
-        sync_multiplying();  // and nobody reads the stage before any more
-        if (more) ((TpInt4*)s.stage[(i + 1) % 2])[thread] = next;
+        tp_copy_wait();
+        sync_multiplying();  // and nobody reads the stage before any more, and everybody sees the next
+        fetch(i + 2);
+        mark(i, kTimeWaited);
         if (stage.kind != kStreamProduct) {
             do_stage(stage, s);
             sync_multiplying();
             if (thread == 0) arrive(args, nullptr);
+            mark(i, kTimeInput);
+            mark(i, kTimeDone);
             continue;
         }
         const StreamProduct& p = *(const StreamProduct*)stage.body;
         if (p.input != kInputKept) scale = take_input(p, s);
+        mark(i, kTimeInput);
         if (p.type == kQ4_0) multiply<kQ4_0>(p, s, ring, walk, scale);
         else if (p.type == kQ8_0) multiply<kQ8_0>(p, s, ring, walk, scale);
         else if (p.type == kQ4_K) multiply<kQ4_K>(p, s, ring, walk, scale);
         else multiply<kQ6_K>(p, s, ring, walk, scale);
+        mark(i, kTimeDone);
         if ((int)blockIdx.x >= p.n_tiles) {  // nothing for the storing warp; what take_input wrote counts all the same
             sync_multiplying();
             if (thread == 0) arrive(args, &p);
@@ -415,9 +472,9 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args, Shared& s, const char* 
 }  // namespace
 }  // namespace ggml_tp
 
-TP_KERNEL_COOPERATIVE(stream, StreamArgs, 576) {
+TP_KERNEL_COOPERATIVE(stream, StreamArgs, 320) {
     using namespace ggml_tp;
-    static_assert(kStreamThreads == 576, "the launch bound above");
+    static_assert(kStreamThreads == 320, "the launch bound above");
     TP_DYN_SHARED(char, ring);
     Shared& s = *(Shared*)(ring + kStreamSlots * kStreamSlotBytes);
     const int thread = threadIdx.x;
@@ -429,8 +486,8 @@ TP_KERNEL_COOPERATIVE(stream, StreamArgs, 576) {
     }
     __syncthreads();
     if (thread < kMultiply) multiply_and_more(args, s, ring);
-    else if (thread == kMultiply) stream_weights(args, s, ring);
-    else if (thread >= kMultiply + 32) store_results(args, s);
+    else if (thread < kMultiply + 32) stream_weights(args, s, ring);
+    else store_results(args, s);
     __syncthreads();
     // The last block to end leaves the counters as the next launch wants them: nobody waits on them any more.
     if (thread == 0 && tp_count(&args.state->done) == gridDim.x - 1) {

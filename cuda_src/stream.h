@@ -10,8 +10,8 @@ constexpr int kStreamThreads = 32 * (kStreamWarps + 2);  // and a warp that stre
 constexpr int kStreamMostRows = 32;                      // of a tile: a lane of the storing warp each
 constexpr int kStreamInputBytes = kStreamMostK * 5 / 4;  // int8, and {scale, scale * sum} per 32
 constexpr int kStreamMostPieces = 4;                     // 16-byte pieces of the input that a lane keeps in registers
-constexpr int kStreamFlashHeads = 4;                     // query heads of a unit: more would not fit the registers
-constexpr u32 kStreamShared = kStreamSlots * kStreamSlotBytes + kStreamInputBytes + 2 * kStreamStageBytes + 2048;
+constexpr int kStreamFlashHeads = kStreamWarps;          // most query heads of a unit: a warp each; more code than that did not fit the instruction cache
+constexpr u32 kStreamShared = kStreamSlots * kStreamSlotBytes + kStreamInputBytes + 3 * kStreamStageBytes + 2304;
 static_assert(kStreamShared <= 227 * 1024, "what a block of sm_90 may have");
 
 /// Whether the kernel has this type's pieces.
@@ -37,8 +37,11 @@ inline bool stream_fit(StreamProduct& p) {
     };
     while (p.rows >= least && !fits()) p.rows /= 2;
     if (p.rows < least) return false;
+    // As few groups along k as there are rows for all warps, and as a lane's registers allow: sums within a warp are cheapest.
+    auto pieces_each = [&] { return (p.k / 32 + 32 * p.k_groups - 1) / (32 * p.k_groups); };
     p.k_groups = p.rows < kStreamWarps ? kStreamWarps / p.rows : 1;
-    const i32 each = (p.k / 32 + 32 * p.k_groups - 1) / (32 * p.k_groups);
+    while (p.k_groups < kStreamWarps && pieces_each() > kStreamMostPieces) p.k_groups *= 2;
+    const i32 each = pieces_each();
     p.pieces_each = each <= 1 ? 1 : each <= 2 ? 2 : 4;
     if (each > kStreamMostPieces) return false;
     // Every copy is of whole 16 bytes from a multiple of 16: also the last tile's.

@@ -69,6 +69,11 @@ TP_DEVICE u64 tp_nanoseconds() {
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
     return t;
 }
+TP_DEVICE u64 tp_cycles() {
+    u64 t;
+    asm volatile("mov.u64 %0, %clock64;" : "=l"(t));
+    return t;
+}
 TP_DEVICE float tp_half_to_float(u16 h) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
@@ -142,6 +147,11 @@ TP_DEVICE void tp_bulk_load(void* to, const char* from, u32 bytes, TpBarrier* b)
                  "r"(tp_shared_address(b))
                  : "memory");
 }
+/// Sixteen bytes to shared memory, without waiting; tp_copy_wait waits for all that this thread has begun.
+TP_DEVICE void tp_copy_async(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(tp_shared_address(to)), "l"(from) : "memory");
+}
+TP_DEVICE void tp_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 /// A barrier of the first `threads` threads of a block.
 template <int kThreads>
 TP_DEVICE void tp_sync_some() {

@@ -98,6 +98,7 @@ bool run(const Kernel& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_byte
 #define TP_KERNEL_EARLY(name, Args, max_threads) TP_KERNEL(name, Args, max_threads)
 static inline void tp_grid_wait() {}
 static inline u64 tp_nanoseconds() { return static_cast<u64>(std::chrono::steady_clock::now().time_since_epoch().count()); }
+static inline u64 tp_cycles() { return tp_nanoseconds(); }
 #define TP_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(tp_emulator::current.dynamic_shared)
 
 static inline void __syncthreads() { tp_emulator::sync_block(); }
@@ -129,6 +130,8 @@ static inline void tp_bulk_load(void* to, const char* from, u32 bytes, TpBarrier
     std::memcpy(to, from, bytes);
     tp_emulator::barrier_arrive(b, 0, static_cast<int>(bytes), 0);
 }
+static inline void tp_copy_async(void* to, const void* from) { std::memcpy(to, from, 16); }
+static inline void tp_copy_wait() {}
 template <int kThreads>
 static inline void tp_sync_some() {
     tp_emulator::sync_some(kThreads);

@@ -109,6 +109,14 @@ std::string Group::devices_text() const {
            (driver_.nccl_path().empty() ? "not needed" : driver_.nccl_path()) + "\n";
 }
 
+std::string Group::stage_times() const {
+    try {
+        return programs_.empty() ? "" : ggml_tp::stage_times(*programs_.front(), *devices_[0]);
+    } catch (const Error& error) {
+        return error.what();
+    }
+}
+
 bool Group::supports(const abi::Host& host, const void* operation) const {
     std::vector<Arch> archs;
     for (const auto& device : devices_) archs.push_back({device->cc, device->n_sm});

@@ -46,6 +46,8 @@ class Group {
     int n_ranks() const { return static_cast<int>(devices_.size()); }
     std::string description() const;
     std::string devices_text() const;
+    /// Where the time of the last program went, on rank 0; empty without a persistent kernel.
+    std::string stage_times() const;
     const Config config;
     std::mutex mutex;  // of everything below: several backend instances may call from several threads
     std::unique_ptr<Memory> memory;

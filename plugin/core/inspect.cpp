@@ -58,6 +58,7 @@ size_t ggml_tp_text(int group, int what, char* out, size_t capacity) {
         case GGML_TP_TEXT_PLAN: text = state->group->last_plan; break;
         case GGML_TP_TEXT_PROGRAM: text = state->group->last_program; break;
         case GGML_TP_TEXT_DEVICES: text = state->group->devices_text(); break;
+        case GGML_TP_TEXT_STAGES: text = state->group->stage_times(); break;
         default: break;
     }
     if (out && capacity) {

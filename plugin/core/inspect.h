@@ -3,13 +3,14 @@ struct ggml_tp_counters {
     uint64_t graphs_computed, programs_built, graph_launches_per_rank, weights_resharded;
     uint64_t last_all_reduces, last_all_gathers, last_kernel_launches;
 };
-enum { GGML_TP_TEXT_CONFIG = 0, GGML_TP_TEXT_LAYOUT = 1, GGML_TP_TEXT_PLAN = 2, GGML_TP_TEXT_PROGRAM = 3, GGML_TP_TEXT_DEVICES = 4 };
+enum { GGML_TP_TEXT_CONFIG = 0, GGML_TP_TEXT_LAYOUT = 1, GGML_TP_TEXT_PLAN = 2, GGML_TP_TEXT_PROGRAM = 3, GGML_TP_TEXT_DEVICES = 4, GGML_TP_TEXT_STAGES = 5 };
 /* Groups of ranks that hosts of this process have been given. */
 int ggml_tp_group_count(void);
 int ggml_tp_rank_count(int group);
 /* 0, or -1 when there is no such group. */
 int ggml_tp_get_counters(int group, struct ggml_tp_counters *out);
-/* Copies at most capacity bytes and a final 0; returns the length needed without it. The text of the last plan and program. */
+/* Copies at most capacity bytes and a final 0; returns the length needed without it. The text of the last plan and program;
+ * stages: where the last graph's time went in its persistent kernel: cycles waited, for the input, for the rest, and the stage. */
 size_t ggml_tp_text(int group, int what, char *out, size_t capacity);
 int ggml_tp_rank_bytes(int group, int rank, uint64_t *weight_bytes, uint64_t *kv_bytes, uint64_t *compute_bytes);
 /* Bytes per second at which a rank's device reads memory (a kernel over bytes, best of rounds) and copies it (bytes read and written

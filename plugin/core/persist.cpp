@@ -23,7 +23,8 @@ i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 
 // StreamMemory::Rank::vectors. A norm reads its residual and what is added to it in every block, while fast blocks store results already,
 // maybe where the host's allocator has put them: over the inputs, which are dead by then. So norms read copies that are nobody else's.
-enum Vector { kSum0, kSum1, kAdded0, kAdded1, kImportA, kImportB };
+enum Vector { kSum0, kSum1, kAdded0, kAdded1, kImportA, kImportB, kTurned0, kTurned1, kTables, kVectors };
+constexpr i64 kMostTables = 4, kTableFloats = kStreamMostK / kMostTables;  // kinds of rope in one program
 
 template <class T>
 T args_of(const RankLaunch& l) {
@@ -74,7 +75,6 @@ struct Draft {
 };
 struct Stage {
     std::string label;
-    std::vector<Draft> ranks;
     int pushes = 0;  // of the launch, up to and with the all_reduce that this stage waits for; 0: it waits for no peer
 };
 
@@ -270,43 +270,48 @@ class RankRun {
     /// Reads the copy of a residual or of a product's result instead, where there is one. Hosts add them in either order.
     bool take_copy(const float*& from, i64 k) {
         if (!from) return false;
-        const float* copy = last_sum_.host == from ? last_sum_.copy : copy_of_output(from, k);
+        const float* copy = last_sum_.host == from ? last_sum_.copy : copy_of_output(from, k, next_added_, kAdded0);
         if (copy) from = copy;
         return copy != nullptr;
     }
-    /// A copy of what the last product or all_reduce wrote to y, made by its stage; null when some other stage wrote it.
-    float* copy_of_output(const float* y, i64 n) {
+    /// A copy of what the last product or all_reduce wrote to y, made by its stage in one of two vectors by turns; null when some other stage
+    /// wrote it.
+    float* copy_of_output(const float* y, i64 n, int& turn, int vectors) {
+        const Span wanted = span_of(y, n * 4);
+        float* copy = memory_->vectors[vectors + turn];
         for (size_t i = stages.size(); i-- > 0;) {
             Draft& d = stages[i];
-            const Span wanted = span_of(y, n * 4);
             if (!meet({wanted}, d.writes)) continue;
-            float* copy = memory_->vectors[kAdded0 + next_added_];
+            bool made = false;
             if (d.kind == kStreamProduct) {
                 StreamProduct p = d.get<StreamProduct>();
-                if (p.n_parts != 1 || p.part[0].y != y || p.part[0].n != n || p.part[0].copy || p.n_push) return nullptr;
-                p.part[0].copy = copy;
+                for (StreamPart& part : p.part) {
+                    if (part.y != y || part.n != n || part.copy || p.n_push || p.glu) continue;
+                    part.copy = copy;
+                    made = true;
+                }
                 d.set(p);
             } else if (d.kind == kStreamReduce) {
                 StreamReduce r = d.get<StreamReduce>();
-                if (r.y != y || r.n != n || r.copy) return nullptr;
-                r.copy = copy;
+                made = r.y == y && r.n == n && !r.copy;
+                if (made) r.copy = copy;
                 d.set(r);
-            } else {
-                return nullptr;
             }
+            if (!made) return nullptr;
             d.writes.push_back(span_of(copy, n * 4));
-            next_added_ ^= 1;
+            turn ^= 1;
             return copy;
         }
         return nullptr;
     }
     bool add_flash(FlashSplitArgs f) {
         const FlashAttnArgs& a = f.a;
-        const i64 cells = a.k.ne[1], d = a.q.ne[0];
+        const i64 cells = a.k.ne[1];
         if (a.q.ne[1] != 1 || a.q.ne[3] != 1 || cells <= 0) return false;
-        f.group_heads = a.gqa_ratio <= 1 ? 1 : a.gqa_ratio <= 2 ? 2 : kStreamFlashHeads;
+        f.group_heads = 1;
+        while (f.group_heads < a.gqa_ratio && f.group_heads < kStreamFlashHeads) f.group_heads *= 2;
         f.head_groups = (a.gqa_ratio + f.group_heads - 1) / f.group_heads;
-        if (kStreamWarps / 2 * f.group_heads * (2 + d) * 4 > kStreamInputBytes) return false;
+        static_assert(kStreamWarps / 2 * (2 + 256) * 4 <= kStreamInputBytes, "where warps meet");
         const i64 units = a.k.ne[2] * f.head_groups;
         const i64 splits = std::clamp<i64>(memory_->n_blocks / std::max<i64>(units, 1), 1, (cells + kLeastCells - 1) / kLeastCells);
         f.cells = static_cast<i32>(round_up((cells + splits - 1) / splits, 8));
@@ -339,8 +344,25 @@ class RankRun {
         stages.push_back(std::move(d));
         return true;
     }
+    /// Where the turns of this rope stand, the same in all layers; null: too many kinds.
+    float* table_of(const RopeArgs& rope) {
+        RopeArgs key = rope;
+        key.x = key.y = View{};
+        key.neox = key.n_offs = 0;
+        std::string bytes(reinterpret_cast<const char*>(&key), sizeof key);
+        if (const auto found = tables_.find(bytes); found != tables_.end()) return found->second;
+        if (tables_.size() == kMostTables || rope.n_dims > kTableFloats) return nullptr;
+        float* table = memory_->vectors[kTables] + static_cast<i64>(tables_.size()) * kTableFloats;
+        tables_[bytes] = table;
+        Draft d = Draft::of(kStreamTurns, StreamTurns{rope, table});
+        d.reads = {span_of(rope.pos)};
+        d.writes = {span_of(table, rope.n_dims * 4)};
+        stages.push_back(std::move(d));
+        return table;
+    }
     bool add_rope(const RankLaunch& l) {
-        RopeStoreArgs a{};
+        StreamRope s{};
+        RopeStoreArgs& a = s.args;
         if (named(l, "rope_store")) {
             a = args_of<RopeStoreArgs>(l);
         } else {
@@ -349,13 +371,45 @@ class RankRun {
             a.n_ropes = 1;
             a.stored_rope = -1;
         }
+        Draft d;
+        for (int i = 0; i < a.n_ropes; ++i) {
+            View& x = a.rope[i].x;
+            if (x.ne[2] * x.ne[3] != 1) return false;
+            // K's result may lie where Q's input was: with a copy of the input both can be turned at once.
+            const i64 n = x.ne[0] * x.ne[1];
+            if (x.type == kF32 && x.nb[0] == 4 && x.nb[1] == x.ne[0] * 4)
+                if (float* copy = copy_of_output(reinterpret_cast<const float*>(x.data), n, next_turned_, kTurned0)) x.data = reinterpret_cast<char*>(copy);
+            s.table[i] = table_of(a.rope[i]);
+            if (!s.table[i]) return false;
+            d.reads.push_back(span_of(x));
+            d.reads.push_back(span_of(s.table[i], a.rope[i].n_dims * 4));
+            d.writes.push_back(span_of(a.rope[i].y));
+        }
+        for (int i = 0; i < a.n_stores; ++i) {
+            if (i > 0 || a.stored_rope < 0) d.reads.push_back(span_of(a.store[i].x));
+            d.writes.push_back(span_of(a.store[i].y));
+        }
+        if (!stages.empty() && stages.back().kind == kStreamRopeStore) {
+            Draft& last = stages.back();
+            StreamRope first = last.get<StreamRope>();
+            if (first.args.n_ropes == 1 && first.args.n_stores == 0 && a.n_ropes == 1 && !meet(d.reads, last.writes) && !meet(d.writes, last.writes) &&
+                !meet(d.writes, last.reads)) {
+                first.args.rope[1] = a.rope[0], first.table[1] = s.table[0], first.args.n_ropes = 2;
+                std::copy(a.store, a.store + 2, first.args.store);
+                first.args.n_stores = a.n_stores;
+                first.args.stored_rope = a.stored_rope < 0 ? -1 : 1;
+                s = first;
+                d.reads.insert(d.reads.end(), last.reads.begin(), last.reads.end());
+                d.writes.insert(d.writes.end(), last.writes.begin(), last.writes.end());
+                stages.pop_back();
+            }
+        }
         const Launch launch = rope_store_launch(a, {});
         if (!launch.kernel || launch.grid[0] > kMostElems / 256) return false;
-        Draft d = Draft::of(kStreamRopeStore, a);
-        d.count = static_cast<i32>(launch.grid[0]);
-        for (int i = 0; i < a.n_ropes; ++i) d.reads.push_back(span_of(a.rope[i].x)), d.writes.push_back(span_of(a.rope[i].y));
-        for (int i = 0; i < a.n_stores; ++i) d.reads.push_back(span_of(a.store[i].x)), d.writes.push_back(span_of(a.store[i].y));
-        stages.push_back(std::move(d));
+        Draft whole = Draft::of(kStreamRopeStore, s);
+        whole.count = static_cast<i32>(launch.grid[0]);
+        whole.reads = d.reads, whole.writes = d.writes;
+        stages.push_back(std::move(whole));
         return true;
     }
     bool add_set_rows(const SetRowsArgs& a) {
@@ -395,7 +449,8 @@ class RankRun {
     std::map<const char*, Recipe> recipes_;  // by the scratch that they would be written to
     const char* kept_ = nullptr;             // whose int8 the shared memory holds
     Copy last_sum_;
-    int next_sum_ = 0, next_added_ = 0;
+    int next_sum_ = 0, next_added_ = 0, next_turned_ = 0;
+    std::map<std::string, float*> tables_;
 };
 
 /// Whether a launch refers to this address: its arguments are words, and pointers are aligned in them.
@@ -448,7 +503,8 @@ Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMe
         const size_t now = run.ranks[0].stages.size();
         const bool reduces = step.kind == ProgramStep::kAllReduce;
         run.n_pushes += reduces;
-        while (run.stages.size() < now) run.stages.push_back({step.label, {}, 0});
+        if (run.stages.size() == now && now && step.label != run.stages.back().label) run.stages.back().label += ", " + step.label;
+        while (run.stages.size() < now) run.stages.push_back({step.label, 0});
         if (reduces) run.stages.back().pushes = run.n_pushes;
         run.end = i + 1;
     }
@@ -494,8 +550,8 @@ std::vector<i32> waits_of(const Run& run) {
     return waits;
 }
 
-constexpr const char* kKindNames[] = {"product",   "reduce",  "norm rows", "binary", "rope and store", "set_rows", "get_rows",
-                                      "attention", "combine", "copy",      "end"};
+constexpr const char* kKindNames[] = {"product",  "reduce",   "norm rows", "binary",  "turns", "rope and store",
+                                      "set_rows", "get_rows", "attention", "combine", "copy",  "end"};
 
 }  // namespace
 
@@ -506,12 +562,12 @@ StreamMemory::StreamMemory(std::vector<std::unique_ptr<Device>>& devices, bool p
         int sharing = 0;
         for (const auto& other : devices) sharing += other->ordinal == device->ordinal;
         rank.n_blocks = static_cast<u32>(std::max(device->n_sm / sharing, 1));
-        const i64 bytes = kAlign + (6 + (peers ? 2 * n : 0)) * vector_bytes;
+        const i64 bytes = kAlign + (kVectors + (peers ? 2 * n : 0)) * vector_bytes;
         rank.block = DeviceBlock(*device, static_cast<size_t>(bytes));
         const DevicePtr base = rank.block.pointer();
         rank.state = reinterpret_cast<StreamState*>(base);
-        for (int v = 0; v < 6; ++v) rank.vectors[v] = reinterpret_cast<float*>(base + static_cast<u64>(kAlign + v * vector_bytes));
-        for (int i = 0; peers && i < 2; ++i) rank.inbox[i] = reinterpret_cast<float*>(base + static_cast<u64>(kAlign + (6 + i * n) * vector_bytes));
+        for (int v = 0; v < kVectors; ++v) rank.vectors[v] = reinterpret_cast<float*>(base + static_cast<u64>(kAlign + v * vector_bytes));
+        for (int i = 0; peers && i < 2; ++i) rank.inbox[i] = reinterpret_cast<float*>(base + static_cast<u64>(kAlign + (kVectors + i * n) * vector_bytes));
         blocks_of_all += rank.n_blocks;
         ranks.push_back(std::move(rank));
     }
@@ -551,13 +607,15 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
             continue;
         }
         ProgramStep step;
+        step.kind = ProgramStep::kLaunch;
         step.label = "stream of " + std::to_string(run.stages.size()) + " stages";
         const std::vector<i64> table_bytes(n, static_cast<i64>(run.stages.size() * sizeof(StreamStage)));
         std::vector<DevicePtr> tables;
+        const i64 times_bytes = round_up(static_cast<i64>(run.stages.size()) * kStreamTimes * 8, kAlign);
         for (size_t r = 0; r < n; ++r) {
-            DeviceBlock block(*devices[r], static_cast<size_t>(table_bytes[r] + run.ranks[r].scratch_bytes + kAlign));
+            DeviceBlock block(*devices[r], static_cast<size_t>(table_bytes[r] + times_bytes + run.ranks[r].scratch_bytes + kAlign));
             tables.push_back(block.pointer());
-            run.ranks[r].set_scratch(block.pointer() + static_cast<u64>(round_up(table_bytes[r], kAlign)));
+            run.ranks[r].set_scratch(block.pointer() + static_cast<u64>(round_up(table_bytes[r], kAlign) + times_bytes));
             program.blocks.push_back(std::move(block));
         }
         const std::vector<i32> waits = waits_of(run);
@@ -573,6 +631,11 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
                 stages[s].kind = d.kind, stages[s].wait = waits[s], stages[s].pushes = run.stages[s].pushes, stages[s].count = d.count;
                 std::memcpy(stages[s].body, d.body.data(), d.body.size());
             }
+            i32 product = static_cast<i32>(stages.size());
+            for (size_t s = stages.size(); s-- > 0;) {
+                stages[s].next_product = product;
+                if (stages[s].kind == kStreamProduct) product = static_cast<i32>(s);
+            }
             Device& device = *devices[r];
             device.make_current();
             TP_CUDA(device.driver, device.rank, cuMemcpyHtoDAsync, tables[r], stages.data(), stages.size() * sizeof(StreamStage), device.stream);
@@ -582,7 +645,9 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
             args.state = memory.ranks[r].state;
             for (size_t p = 0; p < n; ++p) args.pushed[p] = &memory.ranks[p].state->pushed;
             args.fault = reinterpret_cast<u32*>(faults[r]);
+            args.cycles = reinterpret_cast<u64*>(tables[r] + static_cast<u64>(round_up(table_bytes[r], kAlign)));
             args.n_stages = static_cast<i32>(stages.size());
+            args.first_product = product;
             args.n_ranks = static_cast<i32>(n);
             args.n_pushes = run.n_pushes;
             args.blocks_of_all = static_cast<i32>(memory.blocks_of_all);
@@ -598,6 +663,28 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
         i = run.end;
     }
     program.steps = std::move(out);
+}
+
+std::string stage_times(const Program& program, const Device& device) {
+    std::string out;
+    for (const ProgramStep& step : program.steps) {
+        if (step.detail.empty()) continue;
+        const StreamArgs args = args_of<StreamArgs>(step.launches[static_cast<size_t>(device.rank)]);
+        std::vector<u64> cycles(static_cast<size_t>(args.n_stages) * kStreamTimes);
+        device.make_current();
+        TP_CUDA(device.driver, device.rank, cuMemcpyDtoHAsync, cycles.data(), reinterpret_cast<DevicePtr>(args.cycles), cycles.size() * 8, device.stream);
+        if (!device.wait(10)) throw Error("rank " + std::to_string(device.rank) + " did not return its times");
+        size_t line = 0;
+        for (int i = 0; i < args.n_stages; ++i) {
+            const u64* t = cycles.data() + i * kStreamTimes;
+            const size_t end = step.detail.find('\n', line);
+            out += std::to_string(t[kTimeWaited] - t[kTimeBegin]) + " " + std::to_string(t[kTimeInput] - t[kTimeWaited]) + " " +
+                   std::to_string(t[kTimeDone] - t[kTimeInput]) + " " + std::to_string(t[kTimeStored] > t[kTimeDone] ? t[kTimeStored] - t[kTimeDone] : 0) +
+                   step.detail.substr(line, end - line) + "\n";
+            line = end + 1;
+        }
+    }
+    return out;
 }
 
 }  // namespace ggml_tp

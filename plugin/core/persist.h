@@ -18,7 +18,7 @@ class StreamMemory {
     struct Rank {
         DeviceBlock block;
         StreamState* state = nullptr;
-        float* vectors[6] = {};  // kStreamMostK floats each: see persist.cpp
+        float* vectors[9] = {};  // kStreamMostK floats each: see persist.cpp
         float* inbox[2] = {};    // [n_ranks][elems of the all_reduce]
         u32 n_blocks = 0;        // of a launch
     };
@@ -32,5 +32,9 @@ class StreamMemory {
 bool can_persist(const std::vector<std::unique_ptr<Device>>& devices);
 
 void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, const StreamMemory& memory, const std::vector<DevicePtr>& faults);
+
+/// Of the persistent kernels of a program that has run: a line per stage, cycles that block 0 waited, spent on the
+/// input, on the rest, and until its results were stored.
+std::string stage_times(const Program& program, const Device& device);
 
 }  // namespace ggml_tp

@@ -11,7 +11,7 @@ import cffi
 
 from . import LIBRARY
 
-TEXTS = {"config": 0, "layout": 1, "plan": 2, "program": 3, "devices": 4}
+TEXTS = {"config": 0, "layout": 1, "plan": 2, "program": 3, "devices": 4, "stages": 5}
 
 
 @dataclass(frozen=True)
