@@ -141,6 +141,8 @@ static inline void tp_signal_system(u32* p) { tp_emulator::signal(p); }
 static inline u32 tp_read_signal(const u32* p) { return tp_emulator::read_signal(p); }
 static inline u32 tp_read_signal_system(const u32* p) { return tp_emulator::read_signal(p); }
 static inline u32 tp_count(u32* p) { return tp_emulator::count(p); }
+static inline u32 tp_peek(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline void tp_poke(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 static inline void tp_spin() { tp_emulator::spin(); }
 
 static inline float __int_as_float(int x) {
