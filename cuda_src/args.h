@@ -213,6 +213,28 @@ struct RepackArgs {
     i32 pad;
 };
 
-enum Fault : u32 { kFaultNone = 0, kFaultRowIndex = 1, kFaultKvCell = 2 };
+struct ArgsortArgs {
+    View x, y;  // y I32: the first y.ne[0] places of the order of x's rows
+    i32 descending, pad;
+};
+// y[:, j, t] = w[:, :, ids[j, t]]^T x[:, j or 0, t]   (ggml_mul_mat_id): slot j of token t is the work of expert ids[j, t].
+// xq, xd, k_begin and k_end as in MulMatArgs, rows of x counted slots first.
+struct MulIdArgs {
+    Matrix w;  // [k, n, n_expert]
+    View x;    // F32 [k_end - k_begin, n_used or 1, n_tokens]
+    View ids;  // I32 [n_used, n_tokens]
+    View y;    // F32 [n, n_used, n_tokens]
+    const char *xq, *xd;
+    i64 k_begin, k_end;
+    u32* fault;
+};
+// y[:, j, t] = a[:, j, t] + b[:, ids[j, t]] (has_b), else a's copy: of a Partial's summands one takes the bias.
+struct AddIdArgs {
+    View a, b, ids, y;
+    u32* fault;
+    i32 has_b, pad;
+};
+
+enum Fault : u32 { kFaultNone = 0, kFaultRowIndex = 1, kFaultKvCell = 2, kFaultExpert = 3 };
 
 }  // namespace ggml_tp

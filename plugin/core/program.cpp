@@ -5,6 +5,7 @@
 
 #include "copy.h"
 #include "elementwise.h"
+#include "experts.h"
 #include "flash_attn.h"
 #include "fuse.h"
 #include "mul_mat.h"
@@ -15,6 +16,7 @@
 #include "rope.h"
 #include "rows.h"
 #include "soft_max.h"
+#include "sort.h"
 
 namespace ggml_tp {
 namespace {
@@ -45,7 +47,7 @@ struct Site {
     const Tensor* t;
     View y;
     View x[10];
-    Matrix w{};  // MUL_MAT and GET_ROWS: source 0 as a matrix
+    Matrix w{};  // MUL_MAT, MUL_MAT_ID and GET_ROWS: source 0 as a matrix
     Sharding inputs[10];
     Sharding output;
     int rank = 0;
@@ -132,6 +134,17 @@ Matrix host_matrix(const View& v) {
     return m;
 }
 
+/// What quantises x for a product; its result's place goes to xq and xd. prepare.xd: behind the int8 of all rows.
+bool lower_quantize(const Site& s, Lowered& out, QuantizeArgs& prepare) {
+    if (prepare.x.type != kF32) return false;
+    const i64 rows = prepare.x.ne[1] * prepare.x.ne[2] * prepare.x.ne[3];
+    prepare.xd = prepare.xq + round_up(rows * prepare.k, kScratchAlign);
+    out.scratch_bytes = round_up(rows * prepare.k, kScratchAlign) + rows * (prepare.k / 32) * 8;
+    out.prepared = Prepared::kInt8;
+    if (s.prepared != out.prepared) out.add(quantize_launch(prepare, s.arch), prepare);
+    return true;
+}
+
 void lower_mul_mat(const Site& s, Lowered& out) {
     const Tensor &w = s.graph->tensors[s.t->src[0]], &x = s.graph->tensors[s.t->src[1]];
     if (!find_weight_format(w.type) || w.ne[2] == 0 || w.ne[3] == 0 || x.ne[2] % w.ne[2] || x.ne[3] % w.ne[3]) {
@@ -169,16 +182,9 @@ void lower_mul_mat(const Site& s, Lowered& out) {
         return;
     }
     if (mul_mat_needs_quantized_x(s.w, args.x.ne[1], s.arch)) {
-        if (x.type != kF32) {
-            out.ok = false;
-            return;
-        }
-        prepare.xd = prepare.xq + round_up(rows * s.w.k, kScratchAlign);
+        out.ok &= lower_quantize(s, out, prepare);
         args.xq = prepare.xq;
         args.xd = prepare.xd;
-        out.scratch_bytes = round_up(rows * s.w.k, kScratchAlign) + rows * (s.w.k / 32) * 8;
-        out.prepared = Prepared::kInt8;
-        if (s.prepared != out.prepared) out.add(quantize_launch(prepare, s.arch), prepare);
     }
     if (vec) {
         const MulVecArgs products = mul_vec_args(args);
@@ -186,6 +192,34 @@ void lower_mul_mat(const Site& s, Lowered& out) {
     } else {
         out.add(mul_mat_launch(args, s.arch), args);
     }
+}
+
+void lower_mul_mat_id(const Site& s, Lowered& out) {
+    const Tensor& w = s.graph->tensors[s.t->src[0]];
+    const WeightFormat* format = find_weight_format(w.type);
+    if (!format || (!s.w_stored && w.nb[0] != format->block_bytes)) {
+        out.ok = false;
+        return;
+    }
+    if (s.k_end == s.k_begin) {
+        out.add(fill_launch({s.y, 0.0f}, s.arch), FillArgs{s.y, 0.0f});
+        return;
+    }
+    MulIdArgs args{};
+    args.w = s.w;
+    args.x = s.x[1];
+    args.ids = s.x[2];
+    args.y = s.y;
+    args.k_begin = s.k_begin;
+    args.k_end = s.k_end;
+    args.fault = s.fault;
+    QuantizeArgs prepare{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
+    if (format->block_elems > 1) {
+        out.ok &= lower_quantize(s, out, prepare);
+        args.xq = prepare.xq;
+        args.xd = prepare.xd;
+    }
+    out.add(mul_id_launch(args, s.arch), args);
 }
 
 template <class Table, class Key>
@@ -205,7 +239,8 @@ constexpr std::pair<abi::Unary, UnaryOp> kUnary[] = {{abi::Unary::SILU, UnaryOp:
                                                      {abi::Unary::NEG, UnaryOp::kNeg},
                                                      {abi::Unary::ABS, UnaryOp::kAbs},
                                                      {abi::Unary::EXP, UnaryOp::kExp}};
-constexpr std::pair<abi::Glu, GluOp> kGlu[] = {{abi::Glu::SWIGLU, GluOp::kSwiglu}, {abi::Glu::GEGLU, GluOp::kGeglu}, {abi::Glu::REGLU, GluOp::kReglu}};
+constexpr std::pair<abi::Glu, GluOp> kGlu[] = {
+    {abi::Glu::SWIGLU, GluOp::kSwiglu}, {abi::Glu::GEGLU, GluOp::kGeglu}, {abi::Glu::REGLU, GluOp::kReglu}, {abi::Glu::SWIGLU_OAI, GluOp::kSwigluOai}};
 
 void lower_binary(const Site& s, Lowered& out) {
     const BinaryArgs args{s.x[0], s.x[1], s.y};
@@ -224,7 +259,7 @@ void lower_unary(const Site& s, Lowered& out) {
 }
 void lower_glu(const Site& s, Lowered& out) {
     const GluOp* op = lookup(kGlu, static_cast<abi::Glu>(s.t->sub));
-    GluArgs args{s.x[0], s.x[1], s.y, 0, 0};
+    GluArgs args{s.x[0], s.x[1], s.y, s.t->param_f32(2), s.t->param_f32(3)};
     if (s.t->src[1] < 0) {  // gate and up side by side in one row; op_params[1] swaps them
         args.b = args.a;
         args.a.ne[0] = args.b.ne[0] = s.y.ne[0];
@@ -354,6 +389,23 @@ void lower_set_rows(const Site& s, Lowered& out) {
     }
     out.add(set_rows_launch(args, s.arch), args);
 }
+void lower_argsort(const Site& s, Lowered& out) {
+    const ArgsortArgs args{s.x[0], s.y, s.t->op == Op::TOP_K || s.t->params[0] == 1, 0};  // ggml_sort_order: 0 ascending, 1 descending
+    out.add(argsort_launch(args, s.arch), args);
+}
+void lower_sum_rows(const Site& s, Lowered& out) {
+    const UnaryArgs args{s.x[0], s.y, 0, 0};
+    out.add(sum_rows_launch(args, s.arch), args);
+}
+void lower_add_id(const Site& s, Lowered& out) {
+    AddIdArgs args{s.x[0], s.x[1], s.x[2], s.y, s.fault, 1, 0};
+    if (s.inputs[0].kind == Sharding::kPartial && s.rank > 0) args.has_b = 0;
+    out.add(add_id_launch(args, s.arch), args);
+}
+void lower_fill(const Site& s, Lowered& out) {
+    const FillArgs args{s.y, s.t->param_f32(0)};
+    out.add(fill_launch(args, s.arch), args);
+}
 void lower_copy(const Site& s, Lowered& out) {
     const CopyArgs args{s.x[0], s.y};
     out.add(copy_launch(args, s.arch), args);
@@ -364,12 +416,20 @@ struct Row {
     void (*lower)(const Site&, Lowered&);
 };
 constexpr Row kRows[] = {
-    {Op::MUL_MAT, lower_mul_mat},   {Op::ADD, lower_binary},        {Op::SUB, lower_binary},        {Op::MUL, lower_binary},
-    {Op::DIV, lower_binary},        {Op::SCALE, lower_scale},       {Op::CLAMP, lower_scale},       {Op::UNARY, lower_unary},
-    {Op::SQR, lower_unary},         {Op::SQRT, lower_unary},        {Op::GLU, lower_glu},           {Op::RMS_NORM, lower_norm},
-    {Op::NORM, lower_norm},         {Op::ROPE, lower_rope},         {Op::SOFT_MAX, lower_soft_max}, {Op::FLASH_ATTN_EXT, lower_flash_attn},
-    {Op::GET_ROWS, lower_get_rows}, {Op::SET_ROWS, lower_set_rows}, {Op::CPY, lower_copy},          {Op::CONT, lower_copy},
-    {Op::DUP, lower_copy},
+    {Op::MUL_MAT, lower_mul_mat},   {Op::ADD, lower_binary},
+    {Op::SUB, lower_binary},        {Op::MUL, lower_binary},
+    {Op::DIV, lower_binary},        {Op::SCALE, lower_scale},
+    {Op::CLAMP, lower_scale},       {Op::UNARY, lower_unary},
+    {Op::SQR, lower_unary},         {Op::SQRT, lower_unary},
+    {Op::GLU, lower_glu},           {Op::RMS_NORM, lower_norm},
+    {Op::NORM, lower_norm},         {Op::ROPE, lower_rope},
+    {Op::SOFT_MAX, lower_soft_max}, {Op::FLASH_ATTN_EXT, lower_flash_attn},
+    {Op::GET_ROWS, lower_get_rows}, {Op::SET_ROWS, lower_set_rows},
+    {Op::CPY, lower_copy},          {Op::CONT, lower_copy},
+    {Op::DUP, lower_copy},          {Op::MUL_MAT_ID, lower_mul_mat_id},
+    {Op::ADD_ID, lower_add_id},     {Op::ARGSORT, lower_argsort},
+    {Op::TOP_K, lower_argsort},     {Op::SUM_ROWS, lower_sum_rows},
+    {Op::FILL, lower_fill},
 };
 
 const Row* row_of(Op op) {
@@ -500,7 +560,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                         site.k_end = w.ne[0];
                     }
                 }
-                if (t.op == Op::MUL_MAT) {
+                if (t.op == Op::MUL_MAT || t.op == Op::MUL_MAT_ID) {
                     now.x = t.src[1], now.s = step.inputs[1], now.k = site.w.k, now.k_begin = site.k_begin;
                     // Q, K and V, gate and up read the same input: it is quantised once.
                     if (last.x == now.x && last.s == now.s && last.s.kind != Sharding::kSharded && last.k == now.k) site.prepared = last.prepared[r];
@@ -514,7 +574,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
             }
             if (std::any_of(now.prepared.begin(), now.prepared.end(), [](Prepared p) { return p != Prepared::kNone; })) last = now;
             // A later writer over the quantised input's memory makes the copy stale.
-            if (last.x >= 0 && !t.stored && t.op != Op::MUL_MAT) {
+            if (last.x >= 0 && !t.stored && last.x != now.x) {
                 const Tensor& x = graph.tensors[last.x];
                 if (!x.stored && x.buffer == t.buffer && x.address < t.address + static_cast<u64>(t.bytes) && t.address < x.address + static_cast<u64>(x.bytes))
                     last.x = -1;
@@ -547,6 +607,11 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
     for (int id : graph.nodes) {
         const Tensor& root = graph.tensors[graph.tensors[id].root];
         if (!root.stored && root.buffer) program->written.push_back({root.buffer, static_cast<i64>(root.address - root.buffer->base), root.bytes});
+    }
+    for (const PlanStep& step : plan.steps) {  // a leaf that an earlier graph left as a Partial is one no longer
+        if (step.kind != PlanStep::kAllReduce) continue;
+        const Tensor& root = graph.tensors[step.tensor];
+        program->written.push_back({root.buffer, static_cast<i64>(root.address - root.buffer->base), root.bytes});
     }
     for (const Tensor& t : graph.tensors)
         if (t.buffer && t.buffer->is_compute && !t.is_node && t.root == t.id) {
