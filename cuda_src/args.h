@@ -228,6 +228,37 @@ struct MulIdArgs {
     i64 k_begin, k_end;
     u32* fault;
 };
+constexpr int kVecSlots = 16;  // of a token, a warp each
+// Few tokens: up to two products (gate, up) of the same x and ids. And, when `scaled`, of one product what follows the experts:
+// products = y * weights, sum[0] = products of slots 0 and 1, sum[i] = sum[i - 1] + products of slot i + 1, for n_sums of them.
+struct MulVecIdArgs {
+    MulVecPart part[2];
+    View x, ids;
+    const char *xq, *xd;
+    i64 k;
+    u32* fault;
+    i32 n_parts, scaled, n_sums, pad;
+    View weights;   // F32 [1, n_used, n_tokens]
+    View products;  // F32 [n, n_used, n_tokens]; may be y
+    View sum[kVecSlots - 1];
+};
+// Small ops one after another in a single block, which sees what it wrote itself: what a router does for few tokens. And, in the blocks
+// behind it, quantising what the experts will read (quantize.xq not null), which does not depend on any of it.
+enum class ChainOp : i32 { kAdd, kSub, kMul, kDiv, kScale, kClamp, kSigmoid, kSoftMax, kArgsort, kGetRows, kSumRows };
+struct ChainStep {
+    ChainOp op;
+    i32 pad;
+    View a, b, y;  // b: of the first four, and the rows of kGetRows
+    float p0, p1;  // scale: a * p0 + p1; clamp: [p0, p1]; soft max: of a * p0; argsort: descending when p0 is not 0
+};
+constexpr int kChainMost = 9;
+struct ChainArgs {
+    ChainStep step[kChainMost];
+    QuantizeArgs quantize;
+    u32* fault;
+    i32 n_steps, pad;
+};
+static_assert(sizeof(ChainArgs) < 4096 && sizeof(MulVecIdArgs) < 4096, "a kernel's arguments");
 // y[:, j, t] = a[:, j, t] + b[:, ids[j, t]] (has_b), else a's copy: of a Partial's summands one takes the bias.
 struct AddIdArgs {
     View a, b, ids, y;

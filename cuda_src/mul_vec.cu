@@ -4,116 +4,9 @@
 // Activations of quantised weights are int8 (quantize.h); they are small and stay in L1.
 #include "mul_vec.h"
 
-#include "dequantize.h"
+#include "vec_piece.h"
 
 namespace ggml_tp {
-
-/// Sixteen int8 products.
-TP_DEVICE int dot16(const TpInt4& a, const TpInt4& b, int sum) { return tp_dp4a(a.w, b.w, tp_dp4a(a.z, b.z, tp_dp4a(a.y, b.y, tp_dp4a(a.x, b.x, sum)))); }
-TP_DEVICE TpInt4 nibbles(const TpInt4& v, int shift) {
-    return {v.x >> shift & 0x0f0f0f0f, v.y >> shift & 0x0f0f0f0f, v.z >> shift & 0x0f0f0f0f, v.w >> shift & 0x0f0f0f0f};
-}
-TP_DEVICE int sum16(const TpInt4& x) {
-    const int ones = 0x01010101;
-    return tp_dp4a(ones, x.w, tp_dp4a(ones, x.z, tp_dp4a(ones, x.y, tp_dp4a(ones, x.x, 0))));
-}
-
-/// A piece: 32 weights of a row, two runs of 16 that lie in one 16-byte word of quants (or two words, for 8-bit types).
-/// first, second: where the runs' activations start within the row of x. load() reads, dot() multiplies; x0, x1 are the runs' int8,
-/// d0, d1 {scale, scale * sum over its 32} of their blocks.
-template <int kType>
-struct Piece;
-
-struct Float2 {
-    float x, y;
-};
-
-template <>
-struct Piece<kQ4_0> {
-    TpInt4 q;
-    float d;
-    static TP_MEMBER i64 first(i64 p) { return p * 32; }
-    static TP_MEMBER i64 second(i64 p) { return p * 32 + 16; }
-    TP_MEMBER void load(const char* const* plane, i64 p) {
-        q = tp_load_stream(plane[0] + p * 16);
-        d = tp_load_half(plane[1] + p * 2);
-    }
-    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, Float2 d0, Float2) const {
-        const int sum = dot16(nibbles(q, 4), x1, dot16(nibbles(q, 0), x0, 0));
-        return d * ((float)sum * d0.x - 8.0f * d0.y);
-    }
-};
-template <>
-struct Piece<kQ8_0> {
-    TpInt4 q0, q1;
-    float d;
-    static TP_MEMBER i64 first(i64 p) { return p * 32; }
-    static TP_MEMBER i64 second(i64 p) { return p * 32 + 16; }
-    TP_MEMBER void load(const char* const* plane, i64 p) {
-        q0 = tp_load_stream(plane[0] + p * 32);
-        q1 = tp_load_stream(plane[0] + p * 32 + 16);
-        d = tp_load_half(plane[1] + p * 2);
-    }
-    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, Float2 d0, Float2) const { return d * d0.x * (float)dot16(q1, x1, dot16(q0, x0, 0)); }
-};
-// 32 bytes hold sub-blocks 2j (low nibbles) and 2j + 1 (high); a piece is half of them. The mins' share, which needs the sum over a
-// whole sub-block, is the first half's work.
-template <>
-struct Piece<kQ4_K> {
-    TpInt4 q;
-    float d0_, d1_, m0_, m1_;
-    static TP_MEMBER i64 first(i64 p) { return p / 8 * 256 + p % 8 / 2 * 64 + p % 2 * 16; }
-    static TP_MEMBER i64 second(i64 p) { return first(p) + 32; }
-    TP_MEMBER void load(const char* const* plane, i64 p) {
-        q = tp_load_stream(plane[0] + p * 16);
-        const i64 b = p / 8;
-        const int pair = (int)(p % 8 / 2);
-        const u32 dm = *(const u32*)(plane[2] + b * 4);
-        const float d = tp_half_to_float((u16)dm), m = tp_half_to_float((u16)(dm >> 16));
-        // Twelve bytes: scales 0-3, mins 0-3, then the low halves of 4-7 with their high bits above the first eight.
-        const u32* packed = (const u32*)(plane[1] + b * 12);
-        const int shift = pair % 2 * 16;
-        u32 scales, mins;
-        if (pair < 2) {
-            scales = packed[0] >> shift & 0x3f3f;
-            mins = packed[1] >> shift & 0x3f3f;
-        } else {
-            const u32 low = packed[2] >> shift;
-            scales = (low & 0x0f0f) | (packed[0] >> shift & 0xc0c0) >> 2;
-            mins = (low >> 4 & 0x0f0f) | (packed[1] >> shift & 0xc0c0) >> 2;
-        }
-        d0_ = d * (float)(scales & 63);
-        d1_ = d * (float)(scales >> 8 & 63);
-        m0_ = p % 2 ? 0.0f : m * (float)(mins & 63);
-        m1_ = p % 2 ? 0.0f : m * (float)(mins >> 8 & 63);
-    }
-    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, Float2 d0, Float2 d1) const {
-        return d0_ * d0.x * (float)dot16(nibbles(q, 0), x0, 0) + d1_ * d1.x * (float)dot16(nibbles(q, 4), x1, 0) - m0_ * d0.y - m1_ * d1.y;
-    }
-};
-// 128 weights: 64 bytes of low nibbles (quarters 0 and 1, above them 2 and 3) and 32 bytes of 2-bit tops for all four.
-template <>
-struct Piece<kQ6_K> {
-    TpInt4 q0, q1;
-    float s0, s1;
-    static TP_MEMBER i64 first(i64 p) { return p / 4 * 128 + p % 4 / 2 * 32 + p % 2 * 16; }
-    static TP_MEMBER i64 second(i64 p) { return first(p) + 64; }
-    static TP_MEMBER int six(int low, int high) { return (low & 0x0f0f0f0f) | (high & 0x03030303) << 4; }
-    TP_MEMBER void load(const char* const* plane, i64 p) {
-        const TpInt4 l = tp_load_stream(plane[0] + p * 16), h = tp_load_stream(plane[1] + p / 4 * 32 + p % 2 * 16);
-        const int shift = (int)(p % 4 / 2) * 2;
-        q0 = {six(l.x, h.x >> shift), six(l.y, h.y >> shift), six(l.z, h.z >> shift), six(l.w, h.w >> shift)};
-        const int above = shift + 4;
-        q1 = {six(l.x >> 4, h.x >> above), six(l.y >> 4, h.y >> above), six(l.z >> 4, h.z >> above), six(l.w >> 4, h.w >> above)};
-        const s8* scales = (const s8*)plane[2] + p / 4 * 8 + p % 4;
-        const float d = tp_load_half(plane[3] + p / 8 * 2);
-        s0 = d * (float)scales[0];
-        s1 = d * (float)scales[4];
-    }
-    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, Float2 d0, Float2 d1) const {
-        return s0 * d0.x * (float)(dot16(q0, x0, 0) - 32 * sum16(x0)) + s1 * d1.x * (float)(dot16(q1, x1, 0) - 32 * sum16(x1));
-    }
-};
 
 /// The matrix and the first row of this block.
 TP_DEVICE int vec_part(const MulVecArgs& a, i64& row) {
@@ -188,17 +81,6 @@ TP_DEVICE void mul_vec_quantized(const MulVecArgs& a) {
     vec_store<kCols>(a, part, row, acc);
 }
 
-/// Weights of 4 or 2 bytes: 16 bytes of a row a thread and step.
-template <int kType>
-struct FloatWords {
-    static constexpr int kElems = kType == kF32 ? 4 : 8;
-    static TP_MEMBER float get(const TpInt4& v, int i) {
-        const int word = kType == kF32 ? (&v.x)[i] : (&v.x)[i / 2];
-        if (kType == kF32) return __int_as_float(word);
-        const u16 half = (u16)(i % 2 ? (u32)word >> 16 : (u32)word & 0xffff);
-        return kType == kF16 ? tp_half_to_float(half) : tp_bf16_to_float(half);
-    }
-};
 template <int kType, int kCols>
 TP_DEVICE void mul_vec_float(const MulVecArgs& a) {
     using Words = FloatWords<kType>;

@@ -11,6 +11,7 @@
 #include "mul_mat.h"
 #include "mul_tile.h"
 #include "mul_vec.h"
+#include "mul_vec_id.h"
 #include "norm.h"
 #include "quantize.h"
 #include "rope.h"
@@ -219,7 +220,12 @@ void lower_mul_mat_id(const Site& s, Lowered& out) {
         args.xq = prepare.xq;
         args.xd = prepare.xd;
     }
-    out.add(mul_id_launch(args, s.arch), args);
+    if (mul_vec_id_can(args)) {
+        const MulVecIdArgs products = mul_vec_id_args(args);
+        out.add(mul_vec_id_launch(products, s.arch), products);
+    } else {
+        out.add(mul_id_launch(args, s.arch), args);
+    }
 }
 
 template <class Table, class Key>
