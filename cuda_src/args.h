@@ -228,6 +228,29 @@ struct MulIdArgs {
     i64 k_begin, k_end;
     u32* fault;
 };
+// Many tokens: what a token's slots want, by expert. An entry is token * n_used + slot.
+struct ExpertTile {
+    i32 expert, first, count, pad;  // entries[first, first + count), at most `columns`
+};
+struct GroupArgs {
+    View ids;  // I32 [n_used, n_tokens]
+    i32* entries;
+    ExpertTile* tiles;
+    i32* n_tiles;
+    i64 n_expert;
+    i32 columns, pad;
+    u32* fault;
+};
+struct MulTileIdArgs {
+    Matrix w;        // [k, n, n_expert]
+    View y;          // F32 [n, n_used, n_tokens]
+    const char* xh;  // halves as in MulTileArgs, [n_tokens * n_used or n_tokens][k]
+    const i32* entries;
+    const ExpertTile* tiles;
+    const i32* n_tiles;
+    i64 k;
+    i32 n_used, x_per_slot;
+};
 constexpr int kVecSlots = 16;  // of a token, a warp each
 // Few tokens: up to two products (gate, up) of the same x and ids. And, when `scaled`, of one product what follows the experts:
 // products = y * weights, sum[0] = products of slots 0 and 1, sum[i] = sum[i - 1] + products of slot i + 1, for n_sums of them.

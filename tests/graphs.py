@@ -297,6 +297,7 @@ def _experts() -> None:
                     lambda g, t=t, m=n_tokens, name=name, n=n, x=x_rows: mul_mat_id(g, t, 512, n, 9, 4, m, f"blk.0.{name}.weight", x)
                 )
         case(f"mul_mat_id {NAMES[t]} more experts used than warps")(lambda g, t=t: mul_mat_id(g, t, 256, 37, 40, 18, 3, "blk.0.ffn_up_exps.weight"))
+        case(f"mul_mat_id {NAMES[t]}, many tokens of few experts")(lambda g, t=t: mul_mat_id(g, t, 256, 200, 3, 2, 170, "blk.0.ffn_up_exps.weight"))
     case("mul_mat_id F16 of an odd length")(lambda g: mul_mat_id(g, F16, 90, 37, 5, 2, 3, "blk.0.ffn_down_exps.weight", 2))
     case("mul_mat F32 of a router")(
         lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(F32, 256, 37, scale=1 / 16, name="blk.0.ffn_gate_inp.weight"), g.leaf(F32, 256, 3))

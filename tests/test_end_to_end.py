@@ -97,9 +97,9 @@ def test_experts(workers, models, family, quant, ranks, arch):
     # Of 512: a rank's share is less than a k-quant's block at 3 ranks and more.
     options = {"n_ff_expert": 512} if quant.endswith("_K") else {}
     result = check(workers, models, family, quant, ranks, arch=arch, **options)
-    if family == "qwen3moe":
+    if family == "qwen3moe" and not quant.endswith("_K"):  # a cut inside of a block: attention quantises apart
         launches = [line for line in result["program"].split("\n") if line and not line.startswith("all_reduce")]
-        assert len(launches) <= 15 * N_LAYER + 3  # the last layer's rows that are wanted, the head
+        assert len(launches) <= 15 * N_LAYER + 4  # the rows that are wanted of the last layer, the last norm, the head
 
 
 @pytest.mark.parametrize(("arch", "family", "quant", "ranks"), [("sm_75", "llama", "Q4_K", 2), ("sm_90", "qwen3", "Q4_K", 3), ("sm_90", "llama", "BF16", 2)])

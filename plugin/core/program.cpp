@@ -10,6 +10,7 @@
 #include "fuse.h"
 #include "mul_mat.h"
 #include "mul_tile.h"
+#include "mul_tile_id.h"
 #include "mul_vec.h"
 #include "mul_vec_id.h"
 #include "norm.h"
@@ -59,6 +60,7 @@ struct Site {
     i64 k_begin = 0, k_end = 0;  // within w's stored, rounded-out k
     const Stored* w_stored = nullptr;
     Prepared prepared = Prepared::kNone;  // what scratch holds of this very input already
+    bool grouped = false;                 // `partials` holds these experts' entries already
 };
 
 /// The launches of one op, and the scratch bytes that they use. An empty list with ok = false: no kernel for this.
@@ -67,6 +69,7 @@ struct Lowered {
     std::vector<RankLaunch> launches;
     i64 scratch_bytes = 0, partial_bytes = 0;
     Prepared prepared = Prepared::kNone;
+    bool grouped = false;  // leaves the entries of experts in `partials`
 
     template <class Args>
     void add(const Launch& launch, const Args& args) {
@@ -195,6 +198,37 @@ void lower_mul_mat(const Site& s, Lowered& out) {
     }
 }
 
+void lower_expert_tiles(const Site& s, Lowered& out, const MulIdArgs& args, const QuantizeArgs& prepare) {
+    const i32 columns = tile_columns(args);
+    const i64 entries = args.y.ne[1] * args.y.ne[2], entries_bytes = round_up(entries * 4, kScratchAlign);
+    char* place = reinterpret_cast<char*>(s.partials);
+    GroupArgs group{};
+    group.ids = args.ids;
+    group.entries = reinterpret_cast<i32*>(place);
+    group.n_tiles = reinterpret_cast<i32*>(place + entries_bytes);
+    group.tiles = reinterpret_cast<ExpertTile*>(place + entries_bytes + kScratchAlign);
+    group.n_expert = args.w.ne2;
+    group.columns = columns;
+    group.fault = args.fault;
+    out.partial_bytes = entries_bytes + kScratchAlign + most_tiles(entries, args.w.ne2, columns) * static_cast<i64>(sizeof(ExpertTile));
+    out.grouped = true;
+    if (!s.grouped) out.add(group_launch(group, s.arch), group);  // gate, up and down have the same
+    MulTileIdArgs tile{};
+    tile.w = args.w;
+    tile.y = args.y;
+    tile.xh = prepare.xq;
+    tile.entries = group.entries;
+    tile.tiles = group.tiles;
+    tile.n_tiles = group.n_tiles;
+    tile.k = args.w.k;
+    tile.n_used = static_cast<i32>(args.y.ne[1]);
+    tile.x_per_slot = args.x.ne[1] > 1;
+    out.scratch_bytes = args.x.ne[1] * args.x.ne[2] * args.w.k * 2;
+    out.prepared = args.w.type == kBF16 ? Prepared::kBf16 : Prepared::kHalf;
+    if (s.prepared != out.prepared) out.add(halve_launch(prepare, args.w.type == kBF16, s.arch), prepare);
+    out.add(mul_tile_id_launch(tile, columns, s.arch), tile);
+}
+
 void lower_mul_mat_id(const Site& s, Lowered& out) {
     const Tensor& w = s.graph->tensors[s.t->src[0]];
     const WeightFormat* format = find_weight_format(w.type);
@@ -215,6 +249,7 @@ void lower_mul_mat_id(const Site& s, Lowered& out) {
     args.k_end = s.k_end;
     args.fault = s.fault;
     QuantizeArgs prepare{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
+    if (!mul_vec_id_can(args) && mul_tile_id_can(args, s.arch)) return lower_expert_tiles(s, out, args, prepare);
     if (format->block_elems > 1) {
         out.ok &= lower_quantize(s, out, prepare);
         args.xq = prepare.xq;
@@ -493,6 +528,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
             i64 k = 0, k_begin = 0;
             std::vector<Prepared> prepared;  // [n_ranks]
         } last;
+        int last_ids = -1;  // whose entries are in every rank's partials
         for (const PlanStep& step : plan.steps) {
             const Tensor& t = graph.tensors[step.tensor];
             if (step.kind != PlanStep::kCompute) {
@@ -571,6 +607,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                     // Q, K and V, gate and up read the same input: it is quantised once.
                     if (last.x == now.x && last.s == now.s && last.s.kind != Sharding::kSharded && last.k == now.k) site.prepared = last.prepared[r];
                 }
+                site.grouped = t.op == Op::MUL_MAT_ID && last_ids == t.src[2];
                 if (!is_empty(site.y) || (t.op == Op::SET_ROWS && site.output.kind != Sharding::kSharded)) row->lower(site, lowered[r]);
                 if (!lowered[r].ok) throw Error(std::string("no kernel for ") + abi::op_name(t.op) + " (" + t.name + ") with these types and strides");
                 if (pass == 0) scratch_bytes = std::max(scratch_bytes, round_up(lowered[r].scratch_bytes, kScratchAlign));
@@ -578,6 +615,9 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 most = std::max(most, lowered[r].launches.size());
                 now.prepared[r] = lowered[r].prepared;
             }
+            auto uses_partials = [](const Lowered& l) { return l.partial_bytes > 0; };
+            if (std::any_of(lowered.begin(), lowered.end(), uses_partials))
+                last_ids = std::all_of(lowered.begin(), lowered.end(), [](const Lowered& l) { return l.grouped; }) ? t.src[2] : -1;
             if (std::any_of(now.prepared.begin(), now.prepared.end(), [](Prepared p) { return p != Prepared::kNone; })) last = now;
             // A later writer over the quantised input's memory makes the copy stale.
             if (last.x >= 0 && !t.stored && last.x != now.x) {
