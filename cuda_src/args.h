@@ -119,10 +119,11 @@ struct FusedNormArgs {
     float eps;
     i32 pad;
 };
-// A GLU whose result is written as F32 and as int8.
+// A GLU whose result is written as F32 and as int8: rows of k, zero outside of [k_begin, k_begin + glu.y.ne[0]).
 struct FusedGluArgs {
     GluArgs glu;
     char *xq, *xd;
+    i64 k, k_begin;
 };
 struct RopeArgs {
     View x, y;     // [head_dim, n_head, n_tokens, 1] F32 or F16

@@ -78,6 +78,8 @@ class Case:
         self.c = self.lib.ggml_init([16 << 20, self.null, True])
         self.rng = np.random.default_rng(seed)
         self.leaves: list[tuple[Any, bytes]] = []
+        self.inner: Any = None  # a tensor of the graph that `run` reads too, into inner_value: F32
+        self.inner_value = np.zeros(0, np.float32)
 
     def leaf(self, type_: int, *ne: int, scale: float = 1.0, name: str = "", values: np.ndarray | None = None) -> Any:
         ne = (*ne, 1, 1, 1, 1)[:4]
@@ -116,6 +118,10 @@ class Case:
         status = lib.ggml_backend_graph_compute(self.ggml.backend, graph)
         raw = bytearray(lib.ggml_nbytes(output))
         lib.ggml_backend_tensor_get(output, self.ggml.ffi.from_buffer(raw), 0, len(raw))
+        if self.inner is not None:
+            inner = bytearray(lib.ggml_nbytes(self.inner))
+            lib.ggml_backend_tensor_get(self.inner, self.ggml.ffi.from_buffer(inner), 0, len(inner))
+            self.inner_value = np.frombuffer(inner, np.float32)
         lib.ggml_backend_buffer_free(buffer)
         lib.ggml_free(self.c)
         if type_ is None:

@@ -152,8 +152,11 @@ bool glu_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
     glu.glu = args_of<GluArgs>(a);
     const QuantizeArgs q = args_of<QuantizeArgs>(b);
     const View& y = glu.glu.y;
-    const bool same = same_view(q.x, y) && q.k_begin == 0 && q.k_end == q.k;  // a row for each of a token's experts
-    if (!same && !quantizes(q, y, y.ne[0], y.ne[1] * y.ne[2] * y.ne[3])) return false;
+    // A row for each of a token's experts, or one for each token; the shard's part of a row of blocks.
+    if (!same_view(q.x, y) && !quantizes(q, y, y.ne[0], y.ne[1] * y.ne[2] * y.ne[3])) return false;
+    if (q.k_end - q.k_begin != y.ne[0]) return false;
+    glu.k = q.k;
+    glu.k_begin = q.k_begin;
     glu.xq = q.xq;
     glu.xd = q.xd;
     return replace(a, fused_glu_launch(a.launch.kernel, glu, arch), glu);
