@@ -330,11 +330,17 @@ def _experts() -> None:
     case("fill")(lambda g: g.lib.ggml_fill(g.c, g.leaf(F32, 70, 5), -2.5))
     case("swiglu_oai")(lambda g: g.lib.ggml_swiglu_oai(g.c, g.leaf(F32, 100, 4, scale=5), g.leaf(F32, 100, 4, scale=5), 1.702, 7.0))
 
-    def layer(g: Case, n_tokens: int, biases: bool) -> Any:
-        """Experts as models have them: weights times products, summed over slots; with biases, gpt-oss's."""
+    def layer(g: Case, n_tokens: int, biases: bool, fused: bool = False) -> Any:
+        """Experts as models have them: weights times products, summed over slots; with biases, gpt-oss's; gate and up one tensor or two."""
         lib, ids = g.lib, expert_ids(g, 3, n_tokens, 8)
         x = g.leaf(F32, 256, 1, n_tokens)
-        up, gate = (lib.ggml_mul_mat_id(g.c, g.leaf(F16, 256, 160, 8, scale=1 / 16, name=f"blk.0.ffn_{part}_exps.weight"), x, ids) for part in ("up", "gate"))
+        if fused:
+            both = lib.ggml_mul_mat_id(g.c, g.leaf(F16, 256, 320, 8, scale=1 / 16, name="blk.0.ffn_gate_up_exps.weight"), x, ids)
+            up, gate = (lib.ggml_view_4d(g.c, both, 160, 3, n_tokens, 1, 1280, 3840, 3840 * n_tokens, at) for at in (640, 0))
+        else:
+            up, gate = (
+                lib.ggml_mul_mat_id(g.c, g.leaf(F16, 256, 160, 8, scale=1 / 16, name=f"blk.0.ffn_{part}_exps.weight"), x, ids) for part in ("up", "gate")
+            )
         if biases:
             up, gate = (lib.ggml_add_id(g.c, part, g.leaf(F32, 160, 8), ids) for part in (up, gate))
         hidden = lib.ggml_swiglu_oai(g.c, gate, up, 1.702, 7.0) if biases else lib.ggml_glu_split(g.c, gate, up, 2)
@@ -348,6 +354,7 @@ def _experts() -> None:
     for n_tokens in (1, 3, 40):
         for biases in (False, True):
             case(f"experts F16 of {n_tokens} tokens{', biases' * biases}")(lambda g, m=n_tokens, b=biases: layer(g, m, b))
+        case(f"experts F16 of {n_tokens} tokens, gate and up in one")(lambda g, m=n_tokens: layer(g, m, False, True))
 
 
 for _register in (_mul_mats, _element_wise, _rows, _ropes, _attention, _experts):

@@ -32,6 +32,8 @@ constexpr Row kRows[] = {
     {"ffn_up_shexp.weight", Role::kColumn},
     {"ffn_down_shexp.weight", Role::kRow},
     {"ffn_gate_inp.weight", Role::kWhole},
+    // Gate and up side by side: a division would be of each half, which a Sharding cannot say yet.
+    {"ffn_gate_up_exps.weight", Role::kWhole},
 };
 
 }  // namespace
