@@ -16,7 +16,7 @@ TP_DEVICE void vec_id_dot(const MulVecIdArgs& a, const char* const (&plane)[kVec
         using Words = FloatWords<kType>;
         constexpr int kElems = Words::kElems;
         const char* x = a.x.data + x_slot * a.x.nb[1] + token * a.x.nb[2];
-#pragma unroll 2
+#pragma unroll 1
         for (i64 k = (i64)threadIdx.x * kElems; k < a.k; k += 32 * kElems) {
             TpInt4 w[kVecRows];
 #pragma unroll
@@ -36,7 +36,7 @@ TP_DEVICE void vec_id_dot(const MulVecIdArgs& a, const char* const (&plane)[kVec
         const i64 pieces = a.k / 32, x_row = token * a.x.ne[1] + x_slot;
         const char* xq = a.xq + x_row * a.k;
         const Float2* d = (const Float2*)a.xd + x_row * pieces;
-#pragma unroll 2
+#pragma unroll 1
         for (i64 p = threadIdx.x; p < pieces; p += 32) {
             Piece<kType> w[kVecRows];
 #pragma unroll

@@ -55,8 +55,10 @@ Sharding guess_sharding(Role role, const i64 ne[4], int n_dims, int n_ranks, con
     int axis = 0;
     if (role == Role::kColumn) axis = n_dims > 1 ? 1 : 0;
     const i64 total = ne[axis];
-    // Heads are not known yet: an even cut is right whenever the heads divide evenly; otherwise 64 is the commonest head's divisor.
-    const i64 grain = split.empty() && total % n_ranks == 0 ? total / n_ranks : total % 64 == 0 ? 64 : 1;
+    // Heads are not known yet: an even cut is right whenever the heads divide evenly; otherwise 64 is the commonest head's divisor. Experts have
+    // none, and are narrow (192 at 5 ranks would leave two of them idle): 32, the commonest block.
+    const i64 unit = n_dims == 3 && role != Role::kKvCache ? 32 : 64;
+    const i64 grain = split.empty() && total % n_ranks == 0 ? total / n_ranks : total % unit == 0 ? unit : 1;
     return sharded(axis, divide(total, grain, n_ranks, split));
 }
 
