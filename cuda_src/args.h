@@ -119,10 +119,11 @@ struct FusedNormArgs {
     float eps;
     i32 pad;
 };
-// A GLU whose result is written as F32 and as int8.
+// A GLU whose result is written as F32 and as int8: rows of k, zero outside of [k_begin, k_begin + glu.y.ne[0]).
 struct FusedGluArgs {
     GluArgs glu;
     char *xq, *xd;
+    i64 k, k_begin;
 };
 struct RopeArgs {
     View x, y;     // [head_dim, n_head, n_tokens, 1] F32 or F16
@@ -211,6 +212,82 @@ struct RepackArgs {
     i32 n_fields, block_bytes;
     i32 to_host;  // 0: staging -> planes, 1: planes -> staging
     i32 pad;
+};
+
+struct ArgsortArgs {
+    View x, y;  // y I32: the first y.ne[0] places of the order of x's rows
+    i32 descending, pad;
+};
+// y[:, j, t] = w[:, :, ids[j, t]]^T x[:, j or 0, t]   (ggml_mul_mat_id): slot j of token t is the work of expert ids[j, t].
+// xq, xd, k_begin and k_end as in MulMatArgs, rows of x counted slots first.
+struct MulIdArgs {
+    Matrix w;  // [k, n, n_expert]
+    View x;    // F32 [k_end - k_begin, n_used or 1, n_tokens]
+    View ids;  // I32 [n_used, n_tokens]
+    View y;    // F32 [n, n_used, n_tokens]
+    const char *xq, *xd;
+    i64 k_begin, k_end;
+    u32* fault;
+};
+// Many tokens: what a token's slots want, by expert. An entry is token * n_used + slot.
+struct ExpertTile {
+    i32 expert, first, count, pad;  // entries[first, first + count), at most `columns`
+};
+struct GroupArgs {
+    View ids;  // I32 [n_used, n_tokens]
+    i32* entries;
+    ExpertTile* tiles;
+    i32* n_tiles;
+    i64 n_expert;
+    i32 columns, pad;
+    u32* fault;
+};
+struct MulTileIdArgs {
+    Matrix w;        // [k, n, n_expert]
+    View y;          // F32 [n, n_used, n_tokens]
+    const char* xh;  // halves as in MulTileArgs, [n_tokens * n_used or n_tokens][k]
+    const i32* entries;
+    const ExpertTile* tiles;
+    const i32* n_tiles;
+    i64 k;
+    i32 n_used, x_per_slot;
+};
+constexpr int kVecSlots = 16;  // of a token, a warp each
+// Few tokens: up to two products (gate, up) of the same x and ids. And, when `scaled`, of one product what follows the experts:
+// products = y * weights, sum[0] = products of slots 0 and 1, sum[i] = sum[i - 1] + products of slot i + 1, for n_sums of them.
+struct MulVecIdArgs {
+    MulVecPart part[2];
+    View x, ids;
+    const char *xq, *xd;
+    i64 k;
+    u32* fault;
+    i32 n_parts, scaled, n_sums, pad;
+    View weights;   // F32 [1, n_used, n_tokens]
+    View products;  // F32 [n, n_used, n_tokens]; may be y
+    View sum[kVecSlots - 1];
+};
+// Small ops one after another in a single block, which sees what it wrote itself: what a router does for few tokens. And, in the blocks
+// behind it, quantising what the experts will read (quantize.xq not null), which does not depend on any of it.
+enum class ChainOp : i32 { kAdd, kSub, kMul, kDiv, kScale, kClamp, kSigmoid, kSoftMax, kArgsort, kGetRows, kSumRows };
+struct ChainStep {
+    ChainOp op;
+    i32 pad;
+    View a, b, y;  // b: of the first four, and the rows of kGetRows
+    float p0, p1;  // scale: a * p0 + p1; clamp: [p0, p1]; soft max: of a * p0; argsort: descending when p0 is not 0
+};
+constexpr int kChainMost = 9;
+struct ChainArgs {
+    ChainStep step[kChainMost];
+    QuantizeArgs quantize;
+    u32* fault;
+    i32 n_steps, pad;
+};
+static_assert(sizeof(ChainArgs) < 4096 && sizeof(MulVecIdArgs) < 4096, "a kernel's arguments");
+// y[:, j, t] = a[:, j, t] + b[:, ids[j, t]] (has_b), else a's copy: of a Partial's summands one takes the bias.
+struct AddIdArgs {
+    View a, b, ids, y;
+    u32* fault;
+    i32 has_b, pad;
 };
 
 // ---- stream.cu: one persistent kernel that walks a table of stages (see there). Vectors are one token's: F32, contiguous, 16-byte aligned.
@@ -312,6 +389,6 @@ struct StreamArgs {
 };
 enum StreamTime : i32 { kTimeBegin, kTimeWaited, kTimeInput, kTimeDone, kTimeStored, kStreamTimes };
 
-enum Fault : u32 { kFaultNone = 0, kFaultRowIndex = 1, kFaultKvCell = 2, kFaultLatePeer = 3 };
+enum Fault : u32 { kFaultNone = 0, kFaultRowIndex = 1, kFaultKvCell = 2, kFaultExpert = 3, kFaultLatePeer = 4 };
 
 }  // namespace ggml_tp

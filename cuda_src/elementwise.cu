@@ -92,11 +92,10 @@ TP_KERNEL(glu_swiglu_oai, GluArgs, 256) {
 #define FUSED_GLU(name, expression)                                                                                 \
     TP_KERNEL(fused_glu_##name, FusedGluArgs, 256) {                                                                \
         const GluArgs& g = args.glu;                                                                                \
-        const i64 n = g.y.ne[0], i = ((i64)blockIdx.y * blockDim.x + threadIdx.x) * 4;                              \
+        const i64 k = args.k, at = ((i64)blockIdx.y * blockDim.x + threadIdx.x) * 4, i = at - args.k_begin;         \
         const Index row = row_index(blockIdx.x, g.y.ne);                                                            \
-        const bool inside = i < n;                                                                                  \
         float v[4] = {};                                                                                            \
-        if (inside) {                                                                                               \
+        if (i >= 0 && i < g.y.ne[0]) {                                                                              \
             const float *pa = (const float*)element_at(g.a, row) + i, *pb = (const float*)element_at(g.b, row) + i; \
             for (int e = 0; e < 4; ++e) {                                                                           \
                 const float a = pa[e], b = pb[e];                                                                   \
@@ -104,7 +103,7 @@ TP_KERNEL(glu_swiglu_oai, GluArgs, 256) {
             }                                                                                                       \
             for (int e = 0; e < 4; ++e) ((float*)element_at(g.y, row))[i + e] = v[e];                               \
         }                                                                                                           \
-        quantize_four(v, i, inside, args.xq + blockIdx.x * n, args.xd + blockIdx.x * (n / 32) * 8);                 \
+        quantize_four(v, at, at < k, args.xq + blockIdx.x * k, args.xd + blockIdx.x * (k / 32) * 8);                \
     }
 FUSED_GLU(swiglu, silu(a) * b)
 FUSED_GLU(geglu, gelu(a) * b)

@@ -53,7 +53,7 @@ inline Launch glu_launch(GluOp op, const GluArgs& args, Arch) {
     return element_launch(kGluKernels[(int)op], y.ne[0], n_rows(y));
 }
 
-/// `kernel`: that of the plain GLU. Rows of F32 side by side, in whole blocks of 32.
+/// `kernel`: that of the plain GLU. Rows of F32 side by side, quantised in whole blocks of 32 of which they may fill a part.
 inline Launch fused_glu_launch(const char* kernel, const FusedGluArgs& args, Arch) {
     struct Row {
         const char *plain, *fused;
@@ -65,8 +65,8 @@ inline Launch fused_glu_launch(const char* kernel, const FusedGluArgs& args, Arc
         return v.type == kF32 && v.nb[0] == 4 && (u64)v.data % 16 == 0 && v.nb[1] % 16 == 0 && v.nb[2] % 16 == 0 && v.nb[3] % 16 == 0;
     };
     if (!fits(g.a) || !fits(g.b) || !fits(g.y)) return l;
-    const i64 n = g.y.ne[0], rows = n_rows(g.y), blocks = (n / 4 + kElementThreads - 1) / kElementThreads;
-    if (n % 32 || rows <= 0 || rows > 0x7fffffff || blocks > 65535) return l;
+    const i64 rows = n_rows(g.y), blocks = (args.k / 4 + kElementThreads - 1) / kElementThreads;
+    if (args.k % 32 || g.y.ne[0] % 4 || args.k_begin % 4 || rows <= 0 || rows > 0x7fffffff || blocks > 65535) return l;
     for (const Row& row : kRows) {
         bool same = true;
         for (int i = 0; same && (row.plain[i] || kernel[i]); ++i) same = row.plain[i] == kernel[i];

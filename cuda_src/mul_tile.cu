@@ -129,8 +129,30 @@ TP_DEVICE void load_strip(Strip<kType>& strip, const char* const* plane, i64 ste
     else strip.load(plane, step, u, Strip<kType>::end(step, u) <= k);
 }
 
-template <int kType, int kRows, int kColumns>
-TP_DEVICE void mul_tile(const MulTileArgs& a) {
+/// Which columns of x a block multiplies, and where its results go.
+struct TileColumns {
+    const MulTileArgs& a;
+    i64 column0 = 0;
+    TP_MEMBER bool has(i64 column) const { return column0 + column < a.m; }
+    TP_MEMBER i64 x_row(i64 column) const { return column0 + column; }
+    TP_MEMBER char* y(i64 row, i64 column) const { return a.y.data + row * a.y.nb[0] + (column0 + column) * a.y.nb[1]; }
+};
+/// Of one expert: the entries (token * n_used + slot) of one tile of its list.
+struct TileEntries {
+    const MulTileIdArgs& a;
+    const i32* entry;
+    i64 count;
+    TP_MEMBER bool has(i64 column) const { return column < count; }
+    TP_MEMBER i64 x_row(i64 column) const { return a.x_per_slot ? entry[column] : (u32)entry[column] / (u32)a.n_used; }
+    TP_MEMBER char* y(i64 row, i64 column) const {
+        const u32 token = (u32)entry[column] / (u32)a.n_used, slot = (u32)entry[column] - token * (u32)a.n_used;
+        return a.y.data + row * a.y.nb[0] + slot * a.y.nb[1] + token * a.y.nb[2];
+    }
+};
+
+/// Matrix `matrix` of a.w times the columns.
+template <int kType, int kRows, int kColumns, class Args, class Columns>
+TP_DEVICE void mul_tile(const Args& a, i64 matrix, const Columns& columns) {
     constexpr int kWarpRows = kRows / 4, kWarpColumns = kColumns / 2;                        // of one of 4 x 2 warps
     constexpr int kM = kWarpRows / 16, kN = kWarpColumns / 8;                                // its mma tiles
     constexpr int kStrips = kRows * 2 / kTileThreads, kWords = kColumns * 8 / kTileThreads;  // what a thread fetches of a step
@@ -138,10 +160,16 @@ TP_DEVICE void mul_tile(const MulTileArgs& a) {
     TP_DYN_SHARED(u16, shared);
     u16 *w_stage[2] = {shared, shared + kRows * kTileStride}, *x_stage[2] = {shared + 2 * kRows * kTileStride, shared + (2 * kRows + kColumns) * kTileStride};
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const i64 row0 = (i64)blockIdx.x * kRows, column0 = (i64)blockIdx.y * kColumns, steps = (a.k + kTileStep - 1) / kTileStep;
+    const i64 row0 = (i64)blockIdx.x * kRows, steps = (a.k + kTileStep - 1) / kTileStep;
     constexpr int kMostStrips = kStrips > 0 ? kStrips : 1;
     Strip<kType> strip[kMostStrips];
     TpInt4 words[kWords];
+    const char* x[kWords];  // null beyond the last column
+#pragma unroll
+    for (int s = 0; s < kWords; ++s) {
+        const i64 column = (s * kTileThreads + thread) / 8;
+        x[s] = columns.has(column) ? a.xh + columns.x_row(column) * a.k * 2 : nullptr;
+    }
     auto fetch = [&](i64 step) {
 #pragma unroll
         for (int s = 0; s < kMostStrips; ++s) {
@@ -149,14 +177,14 @@ TP_DEVICE void mul_tile(const MulTileArgs& a) {
             if (kHalfThreads && i >= kRows * 2) break;
             const i64 row = row0 + i / 2 < a.w.n ? row0 + i / 2 : a.w.n - 1;
             const char* plane[4];
-            for (int f = 0; f < 4; ++f) plane[f] = a.w.plane[f] + row * a.w.row_stride[f];
+            for (int f = 0; f < 4; ++f) plane[f] = a.w.plane[f] + matrix * a.w.nb2[f] + row * a.w.row_stride[f];
             load_strip<kType>(strip[s], plane, step, i % 2, a.k);
         }
 #pragma unroll
         for (int s = 0; s < kWords; ++s) {
             const int i = s * kTileThreads + thread;
-            const i64 column = column0 + i / 8, at = step * kTileStep + i % 8 * 8;
-            words[s] = column < a.m && at < a.k ? *(const TpInt4*)(a.xh + (column * a.k + at) * 2) : TpInt4{0, 0, 0, 0};
+            const i64 at = step * kTileStep + i % 8 * 8;
+            words[s] = x[s] && at < a.k ? *(const TpInt4*)(x[s] + at * 2) : TpInt4{0, 0, 0, 0};
         }
     };
     auto keep = [&](int stage) {
@@ -220,16 +248,30 @@ TP_DEVICE void mul_tile(const MulTileArgs& a) {
         for (int j = 0; j < kN; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const i64 row = row0 + warp_row + i * 16 + lane / 4 + e / 2 * 8, column = column0 + warp_column + j * 8 + lane % 4 * 2 + e % 2;
-                if (row < a.w.n && column < a.m) *(float*)(a.y.data + row * a.y.nb[0] + column * a.y.nb[1]) = acc[i][j][e];
+                const i64 row = row0 + warp_row + i * 16 + lane / 4 + e / 2 * 8, column = warp_column + j * 8 + lane % 4 * 2 + e % 2;
+                if (row < a.w.n && columns.has(column)) *(float*)columns.y(row, column) = acc[i][j][e];
             }
+}
+
+template <int kType, int kRows, int kColumns>
+TP_DEVICE void mul_tile_columns(const MulTileArgs& a) {
+    mul_tile<kType, kRows, kColumns>(a, 0, TileColumns{a, (i64)blockIdx.y * kColumns});
+}
+/// The grid is for the worst case: blocks without a tile leave.
+template <int kType, int kRows, int kColumns>
+TP_DEVICE void mul_tile_entries(const MulTileIdArgs& a) {
+    if ((i32)blockIdx.y >= *a.n_tiles) return;
+    const ExpertTile& tile = a.tiles[blockIdx.y];
+    mul_tile<kType, kRows, kColumns>(a, tile.expert, TileEntries{a, a.entries + tile.first, tile.count});
 }
 
 }  // namespace ggml_tp
 
-#define MUL_TILE(name, type)                                                                  \
-    TP_KERNEL(mul_tile_##name, MulTileArgs, 256) { ggml_tp::mul_tile<type, 128, 128>(args); } \
-    TP_KERNEL(mul_tile_##name##_small, MulTileArgs, 256) { ggml_tp::mul_tile<type, 64, 64>(args); }
+#define MUL_TILE(name, type)                                                                                \
+    TP_KERNEL(mul_tile_##name, MulTileArgs, 256) { ggml_tp::mul_tile_columns<type, 128, 128>(args); }       \
+    TP_KERNEL(mul_tile_##name##_small, MulTileArgs, 256) { ggml_tp::mul_tile_columns<type, 64, 64>(args); } \
+    TP_KERNEL(mul_tile_id_##name, MulTileIdArgs, 256) { ggml_tp::mul_tile_entries<type, 128, 128>(args); }  \
+    TP_KERNEL(mul_tile_id_##name##_small, MulTileIdArgs, 256) { ggml_tp::mul_tile_entries<type, 64, 64>(args); }
 
 MUL_TILE(q4_0, ggml_tp::kQ4_0)
 MUL_TILE(q8_0, ggml_tp::kQ8_0)

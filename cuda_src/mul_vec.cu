@@ -4,7 +4,7 @@
 // Activations of quantised weights are int8 (quantize.h); they are small and stay in L1.
 #include "mul_vec.h"
 
-#include "piece.h"
+#include "vec_piece.h"
 
 namespace ggml_tp {
 
@@ -81,17 +81,6 @@ TP_DEVICE void mul_vec_quantized(const MulVecArgs& a) {
     vec_store<kCols>(a, part, row, acc);
 }
 
-/// Weights of 4 or 2 bytes: 16 bytes of a row a thread and step.
-template <int kType>
-struct FloatWords {
-    static constexpr int kElems = kType == kF32 ? 4 : 8;
-    static TP_MEMBER float get(const TpInt4& v, int i) {
-        const int word = kType == kF32 ? (&v.x)[i] : (&v.x)[i / 2];
-        if (kType == kF32) return __int_as_float(word);
-        const u16 half = (u16)(i % 2 ? (u32)word >> 16 : (u32)word & 0xffff);
-        return kType == kF16 ? tp_half_to_float(half) : tp_bf16_to_float(half);
-    }
-};
 template <int kType, int kCols>
 TP_DEVICE void mul_vec_float(const MulVecArgs& a) {
     using Words = FloatWords<kType>;

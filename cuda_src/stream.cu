@@ -13,8 +13,8 @@
 #include "elementwise.h"
 #include "flash_piece.h"
 #include "get_row.h"
-#include "piece.h"
 #include "rope_pair.h"
+#include "vec_piece.h"
 
 #if TP_ARCH >= 900
 

@@ -33,6 +33,10 @@ tensor ggml_rope_ext(ctx c, tensor a, tensor pos, tensor factors, int n_dims, in
                      float fast, float slow);
 void ggml_rope_set_offset(tensor a, int n_offs);
 tensor ggml_soft_max_ext(ctx c, tensor a, tensor mask, float scale, float max_bias); void ggml_soft_max_add_sinks(tensor a, tensor sinks);
+tensor ggml_mul_mat_id(ctx c, tensor as, tensor b, tensor ids); tensor ggml_add_id(ctx c, tensor a, tensor b, tensor ids);
+tensor ggml_argsort(ctx c, tensor a, int order); tensor ggml_top_k(ctx c, tensor a, int k); tensor ggml_sum_rows(ctx c, tensor a);
+tensor ggml_swiglu_oai(ctx c, tensor a, tensor b, float alpha, float limit); tensor ggml_fill(ctx c, tensor a, float v);
+tensor ggml_reshape_3d(ctx c, tensor a, int64_t p, int64_t q, int64_t r);
 tensor ggml_flash_attn_ext(ctx c, tensor q, tensor k, tensor v, tensor mask, float scale, float max_bias, float softcap);
 void ggml_flash_attn_ext_add_sinks(tensor a, tensor sinks);
 void *ggml_new_graph(ctx c); void ggml_build_forward_expand(void *graph, tensor t);
@@ -74,6 +78,8 @@ class Case:
         self.c = self.lib.ggml_init([16 << 20, self.null, True])
         self.rng = np.random.default_rng(seed)
         self.leaves: list[tuple[Any, bytes]] = []
+        self.inner: Any = None  # a tensor of the graph that `run` reads too, into inner_value: F32
+        self.inner_value = np.zeros(0, np.float32)
 
     def leaf(self, type_: int, *ne: int, scale: float = 1.0, name: str = "", values: np.ndarray | None = None) -> Any:
         ne = (*ne, 1, 1, 1, 1)[:4]
@@ -112,6 +118,10 @@ class Case:
         status = lib.ggml_backend_graph_compute(self.ggml.backend, graph)
         raw = bytearray(lib.ggml_nbytes(output))
         lib.ggml_backend_tensor_get(output, self.ggml.ffi.from_buffer(raw), 0, len(raw))
+        if self.inner is not None:
+            inner = bytearray(lib.ggml_nbytes(self.inner))
+            lib.ggml_backend_tensor_get(self.inner, self.ggml.ffi.from_buffer(inner), 0, len(inner))
+            self.inner_value = np.frombuffer(inner, np.float32)
         lib.ggml_backend_buffer_free(buffer)
         lib.ggml_free(self.c)
         if type_ is None:
@@ -270,7 +280,84 @@ def _attention() -> None:
     case("flash_attn, BF16 cache")(lambda g: flash(g, type_=BF16))
 
 
-for _register in (_mul_mats, _element_wise, _rows, _ropes, _attention):
+def expert_ids(g: Case, n_used: int, n_tokens: int, n_expert: int) -> Any:
+    """A view of the first rows of a sorted order, as routers make it: experts of a token are different, tokens are n_expert apart."""
+    order = np.stack([g.rng.permutation(n_expert) for _ in range(n_tokens)])
+    ids = g.leaf(I32, n_expert, n_tokens, values=order)
+    return g.lib.ggml_view_4d(g.c, ids, n_used, n_tokens, 1, 1, n_expert * 4, n_expert * n_tokens * 4, n_expert * n_tokens * 4, 0)
+
+
+def mul_mat_id(g: Case, type_: int, k: int, n: int, n_expert: int, n_used: int, n_tokens: int, name: str = "", x_rows: int = 1) -> Any:
+    w = g.leaf(type_, k, n, n_expert, scale=k**-0.5, name=name)
+    return g.lib.ggml_mul_mat_id(g.c, w, g.leaf(F32, k, x_rows, n_tokens), expert_ids(g, n_used, n_tokens, n_expert))
+
+
+def _experts() -> None:
+    for t in NAMES:
+        for n_tokens in (1, 2, 3, 17, 70):
+            case(f"mul_mat_id {NAMES[t]} 256x37, {n_tokens} tokens")(lambda g, t=t, m=n_tokens: mul_mat_id(g, t, 256, 37, 5, 2, m))
+        # Divided by columns; by rows, cut inside 256-element blocks at 3 ranks, every slot with an input of its own.
+        for name, n, x_rows in (("ffn_gate_exps", 192, 1), ("ffn_down_exps", 70, 4)):
+            for n_tokens in (1, 5, 33, 130):
+                case(f"mul_mat_id {NAMES[t]} {name}, {n_tokens} tokens")(
+                    lambda g, t=t, m=n_tokens, name=name, n=n, x=x_rows: mul_mat_id(g, t, 512, n, 9, 4, m, f"blk.0.{name}.weight", x)
+                )
+        case(f"mul_mat_id {NAMES[t]} more experts used than warps")(lambda g, t=t: mul_mat_id(g, t, 256, 37, 40, 18, 3, "blk.0.ffn_up_exps.weight"))
+        case(f"mul_mat_id {NAMES[t]}, many tokens of few experts")(lambda g, t=t: mul_mat_id(g, t, 256, 200, 3, 2, 170, "blk.0.ffn_up_exps.weight"))
+    case("mul_mat_id F16 of an odd length")(lambda g: mul_mat_id(g, F16, 90, 37, 5, 2, 3, "blk.0.ffn_down_exps.weight", 2))
+    case("mul_mat F32 of a router")(
+        lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(F32, 256, 37, scale=1 / 16, name="blk.0.ffn_gate_inp.weight"), g.leaf(F32, 256, 3))
+    )
+    for order in (0, 1):
+        for n in (2, 7, 128, 1000, 4096):
+            case(f"argsort {n}, {'descending' if order else 'ascending'}", I32)(
+                lambda g, n=n, order=order: g.lib.ggml_argsort(g.c, g.leaf(F32, n, 3, 2, values=g.rng.permutation(n * 6)), order)
+            )
+
+    def top_k(g: Case, n: int, k: int) -> Any:
+        """Their order is free: the sum of the values."""
+        x = g.leaf(F32, n, 5)
+        values = g.lib.ggml_get_rows(g.c, g.lib.ggml_reshape_3d(g.c, x, 1, n, 5), g.lib.ggml_top_k(g.c, x, k))
+        return g.lib.ggml_sum_rows(g.c, g.lib.ggml_reshape_3d(g.c, values, k, 5, 1))
+
+    case("top_k 8 of 128")(lambda g: top_k(g, 128, 8))
+    case("top_k 40 of 1000")(lambda g: top_k(g, 1000, 40))
+    case("top_k of all")(lambda g: top_k(g, 7, 7))
+    for n in (1, 5, 64, 1000):
+        case(f"sum_rows {n}")(lambda g, n=n: g.lib.ggml_sum_rows(g.c, g.leaf(F32, n, 3, 2)))
+    case("sum_rows of permuted")(lambda g: g.lib.ggml_sum_rows(g.c, g.lib.ggml_permute(g.c, g.leaf(F32, 40, 5, 3), 0, 2, 1, 3)))
+    case("add_id")(lambda g: g.lib.ggml_add_id(g.c, g.leaf(F32, 70, 2, 5), g.leaf(F32, 70, 6), expert_ids(g, 2, 5, 6)))
+    case("fill")(lambda g: g.lib.ggml_fill(g.c, g.leaf(F32, 70, 5), -2.5))
+    case("swiglu_oai")(lambda g: g.lib.ggml_swiglu_oai(g.c, g.leaf(F32, 100, 4, scale=5), g.leaf(F32, 100, 4, scale=5), 1.702, 7.0))
+
+    def layer(g: Case, n_tokens: int, biases: bool, fused: bool = False) -> Any:
+        """Experts as models have them: weights times products, summed over slots; with biases, gpt-oss's; gate and up one tensor or two."""
+        lib, ids = g.lib, expert_ids(g, 3, n_tokens, 8)
+        x = g.leaf(F32, 256, 1, n_tokens)
+        if fused:
+            both = lib.ggml_mul_mat_id(g.c, g.leaf(F16, 256, 320, 8, scale=1 / 16, name="blk.0.ffn_gate_up_exps.weight"), x, ids)
+            up, gate = (lib.ggml_view_4d(g.c, both, 160, 3, n_tokens, 1, 1280, 3840, 3840 * n_tokens, at) for at in (640, 0))
+        else:
+            up, gate = (
+                lib.ggml_mul_mat_id(g.c, g.leaf(F16, 256, 160, 8, scale=1 / 16, name=f"blk.0.ffn_{part}_exps.weight"), x, ids) for part in ("up", "gate")
+            )
+        if biases:
+            up, gate = (lib.ggml_add_id(g.c, part, g.leaf(F32, 160, 8), ids) for part in (up, gate))
+        hidden = lib.ggml_swiglu_oai(g.c, gate, up, 1.702, 7.0) if biases else lib.ggml_glu_split(g.c, gate, up, 2)
+        out = lib.ggml_mul_mat_id(g.c, g.leaf(F16, 160, 64, 8, scale=1 / 13, name="blk.0.ffn_down_exps.weight"), hidden, ids)
+        if biases:
+            out = lib.ggml_add_id(g.c, out, g.leaf(F32, 64, 8), ids)
+        out = lib.ggml_mul(g.c, out, g.leaf(F32, 1, 3, n_tokens))
+        parts = [lib.ggml_view_4d(g.c, out, 64, n_tokens, 1, 1, 64 * 3 * 4, 64 * 3 * 4 * n_tokens, 64 * 3 * 4 * n_tokens, 64 * 4 * i) for i in range(3)]
+        return lib.ggml_add(g.c, lib.ggml_add(g.c, parts[0], parts[1]), parts[2])
+
+    for n_tokens in (1, 3, 40):
+        for biases in (False, True):
+            case(f"experts F16 of {n_tokens} tokens{', biases' * biases}")(lambda g, m=n_tokens, b=biases: layer(g, m, b))
+        case(f"experts F16 of {n_tokens} tokens, gate and up in one")(lambda g, m=n_tokens: layer(g, m, False, True))
+
+
+for _register in (_mul_mats, _element_wise, _rows, _ropes, _attention, _experts):
     _register()
 
 def _every_second(g: Case, x: Any) -> Any:
@@ -278,6 +365,12 @@ def _every_second(g: Case, x: Any) -> Any:
     view = g.lib.ggml_view_4d(g.c, x, 32, 8, 1, 1, 128, 1024, 1024, 0)
     g.ggml.ffi.cast("size_t *", view)[6] = 4  # nb[0], at byte 48 of ggml_tensor
     return view
+
+
+def _bad_expert(g: Case, type_: int, bad: int, name: str = "", n_tokens: int = 1) -> Any:
+    ids = np.zeros((n_tokens, 2), np.int64)
+    ids[-1, 1] = bad
+    return g.lib.ggml_mul_mat_id(g.c, g.leaf(type_, 256, 70, 5, name=name), g.leaf(F32, 256, 1, n_tokens), g.leaf(I32, 2, n_tokens, values=ids))
 
 
 # Graphs that TP0 must not claim, and must refuse with a status when a host sends them anyway.
@@ -293,6 +386,13 @@ OUTSIDE: dict[str, Build] = {
     "get_rows, a row beyond the end": lambda g: g.lib.ggml_get_rows(g.c, g.leaf(F16, 64, 9), g.indices(1, 9)),
     "get_rows, a negative row": lambda g: g.lib.ggml_get_rows(g.c, g.leaf(F32, 64, 9), g.indices(-1, 2)),
     "get_rows, far away": lambda g: g.lib.ggml_get_rows(g.c, g.leaf(Q4_0, 64, 9), g.indices(0, 2**31 - 1)),
+    "mul_mat_id, an expert beyond the last": lambda g: _bad_expert(g, F16, 5),
+    "mul_mat_id, a negative expert": lambda g: _bad_expert(g, Q4_0, -1),
+    "mul_mat_id, an expert of divided weights": lambda g: _bad_expert(g, Q4_0, 2**31 - 1, "blk.0.ffn_gate_exps.weight"),
+    "mul_mat_id, an expert of many tokens": lambda g: _bad_expert(g, F16, -(2**31), "blk.0.ffn_down_exps.weight", 40),
+    "add_id, an expert beyond the last": lambda g: g.lib.ggml_add_id(
+        g.c, g.leaf(F32, 70, 1, 2), g.leaf(F32, 70, 6), g.leaf(I32, 1, 2, values=np.array([1, 6]))
+    ),
     "set_rows, a cell beyond the end": lambda g: g.lib.ggml_set_rows(g.c, g.leaf(F16, 40, 9), g.leaf(F32, 40, 2), g.indices(0, 9, type_=I64)),
     "set_rows, a negative cell": lambda g: g.lib.ggml_set_rows(g.c, g.leaf(F32, 40, 9), g.leaf(F32, 40, 2), g.indices(-1, 3, type_=I64)),
     "set_rows, a cell of a divided cache": lambda g: g.lib.ggml_set_rows(

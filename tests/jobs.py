@@ -159,6 +159,20 @@ def product(type_: int, k: int, n: int, m: int, name: str, on_device: bool) -> t
     return case.run(case.lib.ggml_mul_mat(case.c, case.leaf(type_, k, n, scale=k**-0.5, name=name), case.leaf(graphs.F32, k, m)))
 
 
+def passed_on(on_device: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Norms of a product times factors, the product's rows being divided: it stays a Partial; and the product itself."""
+    host = _with_plugin() if on_device else _host()
+    ggml = graphs.Ggml(host.path, on_device)
+    case = graphs.Case(ggml)
+    w = case.leaf(graphs.F32, 192, 70, scale=0.1, name="blk.0.attn_output.weight")
+    case.inner = case.lib.ggml_mul_mat(case.c, w, case.leaf(graphs.F32, 192, 3))
+    output = case.lib.ggml_rms_norm(case.c, case.lib.ggml_mul(case.c, case.inner, case.leaf(graphs.F32, 1, 3)), 1e-5)
+    status, value = case.run(output)
+    assert status == 0
+    ggml.close()
+    return value, case.inner_value
+
+
 def late_peer(model: str, seconds: float) -> dict[str, Any]:
     """A generation, a decode with a late rank, the same generation again."""
     loaded = _with_plugin().model(model, "TP0")

@@ -110,6 +110,7 @@ static inline float __shfl_xor_sync(u32 mask, float v, int x) {
 static inline u32 __ballot_sync(u32 mask, int p) { return tp_emulator::warp_ballot(mask, p != 0); }
 static inline float tp_warp_sum(float v) { return tp_emulator::warp_float(tp_emulator::Collective::kSum, ~0u, v, 0); }
 static inline float tp_warp_max(float v) { return tp_emulator::warp_float(tp_emulator::Collective::kMax, ~0u, v, 0); }
+static inline i32 atomicAdd(i32* p, i32 v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 static inline u32 atomicExch(u32* p, u32 v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }
 
 /// mbarrier: a phase ends when all arrivals and all announced bytes are there. One OS thread runs a block: plain words do.

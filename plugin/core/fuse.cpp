@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "chain.h"
 #include "elementwise.h"
 #include "flash_attn.h"
 #include "mul_vec.h"
+#include "mul_vec_id.h"
 #include "norm.h"
 #include "rope.h"
 
@@ -37,7 +39,10 @@ constexpr size_t kLookAhead = 24;  // steps; Q, K and V lie at most a dozen apar
 
 void schedule(Plan& plan, const Graph& graph) {
     std::vector<PlanStep>& steps = plan.steps;
-    auto product = [&](const PlanStep& step) { return step.kind == PlanStep::kCompute && graph.tensors[step.tensor].op == abi::Op::MUL_MAT; };
+    auto product = [&](const PlanStep& step) {
+        const abi::Op op = graph.tensors[step.tensor].op;
+        return step.kind == PlanStep::kCompute && (op == abi::Op::MUL_MAT || op == abi::Op::MUL_MAT_ID);
+    };
     auto source = [&](const PlanStep& step, int i) -> const Tensor& { return graph.tensors[graph.tensors[step.tensor].src[i]]; };
     for (size_t i = 0; i < steps.size(); ++i) {
         if (!product(steps[i])) continue;
@@ -47,6 +52,7 @@ void schedule(Plan& plan, const Graph& graph) {
             for (size_t j = to; j < std::min(steps.size(), i + kLookAhead); ++j) {
                 if (!product(steps[j]) || (source(steps[j], 0).type == source(steps[i], 0).type) != same_type) continue;
                 const Tensor &x = source(steps[i], 1), &other = source(steps[j], 1);
+                if (graph.tensors[steps[i].tensor].op != graph.tensors[steps[j].tensor].op) continue;
                 if (x.address != other.address || x.bytes != other.bytes || !std::equal(x.ne, x.ne + 4, other.ne)) continue;
                 if (!std::all_of(steps.begin() + static_cast<long>(to), steps.begin() + static_cast<long>(j),
                                  [&](const PlanStep& between) { return independent(between, steps[j], graph); }))
@@ -146,7 +152,11 @@ bool glu_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
     glu.glu = args_of<GluArgs>(a);
     const QuantizeArgs q = args_of<QuantizeArgs>(b);
     const View& y = glu.glu.y;
-    if (!quantizes(q, y, y.ne[0], y.ne[1] * y.ne[2] * y.ne[3])) return false;
+    // A row for each of a token's experts, or one for each token; the shard's part of a row of blocks.
+    if (!same_view(q.x, y) && !quantizes(q, y, y.ne[0], y.ne[1] * y.ne[2] * y.ne[3])) return false;
+    if (q.k_end - q.k_begin != y.ne[0]) return false;
+    glu.k = q.k;
+    glu.k_begin = q.k_begin;
     glu.xq = q.xq;
     glu.xd = q.xd;
     return replace(a, fused_glu_launch(a.launch.kernel, glu, arch), glu);
@@ -200,7 +210,123 @@ bool rope_then_store(RankLaunch& a, const RankLaunch& b, Arch arch) {
     return replace(a, rope_store_launch(args, arch), args);
 }
 
-bool is_mul_vec(const char* kernel) { return std::strncmp(kernel, "mul_vec_", 8) == 0; }
+/// Experts: gate and up.
+bool join_experts(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    MulVecIdArgs args = args_of<MulVecIdArgs>(a);
+    const MulVecIdArgs more = args_of<MulVecIdArgs>(b);
+    if (args.n_parts + more.n_parts > 2 || args.scaled || more.scaled || !same_view(args.x, more.x) || !same_view(args.ids, more.ids)) return false;
+    if (args.xq != more.xq || args.k != more.k || args.part[0].w.type != more.part[0].w.type) return false;
+    if (args.part[0].w.ne2 != more.part[0].w.ne2 || !apart(args.part[0].y, more.part[0].y)) return false;
+    args.part[args.n_parts++] = more.part[0];
+    return replace(a, mul_vec_id_launch(args, arch), args);
+}
+/// What other blocks of the launch may still read must not be written.
+bool touches_sources(const MulVecIdArgs& a, const View& y) { return (!a.xq && !apart(y, a.x)) || !apart(y, a.ids) || (a.scaled && !apart(y, a.weights)); }
+/// Down, times the weights of the experts ...
+bool experts_then_weights(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    MulVecIdArgs args = args_of<MulVecIdArgs>(a);
+    const BinaryArgs scale = args_of<BinaryArgs>(b);
+    const View& y = args.part[0].y;
+    if (args.n_parts != 1 || args.scaled || !same_view(scale.a, y) || scale.y.type != kF32 || scale.y.nb[0] != 4 || !same_or_apart(scale.y, y)) return false;
+    if (scale.b.type != kF32 || scale.b.ne[0] != 1 || scale.b.ne[1] != y.ne[1] || scale.b.ne[2] != y.ne[2] || !apart(scale.b, y)) return false;
+    args.weights = scale.b;
+    args.products = scale.y;
+    args.scaled = 1;
+    return !touches_sources(args, scale.y) && replace(a, mul_vec_id_launch(args, arch), args);
+}
+/// ... summed slot by slot.
+bool experts_then_sum(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    MulVecIdArgs args = args_of<MulVecIdArgs>(a);
+    const BinaryArgs sum = args_of<BinaryArgs>(b);
+    const View& p = args.products;
+    if (!args.scaled || args.n_sums + 1 >= p.ne[1] || sum.y.type != kF32 || sum.y.nb[0] != 4 || sum.y.ne[0] != p.ne[0] || sum.y.ne[1] != p.ne[2]) return false;
+    auto is_slot = [&](const View& v, i64 slot) {
+        return v.data == p.data + slot * p.nb[1] && same_shape(v, sum.y) && v.type == kF32 && v.nb[0] == 4 && (v.ne[1] == 1 || v.nb[1] == p.nb[2]);
+    };
+    if (!(args.n_sums ? same_view(sum.a, args.sum[args.n_sums - 1]) : is_slot(sum.a, 0)) || !is_slot(sum.b, args.n_sums + 1)) return false;
+    if (touches_sources(args, sum.y) || !apart(sum.y, p) || !apart(sum.y, args.part[0].y)) return false;
+    for (int i = 0; i < args.n_sums; ++i)
+        if (!same_or_apart(sum.y, args.sum[i])) return false;
+    args.sum[args.n_sums++] = sum.y;
+    return replace(a, mul_vec_id_launch(args, arch), args);
+}
+
+/// Routers: a launch as steps of a chain; none when it cannot be.
+struct ChainRow {
+    const char* kernel;
+    ChainStep (*step)(const RankLaunch&, u32*& fault);
+    bool starts;  // an op that routers have and nearly nothing else: a chain begins where there is one
+};
+template <ChainOp op>
+ChainStep binary_step(const RankLaunch& l, u32*&) {
+    const BinaryArgs a = args_of<BinaryArgs>(l);
+    return {op, 0, a.a, a.b, a.y, 0, 0};
+}
+template <ChainOp op>
+ChainStep unary_step(const RankLaunch& l, u32*&) {
+    const UnaryArgs a = args_of<UnaryArgs>(l);
+    return {op, 0, a.x, {}, a.y, a.p0, a.p1};
+}
+ChainStep soft_max_step(const RankLaunch& l, u32*&) {
+    const SoftMaxArgs a = args_of<SoftMaxArgs>(l);
+    ChainStep s{ChainOp::kSoftMax, 0, a.x, {}, a.y, a.scale, 0};
+    if (a.has_mask || a.has_sinks) s.y.type = -1;  // of attention
+    return s;
+}
+ChainStep argsort_step(const RankLaunch& l, u32*&) {
+    const ArgsortArgs a = args_of<ArgsortArgs>(l);
+    return {ChainOp::kArgsort, 0, a.x, {}, a.y, a.descending ? 1.0f : 0.0f, 0};
+}
+ChainStep get_rows_step(const RankLaunch& l, u32*& fault) {
+    const GetRowsArgs a = args_of<GetRowsArgs>(l);
+    fault = a.fault;
+    ChainStep s{ChainOp::kGetRows, 0, a.w_view, a.idx, a.y, 0, 0};
+    if (a.w.repacked) s.y.type = -1;  // of a matrix in planes
+    return s;
+}
+constexpr ChainRow kChainRows[] = {
+    {"soft_max", soft_max_step, true},
+    {"argsort", argsort_step, true},
+    {"sum_rows", unary_step<ChainOp::kSumRows>, true},
+    {"get_rows", get_rows_step, false},
+    {"binary_add", binary_step<ChainOp::kAdd>, false},
+    {"binary_sub", binary_step<ChainOp::kSub>, false},
+    {"binary_mul", binary_step<ChainOp::kMul>, false},
+    {"binary_div", binary_step<ChainOp::kDiv>, false},
+    {"unary_scale", unary_step<ChainOp::kScale>, false},
+    {"unary_clamp", unary_step<ChainOp::kClamp>, false},
+    {"unary_sigmoid", unary_step<ChainOp::kSigmoid>, false},
+};
+const ChainRow* chain_row(const char* kernel) {
+    for (const ChainRow& row : kChainRows)
+        if (!std::strcmp(row.kernel, kernel)) return &row;
+    return nullptr;
+}
+bool is_chain(const char* kernel) { return std::strcmp(kernel, "chain") == 0; }
+bool is_link(const char* kernel) { return is_chain(kernel) || chain_row(kernel); }
+bool append(ChainArgs& chain, const RankLaunch& l) {
+    if (chain.n_steps == kChainMost) return false;
+    const ChainStep step = chain_row(l.launch.kernel)->step(l, chain.fault);
+    chain.step[chain.n_steps++] = step;
+    return chain_can(step);
+}
+bool chain_links(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    ChainArgs chain{};
+    if (is_chain(a.launch.kernel)) chain = args_of<ChainArgs>(a);
+    else if (is_chain(b.launch.kernel) || (!chain_row(a.launch.kernel)->starts && !chain_row(b.launch.kernel)->starts) || !append(chain, a)) return false;
+    return !chain.quantize.xq && append(chain, b) && replace(a, chain_launch(chain, arch), chain);
+}
+bool chain_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    ChainArgs chain = args_of<ChainArgs>(a);
+    if (chain.quantize.xq) return false;
+    chain.quantize = args_of<QuantizeArgs>(b);
+    for (int i = 0; i < chain.n_steps; ++i)
+        if (!apart(chain.quantize.x, chain.step[i].y)) return false;
+    return chain_can_quantize(chain.quantize) && replace(a, chain_launch(chain, arch), chain);
+}
+
+bool is_mul_vec_id(const char* kernel) { return std::strncmp(kernel, "mul_vec_id_", 11) == 0; }
+bool is_mul_vec(const char* kernel) { return std::strncmp(kernel, "mul_vec_", 8) == 0 && !is_mul_vec_id(kernel); }
 bool is_add(const char* kernel) { return std::strcmp(kernel, "binary_add") == 0; }
 bool is_mul(const char* kernel) { return std::strcmp(kernel, "binary_mul") == 0; }
 bool is_norm(const char* kernel) { return std::strcmp(kernel, "rms_norm") == 0 || std::strcmp(kernel, "fused_norm") == 0; }
@@ -216,9 +342,13 @@ struct Merge {
     bool (*join)(RankLaunch& a, const RankLaunch& b, Arch arch);  // false: a may be changed and is thrown away
 };
 constexpr Merge kMerges[] = {
-    {is_mul_vec, is_mul_vec, join_products},    {is_add, is_norm, sum_then_norm},         {is_norm, is_mul, norm_then_weight},
-    {is_norm, is_quantize, norm_then_quantize}, {is_glu, is_quantize, glu_then_quantize}, {is_combine, is_quantize, attention_then_quantize},
-    {is_rope, is_rope, rope_then_rope},         {is_rope, is_set_rows, rope_then_store},
+    {is_mul_vec, is_mul_vec, join_products},      {is_add, is_norm, sum_then_norm},
+    {is_norm, is_mul, norm_then_weight},          {is_norm, is_quantize, norm_then_quantize},
+    {is_glu, is_quantize, glu_then_quantize},     {is_combine, is_quantize, attention_then_quantize},
+    {is_rope, is_rope, rope_then_rope},           {is_rope, is_set_rows, rope_then_store},
+    {is_mul_vec_id, is_mul_vec_id, join_experts}, {is_mul_vec_id, is_mul, experts_then_weights},
+    {is_mul_vec_id, is_add, experts_then_sum},    {is_link, is_link, chain_links},
+    {is_chain, is_quantize, chain_then_quantize},
 };
 
 bool try_merge(ProgramStep& a, const ProgramStep& b, const std::vector<Arch>& archs) {

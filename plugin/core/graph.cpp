@@ -167,7 +167,7 @@ u64 graph_key(const Graph& graph) {
         if (t.buffer && t.buffer->is_compute && !t.is_node && !t.buffer->residency.empty())
             for (const Residency& r : t.buffer->residency) {
                 if (static_cast<i64>(t.address - t.buffer->base) != r.offset) continue;
-                hash.mix(static_cast<u64>(r.extent.period_bytes));
+                hash.mix(static_cast<u64>(r.extent.period_bytes) << 1 | r.extent.is_partial);
                 for (const Range& range : r.extent.ranges) hash.mix(static_cast<u64>(range.begin * 31 + range.end));
             }
     }

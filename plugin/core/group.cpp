@@ -14,6 +14,14 @@
 namespace ggml_tp {
 namespace {
 
+const char* fault_text(u32 fault) {
+    switch (fault) {
+        case kFaultKvCell: return "a row number outside the tensor that it should be written to";
+        case kFaultExpert: return "an expert's number outside the tensor that it should be read from";
+        default: return "a row number outside the tensor that it should be read from";
+    }
+}
+
 // Attention graphs change at every 256-token boundary and with the batch size; a captured graph of an 8B model holds about 1 MB.
 constexpr size_t kMostPrograms = 48;
 constexpr int kMostReshardRounds = 8;
@@ -375,10 +383,7 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
     }
     for (size_t r = 0; r < faults_.size(); ++r)
         if (const u32 fault = *faults_[r])
-            throw Error(std::string("rank ") + std::to_string(r) + ": " +
-                        (fault == kFaultKvCell ? "a row number outside the tensor that it should be written to"
-                                               : "a row number outside the tensor that it should be read from") +
-                        "; nothing was touched there, the graph's results are not valid");
+            throw Error(std::string("rank ") + std::to_string(r) + ": " + fault_text(fault) + "; nothing was touched there, the graph's results are not valid");
 }
 
 }  // namespace ggml_tp

@@ -195,7 +195,7 @@ Stored& Memory::announce(Buffer& buffer, Stored tensor) {
         if (tensor.ne[d] > 1) n_dims = d + 1;
     const WeightFormat* format = find_weight_format(tensor.type);
     Sharding guess = guess_sharding(tensor.role, tensor.ne, n_dims, n_ranks(), split_);
-    const bool is_matrix = (tensor.role == Role::kColumn || tensor.role == Role::kRow) && n_dims == 2 && format;
+    const bool is_matrix = (tensor.role == Role::kColumn || tensor.role == Role::kRow || tensor.role == Role::kWhole) && (n_dims == 2 || n_dims == 3) && format;
     if (is_matrix) {
         tensor.format = format;
         tensor.sharding = guess;
@@ -342,6 +342,20 @@ void Memory::write(Buffer& buffer, i64 offset, const void* data, i64 bytes) {
     }
 }
 
+void Memory::read_sums(const Buffer& buffer, const Residency& region, i64 offset, char* data, i64 bytes) {
+    const i64 lo = std::max(offset, region.offset), hi = std::min(offset + bytes, region.offset + region.bytes);
+    const i64 from = lo / 4 * 4, n = (round_up(hi, 4) - from) / 4;
+    std::vector<float> sum(static_cast<size_t>(n)), summand(static_cast<size_t>(n));
+    for (int r = 0; r < n_ranks(); ++r) {
+        Device& device = *devices_[r];
+        device.make_current();
+        TP_CUDA(device.driver, r, cuMemcpyDtoHAsync, summand.data(), buffer.compute[r] + static_cast<u64>(from), static_cast<size_t>(n * 4), device.stream);
+        if (!device.wait(deadline_s)) throw Error("rank " + std::to_string(r) + " did not return its summand in time");
+        for (size_t i = 0; i < sum.size(); ++i) sum[i] = r ? sum[i] + summand[i] : summand[i];
+    }
+    std::memcpy(data + (lo - offset), reinterpret_cast<const char*>(sum.data()) + (lo - from), static_cast<size_t>(hi - lo));
+}
+
 void Memory::read(Buffer& buffer, i64 offset, void* data, i64 bytes) {
     if (offset < 0 || bytes < 0 || offset + bytes > buffer.size) throw Error("a read outside its buffer was refused");
     if (bytes == 0) return;
@@ -359,6 +373,10 @@ void Memory::read(Buffer& buffer, i64 offset, void* data, i64 bytes) {
         }
         for (const Residency& region : buffer.residency) {
             if (!overlaps(region.offset, region.bytes, offset, bytes)) continue;
+            if (region.extent.is_partial) {
+                read_sums(buffer, region, offset, to, bytes);
+                continue;
+            }
             const i64 lo = std::max(offset, region.offset) - region.offset, hi = std::min(offset + bytes, region.offset + region.bytes) - region.offset;
             const i64 period = region.extent.period_bytes;
             for (i64 p = lo / period; p * period < hi; ++p) {

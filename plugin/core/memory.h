@@ -48,7 +48,7 @@ struct Stored {
     i64 local_period(int rank) const { return extent->ranges[rank].size(); }
 };
 
-/// A region of a compute buffer whose bytes are valid on their owners only.
+/// A region of a compute buffer whose bytes are valid on their owners only, or are summands.
 struct Residency {
     i64 offset = 0, bytes = 0;
     Extent extent;
@@ -121,6 +121,8 @@ class Memory {
     DevicePtr take(Buffer& buffer, int rank, i64 bytes);
     /// Device pieces of bytes [begin, begin + bytes) of a plainly stored tensor; all owners, or the first owner of each byte.
     std::vector<Piece> pieces(const Stored& tensor, i64 begin, i64 bytes, bool all_owners) const;
+    /// The part of [offset, offset + bytes) that lies in a region of summands: f32, added up in the order of ranks.
+    void read_sums(const Buffer& buffer, const Residency& region, i64 offset, char* data, i64 bytes);
     void transfer_planes(Stored& tensor, i64 begin, char* data, i64 bytes, bool to_host);
     void write_stored(Stored& tensor, i64 begin, const char* data, i64 bytes);
     void read_stored(Stored& tensor, i64 begin, char* data, i64 bytes);

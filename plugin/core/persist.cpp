@@ -188,7 +188,7 @@ class RankRun {
         if (stages.empty() || stages.back().kind != kStreamProduct) return false;
         StreamProduct p = stages.back().get<StreamProduct>();
         const i64 n = g.glu.y.ne[0];
-        if (p.n_parts != 2 || p.glu || p.part[0].n != n || p.part[1].n != n || !is_vector(g.glu.y, n)) return false;
+        if (g.k_begin != 0 || g.k != n || p.n_parts != 2 || p.glu || p.part[0].n != n || p.part[1].n != n || !is_vector(g.glu.y, n)) return false;
         if (g.glu.a.data != reinterpret_cast<char*>(p.part[0].y) || g.glu.b.data != reinterpret_cast<char*>(p.part[1].y)) {
             if (g.glu.b.data != reinterpret_cast<char*>(p.part[0].y) || g.glu.a.data != reinterpret_cast<char*>(p.part[1].y)) return false;
             std::swap(p.part[0], p.part[1]);

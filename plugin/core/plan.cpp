@@ -138,7 +138,7 @@ std::string Plan::to_text(const Graph& graph) const {
             out += t.name + " (" + std::to_string(t.bytes) + " bytes, f32): " + step.reason + "\n";
         }
     }
-    for (const Survivor& s : survivors) out += "  stays sharded: " + graph.tensors[s.root].name + "\n";
+    for (const Survivor& s : survivors) out += std::string(s.extent.is_partial ? "  stays partial: " : "  stays sharded: ") + graph.tensors[s.root].name + "\n";
     return out;
 }
 
@@ -171,15 +171,15 @@ void verify(const Plan& plan, const Graph& graph) {
             continue;
         }
         const Tensor& t = graph.tensors[step.tensor];
-        bool any_partial = false, all_partial = true;
+        u32 partial_sources = 0;
         for (size_t i = 0; i < step.inputs.size(); ++i) {
             if (t.src[i] < 0) continue;
             const bool p = is_partial[graph.tensors[t.src[i]].root];
             if (p != (step.inputs[i].kind == Sharding::kPartial)) refuse(step, "a source's Partial is not accounted for");
-            any_partial |= p, all_partial &= p;
+            partial_sources |= u32{p} << i;
         }
-        if (any_partial && step.output.kind != Sharding::kPartial) refuse(step, "a Partial is read before its all_reduce");
-        if (any_partial && !may_pass_partial(t)) refuse(step, "an op that is not linear reads a Partial");
+        if (partial_sources && step.output.kind != Sharding::kPartial) refuse(step, "a Partial is read before its all_reduce");
+        if (partial_sources && !may_pass_partial(t, partial_sources)) refuse(step, "an op that is not linear reads a Partial");
         if (step.output.kind == Sharding::kPartial && t.stored) refuse(step, "a Partial would be stored");
         if (step.output.kind == Sharding::kSharded) {
             if (static_cast<int>(step.output.ranges.size()) != plan.n_ranks) refuse(step, "ranges are missing");
@@ -188,9 +188,10 @@ void verify(const Plan& plan, const Graph& graph) {
         }
         is_partial[t.root] = step.output.kind == Sharding::kPartial;
     }
-    // A Partial that a later node of the graph wrote over is nobody's; what the host can still read must be settled.
+    // A Partial that a later node of the graph wrote over is nobody's; what the host can still read must be settled, or known for what it is.
     for (const Plan::Survivor& s : plan.survivors)
-        if (is_partial[s.root]) throw Error("the plan leaves " + graph.tensors[s.root].name + " as a Partial (a bug; please report the graph)");
+        if (is_partial[s.root] != s.extent.is_partial)
+            throw Error("the plan leaves " + graph.tensors[s.root].name + " as a Partial (a bug; please report the graph)");
 }
 
 }  // namespace ggml_tp

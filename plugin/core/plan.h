@@ -29,7 +29,7 @@ struct Plan {
         int root;
         Extent extent;
     };
-    std::vector<Survivor> survivors;  // roots that stay sharded after the graph: reads of them are gathered
+    std::vector<Survivor> survivors;  // roots that stay sharded or Partial after the graph: reads of them are gathered, or summed
 
     int count(PlanStep::Kind kind) const;
     std::string to_text(const Graph& graph) const;

@@ -5,17 +5,21 @@
 
 #include "copy.h"
 #include "elementwise.h"
+#include "experts.h"
 #include "flash_attn.h"
 #include "fuse.h"
 #include "mul_mat.h"
 #include "mul_tile.h"
+#include "mul_tile_id.h"
 #include "mul_vec.h"
+#include "mul_vec_id.h"
 #include "norm.h"
 #include "persist.h"
 #include "quantize.h"
 #include "rope.h"
 #include "rows.h"
 #include "soft_max.h"
+#include "sort.h"
 
 namespace ggml_tp {
 namespace {
@@ -46,7 +50,7 @@ struct Site {
     const Tensor* t;
     View y;
     View x[10];
-    Matrix w{};  // MUL_MAT and GET_ROWS: source 0 as a matrix
+    Matrix w{};  // MUL_MAT, MUL_MAT_ID and GET_ROWS: source 0 as a matrix
     Sharding inputs[10];
     Sharding output;
     int rank = 0;
@@ -57,6 +61,7 @@ struct Site {
     i64 k_begin = 0, k_end = 0;  // within w's stored, rounded-out k
     const Stored* w_stored = nullptr;
     Prepared prepared = Prepared::kNone;  // what scratch holds of this very input already
+    bool grouped = false;                 // `partials` holds these experts' entries already
 };
 
 /// The launches of one op, and the scratch bytes that they use. An empty list with ok = false: no kernel for this.
@@ -65,6 +70,7 @@ struct Lowered {
     std::vector<RankLaunch> launches;
     i64 scratch_bytes = 0, partial_bytes = 0;
     Prepared prepared = Prepared::kNone;
+    bool grouped = false;  // leaves the entries of experts in `partials`
 
     template <class Args>
     void add(const Launch& launch, const Args& args) {
@@ -133,6 +139,17 @@ Matrix host_matrix(const View& v) {
     return m;
 }
 
+/// What quantises x for a product; its result's place goes to xq and xd. prepare.xd: behind the int8 of all rows.
+bool lower_quantize(const Site& s, Lowered& out, QuantizeArgs& prepare) {
+    if (prepare.x.type != kF32) return false;
+    const i64 rows = prepare.x.ne[1] * prepare.x.ne[2] * prepare.x.ne[3];
+    prepare.xd = prepare.xq + round_up(rows * prepare.k, kScratchAlign);
+    out.scratch_bytes = round_up(rows * prepare.k, kScratchAlign) + rows * (prepare.k / 32) * 8;
+    out.prepared = Prepared::kInt8;
+    if (s.prepared != out.prepared) out.add(quantize_launch(prepare, s.arch), prepare);
+    return true;
+}
+
 void lower_mul_mat(const Site& s, Lowered& out) {
     const Tensor &w = s.graph->tensors[s.t->src[0]], &x = s.graph->tensors[s.t->src[1]];
     if (!find_weight_format(w.type) || w.ne[2] == 0 || w.ne[3] == 0 || x.ne[2] % w.ne[2] || x.ne[3] % w.ne[3]) {
@@ -170,22 +187,80 @@ void lower_mul_mat(const Site& s, Lowered& out) {
         return;
     }
     if (mul_mat_needs_quantized_x(s.w, args.x.ne[1], s.arch)) {
-        if (x.type != kF32) {
-            out.ok = false;
-            return;
-        }
-        prepare.xd = prepare.xq + round_up(rows * s.w.k, kScratchAlign);
+        out.ok &= lower_quantize(s, out, prepare);
         args.xq = prepare.xq;
         args.xd = prepare.xd;
-        out.scratch_bytes = round_up(rows * s.w.k, kScratchAlign) + rows * (s.w.k / 32) * 8;
-        out.prepared = Prepared::kInt8;
-        if (s.prepared != out.prepared) out.add(quantize_launch(prepare, s.arch), prepare);
     }
     if (vec) {
         const MulVecArgs products = mul_vec_args(args);
         out.add(mul_vec_launch(products, s.arch), products);
     } else {
         out.add(mul_mat_launch(args, s.arch), args);
+    }
+}
+
+void lower_expert_tiles(const Site& s, Lowered& out, const MulIdArgs& args, const QuantizeArgs& prepare) {
+    const i32 columns = tile_columns(args);
+    const i64 entries = args.y.ne[1] * args.y.ne[2], entries_bytes = round_up(entries * 4, kScratchAlign);
+    char* place = reinterpret_cast<char*>(s.partials);
+    GroupArgs group{};
+    group.ids = args.ids;
+    group.entries = reinterpret_cast<i32*>(place);
+    group.n_tiles = reinterpret_cast<i32*>(place + entries_bytes);
+    group.tiles = reinterpret_cast<ExpertTile*>(place + entries_bytes + kScratchAlign);
+    group.n_expert = args.w.ne2;
+    group.columns = columns;
+    group.fault = args.fault;
+    out.partial_bytes = entries_bytes + kScratchAlign + most_tiles(entries, args.w.ne2, columns) * static_cast<i64>(sizeof(ExpertTile));
+    out.grouped = true;
+    if (!s.grouped) out.add(group_launch(group, s.arch), group);  // gate, up and down have the same
+    MulTileIdArgs tile{};
+    tile.w = args.w;
+    tile.y = args.y;
+    tile.xh = prepare.xq;
+    tile.entries = group.entries;
+    tile.tiles = group.tiles;
+    tile.n_tiles = group.n_tiles;
+    tile.k = args.w.k;
+    tile.n_used = static_cast<i32>(args.y.ne[1]);
+    tile.x_per_slot = args.x.ne[1] > 1;
+    out.scratch_bytes = args.x.ne[1] * args.x.ne[2] * args.w.k * 2;
+    out.prepared = args.w.type == kBF16 ? Prepared::kBf16 : Prepared::kHalf;
+    if (s.prepared != out.prepared) out.add(halve_launch(prepare, args.w.type == kBF16, s.arch), prepare);
+    out.add(mul_tile_id_launch(tile, columns, s.arch), tile);
+}
+
+void lower_mul_mat_id(const Site& s, Lowered& out) {
+    const Tensor& w = s.graph->tensors[s.t->src[0]];
+    const WeightFormat* format = find_weight_format(w.type);
+    if (!format || (!s.w_stored && w.nb[0] != format->block_bytes)) {
+        out.ok = false;
+        return;
+    }
+    if (s.k_end == s.k_begin) {
+        out.add(fill_launch({s.y, 0.0f}, s.arch), FillArgs{s.y, 0.0f});
+        return;
+    }
+    MulIdArgs args{};
+    args.w = s.w;
+    args.x = s.x[1];
+    args.ids = s.x[2];
+    args.y = s.y;
+    args.k_begin = s.k_begin;
+    args.k_end = s.k_end;
+    args.fault = s.fault;
+    QuantizeArgs prepare{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
+    if (!mul_vec_id_can(args) && mul_tile_id_can(args, s.arch)) return lower_expert_tiles(s, out, args, prepare);
+    if (format->block_elems > 1) {
+        out.ok &= lower_quantize(s, out, prepare);
+        args.xq = prepare.xq;
+        args.xd = prepare.xd;
+    }
+    if (mul_vec_id_can(args)) {
+        const MulVecIdArgs products = mul_vec_id_args(args);
+        out.add(mul_vec_id_launch(products, s.arch), products);
+    } else {
+        out.add(mul_id_launch(args, s.arch), args);
     }
 }
 
@@ -206,7 +281,8 @@ constexpr std::pair<abi::Unary, UnaryOp> kUnary[] = {{abi::Unary::SILU, UnaryOp:
                                                      {abi::Unary::NEG, UnaryOp::kNeg},
                                                      {abi::Unary::ABS, UnaryOp::kAbs},
                                                      {abi::Unary::EXP, UnaryOp::kExp}};
-constexpr std::pair<abi::Glu, GluOp> kGlu[] = {{abi::Glu::SWIGLU, GluOp::kSwiglu}, {abi::Glu::GEGLU, GluOp::kGeglu}, {abi::Glu::REGLU, GluOp::kReglu}};
+constexpr std::pair<abi::Glu, GluOp> kGlu[] = {
+    {abi::Glu::SWIGLU, GluOp::kSwiglu}, {abi::Glu::GEGLU, GluOp::kGeglu}, {abi::Glu::REGLU, GluOp::kReglu}, {abi::Glu::SWIGLU_OAI, GluOp::kSwigluOai}};
 
 void lower_binary(const Site& s, Lowered& out) {
     const BinaryArgs args{s.x[0], s.x[1], s.y};
@@ -225,7 +301,7 @@ void lower_unary(const Site& s, Lowered& out) {
 }
 void lower_glu(const Site& s, Lowered& out) {
     const GluOp* op = lookup(kGlu, static_cast<abi::Glu>(s.t->sub));
-    GluArgs args{s.x[0], s.x[1], s.y, 0, 0};
+    GluArgs args{s.x[0], s.x[1], s.y, s.t->param_f32(2), s.t->param_f32(3)};
     if (s.t->src[1] < 0) {  // gate and up side by side in one row; op_params[1] swaps them
         args.b = args.a;
         args.a.ne[0] = args.b.ne[0] = s.y.ne[0];
@@ -355,6 +431,23 @@ void lower_set_rows(const Site& s, Lowered& out) {
     }
     out.add(set_rows_launch(args, s.arch), args);
 }
+void lower_argsort(const Site& s, Lowered& out) {
+    const ArgsortArgs args{s.x[0], s.y, s.t->op == Op::TOP_K || s.t->params[0] == 1, 0};  // ggml_sort_order: 0 ascending, 1 descending
+    out.add(argsort_launch(args, s.arch), args);
+}
+void lower_sum_rows(const Site& s, Lowered& out) {
+    const UnaryArgs args{s.x[0], s.y, 0, 0};
+    out.add(sum_rows_launch(args, s.arch), args);
+}
+void lower_add_id(const Site& s, Lowered& out) {
+    AddIdArgs args{s.x[0], s.x[1], s.x[2], s.y, s.fault, 1, 0};
+    if (s.inputs[0].kind == Sharding::kPartial && s.rank > 0) args.has_b = 0;
+    out.add(add_id_launch(args, s.arch), args);
+}
+void lower_fill(const Site& s, Lowered& out) {
+    const FillArgs args{s.y, s.t->param_f32(0)};
+    out.add(fill_launch(args, s.arch), args);
+}
 void lower_copy(const Site& s, Lowered& out) {
     const CopyArgs args{s.x[0], s.y};
     out.add(copy_launch(args, s.arch), args);
@@ -365,12 +458,20 @@ struct Row {
     void (*lower)(const Site&, Lowered&);
 };
 constexpr Row kRows[] = {
-    {Op::MUL_MAT, lower_mul_mat},   {Op::ADD, lower_binary},        {Op::SUB, lower_binary},        {Op::MUL, lower_binary},
-    {Op::DIV, lower_binary},        {Op::SCALE, lower_scale},       {Op::CLAMP, lower_scale},       {Op::UNARY, lower_unary},
-    {Op::SQR, lower_unary},         {Op::SQRT, lower_unary},        {Op::GLU, lower_glu},           {Op::RMS_NORM, lower_norm},
-    {Op::NORM, lower_norm},         {Op::ROPE, lower_rope},         {Op::SOFT_MAX, lower_soft_max}, {Op::FLASH_ATTN_EXT, lower_flash_attn},
-    {Op::GET_ROWS, lower_get_rows}, {Op::SET_ROWS, lower_set_rows}, {Op::CPY, lower_copy},          {Op::CONT, lower_copy},
-    {Op::DUP, lower_copy},
+    {Op::MUL_MAT, lower_mul_mat},   {Op::ADD, lower_binary},
+    {Op::SUB, lower_binary},        {Op::MUL, lower_binary},
+    {Op::DIV, lower_binary},        {Op::SCALE, lower_scale},
+    {Op::CLAMP, lower_scale},       {Op::UNARY, lower_unary},
+    {Op::SQR, lower_unary},         {Op::SQRT, lower_unary},
+    {Op::GLU, lower_glu},           {Op::RMS_NORM, lower_norm},
+    {Op::NORM, lower_norm},         {Op::ROPE, lower_rope},
+    {Op::SOFT_MAX, lower_soft_max}, {Op::FLASH_ATTN_EXT, lower_flash_attn},
+    {Op::GET_ROWS, lower_get_rows}, {Op::SET_ROWS, lower_set_rows},
+    {Op::CPY, lower_copy},          {Op::CONT, lower_copy},
+    {Op::DUP, lower_copy},          {Op::MUL_MAT_ID, lower_mul_mat_id},
+    {Op::ADD_ID, lower_add_id},     {Op::ARGSORT, lower_argsort},
+    {Op::TOP_K, lower_argsort},     {Op::SUM_ROWS, lower_sum_rows},
+    {Op::FILL, lower_fill},
 };
 
 const Row* row_of(Op op) {
@@ -428,6 +529,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
             i64 k = 0, k_begin = 0;
             std::vector<Prepared> prepared;  // [n_ranks]
         } last;
+        int last_ids = -1;  // whose entries are in every rank's partials
         for (const PlanStep& step : plan.steps) {
             const Tensor& t = graph.tensors[step.tensor];
             if (step.kind != PlanStep::kCompute) {
@@ -501,11 +603,12 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                         site.k_end = w.ne[0];
                     }
                 }
-                if (t.op == Op::MUL_MAT) {
+                if (t.op == Op::MUL_MAT || t.op == Op::MUL_MAT_ID) {
                     now.x = t.src[1], now.s = step.inputs[1], now.k = site.w.k, now.k_begin = site.k_begin;
                     // Q, K and V, gate and up read the same input: it is quantised once.
                     if (last.x == now.x && last.s == now.s && last.s.kind != Sharding::kSharded && last.k == now.k) site.prepared = last.prepared[r];
                 }
+                site.grouped = t.op == Op::MUL_MAT_ID && last_ids == t.src[2];
                 if (!is_empty(site.y) || (t.op == Op::SET_ROWS && site.output.kind != Sharding::kSharded)) row->lower(site, lowered[r]);
                 if (!lowered[r].ok) throw Error(std::string("no kernel for ") + abi::op_name(t.op) + " (" + t.name + ") with these types and strides");
                 if (pass == 0) scratch_bytes = std::max(scratch_bytes, round_up(lowered[r].scratch_bytes, kScratchAlign));
@@ -513,9 +616,12 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 most = std::max(most, lowered[r].launches.size());
                 now.prepared[r] = lowered[r].prepared;
             }
+            auto uses_partials = [](const Lowered& l) { return l.partial_bytes > 0; };
+            if (std::any_of(lowered.begin(), lowered.end(), uses_partials))
+                last_ids = std::all_of(lowered.begin(), lowered.end(), [](const Lowered& l) { return l.grouped; }) ? t.src[2] : -1;
             if (std::any_of(now.prepared.begin(), now.prepared.end(), [](Prepared p) { return p != Prepared::kNone; })) last = now;
             // A later writer over the quantised input's memory makes the copy stale.
-            if (last.x >= 0 && !t.stored && t.op != Op::MUL_MAT) {
+            if (last.x >= 0 && !t.stored && last.x != now.x) {
                 const Tensor& x = graph.tensors[last.x];
                 if (!x.stored && x.buffer == t.buffer && x.address < t.address + static_cast<u64>(t.bytes) && t.address < x.address + static_cast<u64>(x.bytes))
                     last.x = -1;
@@ -549,6 +655,11 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
     for (int id : graph.nodes) {
         const Tensor& root = graph.tensors[graph.tensors[id].root];
         if (!root.stored && root.buffer) program->written.push_back({root.buffer, static_cast<i64>(root.address - root.buffer->base), root.bytes});
+    }
+    for (const PlanStep& step : plan.steps) {  // a leaf that an earlier graph left as a Partial is one no longer
+        if (step.kind != PlanStep::kAllReduce) continue;
+        const Tensor& root = graph.tensors[step.tensor];
+        program->written.push_back({root.buffer, static_cast<i64>(root.address - root.buffer->base), root.bytes});
     }
     for (const Tensor& t : graph.tensors)
         if (t.buffer && t.buffer->is_compute && !t.is_node && t.root == t.id) {

@@ -36,14 +36,23 @@ Sharding restricted(const Tensor& source, const Tensor& t, const Sharding& wante
     return source.ne[wanted.axis] == t.ne[wanted.axis] ? wanted : replicated();
 }
 
+/// The decision for an op that is linear in its Partial sources while the others are whole; nullopt: there are none, or it is not.
+std::optional<Decision> passes_partial(Propagation& p, const Tensor& t) {
+    u32 partial_sources = 0;
+    for (int i = 0; i < n_sources(t); ++i) partial_sources |= u32{p.is_partial(t, i)} << i;
+    if (!partial_sources || !may_pass_partial(t, partial_sources)) return std::nullopt;
+    Decision d{{}, partial()};
+    for (int i = 0; i < n_sources(t); ++i) {
+        d.inputs.push_back(p.source(t, i, true));
+        if (d.inputs.back().kind == Sharding::kSharded) return std::nullopt;
+    }
+    return d;
+}
+
 /// Element by element, sources broadcast over the output.
 Decision element_wise(Propagation& p, const Tensor& t) {
     const int n = n_sources(t);
-    if (may_pass_partial(t)) {
-        bool all = true;
-        for (int i = 0; i < n; ++i) all &= p.source(t, i, true).kind == Sharding::kPartial;
-        if (all) return {std::vector<Sharding>(n, partial()), partial()};
-    }
+    if (auto linear = passes_partial(p, t)) return *linear;
     Sharding wanted;
     for (int i = 0; i < n; ++i) {
         const Sharding s = p.source(t, i);
@@ -111,26 +120,33 @@ Decision glu(Propagation& p, const Tensor& t) {
     return s.kind == Sharding::kSharded && s.axis > 0 ? Decision{{s}, s} : everywhere(p, t);
 }
 
-/// (k n, k m) -> (n m): a division of n passes on, a division of k makes the product Partial, batches follow their heads.
-Decision mul_mat(Propagation& p, const Tensor& t) {
-    const Tensor &w = p.at(t.src[0]), &x = p.at(t.src[1]);
-    const Sharding sw = p.source(t, 0);
-    Sharding sx = p.source(t, 1);
+/// (k n, k m) -> (n m): a division of n passes on, a division of k makes the product Partial.
+std::optional<Decision> product(Propagation& p, const Tensor& t) {
+    const Tensor& w = p.at(t.src[0]);
+    const Sharding sw = p.source(t, 0), sx = p.source(t, 1);
     if (sw.kind == Sharding::kSharded && sw.axis == 1) {
         if (sx.kind == Sharding::kSharded) p.gather(t, 1, "a column-parallel product reads all of its input");
-        return {{sw, replicated()}, sharded(0, sw.ranges)};
+        return Decision{{sw, replicated()}, sharded(0, sw.ranges)};
     }
-    if (sx.kind == Sharding::kSharded && sx.axis == 0 && w.stored && w.stored->format && w.ne[2] * w.ne[3] == 1) {
+    if (sx.kind == Sharding::kSharded && sx.axis == 0 && w.stored && w.stored->format) {
         if (sw != sx && !w.stored->confirmed) {
             p.want(w.stored, sx, std::nullopt);
-            return {{sw, sx}, partial()};
+            return Decision{{sw, sx}, partial()};
         }
-        if (sw == sx) return {{sw, sx}, partial()};
+        if (sw == sx) return Decision{{sw, sx}, partial()};
     }
     if (sw.kind == Sharding::kSharded && sw.axis == 0) {
         if (sx.kind == Sharding::kSharded && sx != sw) p.gather(t, 1, "its division differs from the weight's");
-        return {{sw, sw}, partial()};
+        return Decision{{sw, sw}, partial()};
     }
+    return std::nullopt;
+}
+
+/// A product whose batches follow their heads.
+Decision mul_mat(Propagation& p, const Tensor& t) {
+    if (const auto d = product(p, t)) return *d;
+    const Tensor &w = p.at(t.src[0]), &x = p.at(t.src[1]);
+    const Sharding sw = p.source(t, 0), sx = p.source(t, 1);
     const i64 ratio = w.ne[2] ? x.ne[2] / w.ne[2] : 1;
     if (sx.kind == Sharding::kSharded && sx.axis == 2 && x.ne[3] == w.ne[3]) {
         bool held = true;
@@ -143,6 +159,24 @@ Decision mul_mat(Propagation& p, const Tensor& t) {
     }
     if (sx.kind == Sharding::kSharded && (sx.axis == 1) && sw.kind == Sharding::kReplicated) return {{sw, sx}, sharded(1, sx.ranges)};
     return everywhere(p, t);
+}
+
+/// Experts: a product for each of a token's slots, whose experts every rank must know.
+Decision mul_mat_id(Propagation& p, const Tensor& t) {
+    if (p.source(t, 2).kind == Sharding::kSharded) p.gather(t, 2, "the experts' numbers are read whole");
+    auto d = product(p, t);
+    if (!d) return everywhere(p, t);
+    d->inputs.push_back(replicated());
+    return *d;
+}
+
+/// Biases of experts, b [n, n_expert]: divided as the sum is, or added to one summand of a Partial.
+Decision add_id(Propagation& p, const Tensor& t) {
+    if (const auto linear = passes_partial(p, t)) return *linear;
+    if (p.source(t, 2).kind == Sharding::kSharded) p.gather(t, 2, "the experts' numbers are read whole");
+    const Sharding s = p.source(t, 0), bias = p.source(t, 1);
+    if (s.kind != Sharding::kSharded || s.axis != 0 || (bias.kind == Sharding::kSharded && bias != s)) return everywhere(p, t);
+    return {{s, s, replicated()}, s};
 }
 
 Decision flash_attn(Propagation& p, const Tensor& t) {
@@ -198,6 +232,7 @@ constexpr Row kRules[] = {
     {Op::CLAMP, element_wise},
     {Op::SQR, element_wise},
     {Op::SQRT, element_wise},
+    {Op::ADD_ID, add_id},
     {Op::GLU, glu},
     {Op::CPY, copies},
     {Op::CONT, copies},
@@ -206,7 +241,11 @@ constexpr Row kRules[] = {
     {Op::NORM, norm},
     {Op::ROPE, rope},
     {Op::SOFT_MAX, soft_max},
+    {Op::ARGSORT, norm},
+    {Op::TOP_K, norm},
+    {Op::SUM_ROWS, norm},
     {Op::MUL_MAT, mul_mat},
+    {Op::MUL_MAT_ID, mul_mat_id},
     {Op::FLASH_ATTN_EXT, flash_attn},
     {Op::GET_ROWS, get_rows},
     {Op::SET_ROWS, set_rows},
@@ -220,20 +259,31 @@ Rule rule_of(Op op) {
 
 }  // namespace
 
-bool may_pass_partial(const Tensor& t) {
-    if (t.op == Op::SCALE) return t.param_f32(1) == 0.0f;
+bool may_pass_partial(const Tensor& t, u32 partial_sources) {
     // Not GET_ROWS: the rows would be summed for their readers, and the Partial that they came from once more for the host, which may read
     // whatever nothing wrote over (seen: 5 all_reduces for 4 in a host that does not reuse that memory).
-    return t.op == Op::ADD || t.op == Op::SUB;
+    switch (t.op) {
+        case Op::SCALE: return t.param_f32(1) == 0.0f;
+        case Op::ADD:
+        case Op::SUB: return partial_sources == 3;
+        case Op::MUL: return partial_sources == 1 || partial_sources == 2;  // by a whole factor: the weights of experts
+        case Op::ADD_ID: return partial_sources == 1;                       // one rank adds the bias
+        default: return false;
+    }
 }
 
 Propagation::Propagation(const Graph& graph_in, int n_ranks_in, const std::vector<double>& split_in, PlanResult& result)
-    : graph(graph_in), n_ranks(n_ranks_in), split(split_in), result_(result), states_(graph_in.tensors.size()) {
+    : graph(graph_in), n_ranks(n_ranks_in), split(split_in), result_(result), states_(graph_in.tensors.size()), passed_on_(graph_in.tensors.size()) {
     for (const Tensor& t : graph.tensors) {
         if (t.root != t.id || t.stored || !t.buffer || t.is_node) continue;
         for (const Residency& r : t.buffer->residency)
-            if (static_cast<i64>(t.address - t.buffer->base) == r.offset && t.bytes == r.bytes) states_[t.id] = {Sharding::kSharded, r.extent};
+            if (static_cast<i64>(t.address - t.buffer->base) == r.offset && t.bytes == r.bytes)
+                states_[t.id] = {r.extent.is_partial ? Sharding::kPartial : Sharding::kSharded, r.extent};
     }
+}
+
+bool Propagation::is_partial(const Tensor& t, int i) const {
+    return t.src[i] >= 0 && !at(t.src[i]).stored && states_[at(t.src[i]).root].kind == Sharding::kPartial;
 }
 
 Propagation::State& Propagation::state_of(int root) { return states_[root]; }
@@ -266,7 +316,10 @@ Sharding Propagation::source(const Tensor& t, int i, bool allow_partial) {
     }
     State& state = states_[s.root];
     if (state.kind == Sharding::kPartial) {
-        if (allow_partial) return partial();
+        if (allow_partial) {
+            passed_on_[s.root] = 1;
+            return partial();
+        }
         reduce(s.root, std::string(abi::op_name(t.op)) + " reads the sum");
     }
     if (state.kind == Sharding::kReplicated) return replicated();
@@ -347,6 +400,11 @@ void Propagation::finish() {
         alive.push_back(root);
     }
     for (int root : alive) {
+        // What was passed on lives on in a sum; a host that reads it all the same gets the summands added up then.
+        if (states_[root].kind == Sharding::kPartial && passed_on_[root]) {
+            result_.plan.survivors.push_back({root, {0, {}, true}});
+            continue;
+        }
         if (states_[root].kind == Sharding::kPartial) reduce(root, "the host may read it");
         if (states_[root].kind == Sharding::kSharded) result_.plan.survivors.push_back({root, states_[root].extent});
     }

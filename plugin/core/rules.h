@@ -4,8 +4,8 @@
 
 namespace ggml_tp {
 
-/// Linear in every source that is Partial: scaling, adding Partials, gathering rows.
-bool may_pass_partial(const Tensor& t);
+/// Whether t is linear in the sources that are Partial (bit i: source i), so that its result may be Partial too: scaling, adding Partials.
+bool may_pass_partial(const Tensor& t, u32 partial_sources);
 
 class Propagation {
   public:
@@ -18,6 +18,7 @@ class Propagation {
     const Tensor& at(int id) const { return graph.tensors[id]; }
     /// How source i of t lies now; never Partial unless allow_partial (it is reduced first).
     Sharding source(const Tensor& t, int i, bool allow_partial = false);
+    bool is_partial(const Tensor& t, int i) const;
     /// Makes source i of t whole on every rank.
     void gather(const Tensor& t, int i, const std::string& reason);
     /// Whether source i of t is computed by its owners in the same proportion as `cache` is divided.
@@ -37,7 +38,8 @@ class Propagation {
     State& state_of(int root);
 
     PlanResult& result_;
-    std::vector<State> states_;  // by root
+    std::vector<State> states_;    // by root
+    std::vector<char> passed_on_;  // by root: a Partial that an op has read as one
 };
 
 }  // namespace ggml_tp

@@ -29,10 +29,11 @@ inline Sharding replicated() { return {}; }
 inline Sharding partial() { return {Sharding::kPartial, 0, {}}; }
 inline Sharding sharded(int axis, Ranges ranges) { return {Sharding::kSharded, axis, std::move(ranges)}; }
 
-/// Rank r owns bytes [ranges[r].begin, ranges[r].end) of every period of an allocation.
+/// Rank r owns bytes [ranges[r].begin, ranges[r].end) of every period of an allocation. Or, of a Partial: every rank holds a summand of all.
 struct Extent {
     i64 period_bytes = 0;
     Ranges ranges;
+    bool is_partial = false;
     bool operator==(const Extent&) const = default;
 };
 

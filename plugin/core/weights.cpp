@@ -10,10 +10,30 @@ struct Row {
 
 // Matched against the end of the name after its block prefix ("blk.7."), longest rows first where one ends another.
 constexpr Row kRows[] = {
-    {"attn_q.weight", Role::kColumn}, {"attn_q.bias", Role::kColumn},       {"attn_k.weight", Role::kColumn},   {"attn_k.bias", Role::kColumn},
-    {"attn_v.weight", Role::kColumn}, {"attn_v.bias", Role::kColumn},       {"attn_output.weight", Role::kRow}, {"ffn_gate.weight", Role::kColumn},
-    {"ffn_gate.bias", Role::kColumn}, {"ffn_up.weight", Role::kColumn},     {"ffn_up.bias", Role::kColumn},     {"ffn_down.weight", Role::kRow},
-    {"output.weight", Role::kColumn}, {"token_embd.weight", Role::kColumn},
+    {"attn_q.weight", Role::kColumn},
+    {"attn_q.bias", Role::kColumn},
+    {"attn_k.weight", Role::kColumn},
+    {"attn_k.bias", Role::kColumn},
+    {"attn_v.weight", Role::kColumn},
+    {"attn_v.bias", Role::kColumn},
+    {"attn_output.weight", Role::kRow},
+    {"ffn_gate.weight", Role::kColumn},
+    {"ffn_gate.bias", Role::kColumn},
+    {"ffn_up.weight", Role::kColumn},
+    {"ffn_up.bias", Role::kColumn},
+    {"ffn_down.weight", Role::kRow},
+    {"output.weight", Role::kColumn},
+    {"token_embd.weight", Role::kColumn},
+    // Experts are divided along their ffn axis, each on every rank; whoever routes does so alike on all ranks.
+    {"ffn_gate_exps.weight", Role::kColumn},
+    {"ffn_up_exps.weight", Role::kColumn},
+    {"ffn_down_exps.weight", Role::kRow},
+    {"ffn_gate_shexp.weight", Role::kColumn},
+    {"ffn_up_shexp.weight", Role::kColumn},
+    {"ffn_down_shexp.weight", Role::kRow},
+    {"ffn_gate_inp.weight", Role::kWhole},
+    // Gate and up side by side: a division would be of each half, which a Sharding cannot say yet.
+    {"ffn_gate_up_exps.weight", Role::kWhole},
 };
 
 }  // namespace
@@ -31,12 +51,14 @@ Role role_of(std::string_view name) {
 }
 
 Sharding guess_sharding(Role role, const i64 ne[4], int n_dims, int n_ranks, const std::vector<double>& split) {
-    if (n_ranks == 1 || role == Role::kReplicated) return replicated();
+    if (n_ranks == 1 || role == Role::kReplicated || role == Role::kWhole) return replicated();
     int axis = 0;
     if (role == Role::kColumn) axis = n_dims > 1 ? 1 : 0;
     const i64 total = ne[axis];
-    // Heads are not known yet: an even cut is right whenever the heads divide evenly; otherwise 64 is the commonest head's divisor.
-    const i64 grain = split.empty() && total % n_ranks == 0 ? total / n_ranks : total % 64 == 0 ? 64 : 1;
+    // Heads are not known yet: an even cut is right whenever the heads divide evenly; otherwise 64 is the commonest head's divisor. Experts have
+    // none, and are narrow (192 at 5 ranks would leave two of them idle): 32, the commonest block.
+    const i64 unit = n_dims == 3 && role != Role::kKvCache ? 32 : 64;
+    const i64 grain = split.empty() && total % n_ranks == 0 ? total / n_ranks : total % unit == 0 ? unit : 1;
     return sharded(axis, divide(total, grain, n_ranks, split));
 }
 

@@ -153,6 +153,14 @@ void check_verifier() {
     Plan left = plan({makes_partial});
     left.survivors.push_back({2, {}});
     expect(!accepted(left, graph), "a Partial that the host can read is accepted");
+    left.survivors[0].extent.is_partial = true;
+    expect(accepted(left, graph), "a Partial that reads will sum is refused");
+    Graph product = graph;
+    product.tensors[2].op = abi::Op::MUL;
+    const PlanStep first = compute(0, {}, partial()), second = compute(1, {}, partial());
+    expect(accepted(plan({first, compute(2, {partial(), replicated()}, partial()), reduce(2), norm}), product), "a scaled Partial is refused");
+    expect(!accepted(plan({first, second, compute(2, {partial(), partial()}, partial()), reduce(2), norm}), product), "a product of Partials is accepted");
+    expect(!accepted(plan({first, compute(2, {partial(), replicated()}, partial()), reduce(2), norm}), graph), "a Partial plus a whole is accepted");
 }
 
 int main(int, char** argv) {

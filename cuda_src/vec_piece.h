@@ -1,5 +1,4 @@
-// A piece: 32 weights of a row of planes, what one thread multiplies at a time in the decode kernels (mul_vec.cu, stream.cu), per quantised
-// type. Formulas: upstream's dequantize_row_* (ggml-quants.c); fields are those of weight_format.h.
+// What a thread of the streaming products (mul_vec.cu, mul_vec_id.cu, stream.cu) reads of a row in one step, and multiplies.
 #pragma once
 #include "dequantize.h"
 
@@ -113,6 +112,18 @@ struct Piece<kQ6_K> {
     }
     TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, Float2 d0, Float2 d1) const {
         return s0 * d0.x * (float)(dot16(q0, x0, 0) - 32 * sum16(x0)) + s1 * d1.x * (float)(dot16(q1, x1, 0) - 32 * sum16(x1));
+    }
+};
+
+/// Weights of 4 or 2 bytes: 16 bytes of a row a thread and step.
+template <int kType>
+struct FloatWords {
+    static constexpr int kElems = kType == kF32 ? 4 : 8;
+    static TP_MEMBER float get(const TpInt4& v, int i) {
+        const int word = kType == kF32 ? (&v.x)[i] : (&v.x)[i / 2];
+        if (kType == kF32) return __int_as_float(word);
+        const u16 half = (u16)(i % 2 ? (u32)word >> 16 : (u32)word & 0xffff);
+        return kType == kF16 ? tp_half_to_float(half) : tp_bf16_to_float(half);
     }
 };
 

@@ -1,0 +1,59 @@
+// Launch settings of mul_vec_id.cu.
+#pragma once
+#include "launch.h"
+#include "weight_format.h"
+
+namespace ggml_tp {
+
+constexpr i64 kVecIdMostTokens = 16;
+
+inline const char* mul_vec_id_kernel(i32 type) {
+    struct Row {
+        i32 type;
+        const char* kernel;
+    };
+    static constexpr Row kRows[] = {
+        {kQ4_0, "mul_vec_id_q4_0"}, {kQ8_0, "mul_vec_id_q8_0"}, {kQ4_K, "mul_vec_id_q4_K"}, {kQ6_K, "mul_vec_id_q6_K"},
+        {kF32, "mul_vec_id_f32"},   {kF16, "mul_vec_id_f16"},   {kBF16, "mul_vec_id_bf16"},
+    };
+    for (const Row& row : kRows)
+        if (row.type == type) return row.kernel;
+    return nullptr;
+}
+
+/// Whether a product of experts is the kind that mul_vec_id computes: repacked, whole 16-byte pieces in each row, few tokens.
+inline bool mul_vec_id_can(const MulIdArgs& a) {
+    const WeightFormat* format = find_weight_format(a.w.type);
+    if (!format || !mul_vec_id_kernel(a.w.type) || !a.w.repacked || a.y.ne[2] > kVecIdMostTokens || a.y.ne[1] > kVecSlots || a.y.type != kF32 ||
+        a.x.type != kF32)
+        return false;
+    if (a.y.nb[0] != 4 || a.w.ne3 != 1 || a.ids.type != kI32 || a.x.ne[1] < 1 || a.y.ne[1] % a.x.ne[1]) return false;
+    if (format->block_elems > 1) return true;
+    return a.w.row_stride[0] % 16 == 0 && a.x.nb[0] == 4 && a.x.nb[1] % 16 == 0 && a.x.nb[2] % 16 == 0 && (u64)a.x.data % 16 == 0 && a.k_begin == 0;
+}
+
+inline MulVecIdArgs mul_vec_id_args(const MulIdArgs& a) {
+    MulVecIdArgs v{};
+    v.part[0] = {a.w, a.y};
+    v.n_parts = 1;
+    v.x = a.x;
+    v.ids = a.ids;
+    v.xq = a.xq;
+    v.xd = a.xd;
+    v.k = a.w.k;
+    v.fault = a.fault;
+    return v;
+}
+
+inline Launch mul_vec_id_launch(const MulVecIdArgs& a, Arch) {
+    Launch out;
+    out.kernel = mul_vec_id_kernel(a.part[0].w.type);
+    out.grid[0] = 0;
+    for (int i = 0; i < a.n_parts; ++i) out.grid[0] += (u32)((a.part[i].w.n + kVecRows - 1) / kVecRows);
+    out.grid[1] = (u32)a.part[0].y.ne[2];
+    out.block[0] = 32;
+    out.block[1] = (u32)a.part[0].y.ne[1];
+    return out;
+}
+
+}  // namespace ggml_tp
