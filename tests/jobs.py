@@ -10,7 +10,7 @@ import graphs
 import numpy as np
 from ggml_tp import LIBRARY as INSTALLED
 from ggml_tp.host import Host, HostError
-from ggml_tp.inspection import Inspection
+from ggml_tp.inspection import REDUCES, Inspection
 
 LIBRARY = Path(os.environ.get("TEST_LIBRARY", INSTALLED))  # a sanitizer's build, when tests ask for it
 _cache: dict[Any, Any] = {}
@@ -191,6 +191,46 @@ def late_peer(model: str, seconds: float) -> dict[str, Any]:
     context.close()
     loaded.close()
     return {"failed": failed, "tokens_before": before, "tokens_after": after}
+
+
+def many_contexts(model: str, n: int) -> dict[str, Any]:
+    """Of n contexts one after the other: captured programs with each open and after it is closed, free memory then."""
+    host = _with_plugin()
+    loaded = host.model(model, "TP0")
+    inspection = Inspection(LIBRARY)
+    out: dict[str, Any] = {"before": inspection.counters().programs_cached, "open": [], "closed": [], "free": [], "tokens": []}
+    for _ in range(n):
+        context = loaded.context(n_ctx=512)
+        out["tokens"].append(context.generate([1, 2, 3], 3)[0])
+        out["open"].append(inspection.counters().programs_cached)
+        context.close()
+        out["closed"].append(inspection.counters().programs_cached)
+        out["free"].append(host.memory("TP0")[0])
+    loaded.close()
+    return out
+
+
+def two_contexts(model: str) -> dict[str, Any]:
+    """Two contexts in turns; one is closed, the other goes on."""
+    loaded = _with_plugin().model(model, "TP0")
+    inspection = Inspection(LIBRARY)
+    first, second = loaded.context(n_ctx=512), loaded.context(n_ctx=512)
+    tokens = [first.generate([1, 2, 3], 3)[0], second.generate([1, 2, 3], 3)[0]]
+    both = inspection.counters()
+    first.close()
+    one = inspection.counters()
+    second.clear()
+    tokens.append(second.generate([1, 2, 3], 3)[0])
+    after = inspection.counters()
+    second.close()
+    loaded.close()
+    return {"tokens": tokens, "both": both, "one": one, "after": after}
+
+
+def all_reduce_times(n_bytes: int) -> dict[str, float | None]:
+    _with_plugin()
+    inspection = Inspection(LIBRARY)
+    return {how: inspection.all_reduce_seconds(n_bytes, how, rounds=4) for how in REDUCES}
 
 
 def devices_text() -> str:

@@ -224,6 +224,26 @@ def test_a_late_peer_fails_one_graph(workers, models):
     assert result["tokens_after"] == result["tokens_before"]
 
 
+def test_closed_contexts_leave_nothing(workers, models):
+    result = workers.run(jobs.many_contexts, emulated(2), model=models("llama", "F16"), n=20)
+    assert set(result["closed"]) == {result["before"]} and min(result["open"]) == max(result["open"]) > result["before"]
+    assert len(set(result["free"])) == 1
+    assert all(tokens == result["tokens"][0] for tokens in result["tokens"])
+
+
+def test_a_closed_context_takes_only_its_own_programs(workers, models):
+    result = workers.run(jobs.two_contexts, emulated(3), model=models("llama", "F16"))
+    assert 0 < result["one"].programs_cached < result["both"].programs_cached
+    assert result["after"].programs_built == result["one"].programs_built  # the other's are replayed
+    assert result["tokens"][0] == result["tokens"][1] == result["tokens"][2]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_an_all_reduce_can_be_timed(workers, models, ranks):
+    times = workers.run(jobs.all_reduce_times, emulated(ranks), n_bytes=8192)
+    assert times["NCCL"] > 0 and times["NCCL in a graph"] > 0
+
+
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="the emulator's bridge is the one that can be broken")
 def test_broken_direct_copies_are_found(workers, models, capfd):
     environment = emulated(2, TP_EMULATOR_BROKEN_P2P="1")

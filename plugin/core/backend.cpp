@@ -75,7 +75,7 @@ void buffer_free(void* buffer) {
     guarded_void([&] {
         HostBuffer& b = context_of_buffer(buffer);
         std::lock_guard lock(b.state->group->mutex);
-        b.state->group->memory->release(*b.buffer);
+        b.state->group->release(*b.buffer);
         delete &b;
     });
 }

@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <utility>
 
 #include "abi/host.h"
@@ -27,6 +28,7 @@ constexpr size_t kMostPrograms = 48;
 constexpr int kMostReshardRounds = 8;
 constexpr int kCaptureThreadLocal = 1;
 constexpr double kAbortSeconds = 10;
+constexpr int kTimedRepetitions = 4;
 constexpr int kNcclSum = 0;
 constexpr int kNcclSeveralRanksOnAGpu = 23003;  // NCCL_MULTI_RANK_GPU_ENABLE came with 2.30.3
 constexpr size_t kWarmUpElems[] = {1024, 1 << 18};
@@ -156,12 +158,26 @@ void Group::connect() {
     });
 }
 
+void Group::destroy(Program& program) {
+    for (Handle executable : program.executables)
+        if (executable) driver_.cuGraphExecDestroy(executable);
+    program.executables.clear();
+    std::erase_if(seen_, [&](const Seen& seen) { return seen.program == &program; });
+}
+
 void Group::drop_programs() {
-    for (auto& program : programs_)
-        for (Handle executable : program->executables)
-            if (executable) driver_.cuGraphExecDestroy(executable);
+    for (auto& program : programs_) destroy(*program);
     programs_.clear();
-    seen_.clear();
+}
+
+/// No graph runs: compute() returns when its graph has ended, and the caller holds the mutex.
+void Group::release(Buffer& buffer) {
+    std::erase_if(programs_, [&](const std::unique_ptr<Program>& program) {
+        if (std::find(program->buffers.begin(), program->buffers.end(), &buffer) == program->buffers.end()) return false;
+        destroy(*program);
+        return true;
+    });
+    memory->release(buffer);
 }
 
 /// Wall clock around a few launches that take milliseconds each; the best round counts.
@@ -196,6 +212,63 @@ Rates Group::measure(int rank, u64 bytes, int rounds) {
     }
     device.release(memory_in);
     return out;
+}
+
+/// Every rank enqueues `rounds` of them at once, so that the time is the all_reduce's own and not the host's round trip; the best of a few.
+double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
+    if (n_ranks() < 2) throw Error("one rank has nobody to reduce with");
+    connect();
+    const size_t elems = std::max<u64>(bytes / 4, 1);
+    std::vector<DevicePtr> buffers(devices_.size());
+    auto free_buffers = [&] {
+        for (size_t r = 0; r < devices_.size(); ++r) devices_[r]->release(buffers[r]);
+    };
+    try {
+        for (size_t r = 0; r < devices_.size(); ++r) buffers[r] = devices_[r]->allocate(elems * 4);
+    } catch (...) {
+        free_buffers();
+        throw;
+    }
+    auto enqueue = [&](int r, int n) {
+        for (int i = 0; i < n; ++i)
+            TP_NCCL(driver_, r, ncclAllReduce, reinterpret_cast<const void*>(buffers[r]), reinterpret_cast<void*>(buffers[r]), elems,
+                    static_cast<int>(WireType::kF32), kNcclSum, comms_[r], devices_[r]->stream);
+    };
+    auto seconds = [&](const std::function<void(int)>& job) {
+        const auto begin = std::chrono::steady_clock::now();
+        workers_->run(job);
+        for (const auto& device : devices_)
+            if (!device->wait(config.deadline_s)) throw Error("an all_reduce of " + std::to_string(bytes) + " bytes did not end in time");
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() / rounds;
+    };
+    programs_.push_back(std::make_unique<Program>());  // where fail() finds its graphs; it has no key and no buffers of a host
+    Program& timed = *programs_.back();
+    timed.executables.assign(devices_.size(), nullptr);
+    double best = 1e30;
+    try {
+        // Unmeasured: NCCL chooses and loads a kernel per size class.
+        seconds([&](int r) {
+            devices_[r]->make_current();
+            TP_CUDA(driver_, r, cuMemsetD8Async, buffers[r], 0, elems * 4, devices_[r]->stream);
+            enqueue(r, 1);
+        });
+        if (how == Reduce::kNcclGraph) workers_->run([&](int r) { timed.executables[r] = capture_stream(r, [&] { enqueue(r, rounds); }); });
+        for (int i = 0; i < kTimedRepetitions; ++i) {
+            const double time = seconds([&](int r) {
+                devices_[r]->make_current();
+                if (timed.executables[r]) TP_CUDA(driver_, r, cuGraphLaunch, timed.executables[r], devices_[r]->stream);
+                else enqueue(r, rounds);
+            });
+            if (i > 0) best = std::min(best, time);  // the first launch of a graph uploads it
+        }
+    } catch (...) {
+        fail();  // the buffers stay: a late rank may still write to them
+        throw;
+    }
+    destroy(timed);
+    programs_.pop_back();
+    free_buffers();
+    return best;
 }
 
 /// A rank failed or is late: communicators cannot be trusted, nor graphs that hold them. The next graph makes both anew.
@@ -252,24 +325,28 @@ void Group::record(const Program& program, int r) {
     }
 }
 
+/// What `enqueue` puts on rank r's stream, as a graph that can be launched. Called by that rank's worker.
+Handle Group::capture_stream(int r, const std::function<void()>& enqueue) {
+    Device& device = *devices_[r];
+    device.make_current();
+    TP_CUDA(driver_, r, cuStreamBeginCapture, device.stream, kCaptureThreadLocal);
+    Handle graph = nullptr, executable = nullptr;
+    try {
+        enqueue();
+    } catch (...) {  // the stream must not stay in capture
+        if (driver_.cuStreamEndCapture(device.stream, &graph) == 0 && graph) driver_.cuGraphDestroy(graph);
+        throw;
+    }
+    TP_CUDA(driver_, r, cuStreamEndCapture, device.stream, &graph);
+    const int code = driver_.cuGraphInstantiate(&executable, graph, 0);
+    driver_.cuGraphDestroy(graph);
+    driver_.check_cuda(code, "cuGraphInstantiateWithFlags", r, __FILE__, __LINE__);
+    return executable;
+}
+
 void Group::capture(Program& program) {
     program.executables.assign(devices_.size(), nullptr);
-    workers_->run([&](int r) {
-        Device& device = *devices_[r];
-        device.make_current();
-        TP_CUDA(driver_, r, cuStreamBeginCapture, device.stream, kCaptureThreadLocal);
-        Handle graph = nullptr;
-        try {
-            record(program, r);
-        } catch (...) {  // the stream must not stay in capture
-            if (driver_.cuStreamEndCapture(device.stream, &graph) == 0 && graph) driver_.cuGraphDestroy(graph);
-            throw;
-        }
-        TP_CUDA(driver_, r, cuStreamEndCapture, device.stream, &graph);
-        const int code = driver_.cuGraphInstantiate(&program.executables[r], graph, 0);
-        driver_.cuGraphDestroy(graph);
-        driver_.check_cuda(code, "cuGraphInstantiateWithFlags", r, __FILE__, __LINE__);
-    });
+    workers_->run([&](int r) { program.executables[r] = capture_stream(r, [&] { record(program, r); }); });
 }
 
 std::unique_ptr<Program> Group::build(const Graph& graph, u64 key) {
@@ -298,11 +375,13 @@ std::unique_ptr<Program> Group::build(const Graph& graph, u64 key) {
         connect();
         capture(*program);
     } catch (...) {
-        for (Handle executable : program->executables)
-            if (executable) driver_.cuGraphExecDestroy(executable);
+        destroy(*program);
         fail();
         throw;
     }
+    for (const Tensor& tensor : graph.tensors)
+        if (tensor.buffer && std::find(program->buffers.begin(), program->buffers.end(), tensor.buffer) == program->buffers.end())
+            program->buffers.push_back(tensor.buffer);
     ++counters.programs_built;
     return program;
 }
@@ -329,8 +408,7 @@ Program& Group::program_for(const Graph& graph) {
     program->key = graph_key(graph);  // building may have laid weights out anew
     programs_.push_front(std::move(program));
     if (programs_.size() > kMostPrograms) {
-        for (Handle executable : programs_.back()->executables) driver_.cuGraphExecDestroy(executable);
-        std::erase_if(seen_, [&](const Seen& seen) { return seen.program == programs_.back().get(); });
+        destroy(*programs_.back());
         programs_.pop_back();
     }
     last_plan = programs_.front()->plan_text;

@@ -1,6 +1,7 @@
 // A group of ranks that a host sees as one device: owns the devices, their memory, communicators, workers and cached programs, and
 // takes a host graph through graph -> plan -> program -> ranks.
 #pragma once
+#include <functional>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -23,6 +24,9 @@ struct Counters {
     u64 last_all_reduces = 0, last_all_gathers = 0, last_kernel_launches = 0;
 };
 
+/// Ways to reduce, as numbered in inspect.h.
+enum class Reduce { kNccl = 0, kNcclGraph = 1, kOwn = 2 };
+
 struct Rates {
     double read = 0, copy = 0;  // bytes per second; a copy counts what it reads and what it writes
 };
@@ -36,12 +40,18 @@ class Group {
     /// Runs the host's graph to its end. Throws Error; the next graph may run.
     void compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, void* context);
     bool supports(const abi::Host& host, const void* operation) const;
+    /// Frees a buffer of the host, and the captured programs that point into it: contexts come and go, their graphs must go as well.
+    void release(Buffer& buffer);
 
     /// For tests: the rank's next graph begins that much later on its device.
     void delay(int rank, double seconds);
     /// What a user should know of the devices, or empty.
     const std::string& notes() const { return notes_; }
     Rates measure(int rank, u64 bytes, int rounds);
+    bool can_reduce(Reduce how) const { return how == Reduce::kNccl || how == Reduce::kNcclGraph; }
+    /// Seconds of one f32 all_reduce of `bytes`, one of `rounds` in a row.
+    double time_all_reduce(u64 bytes, Reduce how, int rounds);
+    size_t n_programs() const { return programs_.size(); }
 
     int n_ranks() const { return static_cast<int>(devices_.size()); }
     std::string description() const;
@@ -60,8 +70,10 @@ class Group {
     Program& program_for(const Graph& graph);
     std::unique_ptr<Program> build(const Graph& graph_in, u64 key);
     void capture(Program& program);
+    Handle capture_stream(int rank, const std::function<void()>& enqueue);
     void record(const Program& program, int rank);
     void connect();
+    void destroy(Program& program);
     void drop_programs();
     void fail();
 

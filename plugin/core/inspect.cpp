@@ -43,7 +43,7 @@ int ggml_tp_get_counters(int group, struct ggml_tp_counters* out) {
     std::lock_guard lock(state->group->mutex);
     const Counters& c = state->group->counters;
     *out = {c.graphs_computed,  c.programs_built,   c.graph_launches_per_rank, c.weights_resharded,
-            c.last_all_reduces, c.last_all_gathers, c.last_kernel_launches};
+            c.last_all_reduces, c.last_all_gathers, c.last_kernel_launches,    state->group->n_programs()};
     return 0;
 }
 
@@ -86,6 +86,20 @@ int ggml_tp_measure(int group, int rank, uint64_t bytes, int rounds, double* rea
     try {
         const Rates rates = state->group->measure(rank, bytes, rounds);
         *read_rate = rates.read, *copy_rate = rates.copy;
+        return 0;
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "ggml-tp: %s\n", error.what());
+        return -1;
+    }
+}
+
+int ggml_tp_time_all_reduce(int group, uint64_t bytes, int how, int rounds, double* seconds) {
+    HostState* state = host_state(group);
+    if (!state || !seconds || bytes < 4 || rounds < 1 || rounds > 10000) return -1;
+    std::lock_guard lock(state->group->mutex);
+    if (!state->group->can_reduce(static_cast<Reduce>(how))) return -2;
+    try {
+        *seconds = state->group->time_all_reduce(bytes, static_cast<Reduce>(how), rounds);
         return 0;
     } catch (const std::exception& error) {
         std::fprintf(stderr, "ggml-tp: %s\n", error.what());

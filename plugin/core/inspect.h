@@ -2,6 +2,7 @@
 struct ggml_tp_counters {
     uint64_t graphs_computed, programs_built, graph_launches_per_rank, weights_resharded;
     uint64_t last_all_reduces, last_all_gathers, last_kernel_launches;
+    uint64_t programs_cached; /* captured and not yet dropped */
 };
 enum { GGML_TP_TEXT_CONFIG = 0, GGML_TP_TEXT_LAYOUT = 1, GGML_TP_TEXT_PLAN = 2, GGML_TP_TEXT_PROGRAM = 3, GGML_TP_TEXT_DEVICES = 4, GGML_TP_TEXT_STAGES = 5 };
 /* Groups of ranks that hosts of this process have been given. */
@@ -16,6 +17,10 @@ int ggml_tp_rank_bytes(int group, int rank, uint64_t *weight_bytes, uint64_t *kv
 /* Bytes per second at which a rank's device reads memory (a kernel over bytes, best of rounds) and copies it (bytes read and written
  * both counted). 0, or -1 with a line on stderr when there is no such rank or no memory. Blocks the group while it measures. */
 int ggml_tp_measure(int group, int rank, uint64_t bytes, int rounds, double *read_rate, double *copy_rate);
+/* Seconds that an all_reduce of so many bytes of f32 takes on every rank's stream: rounds of them back to back, the best repetition.
+ * 0; -1 with a line on stderr when it fails; -2 when this library cannot reduce that way. Blocks the group while it measures. */
+enum { GGML_TP_REDUCE_NCCL = 0, GGML_TP_REDUCE_NCCL_GRAPH = 1, GGML_TP_REDUCE_OWN = 2 };
+int ggml_tp_time_all_reduce(int group, uint64_t bytes, int how, int rounds, double *seconds);
 /* For tests: the rank's next graph begins that many seconds later, as a late peer's would. 0, or -1 when there is no such rank. */
 int ggml_tp_delay(int group, int rank, double seconds);
 const char *ggml_tp_version(void);

@@ -48,7 +48,8 @@ struct Program {
         i64 offset, bytes;
         std::optional<Extent> extent;  // how an earlier graph left it
     };
-    std::vector<Leaf> leaves;  // compute memory that the graph reads and earlier graphs may have written
+    std::vector<Leaf> leaves;            // compute memory that the graph reads and earlier graphs may have written
+    std::vector<const Buffer*> buffers;  // all that the arguments point into: when one goes, so does the program
     int all_reduces = 0, all_gathers = 0, kernel_launches = 0;
     u64 key = 0;
     std::string plan_text;

@@ -52,6 +52,7 @@ size_t ggml_backend_dev_count(void);
 void *ggml_backend_dev_get(size_t index);
 const char *ggml_backend_dev_name(void *device);
 const char *ggml_backend_dev_description(void *device);
+void ggml_backend_dev_memory(void *device, size_t *free_bytes, size_t *total_bytes);
 """
 
 _N_GPU_LAYERS_OFFSET = 16  # after devices and tensor_buft_overrides
@@ -134,6 +135,12 @@ class Host:
             name, text = (self.ffi.string(f(device)).decode() for f in (self.lib.ggml_backend_dev_name, self.lib.ggml_backend_dev_description))
             out.append((name, text))
         return out
+
+    def memory(self, device: str) -> tuple[int, int]:
+        """Free and total bytes that a device reports to the host."""
+        values = self.ffi.new("size_t[2]")
+        self.lib.ggml_backend_dev_memory(self.lib.ggml_backend_dev_by_name(device.encode()), values, values + 1)
+        return int(values[0]), int(values[1])
 
     def model(self, path: str | os.PathLike[str], device: str | None) -> Model:
         """Loads a GGUF onto one device by name, or onto the CPU."""

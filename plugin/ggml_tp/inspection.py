@@ -11,6 +11,7 @@ import cffi
 
 from . import LIBRARY
 
+REDUCES = {"NCCL": 0, "NCCL in a graph": 1, "own kernel": 2}
 TEXTS = {"config": 0, "layout": 1, "plan": 2, "program": 3, "devices": 4, "stages": 5}
 
 
@@ -23,6 +24,7 @@ class Counters:
     last_all_reduces: int
     last_all_gathers: int
     last_kernel_launches: int
+    programs_cached: int
 
 
 class Inspection:
@@ -66,6 +68,14 @@ class Inspection:
         if self.lib.ggml_tp_measure(group, rank, int(gib * 2**30), rounds, values, values + 1) != 0:
             raise LookupError(f"rank {rank} could not be measured; see the line above")
         return {"read": values[0], "copy": values[1]}
+
+    def all_reduce_seconds(self, n_bytes: int, how: str, rounds: int = 50, group: int = 0) -> float | None:
+        """One all_reduce of f32 among the ranks, `how` of REDUCES; None: this library cannot reduce that way."""
+        seconds = self.ffi.new("double *")
+        status = self.lib.ggml_tp_time_all_reduce(group, n_bytes, REDUCES[how], rounds, seconds)
+        if status == -1:
+            raise LookupError(f"an all_reduce of {n_bytes} bytes by {how} could not be timed; see the line above")
+        return None if status else seconds[0]
 
     def delay(self, rank: int, seconds: float, group: int = 0) -> None:
         """For tests: the rank's next graph begins that much later."""
