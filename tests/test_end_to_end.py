@@ -191,6 +191,7 @@ BAD = [
     {"GGML_TP_LOG": "loud"},
     {"GGML_TP_DEADLINE": "0"},
     {"GGML_TP_P2P": "yes"},
+    {"GGML_TP_PERSIST": "2"},
     {"GGML_TP_NCCL": "/nowhere/libnccl.so.2"},
 ]
 
@@ -216,32 +217,42 @@ def test_exhausted_memory_is_refused(workers, models):
     assert result["refused"] and len(result["tokens"]) == 2
 
 
-def test_a_late_peer_fails_one_graph(workers, models):
-    """One rank is later than the deadline: a failed status, then the group is made anew and goes on."""
-    environment = emulated(3, GGML_TP_DEADLINE="1")
-    result = workers.run(jobs.late_peer, environment, model=models("llama", "F16"), seconds=3.0)
+@pytest.mark.parametrize(("arch", "quant"), [("sm_60", "F16"), ("sm_90", "Q4_0")])
+def test_a_late_peer_fails_one_graph(workers, models, arch, quant):
+    """One rank is later than the deadline: a failed status, then the group is made anew and goes on. sm_90: peers wait in the persistent kernel."""
+    environment = emulated(3, arch, GGML_TP_DEADLINE="1")
+    result = workers.run(jobs.late_peer, environment, model=models("llama", quant), seconds=3.0)
     assert result["failed"]
     assert result["tokens_after"] == result["tokens_before"]
 
 
-def test_closed_contexts_leave_nothing(workers, models):
-    result = workers.run(jobs.many_contexts, emulated(2), model=models("llama", "F16"), n=20)
-    assert set(result["closed"]) == {result["before"]} and min(result["open"]) == max(result["open"]) > result["before"]
-    assert len(set(result["free"])) == 1
-    assert all(tokens == result["tokens"][0] for tokens in result["tokens"])
+@pytest.mark.parametrize(
+    ("family", "quant", "ranks"),
+    [("llama", "Q4_0", 1), ("llama", "Q4_0", 2), ("llama", "Q4_0", 4), ("llama", "Q4_K", 1), ("llama", "Q6_K", 1),
+     ("qwen2", "Q4_0", 2), ("qwen3", "Q8_0", 2), ("qwen3", "Q4_K", 1)],
+)  # fmt: skip
+def test_a_token_is_one_persistent_kernel(workers, models, family, quant, ranks):
+    """sm_90: everything between embedding and logits, the all_reduces too, is one launch a rank."""
+    result = check(workers, models, family, quant, ranks, arch="sm_90")
+    assert result["counters"].last_kernel_launches == 1, result["program"]
+    assert result["program"].startswith("stream of ")
+    assert result["program"].count("  == reduce ") == (2 * N_LAYER if ranks > 1 else 0)
 
 
-def test_a_closed_context_takes_only_its_own_programs(workers, models):
-    result = workers.run(jobs.two_contexts, emulated(3), model=models("llama", "F16"))
-    assert 0 < result["one"].programs_cached < result["both"].programs_cached
-    assert result["after"].programs_built == result["one"].programs_built  # the other's are replayed
-    assert result["tokens"][0] == result["tokens"][1] == result["tokens"][2]
+@pytest.mark.parametrize("off", ["GGML_TP_P2P", "GGML_TP_PERSIST"])
+def test_without_peers_or_persistent_kernel_nccl_reduces(workers, models, off):
+    arguments = {"model": models("llama", "Q4_0"), "prompt": PROMPT, "n": 4}
+    whole = workers.run(jobs.run_model, emulated(2, "sm_90"), on_device=True, **arguments)
+    parts = workers.run(jobs.run_model, emulated(2, "sm_90", **{off: "0"}), on_device=True, **arguments)
+    assert parts["program"].count("all_reduce ") == 2 * N_LAYER
+    assert ("stream of " in parts["program"]) == (off == "GGML_TP_P2P")
+    assert nmse(parts["logits"], whole["logits"]) < 1e-6
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_an_all_reduce_can_be_timed(workers, models, ranks):
-    times = workers.run(jobs.all_reduce_times, emulated(ranks), n_bytes=8192)
-    assert times["NCCL"] > 0 and times["NCCL in a graph"] > 0
+def test_persistent_runs_are_bit_identical(workers, models):
+    arguments = {"model": models("llama", "Q4_0"), "prompt": PROMPT, "n": 6}
+    a, b = (workers.run(jobs.run_model, emulated(3, "sm_90"), on_device=True, **arguments) for _ in range(2))
+    assert np.array_equal(a["logits"], b["logits"])
 
 
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="the emulator's bridge is the one that can be broken")

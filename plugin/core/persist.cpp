@@ -466,6 +466,7 @@ const char* quantizes_to(const RankLaunch& l) {
     if (named(l, "quantize_x")) return args_of<QuantizeArgs>(l).xq;
     if (named(l, "fused_glu_")) return args_of<FusedGluArgs>(l).xq;
     if (named(l, "flash_combine")) return args_of<FlashCombineArgs>(l).xq;
+    if (named(l, "chain")) return args_of<ChainArgs>(l).quantize.xq;
     return nullptr;
 }
 
