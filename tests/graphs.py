@@ -17,6 +17,7 @@ tensor ggml_new_tensor_4d(ctx c, int type, int64_t a, int64_t b, int64_t d, int6
 tensor ggml_set_name(tensor t, name_t name);
 size_t ggml_nbytes(tensor t); size_t ggml_row_size(int type, int64_t ne); int64_t ggml_nelements(tensor t);
 size_t ggml_quantize_chunk(int type, const float *src, void *dst, int64_t start, int64_t rows, int64_t per_row, const float *imatrix);
+bool ggml_quantize_requires_imatrix(int type);
 tensor ggml_mul_mat(ctx c, tensor a, tensor b); tensor ggml_add(ctx c, tensor a, tensor b); tensor ggml_sub(ctx c, tensor a, tensor b);
 tensor ggml_mul(ctx c, tensor a, tensor b); tensor ggml_div(ctx c, tensor a, tensor b); tensor ggml_scale_bias(ctx c, tensor a, float s, float b);
 tensor ggml_clamp(ctx c, tensor a, float lo, float hi); tensor ggml_sqr(ctx c, tensor a); tensor ggml_sqrt(ctx c, tensor a); tensor ggml_sin(ctx c, tensor a);
@@ -45,8 +46,14 @@ void ggml_backend_tensor_get(tensor t, void *data, size_t offset, size_t size);
 int ggml_backend_graph_compute(void *backend, void *graph);
 """
 
-F32, F16, Q4_0, Q8_0, Q4_K, Q5_K, Q6_K, I32, I64, BF16 = 0, 1, 2, 8, 12, 13, 14, 26, 27, 30
+F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, I32, I64, BF16 = 0, 1, 2, 8, 12, 14, 26, 27, 30
 NAMES = {F32: "F32", F16: "F16", Q4_0: "Q4_0", Q8_0: "Q8_0", Q4_K: "Q4_K", Q6_K: "Q6_K", BF16: "BF16"}
+# Types that are read element by element.
+ELEMENT_TYPES = {
+    3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
+    21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+    41: "Q1_0", 42: "Q2_0",
+}  # fmt: skip
 _CPU = 0
 
 
@@ -94,7 +101,9 @@ class Case:
         flat = np.ascontiguousarray(values, np.float32)
         rows, per_row = flat.size // flat.shape[-1], flat.shape[-1]
         out = self.ggml.ffi.new("char[]", self.lib.ggml_row_size(type_, per_row) * rows)
-        self.lib.ggml_quantize_chunk(type_, self.ggml.ffi.from_buffer("float *", flat), out, 0, rows, per_row, self.null)
+        alike = np.ones(per_row, np.float32)  # some types cannot do without an importance matrix
+        importance = self.ggml.ffi.from_buffer("float *", alike) if self.lib.ggml_quantize_requires_imatrix(type_) else self.null
+        self.lib.ggml_quantize_chunk(type_, self.ggml.ffi.from_buffer("float *", flat), out, 0, rows, per_row, importance)
         return bytes(self.ggml.ffi.buffer(out))
 
     def indices(self, *values: int, type_: int = I32) -> Any:
@@ -151,6 +160,18 @@ def _mul_mats() -> None:
         case(f"get_rows of a matrix in planes {NAMES[t]}")(
             lambda g, t=t: g.lib.ggml_get_rows(g.c, g.leaf(t, 256, 9, name="blk.0.ffn_norm.weight"), g.indices(8, 0, 3, 3))
         )
+    for t, name in ELEMENT_TYPES.items():
+        for m in (1, 11):
+            case(f"mul_mat {name} 256x37 m{m}")(lambda g, t=t, m=m: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 37, scale=1 / 16), g.leaf(F32, 256, m)))
+        for role, m in (("attn_q", 3), ("attn_output", 1)):
+            case(f"mul_mat {name} {role} m{m}")(
+                lambda g, t=t, m=m, role=role: g.lib.ggml_mul_mat(g.c, g.leaf(t, 768, 96, scale=1 / 28, name=f"blk.0.{role}.weight"), g.leaf(F32, 768, m))
+            )
+        case(f"mul_mat {name} broadcast")(lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 16, 2, 1, scale=1 / 16), g.leaf(F32, 256, 3, 4, 2)))
+        case(f"get_rows {name}")(lambda g, t=t: g.lib.ggml_get_rows(g.c, g.leaf(t, 512, 9), g.indices(8, 0, 3, 3)))
+    case("mul_mat Q4_0, a view of x's columns")(
+        lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(Q4_0, 64, 37), g.lib.ggml_view_4d(g.c, g.leaf(F32, 96, 5), 64, 5, 1, 1, 384, 1920, 1920, 128))
+    )
     # K·Q and V·softmax without flash attention: the cache's rows are strided.
     case("mul_mat F16 permuted w, F32 x")(
         lambda g: g.lib.ggml_mul_mat(g.c, g.lib.ggml_permute(g.c, g.leaf(F16, 64, 4, 33), 0, 2, 1, 3), g.leaf(F32, 64, 5, 8))
@@ -273,20 +294,10 @@ def _attention() -> None:
 for _register in (_mul_mats, _element_wise, _rows, _ropes, _attention):
     _register()
 
-def _every_second(g: Case, x: Any) -> Any:
-    """Every second element of F16 rows of 64: no builder of ggml makes a stride like this, so it is set by hand."""
-    view = g.lib.ggml_view_4d(g.c, x, 32, 8, 1, 1, 128, 1024, 1024, 0)
-    g.ggml.ffi.cast("size_t *", view)[6] = 4  # nb[0], at byte 48 of ggml_tensor
-    return view
-
-
 # Graphs that TP0 must not claim, and must refuse with a status when a host sends them anyway.
 FOREIGN: dict[str, Build] = {
     "an op without a kernel": lambda g: g.lib.ggml_sin(g.c, g.leaf(F32, 8, 3)),
-    "a weight type without a kernel": lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(Q5_K, 256, 8), g.leaf(F32, 256, 3)),
-    "rows of a type without a kernel": lambda g: g.lib.ggml_get_rows(g.c, g.leaf(Q5_K, 256, 8), g.indices(1, 2)),
     "a copy to a type without a kernel": lambda g: g.lib.ggml_cpy(g.c, g.leaf(F32, 32, 3), g.leaf(Q4_0, 32, 3)),
-    "a stride without a kernel": lambda g: g.lib.ggml_mul_mat(g.c, _every_second(g, g.leaf(F16, 64, 8)), g.leaf(F32, 32, 3)),
 }
 # Indices outside their tensors.
 OUTSIDE: dict[str, Build] = {

@@ -122,7 +122,7 @@ Matrix host_matrix(const View& v) {
         m.row_stride[f] = v.nb[1];
         m.nb2[f] = v.nb[2];
         m.nb3[f] = v.nb[3];
-        m.block_stride[f] = format->block_bytes;
+        m.block_stride[f] = static_cast<i32>(v.nb[0]);  // a block's bytes, unless a view skips elements
     }
     m.k = v.ne[0];
     m.n = v.ne[1];
@@ -135,10 +135,6 @@ Matrix host_matrix(const View& v) {
 void lower_mul_mat(const Site& s, Lowered& out) {
     const Tensor &w = s.graph->tensors[s.t->src[0]], &x = s.graph->tensors[s.t->src[1]];
     if (!find_weight_format(w.type) || w.ne[2] == 0 || w.ne[3] == 0 || x.ne[2] % w.ne[2] || x.ne[3] % w.ne[3]) {
-        out.ok = false;
-        return;
-    }
-    if (!s.w_stored && w.nb[0] != find_weight_format(w.type)->block_bytes) {  // rows of w must be contiguous
         out.ok = false;
         return;
     }
@@ -169,10 +165,6 @@ void lower_mul_mat(const Site& s, Lowered& out) {
         return;
     }
     if (mul_mat_needs_quantized_x(s.w, args.x.ne[1], s.arch)) {
-        if (x.type != kF32) {
-            out.ok = false;
-            return;
-        }
         prepare.xd = prepare.xq + round_up(rows * s.w.k, kScratchAlign);
         args.xq = prepare.xq;
         args.xd = prepare.xd;
