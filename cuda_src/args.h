@@ -197,6 +197,7 @@ struct SetRowsArgs {
     View y;
     u32* fault;
     i64 n_rows, row_period, row_begin, row_end;
+    i64 block_elems;  // of y's type; with more than 1, x.ne[0] counts blocks
 };
 // Up to two ropes (Q and K), and up to two tensors' rows stored into the cache. stored_rope: the rope whose result is store[0].x, or -1.
 struct RopeStoreArgs {
@@ -207,6 +208,17 @@ struct RopeStoreArgs {
 struct CopyArgs {
     View x, y;
 };  // same number of elements, any F32/F16/BF16/I32 pair, ggml_cpy order
+// The same for elements, or blocks, of `bytes` bytes that are moved as they are; ne[0] counts them.
+struct CopyUnitsArgs {
+    View x, y;
+    i32 bytes, pad;
+};
+// Blocks to plain elements.
+struct CopyBlocksArgs {
+    Matrix x;
+    i64 x_ne[4];
+    View y;
+};
 struct FillArgs {
     View y;
     float value;

@@ -335,6 +335,8 @@ void lower_set_rows(const Site& s, Lowered& out) {
     args.y = s.y;
     args.fault = s.fault;
     args.n_rows = s.t->ne[1];
+    args.block_elems = block_elems(s.t->type);
+    args.x.ne[0] /= args.block_elems;
     if (s.t->stored && s.t->stored->extent && s.output.kind != Sharding::kSharded) {
         const Extent& extent = *s.t->stored->extent;
         const i64 unit = s.t->nb[1];
@@ -347,8 +349,22 @@ void lower_set_rows(const Site& s, Lowered& out) {
     out.add(set_rows_launch(args, s.arch), args);
 }
 void lower_copy(const Site& s, Lowered& out) {
-    const CopyArgs args{s.x[0], s.y};
-    out.add(copy_launch(args, s.arch), args);
+    const View &x = s.x[0], &y = s.y;
+    const bool from_blocks = block_elems(x.type) > 1, to_blocks = block_elems(y.type) > 1;
+    if (x.type == y.type && (from_blocks || !is_plain_type(x.type))) {
+        const CopyUnitsArgs args = copy_units_args(x, y);
+        out.add(copy_units_launch(args, s.arch), args);
+    } else if (from_blocks) {
+        const CopyBlocksArgs args{s.w, {x.ne[0], x.ne[1], x.ne[2], x.ne[3]}, y};
+        out.add(copy_from_blocks_launch(args, s.arch), args);
+    } else if (to_blocks) {
+        CopyArgs args{x, y};
+        args.y.ne[0] /= block_elems(y.type);
+        out.add(copy_to_blocks_launch(args, s.arch), args);
+    } else {
+        const CopyArgs args{x, y};
+        out.add(copy_launch(args, s.arch), args);
+    }
 }
 
 struct Row {
