@@ -122,8 +122,8 @@ struct BinaryArgs {
 };  // y = a op b, b broadcast by repetition over a's shape
 struct UnaryArgs {
     View x, y;
-    float p0, p1;
-};  // scale: x*p0 + p1; clamp: [p0, p1]
+    float p0, p1, p2, p3;
+};  // scale: x*p0 + p1; clamp: [p0, p1]; leaky_relu: slope p0; xielu: alpha_n, alpha_p, beta, eps
 struct GluArgs {
     View a, b, y;
     float alpha, limit;
@@ -147,12 +147,17 @@ struct FusedGluArgs {
     GluArgs glu;
     char *xq, *xd;
 };
+enum RopeSections : i32 { kNoSections = 0, kSideBySide = 1, kInterleaved = 2, kVision = 3 };
 struct RopeArgs {
     View x, y;     // [head_dim, n_head, n_tokens, 1] F32 or F16
-    View pos;      // I32 [n_tokens]
+    View pos;      // I32 [n_tokens]; with sections 4 * [n_tokens]
     View factors;  // F32 [n_dims/2], used when has_factors
     i32 has_factors, n_dims, neox, n_ctx_orig;
-    i32 n_offs, pad;  // the first of the n_dims elements that turn
+    i32 n_offs;       // the first of the n_dims elements that turn
+    i32 sectioned;    // a RopeSections: pairs take their position from one of four rows
+    i32 sections[4];  // pairs of each
+    float direction;  // -1 turns back
+    i32 pad;
     float freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow;
 };
 struct SoftMaxArgs {

@@ -100,7 +100,8 @@ TP_DEVICE void tp_quantize_block(int type, X x, char* out) {
         u32 high = 0;
         char* q = out + (type == kQ4_1 ? 4 : 8);
         for (int i = 0; i < 16; ++i) {
-            const int a = tp_least(levels, (int)(tp_mul_rounded(x(i) - min, inverse) + 0.5f)), b = tp_least(levels, (int)(tp_mul_rounded(x(i + 16) - min, inverse) + 0.5f));
+            const int a = tp_least(levels, (int)(tp_mul_rounded(x(i) - min, inverse) + 0.5f)),
+                      b = tp_least(levels, (int)(tp_mul_rounded(x(i + 16) - min, inverse) + 0.5f));
             q[i] = (char)((a & 15) | (b & 15) << 4);
             high |= (u32)(a >> 4) << i | (u32)(b >> 4) << (i + 16);
         }

@@ -1,4 +1,4 @@
-// Rotary position embedding with YaRN scaling, forward, after ggml's rope_yarn. One thread per pair of elements; elements from
+// Rotary position embedding with YaRN scaling, after ggml's rope_yarn; forward and back, positions of one kind or of four. One thread per pair of elements; elements from
 // n_dims on pass through. y may be x: a thread reads its pair before it writes it.
 #include "rope.h"
 
@@ -13,10 +13,28 @@ TP_DEVICE float yarn_corr_dim(const RopeArgs& args, float n_rotations) {
     return (float)args.n_dims * logf((float)args.n_ctx_orig / (n_rotations * 2.0f * 3.14159265358979323846f)) / (2.0f * logf(args.freq_base));
 }
 
-/// cos and sin (times the magnitude correction) of pair `i` at position `pos`.
-TP_DEVICE void rotation(const RopeArgs& args, float pos, i64 i, float* cosine, float* sine) {
+/// Where a pair takes its position from, and which power of the base is its frequency.
+struct Angle {
+    i32 row;  // of positions: time, height, width, extra
+    i64 power;
+};
+TP_DEVICE Angle angle_of(const RopeArgs& args, i64 i) {
+    const i32* n = args.sections;
+    if (args.sectioned == kNoSections) return {0, i};
+    const i32 at = (i32)(i % (n[0] + n[1] + n[2] + n[3]));
+    if (args.sectioned == kInterleaved) {  // in turns while a section has pairs left
+        const i32 row = at % 3;
+        return {at < 3 * n[row] ? row : 3, i};
+    }
+    i32 row = 0, begin = 0;
+    while (row < 3 && at >= begin + n[row]) begin += n[row++];
+    return {row, args.sectioned == kVision ? at - begin : i};  // a picture's sections begin anew
+}
+
+/// cos and sin (times the magnitude correction) of pair `i` at position `pos`, whose frequency is the base to the `power`.
+TP_DEVICE void rotation(const RopeArgs& args, float pos, i64 i, i64 power, float* cosine, float* sine) {
     const float theta_scale = powf(args.freq_base, -2.0f / (float)args.n_dims);
-    float extrapolated = pos * powf(theta_scale, (float)i);
+    float extrapolated = pos * powf(theta_scale, (float)power);
     if (args.has_factors) extrapolated /= load(args.factors, {i, 0, 0, 0});
     float theta = args.freq_scale * extrapolated;
     float magnitude = args.attn_factor;
@@ -29,7 +47,7 @@ TP_DEVICE void rotation(const RopeArgs& args, float pos, i64 i, float* cosine, f
         magnitude *= 1.0f + 0.1f * logf(1.0f / args.freq_scale);
     }
     *cosine = cosf(theta) * magnitude;
-    *sine = sinf(theta) * magnitude;
+    *sine = sinf(theta) * magnitude * args.direction;
 }
 
 /// Where the two elements of pair `pair` of a row lie, and what becomes of them.
@@ -41,7 +59,8 @@ TP_DEVICE Pair rotate(const RopeArgs& args, i64 pair, i64 row, bool neox) {
     const View& x = args.x;
     Pair p;
     p.first = p.second = row_index((u32)row, x.ne);
-    if (2 * pair < args.n_offs || 2 * pair >= args.n_offs + args.n_dims) {
+    const i64 turning = args.sectioned == kVision ? 2 * args.n_dims : args.n_dims;
+    if (2 * pair < args.n_offs || 2 * pair >= args.n_offs + turning) {
         p.first.i0 = 2 * pair;
         p.second.i0 = 2 * pair + 1;
         p.a = load(x, p.first);
@@ -50,10 +69,11 @@ TP_DEVICE Pair rotate(const RopeArgs& args, i64 pair, i64 row, bool neox) {
     }
     const i64 turned = pair - args.n_offs / 2;
     p.first.i0 = args.n_offs + (neox ? turned : 2 * turned);
-    p.second.i0 = args.n_offs + (neox ? turned + args.n_dims / 2 : 2 * turned + 1);
-    const i32 pos = *(const i32*)(args.pos.data + p.first.i2 * args.pos.nb[0]);
+    p.second.i0 = args.n_offs + (neox ? turned + turning / 2 : 2 * turned + 1);
+    const Angle angle = angle_of(args, turned);
+    const i32 pos = *(const i32*)(args.pos.data + (p.first.i2 + angle.row * x.ne[2]) * args.pos.nb[0]);
     float cosine, sine;
-    rotation(args, (float)pos, turned, &cosine, &sine);
+    rotation(args, (float)pos, turned, angle.power, &cosine, &sine);
     const float a = load(x, p.first), b = load(x, p.second);
     p.a = a * cosine - b * sine;
     p.b = a * sine + b * cosine;
