@@ -16,14 +16,37 @@ enum Type : i32 {
     kF32 = 0,
     kF16 = 1,
     kQ4_0 = 2,
+    kQ4_1 = 3,
+    kQ5_0 = 6,
+    kQ5_1 = 7,
     kQ8_0 = 8,
+    kQ8_1 = 9,
+    kQ2_K = 10,
+    kQ3_K = 11,
     kQ4_K = 12,
+    kQ5_K = 13,
     kQ6_K = 14,
+    kQ8_K = 15,
+    kIQ2_XXS = 16,
+    kIQ2_XS = 17,
+    kIQ3_XXS = 18,
+    kIQ1_S = 19,
+    kIQ4_NL = 20,
+    kIQ3_S = 21,
+    kIQ2_S = 22,
+    kIQ4_XS = 23,
     kI8 = 24,
     kI16 = 25,
     kI32 = 26,
     kI64 = 27,
+    kIQ1_M = 29,
     kBF16 = 30,
+    kTQ1_0 = 34,
+    kTQ2_0 = 35,
+    kMXFP4 = 39,
+    kNVFP4 = 40,
+    kQ1_0 = 41,
+    kQ2_0 = 42,
 };
 
 struct View {
@@ -99,8 +122,8 @@ struct BinaryArgs {
 };  // y = a op b, b broadcast by repetition over a's shape
 struct UnaryArgs {
     View x, y;
-    float p0, p1;
-};  // scale: x*p0 + p1; clamp: [p0, p1]
+    float p0, p1, p2, p3;
+};  // scale: x*p0 + p1; clamp: [p0, p1]; leaky_relu: slope p0; xielu: alpha_n, alpha_p, beta, eps
 struct GluArgs {
     View a, b, y;
     float alpha, limit;
@@ -125,12 +148,17 @@ struct FusedGluArgs {
     char *xq, *xd;
     i64 k, k_begin;
 };
+enum RopeSections : i32 { kNoSections = 0, kSideBySide = 1, kInterleaved = 2, kVision = 3 };
 struct RopeArgs {
     View x, y;     // [head_dim, n_head, n_tokens, 1] F32 or F16
-    View pos;      // I32 [n_tokens]
+    View pos;      // I32 [n_tokens]; with sections 4 * [n_tokens]
     View factors;  // F32 [n_dims/2], used when has_factors
     i32 has_factors, n_dims, neox, n_ctx_orig;
-    i32 n_offs, pad;  // the first of the n_dims elements that turn
+    i32 n_offs;       // the first of the n_dims elements that turn
+    i32 sectioned;    // a RopeSections: pairs take their position from one of four rows
+    i32 sections[4];  // pairs of each
+    float direction;  // -1 turns back
+    i32 pad;
     float freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow;
 };
 struct SoftMaxArgs {
@@ -175,6 +203,7 @@ struct SetRowsArgs {
     View y;
     u32* fault;
     i64 n_rows, row_period, row_begin, row_end;
+    i64 block_elems;  // of y's type; with more than 1, x.ne[0] counts blocks
 };
 // Up to two ropes (Q and K), and up to two tensors' rows stored into the cache. stored_rope: the rope whose result is store[0].x, or -1.
 struct RopeStoreArgs {
@@ -185,6 +214,17 @@ struct RopeStoreArgs {
 struct CopyArgs {
     View x, y;
 };  // same number of elements, any F32/F16/BF16/I32 pair, ggml_cpy order
+// The same for elements, or blocks, of `bytes` bytes that are moved as they are; ne[0] counts them.
+struct CopyUnitsArgs {
+    View x, y;
+    i32 bytes, pad;
+};
+// Blocks to plain elements.
+struct CopyBlocksArgs {
+    Matrix x;
+    i64 x_ne[4];
+    View y;
+};
 struct FillArgs {
     View y;
     float value;

@@ -1,5 +1,6 @@
 // CPY, CONT, DUP: element i of x, counted in x's order, becomes element i of y, counted in y's order; types are converted.
 #include "index.h"
+#include "quantize_block.h"
 
 TP_KERNEL(copy, CopyArgs, 256) {
     using namespace ggml_tp;
@@ -12,5 +13,38 @@ TP_KERNEL(copy, CopyArgs, 256) {
         } else {
             tp_store(args.y.type, to, tp_load(args.x.type, from));
         }
+    }
+}
+
+TP_KERNEL(copy_units, CopyUnitsArgs, 256) {
+    using namespace ggml_tp;
+    TP_FOR_EACH(i, tp_elems(args.x)) {
+        char* to = tp_at(args.y, tp_index(args.y.ne, i));
+        const char* from = tp_at(args.x, tp_index(args.x.ne, i));
+        for (int b = 0; b < args.bytes; ++b) to[b] = from[b];
+    }
+}
+
+TP_KERNEL(copy_from_blocks, CopyBlocksArgs, 256) {
+    using namespace ggml_tp;
+    TP_FOR_EACH(i, tp_elems(args.y)) {
+        const Index4 from = tp_index(args.x_ne, i);
+        const float v = tp_weight_elem(args.x.type, tp_weight_row(args.x, from.i[1], from.i[2], from.i[3]), from.i[0]);
+        tp_store(args.y.type, tp_at(args.y, tp_index(args.y.ne, i)), v);
+    }
+}
+
+// y.ne[0] counts blocks. One thread a block.
+TP_KERNEL(copy_to_blocks, CopyArgs, 256) {
+    using namespace ggml_tp;
+    const i64 elems = tp_elems(args.x) / tp_elems(args.y);
+    TP_FOR_EACH(i, tp_elems(args.y)) {
+        const Index4 first = tp_index(args.x.ne, i * elems);
+        const char* from = tp_at(args.x, first);
+        const bool one_row = first.i[0] + elems <= args.x.ne[0];
+        auto value = [&](int e) {
+            return tp_load(args.x.type, one_row ? from + e * args.x.nb[0] : (const char*)tp_at(args.x, tp_index(args.x.ne, i * elems + e)));
+        };
+        tp_quantize_block(args.y.type, value, tp_at(args.y, tp_index(args.y.ne, i)));
     }
 }

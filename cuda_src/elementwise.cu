@@ -25,6 +25,7 @@ TP_DEVICE float gelu(float x) { return 0.5f * x * (1.0f + tanhf(0.79788456080286
 TP_DEVICE float gelu_quick(float x) { return x / (1.0f + expf(-1.702f * x)); }
 TP_DEVICE float gelu_erf(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752440f)); }
 TP_DEVICE float relu(float x) { return x > 0.0f ? x : 0.0f; }
+TP_DEVICE float hardsigmoid(float x) { return fminf(1.0f, fmaxf(0.0f, (x + 3.0f) / 6.0f)); }
 TP_DEVICE float clamp(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
 
 }  // namespace
@@ -65,6 +66,22 @@ UNARY(exp, expf(x))
 UNARY(sqr, x* x)
 UNARY(sqrt, sqrtf(x))
 UNARY(clamp, clamp(x, args.p0, args.p1))
+UNARY(sgn, x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f)
+UNARY(step, x > 0.0f ? 1.0f : 0.0f)
+UNARY(elu, x > 0.0f ? x : expm1f(x))
+UNARY(hardsigmoid, hardsigmoid(x))
+UNARY(hardswish, x* hardsigmoid(x))
+UNARY(expm1, expm1f(x))
+UNARY(softplus, x > 20.0f ? x : log1pf(expf(x)))
+UNARY(xielu, x > 0.0f ? args.p1 * x * x + args.p2 * x : (expm1f(fminf(x, args.p3)) - x) * args.p0 + args.p2 * x)
+UNARY(floor, floorf(x))
+UNARY(ceil, ceilf(x))
+UNARY(round, roundf(x))
+UNARY(trunc, truncf(x))
+UNARY(log, logf(x))
+UNARY(sin, sinf(x))
+UNARY(cos, cosf(x))
+UNARY(leaky_relu, x > 0.0f ? x : args.p0 * x)
 
 #define GLU(name, expression)                                     \
     TP_KERNEL(glu_##name, GluArgs, 256) {                         \
@@ -87,6 +104,8 @@ TP_KERNEL(glu_swiglu_oai, GluArgs, 256) {
         store(args.y, i, a / (1.0f + expf(-args.alpha * a)) * (b + 1.0f));
     });
 }
+
+GLU(swiglu_clamp, silu(fminf(a, args.limit)) * clamp(b, -args.limit, args.limit))
 
 // Four elements a thread; grid: (rows, elements / 1024).
 #define FUSED_GLU(name, expression)                                                                                 \

@@ -20,16 +20,34 @@ enum class UnaryOp {
     kSqr,
     kSqrt,
     kClamp,
+    kSgn,
+    kStep,
+    kElu,
+    kHardSigmoid,
+    kHardSwish,
+    kExpm1,
+    kSoftplus,
+    kXielu,
+    kFloor,
+    kCeil,
+    kRound,
+    kTrunc,
+    kLog,
+    kSin,
+    kCos,
+    kLeakyRelu,
 };
-enum class GluOp { kSwiglu, kGeglu, kReglu, kSwigluOai, kGegluErf, kGegluQuick };
+enum class GluOp { kSwiglu, kGeglu, kReglu, kSwigluOai, kGegluErf, kGegluQuick, kSwigluClamp };
 
 inline constexpr const char* kBinaryKernels[] = {"binary_add", "binary_sub", "binary_mul", "binary_div"};
 inline constexpr const char* kUnaryKernels[] = {
-    "unary_scale", "unary_silu", "unary_gelu", "unary_gelu_quick", "unary_gelu_erf", "unary_relu", "unary_sigmoid",
-    "unary_tanh",  "unary_neg",  "unary_abs",  "unary_exp",        "unary_sqr",      "unary_sqrt", "unary_clamp",
+    "unary_scale", "unary_silu",        "unary_gelu",      "unary_gelu_quick", "unary_gelu_erf", "unary_relu",       "unary_sigmoid", "unary_tanh",
+    "unary_neg",   "unary_abs",         "unary_exp",       "unary_sqr",        "unary_sqrt",     "unary_clamp",      "unary_sgn",     "unary_step",
+    "unary_elu",   "unary_hardsigmoid", "unary_hardswish", "unary_expm1",      "unary_softplus", "unary_xielu",      "unary_floor",   "unary_ceil",
+    "unary_round", "unary_trunc",       "unary_log",       "unary_sin",        "unary_cos",      "unary_leaky_relu",
 };
 inline constexpr const char* kGluKernels[] = {
-    "glu_swiglu", "glu_geglu", "glu_reglu", "glu_swiglu_oai", "glu_geglu_erf", "glu_geglu_quick",
+    "glu_swiglu", "glu_geglu", "glu_reglu", "glu_swiglu_oai", "glu_geglu_erf", "glu_geglu_quick", "glu_swiglu_clamp",
 };
 
 /// y has a's shape; each extent of b divides a's.

@@ -1,6 +1,7 @@
 // MUL_MAT: a warp computes one row of w against up to kCols columns of x; the weights are read once per column group.
 // grid: (ceil(n / kRowsPerBlock), ceil(m / kCols), ne2 * ne3 of x), block: 32 x kRowsPerBlock.
 #include "dequantize.h"
+#include "index.h"
 #include "mul_mat.h"
 
 namespace ggml_tp {
@@ -46,7 +47,7 @@ TP_DEVICE void mul_mat_quantized(const MulMatArgs& a) {
 }
 
 template <int kType, int kCols>
-TP_DEVICE void mul_mat_float(const MulMatArgs& a) {
+TP_DEVICE void mul_mat_elements(const MulMatArgs& a) {
     MulMatSite s;
     if (!mul_mat_site(a, kCols, s)) return;
     const WeightRow w = tp_weight_row(a.w, s.row, s.w2, s.w3);
@@ -57,7 +58,7 @@ TP_DEVICE void mul_mat_float(const MulMatArgs& a) {
         for (int c = 0; c < kCols; ++c) {
             if (s.column + c >= a.x.ne[1]) break;
             const char* p = x + (k - a.k_begin) * a.x.nb[0] + c * a.x.nb[1];
-            acc[c] += weight * (a.x.type == kF32 ? *(const float*)p : tp_load_half(p));
+            acc[c] += weight * tp_load(a.x.type, p);
         }
     }
     mul_mat_store<kCols>(a, s, acc);
@@ -70,14 +71,37 @@ TP_DEVICE void mul_mat_float(const MulMatArgs& a) {
     TP_KERNEL(mul_mat_##name##_8, MulMatArgs, 128) { ggml_tp::mul_mat_quantized<type, true, 8>(args); }       \
     TP_KERNEL(mul_mat_##name##_host_1, MulMatArgs, 128) { ggml_tp::mul_mat_quantized<type, false, 1>(args); } \
     TP_KERNEL(mul_mat_##name##_host_8, MulMatArgs, 128) { ggml_tp::mul_mat_quantized<type, false, 8>(args); }
-#define MUL_MAT_FLOAT(name, type)                                                             \
-    TP_KERNEL(mul_mat_##name##_1, MulMatArgs, 128) { ggml_tp::mul_mat_float<type, 1>(args); } \
-    TP_KERNEL(mul_mat_##name##_8, MulMatArgs, 128) { ggml_tp::mul_mat_float<type, 8>(args); }
+#define MUL_MAT_ELEMENTS(name, type)                                                             \
+    TP_KERNEL(mul_mat_##name##_1, MulMatArgs, 128) { ggml_tp::mul_mat_elements<type, 1>(args); } \
+    TP_KERNEL(mul_mat_##name##_8, MulMatArgs, 128) { ggml_tp::mul_mat_elements<type, 8>(args); }
 
 MUL_MAT_QUANTIZED(q4_0, ggml_tp::kQ4_0)
 MUL_MAT_QUANTIZED(q8_0, ggml_tp::kQ8_0)
 MUL_MAT_QUANTIZED(q4_K, ggml_tp::kQ4_K)
 MUL_MAT_QUANTIZED(q6_K, ggml_tp::kQ6_K)
-MUL_MAT_FLOAT(f32, ggml_tp::kF32)
-MUL_MAT_FLOAT(f16, ggml_tp::kF16)
-MUL_MAT_FLOAT(bf16, ggml_tp::kBF16)
+MUL_MAT_ELEMENTS(f32, ggml_tp::kF32)
+MUL_MAT_ELEMENTS(f16, ggml_tp::kF16)
+MUL_MAT_ELEMENTS(bf16, ggml_tp::kBF16)
+MUL_MAT_ELEMENTS(q4_1, ggml_tp::kQ4_1)
+MUL_MAT_ELEMENTS(q5_0, ggml_tp::kQ5_0)
+MUL_MAT_ELEMENTS(q5_1, ggml_tp::kQ5_1)
+MUL_MAT_ELEMENTS(q8_1, ggml_tp::kQ8_1)
+MUL_MAT_ELEMENTS(q2_K, ggml_tp::kQ2_K)
+MUL_MAT_ELEMENTS(q3_K, ggml_tp::kQ3_K)
+MUL_MAT_ELEMENTS(q5_K, ggml_tp::kQ5_K)
+MUL_MAT_ELEMENTS(q8_K, ggml_tp::kQ8_K)
+MUL_MAT_ELEMENTS(iq2_xxs, ggml_tp::kIQ2_XXS)
+MUL_MAT_ELEMENTS(iq2_xs, ggml_tp::kIQ2_XS)
+MUL_MAT_ELEMENTS(iq2_s, ggml_tp::kIQ2_S)
+MUL_MAT_ELEMENTS(iq3_xxs, ggml_tp::kIQ3_XXS)
+MUL_MAT_ELEMENTS(iq3_s, ggml_tp::kIQ3_S)
+MUL_MAT_ELEMENTS(iq1_s, ggml_tp::kIQ1_S)
+MUL_MAT_ELEMENTS(iq1_m, ggml_tp::kIQ1_M)
+MUL_MAT_ELEMENTS(iq4_nl, ggml_tp::kIQ4_NL)
+MUL_MAT_ELEMENTS(iq4_xs, ggml_tp::kIQ4_XS)
+MUL_MAT_ELEMENTS(tq1_0, ggml_tp::kTQ1_0)
+MUL_MAT_ELEMENTS(tq2_0, ggml_tp::kTQ2_0)
+MUL_MAT_ELEMENTS(mxfp4, ggml_tp::kMXFP4)
+MUL_MAT_ELEMENTS(nvfp4, ggml_tp::kNVFP4)
+MUL_MAT_ELEMENTS(q1_0, ggml_tp::kQ1_0)
+MUL_MAT_ELEMENTS(q2_0, ggml_tp::kQ2_0)

@@ -7,11 +7,8 @@ namespace ggml_tp {
 
 constexpr int kRowsPerBlock = 4;
 
-/// Quantised weights are multiplied with int8 activations (quantize.h makes them first).
-inline bool mul_mat_needs_quantized_x(const Matrix& w, i64, Arch) {
-    const WeightFormat* format = find_weight_format(w.type);
-    return format && format->block_elems > 1;
-}
+/// Weights that are multiplied in their own integers, with int8 activations (quantize.h makes them first); the others element by element in f32.
+inline bool mul_mat_needs_quantized_x(const Matrix& w, i64, Arch) { return w.type == kQ4_0 || w.type == kQ8_0 || w.type == kQ4_K || w.type == kQ6_K; }
 
 inline Launch mul_mat_launch(const MulMatArgs& a, Arch) {
     struct Row {
@@ -26,10 +23,32 @@ inline Launch mul_mat_launch(const MulMatArgs& a, Arch) {
         {kF32, "mul_mat_f32_1", "mul_mat_f32_8", "mul_mat_f32_1", "mul_mat_f32_8"},
         {kF16, "mul_mat_f16_1", "mul_mat_f16_8", "mul_mat_f16_1", "mul_mat_f16_8"},
         {kBF16, "mul_mat_bf16_1", "mul_mat_bf16_8", "mul_mat_bf16_1", "mul_mat_bf16_8"},
+        {kQ4_1, "mul_mat_q4_1_1", "mul_mat_q4_1_8", "mul_mat_q4_1_1", "mul_mat_q4_1_8"},
+        {kQ5_0, "mul_mat_q5_0_1", "mul_mat_q5_0_8", "mul_mat_q5_0_1", "mul_mat_q5_0_8"},
+        {kQ5_1, "mul_mat_q5_1_1", "mul_mat_q5_1_8", "mul_mat_q5_1_1", "mul_mat_q5_1_8"},
+        {kQ8_1, "mul_mat_q8_1_1", "mul_mat_q8_1_8", "mul_mat_q8_1_1", "mul_mat_q8_1_8"},
+        {kQ2_K, "mul_mat_q2_K_1", "mul_mat_q2_K_8", "mul_mat_q2_K_1", "mul_mat_q2_K_8"},
+        {kQ3_K, "mul_mat_q3_K_1", "mul_mat_q3_K_8", "mul_mat_q3_K_1", "mul_mat_q3_K_8"},
+        {kQ5_K, "mul_mat_q5_K_1", "mul_mat_q5_K_8", "mul_mat_q5_K_1", "mul_mat_q5_K_8"},
+        {kQ8_K, "mul_mat_q8_K_1", "mul_mat_q8_K_8", "mul_mat_q8_K_1", "mul_mat_q8_K_8"},
+        {kIQ2_XXS, "mul_mat_iq2_xxs_1", "mul_mat_iq2_xxs_8", "mul_mat_iq2_xxs_1", "mul_mat_iq2_xxs_8"},
+        {kIQ2_XS, "mul_mat_iq2_xs_1", "mul_mat_iq2_xs_8", "mul_mat_iq2_xs_1", "mul_mat_iq2_xs_8"},
+        {kIQ2_S, "mul_mat_iq2_s_1", "mul_mat_iq2_s_8", "mul_mat_iq2_s_1", "mul_mat_iq2_s_8"},
+        {kIQ3_XXS, "mul_mat_iq3_xxs_1", "mul_mat_iq3_xxs_8", "mul_mat_iq3_xxs_1", "mul_mat_iq3_xxs_8"},
+        {kIQ3_S, "mul_mat_iq3_s_1", "mul_mat_iq3_s_8", "mul_mat_iq3_s_1", "mul_mat_iq3_s_8"},
+        {kIQ1_S, "mul_mat_iq1_s_1", "mul_mat_iq1_s_8", "mul_mat_iq1_s_1", "mul_mat_iq1_s_8"},
+        {kIQ1_M, "mul_mat_iq1_m_1", "mul_mat_iq1_m_8", "mul_mat_iq1_m_1", "mul_mat_iq1_m_8"},
+        {kIQ4_NL, "mul_mat_iq4_nl_1", "mul_mat_iq4_nl_8", "mul_mat_iq4_nl_1", "mul_mat_iq4_nl_8"},
+        {kIQ4_XS, "mul_mat_iq4_xs_1", "mul_mat_iq4_xs_8", "mul_mat_iq4_xs_1", "mul_mat_iq4_xs_8"},
+        {kTQ1_0, "mul_mat_tq1_0_1", "mul_mat_tq1_0_8", "mul_mat_tq1_0_1", "mul_mat_tq1_0_8"},
+        {kTQ2_0, "mul_mat_tq2_0_1", "mul_mat_tq2_0_8", "mul_mat_tq2_0_1", "mul_mat_tq2_0_8"},
+        {kMXFP4, "mul_mat_mxfp4_1", "mul_mat_mxfp4_8", "mul_mat_mxfp4_1", "mul_mat_mxfp4_8"},
+        {kNVFP4, "mul_mat_nvfp4_1", "mul_mat_nvfp4_8", "mul_mat_nvfp4_1", "mul_mat_nvfp4_8"},
+        {kQ1_0, "mul_mat_q1_0_1", "mul_mat_q1_0_8", "mul_mat_q1_0_1", "mul_mat_q1_0_8"},
+        {kQ2_0, "mul_mat_q2_0_1", "mul_mat_q2_0_8", "mul_mat_q2_0_1", "mul_mat_q2_0_8"},
     };
     Launch out;
-    const bool x_ok = a.x.type == kF32 || (a.x.type == kF16 && !mul_mat_needs_quantized_x(a.w, 0, {}));
-    if (!x_ok || a.y.type != kF32) return out;
+    if ((a.x.type != kF32 && a.x.type != kF16 && a.x.type != kBF16) || a.y.type != kF32) return out;
     const i64 cols = a.x.ne[1] == 1 ? 1 : 8, y = (a.x.ne[1] + cols - 1) / cols, z = a.x.ne[2] * a.x.ne[3];
     if (y > 65535 || z > 65535) return out;
     for (const Row& row : kRows)

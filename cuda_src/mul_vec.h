@@ -15,8 +15,9 @@ constexpr int mul_vec_columns(i64 m) { return m <= 1 ? 1 : m <= 2 ? 2 : m <= 4 ?
 /// Whether a product is the kind that mul_vec computes: one repacked matrix, whole 16-byte pieces in each row, few columns.
 inline bool mul_vec_can(const MulMatArgs& a) {
     const WeightFormat* format = find_weight_format(a.w.type);
-    if (!format || !a.w.repacked || a.x.ne[1] > kVecMaxColumns || a.x.ne[2] * a.x.ne[3] != 1 || a.y.type != kF32 || a.x.type != kF32) return false;
-    if (format->block_elems == 1) return a.w.row_stride[0] % 16 == 0 && a.x.nb[0] == 4 && a.x.nb[1] % 16 == 0 && (u64)a.x.data % 16 == 0 && a.k_begin == 0;
+    const bool plain = format && format->block_elems == 1, blocks = a.w.type == kQ4_0 || a.w.type == kQ8_0 || a.w.type == kQ4_K || a.w.type == kQ6_K;
+    if ((!plain && !blocks) || !a.w.repacked || a.x.ne[1] > kVecMaxColumns || a.x.ne[2] * a.x.ne[3] != 1 || a.y.type != kF32 || a.x.type != kF32) return false;
+    if (plain) return a.w.row_stride[0] % 16 == 0 && a.x.nb[0] == 4 && a.x.nb[1] % 16 == 0 && (u64)a.x.data % 16 == 0 && a.k_begin == 0;
     return true;
 }
 

@@ -1,5 +1,5 @@
 // Activations to int8, one scale per 32 elements: a warp per block of 32. grid: (k / 32 / 4, rows), block: 32 x 4.
-#include "tp.h"
+#include "index.h"
 
 TP_KERNEL(quantize_x, QuantizeArgs, 128) {
     const i64 block = (i64)blockIdx.x * 4 + threadIdx.y, row = blockIdx.y, k = block * 32 + threadIdx.x;
@@ -7,7 +7,7 @@ TP_KERNEL(quantize_x, QuantizeArgs, 128) {
     const i64 i1 = row % args.x.ne[1], i2 = row / args.x.ne[1] % args.x.ne[2], i3 = row / (args.x.ne[1] * args.x.ne[2]);
     float v = 0;
     if (k >= args.k_begin && k < args.k_end)
-        v = *(const float*)(args.x.data + (k - args.k_begin) * args.x.nb[0] + i1 * args.x.nb[1] + i2 * args.x.nb[2] + i3 * args.x.nb[3]);
+        v = ggml_tp::tp_load(args.x.type, args.x.data + (k - args.k_begin) * args.x.nb[0] + i1 * args.x.nb[1] + i2 * args.x.nb[2] + i3 * args.x.nb[3]);
     const float d = tp_warp_max(fabsf(v)) / 127.0f;
     const float q = d > 0 ? rintf(v / d) : 0.0f;
     const float sum = tp_warp_sum(q);

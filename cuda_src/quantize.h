@@ -7,7 +7,7 @@ namespace ggml_tp {
 inline Launch quantize_launch(const QuantizeArgs& a, Arch) {
     const i64 rows = a.x.ne[1] * a.x.ne[2] * a.x.ne[3];
     Launch out;
-    if (a.x.type != kF32 || a.k % 32 || rows > 65535) return out;
+    if ((a.x.type != kF32 && a.x.type != kF16 && a.x.type != kBF16) || a.k % 32 || rows > 65535) return out;
     out.kernel = "quantize_x";
     out.grid[0] = (u32)((a.k / 32 + 3) / 4);
     out.grid[1] = (u32)rows;

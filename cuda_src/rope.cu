@@ -1,4 +1,4 @@
-// Rotary position embedding with YaRN scaling, forward, after ggml's rope_yarn. One thread per pair of elements; elements from
+// Rotary position embedding with YaRN scaling, after ggml's rope_yarn; forward and back, positions of one kind or of four. One thread per pair of elements; elements from
 // n_dims on pass through. y may be x: a thread reads its pair before it writes it.
 #include "rope_pair.h"
 

@@ -7,10 +7,12 @@ namespace ggml_tp {
 inline Launch rope_launch(const RopeArgs& args, Arch) {
     const View &x = args.x, &y = args.y;
     if (!is_float_type(x.type) || !is_float_type(y.type) || !same_shape(x, y)) return {};
-    if (args.pos.type != kI32 || args.pos.ne[0] < x.ne[2]) return {};
+    if (args.pos.type != kI32 || args.pos.ne[0] < x.ne[2] * (args.sectioned ? 4 : 1)) return {};
+    if (args.sectioned && args.sections[0] + args.sections[1] + args.sections[2] + args.sections[3] <= 0) return {};
+    const i64 turning = args.sectioned == kVision ? 2 * (i64)args.n_dims : args.n_dims;
     // n_dims = 0 turns nothing; a host asks for it when it looks for a place for rope_freqs.weight.
-    if (args.n_dims < 0 || args.n_dims % 2 != 0 || args.n_offs < 0 || args.n_offs % 2 != 0 || args.n_offs + args.n_dims > x.ne[0]) return {};
-    if (args.has_factors && (args.factors.type != kF32 || args.factors.ne[0] < args.n_dims / 2)) return {};
+    if (args.n_dims < 0 || args.n_dims % 2 != 0 || args.n_offs < 0 || args.n_offs % 2 != 0 || args.n_offs + turning > x.ne[0]) return {};
+    if (args.has_factors && (args.factors.type != kF32 || args.factors.ne[0] < turning / 2)) return {};
     return element_launch(args.neox ? "rope_neox" : "rope_normal", (x.ne[0] + 1) / 2, n_rows(x));
 }
 

@@ -11,10 +11,28 @@ TP_DEVICE float yarn_corr_dim(const RopeArgs& args, float n_rotations) {
     return (float)args.n_dims * logf((float)args.n_ctx_orig / (n_rotations * 2.0f * 3.14159265358979323846f)) / (2.0f * logf(args.freq_base));
 }
 
-/// cos and sin (times the magnitude correction) of pair `i` at position `pos`.
-TP_DEVICE void rotation(const RopeArgs& args, float pos, i64 i, float* cosine, float* sine) {
+/// Where a pair takes its position from, and which power of the base is its frequency.
+struct Angle {
+    i32 row;  // of positions: time, height, width, extra
+    i64 power;
+};
+TP_DEVICE Angle angle_of(const RopeArgs& args, i64 i) {
+    const i32* n = args.sections;
+    if (args.sectioned == kNoSections) return {0, i};
+    const i32 at = (i32)(i % (n[0] + n[1] + n[2] + n[3]));
+    if (args.sectioned == kInterleaved) {  // in turns while a section has pairs left
+        const i32 row = at % 3;
+        return {at < 3 * n[row] ? row : 3, i};
+    }
+    i32 row = 0, begin = 0;
+    while (row < 3 && at >= begin + n[row]) begin += n[row++];
+    return {row, args.sectioned == kVision ? at - begin : i};  // a picture's sections begin anew
+}
+
+/// cos and sin (times the magnitude correction) of pair `i` at position `pos`, whose frequency is the base to the `power`.
+TP_DEVICE void rotation(const RopeArgs& args, float pos, i64 i, i64 power, float* cosine, float* sine) {
     const float theta_scale = powf(args.freq_base, -2.0f / (float)args.n_dims);
-    float extrapolated = pos * powf(theta_scale, (float)i);
+    float extrapolated = pos * powf(theta_scale, (float)power);
     if (args.has_factors) extrapolated /= load(args.factors, {i, 0, 0, 0});
     float theta = args.freq_scale * extrapolated;
     float magnitude = args.attn_factor;
@@ -27,20 +45,21 @@ TP_DEVICE void rotation(const RopeArgs& args, float pos, i64 i, float* cosine, f
         magnitude *= 1.0f + 0.1f * logf(1.0f / args.freq_scale);
     }
     *cosine = cosf(theta) * magnitude;
-    *sine = sinf(theta) * magnitude;
+    *sine = sinf(theta) * magnitude * args.direction;
 }
 
-/// Where the two elements of pair `pair` of a row lie, and what becomes of them.
+/// Where the two elements of pair `pair` of a row lie, and what becomes of them. table: {cos, sin} of the pair at 2 * its number, where they
+/// are known already (and positions are of one kind); else null.
 struct Pair {
     Index first, second;
     float a, b;
 };
-/// table: {cos, sin} of the pair at 2 * its number, where they are known already; else null.
 TP_DEVICE Pair rotate(const RopeArgs& args, i64 pair, i64 row, bool neox, const float* table = nullptr) {
     const View& x = args.x;
     Pair p;
     p.first = p.second = row_index((u32)row, x.ne);
-    if (2 * pair < args.n_offs || 2 * pair >= args.n_offs + args.n_dims) {
+    const i64 turning = args.sectioned == kVision ? 2 * args.n_dims : args.n_dims;
+    if (2 * pair < args.n_offs || 2 * pair >= args.n_offs + turning) {
         p.first.i0 = 2 * pair;
         p.second.i0 = 2 * pair + 1;
         p.a = load(x, p.first);
@@ -49,10 +68,15 @@ TP_DEVICE Pair rotate(const RopeArgs& args, i64 pair, i64 row, bool neox, const 
     }
     const i64 turned = pair - args.n_offs / 2;
     p.first.i0 = args.n_offs + (neox ? turned : 2 * turned);
-    p.second.i0 = args.n_offs + (neox ? turned + args.n_dims / 2 : 2 * turned + 1);
+    p.second.i0 = args.n_offs + (neox ? turned + turning / 2 : 2 * turned + 1);
     float cosine, sine;
-    if (table) cosine = table[2 * turned], sine = table[2 * turned + 1];
-    else rotation(args, (float)*(const i32*)(args.pos.data + p.first.i2 * args.pos.nb[0]), turned, &cosine, &sine);
+    if (table) {
+        cosine = table[2 * turned], sine = table[2 * turned + 1];
+    } else {
+        const Angle angle = angle_of(args, turned);
+        const i32 pos = *(const i32*)(args.pos.data + (p.first.i2 + angle.row * x.ne[2]) * args.pos.nb[0]);
+        rotation(args, (float)pos, turned, angle.power, &cosine, &sine);
+    }
     const float a = load(x, p.first), b = load(x, p.second);
     p.a = a * cosine - b * sine;
     p.b = a * sine + b * cosine;

@@ -1,5 +1,8 @@
 // GET_ROWS and SET_ROWS. One thread per element. A row number outside the tensor is reported and touches nothing.
 #include "get_row.h"
+#include "index.h"
+#include "quantize_block.h"
+#include "set_row.h"
 
 TP_KERNEL(get_rows, GetRowsArgs, 256) {
     using namespace ggml_tp;
@@ -25,5 +28,18 @@ TP_KERNEL(set_rows, SetRowsArgs, 256) {
     TP_FOR_EACH(i, tp_elems(args.x)) {
         const Index4 at = tp_index(args.x.ne, i);
         set_row_element(args, at.i[0], at.i[1], at.i[2], at.i[3], tp_load(args.x.type, tp_at(args.x, at)));
+    }
+}
+// The same into blocks, one thread each; x.ne[0] counts blocks, x's elements lie nb[0] apart.
+TP_KERNEL(set_rows_blocks, SetRowsArgs, 256) {
+    using namespace ggml_tp;
+    const int elems = (int)args.block_elems;
+    TP_FOR_EACH(i, tp_elems(args.x)) {
+        const Index4 at = tp_index(args.x.ne, i);
+        const i64 row = target_row(args, at.i[1], at.i[2], at.i[3]);
+        if (row < 0) continue;
+        const char* from = args.x.data + at.i[0] * elems * args.x.nb[0] + at.i[1] * args.x.nb[1] + at.i[2] * args.x.nb[2] + at.i[3] * args.x.nb[3];
+        auto value = [&](int e) { return tp_load(args.x.type, from + e * args.x.nb[0]); };
+        tp_quantize_block(args.y.type, value, args.y.data + at.i[0] * args.y.nb[0] + row * args.y.nb[1] + at.i[2] * args.y.nb[2] + at.i[3] * args.y.nb[3]);
     }
 }

@@ -370,7 +370,7 @@ TP_DEVICE void do_stage(const StreamStage& stage, Shared& s) {
         case kStreamTurns: {
             const StreamTurns& a = *(const StreamTurns*)body;
             for (i64 i = first; i < a.rope.n_dims / 2; i += step)
-                rotation(a.rope, (float)*(const i32*)a.rope.pos.data, i, a.table + 2 * i, a.table + 2 * i + 1);
+                rotation(a.rope, (float)*(const i32*)a.rope.pos.data, i, i, a.table + 2 * i, a.table + 2 * i + 1);
             break;
         }
         case kStreamRopeStore: {  // blocks of 256 threads

@@ -11,6 +11,11 @@ struct alignas(16) TpInt4 {
 #ifdef TP_EMULATED
 #include "emulator/fibers.h"
 static inline TpInt4 tp_load_stream(const char* p) { return *(const TpInt4*)p; }
+static inline float tp_mul_rounded(float a, float b) {
+    float product = a * b;
+    asm("" : "+x"(product));
+    return product;
+}
 #else
 
 typedef unsigned char u8;
@@ -90,6 +95,8 @@ TP_DEVICE u16 tp_float_to_bf16(float f) {
     if ((x & 0x7fffffffu) > 0x7f800000u) return (u16)((x >> 16) | 64);  // NaN stays NaN
     return (u16)((x + 0x7fffu + (x >> 16 & 1u)) >> 16);
 }
+/// A product that is rounded, never part of a fused multiply-add.
+TP_DEVICE float tp_mul_rounded(float a, float b) { return __fmul_rn(a, b); }
 TP_DEVICE float tp_warp_sum(float v) {
 #pragma unroll
     for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);

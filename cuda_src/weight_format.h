@@ -21,15 +21,44 @@ inline constexpr WeightFormat kWeightFormats[] = {
     {kF16, "f16", 1, 2, 1, {{0, 2}}},
     {kBF16, "bf16", 1, 2, 1, {{0, 2}}},
     {kQ4_0, "q4_0", 32, 18, 2, {{2, 16}, {0, 2}}},                             // quants, scale
+    {kQ4_1, "q4_1", 32, 20, 2, {{4, 16}, {0, 4}}},                             // quants, {d, m}
+    {kQ5_0, "q5_0", 32, 22, 3, {{6, 16}, {2, 4}, {0, 2}}},                     // low 4 bits, high bit, scale
+    {kQ5_1, "q5_1", 32, 24, 3, {{8, 16}, {4, 4}, {0, 4}}},                     // low 4 bits, high bit, {d, m}
     {kQ8_0, "q8_0", 32, 34, 2, {{2, 32}, {0, 2}}},                             // quants, scale
+    {kQ8_1, "q8_1", 32, 36, 2, {{4, 32}, {0, 4}}},                             // quants, {d, d * sum}
+    {kQ2_K, "q2_K", 256, 84, 3, {{16, 64}, {0, 16}, {80, 4}}},                 // quants, 4-bit scales and mins, {d, dmin}
+    {kQ3_K, "q3_K", 256, 110, 4, {{32, 64}, {0, 32}, {96, 12}, {108, 2}}},     // low 2 bits, high bit, 6-bit scales, d
     {kQ4_K, "q4_K", 256, 144, 3, {{16, 128}, {4, 12}, {0, 4}}},                // quants, 6-bit scales and mins, {d, dmin}
+    {kQ5_K, "q5_K", 256, 176, 4, {{48, 128}, {16, 32}, {4, 12}, {0, 4}}},      // low 4 bits, high bit, 6-bit scales and mins, {d, dmin}
     {kQ6_K, "q6_K", 256, 210, 4, {{0, 128}, {128, 64}, {192, 16}, {208, 2}}},  // low 4 bits, high 2 bits, scales, d
+    {kQ8_K, "q8_K", 256, 292, 3, {{4, 256}, {260, 32}, {0, 4}}},               // quants, their sums, f32 scale
+    {kIQ2_XXS, "iq2_xxs", 256, 66, 2, {{2, 64}, {0, 2}}},                      // grid numbers, signs and scales of 32; d
+    {kIQ2_XS, "iq2_xs", 256, 74, 3, {{2, 64}, {66, 8}, {0, 2}}},               // grid numbers and signs, scales, d
+    {kIQ2_S, "iq2_s", 256, 82, 4, {{2, 64}, {66, 8}, {74, 8}, {0, 2}}},        // grid numbers then signs, high bits, scales, d
+    {kIQ3_XXS, "iq3_xxs", 256, 98, 2, {{2, 96}, {0, 2}}},                      // grid numbers, then signs and scales; d
+    {kIQ3_S, "iq3_s", 256, 110, 4, {{2, 64}, {66, 8}, {74, 36}, {0, 2}}},      // grid numbers, high bits, 32 of signs then 4 of scales, d
+    {kIQ1_S, "iq1_s", 256, 50, 3, {{2, 32}, {34, 16}, {0, 2}}},                // grid numbers; high bits, shift and scale; d
+    {kIQ1_M, "iq1_m", 256, 56, 3, {{0, 32}, {32, 16}, {48, 8}}},               // grid numbers, high bits and shifts, scales with d's bits
+    {kIQ4_NL, "iq4_nl", 32, 18, 2, {{2, 16}, {0, 2}}},                         // quants, scale
+    {kIQ4_XS, "iq4_xs", 256, 136, 2, {{8, 128}, {0, 8}}},                      // quants; d, scales' high 2 bits, low 4 bits
+    {kTQ1_0, "tq1_0", 256, 54, 3, {{0, 48}, {48, 4}, {52, 2}}},                // five trits a byte, four trits a byte, d
+    {kTQ2_0, "tq2_0", 256, 66, 2, {{0, 64}, {64, 2}}},                         // quants, d
+    {kMXFP4, "mxfp4", 32, 17, 2, {{1, 16}, {0, 1}}},                           // quants, exponent
+    {kNVFP4, "nvfp4", 64, 36, 2, {{4, 32}, {0, 4}}},                           // quants, 8-bit scales of 16
+    {kQ1_0, "q1_0", 128, 18, 2, {{2, 16}, {0, 2}}},                            // signs, d
+    {kQ2_0, "q2_0", 64, 18, 2, {{2, 16}, {0, 2}}},                             // quants, d
 };
 
 constexpr const WeightFormat* find_weight_format(i32 type) {
     for (const WeightFormat& f : kWeightFormats)
         if (f.type == type) return &f;
     return nullptr;
+}
+
+/// Whether quantize_block.h can write the type. Not those whose encoders search (k-quants) or need an importance matrix (IQ1 to IQ3).
+constexpr bool can_quantize_block(i32 type) {
+    return type == kQ4_0 || type == kQ4_1 || type == kQ5_0 || type == kQ5_1 || type == kQ8_0 || type == kIQ4_NL || type == kIQ4_XS || type == kMXFP4 ||
+           type == kNVFP4 || type == kQ1_0 || type == kQ2_0 || type == kTQ1_0 || type == kTQ2_0;
 }
 
 }  // namespace ggml_tp

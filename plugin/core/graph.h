@@ -29,7 +29,12 @@ struct Tensor {
     Stored* stored = nullptr;  // when its bytes lie in a stored tensor; offset then counts from that tensor's first byte
     bool is_node = false;
 
-    Strided strided() const { return {{ne[0], ne[1], ne[2], ne[3]}, {nb[0], nb[1], nb[2], nb[3]}, offset, nb[0]}; }
+    Strided strided() const { return {{ne[0], ne[1], ne[2], ne[3]}, {nb[0], nb[1], nb[2], nb[3]}, offset, nb[0], unit_elems()}; }
+    /// Elements of a block: what nb[0] is the stride of.
+    i64 unit_elems() const {
+        const WeightFormat* format = find_weight_format(type);
+        return format ? format->block_elems : 1;
+    }
     i64 elems() const { return ne[0] * ne[1] * ne[2] * ne[3]; }
     float param_f32(int i) const;
     bool is_view_op() const;

@@ -374,7 +374,7 @@ class RankRun {
         Draft d;
         for (int i = 0; i < a.n_ropes; ++i) {
             View& x = a.rope[i].x;
-            if (x.ne[2] * x.ne[3] != 1) return false;
+            if (x.ne[2] * x.ne[3] != 1 || a.rope[i].sectioned != kNoSections) return false;
             // K's result may lie where Q's input was: with a copy of the input both can be turned at once.
             const i64 n = x.ne[0] * x.ne[1];
             if (x.type == kF32 && x.nb[0] == 4 && x.nb[1] == x.ne[0] * 4)

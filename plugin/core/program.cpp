@@ -86,9 +86,12 @@ View view_of(const Tensor& t) {
     return v;
 }
 
+/// Bytes to a rank's first element.
+i64 offset_of(const View& v, const Sharding& s, int rank) { return s.ranges[rank].begin / (s.axis == 0 ? block_elems(v.type) : 1) * v.nb[s.axis]; }
+
 void cut(View& v, const Sharding& s, int rank) {
     if (s.kind != Sharding::kSharded) return;
-    v.data += s.ranges[rank].begin * v.nb[s.axis];
+    v.data += offset_of(v, s, rank);
     v.ne[s.axis] = s.ranges[rank].size();
 }
 
@@ -106,7 +109,7 @@ View local_view(const Memory&, const Tensor& t, const Sharding& s, int rank) {
         const i64 period = t.stored->extent->period_bytes, local = t.stored->local_period(rank);
         i64 start = t.offset;
         if (s.kind == Sharding::kSharded) {
-            start += s.ranges[rank].begin * v.nb[s.axis];
+            start += offset_of(v, s, rank);
             v.ne[s.axis] = s.ranges[rank].size();
         }
         v.data = base + start / period * local + start % period - t.stored->extent->ranges[rank].begin;
@@ -129,7 +132,7 @@ Matrix host_matrix(const View& v) {
         m.row_stride[f] = v.nb[1];
         m.nb2[f] = v.nb[2];
         m.nb3[f] = v.nb[3];
-        m.block_stride[f] = format->block_bytes;
+        m.block_stride[f] = static_cast<i32>(v.nb[0]);  // a block's bytes, unless a view skips elements
     }
     m.k = v.ne[0];
     m.n = v.ne[1];
@@ -141,7 +144,6 @@ Matrix host_matrix(const View& v) {
 
 /// What quantises x for a product; its result's place goes to xq and xd. prepare.xd: behind the int8 of all rows.
 bool lower_quantize(const Site& s, Lowered& out, QuantizeArgs& prepare) {
-    if (prepare.x.type != kF32) return false;
     const i64 rows = prepare.x.ne[1] * prepare.x.ne[2] * prepare.x.ne[3];
     prepare.xd = prepare.xq + round_up(rows * prepare.k, kScratchAlign);
     out.scratch_bytes = round_up(rows * prepare.k, kScratchAlign) + rows * (prepare.k / 32) * 8;
@@ -153,10 +155,6 @@ bool lower_quantize(const Site& s, Lowered& out, QuantizeArgs& prepare) {
 void lower_mul_mat(const Site& s, Lowered& out) {
     const Tensor &w = s.graph->tensors[s.t->src[0]], &x = s.graph->tensors[s.t->src[1]];
     if (!find_weight_format(w.type) || w.ne[2] == 0 || w.ne[3] == 0 || x.ne[2] % w.ne[2] || x.ne[3] % w.ne[3]) {
-        out.ok = false;
-        return;
-    }
-    if (!s.w_stored && w.nb[0] != find_weight_format(w.type)->block_bytes) {  // rows of w must be contiguous
         out.ok = false;
         return;
     }
@@ -280,22 +278,40 @@ constexpr std::pair<abi::Unary, UnaryOp> kUnary[] = {{abi::Unary::SILU, UnaryOp:
                                                      {abi::Unary::TANH, UnaryOp::kTanh},
                                                      {abi::Unary::NEG, UnaryOp::kNeg},
                                                      {abi::Unary::ABS, UnaryOp::kAbs},
-                                                     {abi::Unary::EXP, UnaryOp::kExp}};
+                                                     {abi::Unary::EXP, UnaryOp::kExp},
+                                                     {abi::Unary::SGN, UnaryOp::kSgn},
+                                                     {abi::Unary::STEP, UnaryOp::kStep},
+                                                     {abi::Unary::ELU, UnaryOp::kElu},
+                                                     {abi::Unary::HARDSWISH, UnaryOp::kHardSwish},
+                                                     {abi::Unary::HARDSIGMOID, UnaryOp::kHardSigmoid},
+                                                     {abi::Unary::EXPM1, UnaryOp::kExpm1},
+                                                     {abi::Unary::SOFTPLUS, UnaryOp::kSoftplus},
+                                                     {abi::Unary::GELU_ERF, UnaryOp::kGeluErf},
+                                                     {abi::Unary::XIELU, UnaryOp::kXielu},
+                                                     {abi::Unary::FLOOR, UnaryOp::kFloor},
+                                                     {abi::Unary::CEIL, UnaryOp::kCeil},
+                                                     {abi::Unary::ROUND, UnaryOp::kRound},
+                                                     {abi::Unary::TRUNC, UnaryOp::kTrunc}};
 constexpr std::pair<abi::Glu, GluOp> kGlu[] = {
-    {abi::Glu::SWIGLU, GluOp::kSwiglu}, {abi::Glu::GEGLU, GluOp::kGeglu}, {abi::Glu::REGLU, GluOp::kReglu}, {abi::Glu::SWIGLU_OAI, GluOp::kSwigluOai}};
+    {abi::Glu::SWIGLU, GluOp::kSwiglu},           {abi::Glu::GEGLU, GluOp::kGeglu},        {abi::Glu::REGLU, GluOp::kReglu},
+    {abi::Glu::SWIGLU_OAI, GluOp::kSwigluOai},    {abi::Glu::GEGLU_ERF, GluOp::kGegluErf}, {abi::Glu::GEGLU_QUICK, GluOp::kGegluQuick},
+    {abi::Glu::SWIGLU_CLAMP, GluOp::kSwigluClamp}};
 
 void lower_binary(const Site& s, Lowered& out) {
     const BinaryArgs args{s.x[0], s.x[1], s.y};
     out.add(binary_launch(*lookup(kBinary, s.t->op), args, s.arch), args);
 }
 void lower_scale(const Site& s, Lowered& out) {
-    const UnaryArgs args{s.x[0], s.y, s.t->param_f32(0), s.t->param_f32(1)};
+    const UnaryArgs args{s.x[0], s.y, s.t->param_f32(0), s.t->param_f32(1), 0, 0};
     out.add(unary_launch(s.t->op == Op::CLAMP ? UnaryOp::kClamp : UnaryOp::kScale, args, s.arch), args);
 }
-constexpr std::pair<Op, UnaryOp> kUnaryOps[] = {{Op::SQR, UnaryOp::kSqr}, {Op::SQRT, UnaryOp::kSqrt}};
+constexpr std::pair<Op, UnaryOp> kUnaryOps[] = {{Op::SQR, UnaryOp::kSqr}, {Op::SQRT, UnaryOp::kSqrt}, {Op::LOG, UnaryOp::kLog},
+                                                {Op::SIN, UnaryOp::kSin}, {Op::COS, UnaryOp::kCos},   {Op::LEAKY_RELU, UnaryOp::kLeakyRelu}};
 void lower_unary(const Site& s, Lowered& out) {
     const UnaryOp* op = s.t->op == Op::UNARY ? lookup(kUnary, static_cast<abi::Unary>(s.t->sub)) : lookup(kUnaryOps, s.t->op);
-    const UnaryArgs args{s.x[0], s.y, 0, 0};
+    UnaryArgs args{s.x[0], s.y, 0, 0, 0, 0};
+    if (s.t->op == Op::LEAKY_RELU) args.p0 = s.t->param_f32(0);
+    if (op && *op == UnaryOp::kXielu) args.p0 = s.t->param_f32(1), args.p1 = s.t->param_f32(2), args.p2 = s.t->param_f32(3), args.p3 = s.t->param_f32(4);
     if (op) out.add(unary_launch(*op, args, s.arch), args);
     else out.ok = false;
 }
@@ -326,7 +342,22 @@ void lower_rope(const Site& s, Lowered& out) {
     args.has_factors = s.t->src[2] >= 0;
     if (args.has_factors) args.factors = s.x[2];
     args.n_dims = p[1];
-    args.neox = p[2] == 2;
+    struct Mode {
+        i32 number, neox;
+        RopeSections sections;
+    };
+    static constexpr Mode kModes[] = {{0, 0, kNoSections}, {2, 1, kNoSections}, {8, 1, kSideBySide}, {40, 1, kInterleaved}, {24, 1, kVision}};
+    const Mode* mode = nullptr;
+    for (const Mode& m : kModes)
+        if (m.number == p[2]) mode = &m;
+    if (!mode) {
+        out.ok = false;
+        return;
+    }
+    args.neox = mode->neox;
+    args.sectioned = mode->sections;
+    if (args.sectioned) std::copy(p + 11, p + 15, args.sections);
+    args.direction = s.t->op == Op::ROPE_BACK ? -1.0f : 1.0f;
     args.n_ctx_orig = p[4];
     args.n_offs = p[15];  // zero in hosts from before ggml_rope_set_offset
     args.freq_base = s.t->param_f32(5);
@@ -335,8 +366,8 @@ void lower_rope(const Site& s, Lowered& out) {
     args.attn_factor = s.t->param_f32(8);
     args.beta_fast = s.t->param_f32(9);
     args.beta_slow = s.t->param_f32(10);
-    if ((p[2] != 0 && p[2] != 2) || args.n_dims % 2 || args.n_dims > s.x[0].ne[0]) out.ok = false;
-    else out.add(rope_launch(args, s.arch), args);
+    if (args.sectioned == kVision) args.n_offs = 0;  // all of a head turns
+    out.add(rope_launch(args, s.arch), args);
 }
 void lower_soft_max(const Site& s, Lowered& out) {
     SoftMaxArgs args{};
@@ -375,6 +406,19 @@ void lower_flash_attn(const Site& s, Lowered& out) {
     args.gqa_ratio = static_cast<i32>(q.ne[2] / k.ne[2]);
     if (s.inputs[0].kind == Sharding::kSharded) args.head_offset = static_cast<i32>(s.inputs[0].ranges[s.rank].begin);
     if (s.inputs[1].kind == Sharding::kSharded) args.kv_head_offset = static_cast<i32>(s.inputs[1].ranges[s.rank].begin);
+    // Quantised keys and values become halves first: one more pass over the cache, and every kernel below takes it.
+    for (View* cache : {&args.k, &args.v}) {
+        if (block_elems(cache->type) == 1) continue;
+        CopyBlocksArgs to_halves{host_matrix(*cache), {cache->ne[0], cache->ne[1], cache->ne[2], cache->ne[3]}, *cache};
+        View& halves = to_halves.y;
+        halves.data = reinterpret_cast<char*>(s.partials + static_cast<u64>(out.partial_bytes));
+        halves.type = kF16;
+        halves.nb[0] = 2;
+        for (int d = 1; d < 4; ++d) halves.nb[d] = halves.nb[d - 1] * halves.ne[d - 1];
+        out.partial_bytes += round_up(halves.nb[3] * halves.ne[3], kScratchAlign);
+        if (!is_empty(halves)) out.add(copy_from_blocks_launch(to_halves, s.arch), to_halves);
+        *cache = halves;
+    }
     if (flash_tile_can(args, s.arch)) {
         out.add(flash_tile_launch(args, s.arch), args);
         return;
@@ -384,10 +428,10 @@ void lower_flash_attn(const Site& s, Lowered& out) {
         return;
     }
     FlashSplitArgs split = flash_split_args(args, s.arch);
-    split.acc = reinterpret_cast<float*>(s.partials);
-    const i64 acc_bytes = round_up(flash_split_acc(split) * 4, kScratchAlign);
-    split.meta = reinterpret_cast<float*>(s.partials + static_cast<u64>(acc_bytes));
-    out.partial_bytes = acc_bytes + flash_split_meta(split) * 4;
+    split.acc = reinterpret_cast<float*>(s.partials + static_cast<u64>(out.partial_bytes));
+    out.partial_bytes += round_up(flash_split_acc(split) * 4, kScratchAlign);
+    split.meta = reinterpret_cast<float*>(s.partials + static_cast<u64>(out.partial_bytes));
+    out.partial_bytes += flash_split_meta(split) * 4;
     FlashCombineArgs combine{};
     combine.y = args.y;
     combine.sinks = args.sinks;
@@ -420,6 +464,8 @@ void lower_set_rows(const Site& s, Lowered& out) {
     args.y = s.y;
     args.fault = s.fault;
     args.n_rows = s.t->ne[1];
+    args.block_elems = block_elems(s.t->type);
+    args.x.ne[0] /= args.block_elems;
     if (s.t->stored && s.t->stored->extent && s.output.kind != Sharding::kSharded) {
         const Extent& extent = *s.t->stored->extent;
         const i64 unit = s.t->nb[1];
@@ -436,7 +482,7 @@ void lower_argsort(const Site& s, Lowered& out) {
     out.add(argsort_launch(args, s.arch), args);
 }
 void lower_sum_rows(const Site& s, Lowered& out) {
-    const UnaryArgs args{s.x[0], s.y, 0, 0};
+    const UnaryArgs args{s.x[0], s.y, 0, 0, 0, 0};
     out.add(sum_rows_launch(args, s.arch), args);
 }
 void lower_add_id(const Site& s, Lowered& out) {
@@ -449,8 +495,22 @@ void lower_fill(const Site& s, Lowered& out) {
     out.add(fill_launch(args, s.arch), args);
 }
 void lower_copy(const Site& s, Lowered& out) {
-    const CopyArgs args{s.x[0], s.y};
-    out.add(copy_launch(args, s.arch), args);
+    const View &x = s.x[0], &y = s.y;
+    const bool from_blocks = block_elems(x.type) > 1, to_blocks = block_elems(y.type) > 1;
+    if (x.type == y.type && (from_blocks || !is_plain_type(x.type))) {
+        const CopyUnitsArgs args = copy_units_args(x, y);
+        out.add(copy_units_launch(args, s.arch), args);
+    } else if (from_blocks) {
+        const CopyBlocksArgs args{s.w, {x.ne[0], x.ne[1], x.ne[2], x.ne[3]}, y};
+        out.add(copy_from_blocks_launch(args, s.arch), args);
+    } else if (to_blocks) {
+        CopyArgs args{x, y};
+        args.y.ne[0] /= block_elems(y.type);
+        out.add(copy_to_blocks_launch(args, s.arch), args);
+    } else {
+        const CopyArgs args{x, y};
+        out.add(copy_launch(args, s.arch), args);
+    }
 }
 
 struct Row {
@@ -471,7 +531,9 @@ constexpr Row kRows[] = {
     {Op::DUP, lower_copy},          {Op::MUL_MAT_ID, lower_mul_mat_id},
     {Op::ADD_ID, lower_add_id},     {Op::ARGSORT, lower_argsort},
     {Op::TOP_K, lower_argsort},     {Op::SUM_ROWS, lower_sum_rows},
-    {Op::FILL, lower_fill},
+    {Op::FILL, lower_fill},         {Op::ROPE_BACK, lower_rope},
+    {Op::LOG, lower_unary},         {Op::SIN, lower_unary},
+    {Op::COS, lower_unary},         {Op::LEAKY_RELU, lower_unary},
 };
 
 const Row* row_of(Op op) {

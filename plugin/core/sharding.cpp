@@ -35,8 +35,29 @@ Ranges divide(i64 total, i64 grain, int n_ranks, const std::vector<double>& spli
     return out;
 }
 
+namespace {
+/// The same tensor with ne[0] counting units; nullopt when it ends within one.
+std::optional<Strided> in_units(Strided t) {
+    if (t.ne[0] % t.unit_elems) return std::nullopt;
+    t.ne[0] /= t.unit_elems;
+    t.unit_elems = 1;
+    return t;
+}
+}  // namespace
+
 std::optional<Extent> extent_of(const Sharding& sharding, const Strided& t) {
     if (sharding.kind != Sharding::kSharded) return std::nullopt;
+    if (t.unit_elems > 1) {
+        const auto units = in_units(t);
+        if (!units) return std::nullopt;
+        Sharding of_units = sharding;
+        if (sharding.axis == 0)
+            for (Range& range : of_units.ranges) {
+                if (range.begin % t.unit_elems || range.end % t.unit_elems) return std::nullopt;
+                range = {range.begin / t.unit_elems, range.end / t.unit_elems};
+            }
+        return extent_of(of_units, *units);
+    }
     const int a = sharding.axis;
     const i64 unit = t.nb[a];
     // The axis repeats with the smallest stride above it; with none, the axis spans everything that there is.
@@ -55,6 +76,12 @@ std::optional<Extent> extent_of(const Sharding& sharding, const Strided& t) {
 }
 
 std::optional<Sharding> sharding_of(const Extent& extent, const Strided& view) {
+    if (view.unit_elems > 1) {
+        const auto units = in_units(view);
+        auto out = units ? sharding_of(extent, *units) : std::nullopt;
+        if (out && out->axis == 0) out->ranges = scaled(out->ranges, view.unit_elems);
+        return out;
+    }
     const i64 period = extent.period_bytes;
     // Dimensions at or above the period repeat it; below it, the widest stride is the sharded axis if the rest fits inside one step.
     int axis = -1;

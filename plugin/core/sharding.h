@@ -42,6 +42,7 @@ struct Strided {
     i64 ne[4], nb[4];
     i64 offset = 0;
     i64 elem_bytes = 1;  // bytes of one step along ne[0]'s smallest unit (a block for quantised types)
+    i64 unit_elems = 1;  // elements of that unit: nb[0] is a unit's, ne[0] and shardings count elements
 };
 
 /// The Extent of a root in which `tensor` is sharded; nullopt when no single period describes it.

@@ -6,10 +6,13 @@ namespace ggml_tp::abi {
 // clang-format off
 #define GGML_TP_OPS(X)                                                                                                             \
     X(NONE) X(DUP) X(ADD) X(SUB) X(MUL) X(DIV) X(SQR) X(SQRT) X(NORM) X(RMS_NORM) X(MUL_MAT) X(SCALE) X(CPY) X(CONT) X(RESHAPE)     \
-    X(VIEW) X(PERMUTE) X(TRANSPOSE) X(GET_ROWS) X(SET_ROWS) X(SOFT_MAX) X(ROPE) X(CLAMP) X(FLASH_ATTN_EXT) X(UNARY) X(GLU)      \
+    X(VIEW) X(PERMUTE) X(TRANSPOSE) X(GET_ROWS) X(SET_ROWS) X(SOFT_MAX) X(ROPE) X(CLAMP) X(FLASH_ATTN_EXT) X(UNARY) X(GLU)         \
+    X(ROPE_BACK) X(LOG) X(SIN) X(COS) X(LEAKY_RELU) \
     X(MUL_MAT_ID) X(ADD_ID) X(ARGSORT) X(TOP_K) X(SUM_ROWS) X(FILL)
-#define GGML_TP_UNARIES(X) X(ABS) X(SGN) X(NEG) X(STEP) X(TANH) X(ELU) X(RELU) X(SIGMOID) X(GELU) X(GELU_QUICK) X(SILU) X(EXP)
-#define GGML_TP_GLUS(X) X(REGLU) X(GEGLU) X(SWIGLU) X(SWIGLU_OAI)
+#define GGML_TP_UNARIES(X)                                                                                                         \
+    X(ABS) X(SGN) X(NEG) X(STEP) X(TANH) X(ELU) X(RELU) X(SIGMOID) X(GELU) X(GELU_QUICK) X(SILU) X(HARDSWISH) X(HARDSIGMOID)       \
+    X(EXP) X(EXPM1) X(SOFTPLUS) X(GELU_ERF) X(XIELU) X(FLOOR) X(CEIL) X(ROUND) X(TRUNC)
+#define GGML_TP_GLUS(X) X(REGLU) X(GEGLU) X(SWIGLU) X(SWIGLU_OAI) X(GEGLU_ERF) X(GEGLU_QUICK) X(SWIGLU_CLAMP)
 // clang-format on
 
 #define GGML_TP_ENUMERATOR(name) name,
