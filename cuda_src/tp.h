@@ -185,8 +185,8 @@ TP_DEVICE u32 tp_count(u32* p) {
 }
 TP_DEVICE void tp_spin() {}
 /// A word of shared memory that one warp writes and another looks at now and then: a hint, nothing is ordered by it.
-TP_DEVICE u32 tp_peek(const u32* p) { return *(const volatile u32*)p; }
-TP_DEVICE void tp_poke(u32* p, u32 v) { *(volatile u32*)p = v; }
+TP_DEVICE u32 tp_peek(u32* p) { return atomicOr(p, 0u); }
+TP_DEVICE void tp_poke(u32* p, u32 v) { atomicExch(p, v); }
 #endif
 #if __CUDA_ARCH__ >= 800
 TP_DEVICE void tp_mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {

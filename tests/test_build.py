@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib
 import importlib.util
+import os
 import subprocess
 from pathlib import Path
 
@@ -19,8 +21,9 @@ _spec.loader.exec_module(build)
 
 @pytest.mark.parametrize("arch", build.ARCHS)
 def test_kernels_compile(arch):
-    for source in build.KERNELS:
-        assert build.compile_kernel(source, arch)[:4] == b"\x7fELF", source
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for source, image in zip(build.KERNELS, pool.map(lambda source: build.compile_kernel(source, arch), build.KERNELS), strict=True):
+            assert image[:4] == b"\x7fELF", source
 
 
 def symbols(*options: str) -> list[str]:

@@ -98,8 +98,7 @@ def test_experts(workers, models, family, quant, ranks, arch):
     options = {"n_ff_expert": 512} if quant.endswith("_K") else {}
     result = check(workers, models, family, quant, ranks, arch=arch, **options)
     if family == "qwen3moe" and not quant.endswith("_K"):  # a cut inside of a block: attention quantises apart
-        launches = [line for line in result["program"].split("\n") if line and not line.startswith("all_reduce")]
-        assert len(launches) <= 15 * N_LAYER + 4  # the rows that are wanted of the last layer, the last norm, the head
+        assert result["counters"].last_kernel_launches <= 15 * N_LAYER + 4  # the rows that are wanted of the last layer, the last norm, the head
 
 
 @pytest.mark.parametrize(("arch", "family", "quant", "ranks"), [("sm_75", "llama", "Q4_K", 2), ("sm_90", "qwen3", "Q4_K", 3), ("sm_90", "llama", "BF16", 2)])
@@ -228,8 +227,7 @@ def test_a_late_peer_fails_one_graph(workers, models, arch, quant):
 
 @pytest.mark.parametrize(
     ("family", "quant", "ranks"),
-    [("llama", "Q4_0", 1), ("llama", "Q4_0", 2), ("llama", "Q4_0", 4), ("llama", "Q4_K", 1), ("llama", "Q6_K", 1),
-     ("qwen2", "Q4_0", 2), ("qwen3", "Q8_0", 2), ("qwen3", "Q4_K", 1)],
+    [("llama", "Q4_0", 1), ("llama", "Q4_0", 2), ("llama", "Q4_0", 4), ("llama", "Q8_0", 3), ("qwen2", "Q4_0", 2), ("qwen3", "Q8_0", 2)],
 )  # fmt: skip
 def test_a_token_is_one_persistent_kernel(workers, models, family, quant, ranks):
     """sm_90: everything between embedding and logits, the all_reduces too, is one launch a rank."""

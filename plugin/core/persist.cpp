@@ -530,6 +530,16 @@ size_t end_of_kept_inputs(const std::vector<ProgramStep>& steps, size_t begin, s
     return end;
 }
 
+/// Where the persistent kernel was faster than a launch per step (tokens/s with it, without; docs/decisions.md). One H200, 8B: Q4_0 475, 449;
+/// Q4_K 320, 366; Q8_0 288, 300; a 72B shape, Q4_K: 188, 230. Two H100, 70B, Q4_K: 84, 77. So: always for Q4_0, whose pieces take the fewest
+/// instructions, and where all_reduces become stores.
+bool gains(const Run& run) {
+    if (run.n_pushes > 0) return true;
+    for (const Draft& d : run.ranks[0].stages)
+        if (d.kind == kStreamProduct && d.get<StreamProduct>().type == kQ4_0) return true;
+    return false;
+}
+
 /// Who waits: a stage that reads what a stage before it wrote since the last wait, or writes what such a stage read or wrote.
 std::vector<i32> waits_of(const Run& run) {
     std::vector<i32> waits(run.stages.size());
@@ -603,7 +613,7 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
         Run run = make_run(program.steps, i, memory, pushes, program.steps.size());
         const size_t kept = end_of_kept_inputs(program.steps, i, run.end);
         if (kept < run.end) run = make_run(program.steps, i, memory, pushes, kept);
-        if (run.n_products < kLeastProducts) {
+        if (run.n_products < kLeastProducts || !gains(run)) {
             out.push_back(std::move(program.steps[i++]));
             continue;
         }
