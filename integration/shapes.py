@@ -35,6 +35,7 @@ class Shape:
     n_expert: int = 0
     n_expert_used: int = 0
     n_ff_expert: int = 0
+    n_ctx: int = 32768
 
 
 SHAPES = {
@@ -147,7 +148,7 @@ def tensors(shape: Shape, type_: str) -> Iterator[Tensor]:
 def _write_header(path: Path, name: str, shape: Shape, all_tensors: list[Tensor]) -> None:
     writer = gguf.GGUFWriter(path, shape.arch)
     writer.add_name(f"synthetic {name}")
-    writer.add_context_length(32768)
+    writer.add_context_length(shape.n_ctx)
     writer.add_embedding_length(shape.n_embd)
     writer.add_block_count(shape.n_layer)
     writer.add_feed_forward_length(shape.n_ff)
