@@ -233,6 +233,41 @@ def all_reduce_times(n_bytes: int) -> dict[str, float | None]:
     return {how: inspection.all_reduce_seconds(n_bytes, how, rounds=4) for how in REDUCES}
 
 
+_FIT = "_Z17common_fit_paramsPKcP18llama_model_paramsP20llama_context_paramsPfP32llama_model_tensor_buft_overridePmjPK22common_fit_extra_model14ggml_log_level"
+
+
+def fit(model: str, margin_mib: int, n_ctx_min: int) -> dict[str, Any]:
+    """The host's own --fit chooses context and layers for TP0; then both are really made, and a token more than the last cell is decoded."""
+    host = _with_plugin()
+    ffi = host.ffi
+    if not _cache.get("fit"):
+        ffi.cdef(f"""
+            int {_FIT}(const char *path, params_t *model, params_t *context, float *split, void *overrides, size_t *margins, uint32_t n_ctx_min,
+                       const void *extra, int log_level);
+            uint32_t llama_n_ctx(const void *context);
+        """)
+        _cache["fit"] = ffi.dlopen(str(host.path))
+    lib = _cache["fit"]
+    mparams, cparams = ffi.new("params_t *", lib.llama_model_default_params()), ffi.new("params_t *", lib.llama_context_default_params())
+    devices, split, overrides = ffi.new("void *[2]"), ffi.new("float[64]"), ffi.new("void *[16384]")
+    devices[0] = lib.ggml_backend_dev_by_name(b"TP0")
+    ffi.cast("void **", mparams)[0] = devices
+    ffi.cast("uint32_t *", cparams)[0] = 0  # n_ctx: to be chosen
+    before = host.memory("TP0")
+    margins = ffi.new("size_t[64]", [margin_mib << 20] * 64)
+    status = getattr(lib, _FIT)(os.fsencode(model), mparams, cparams, split, overrides, margins, n_ctx_min, ffi.NULL, 4)
+    out: dict[str, Any] = {"status": status, "before": before, "n_gpu_layers": ffi.cast("int32_t *", mparams)[4]}
+    loaded = host.model(model, "TP0", mparams)
+    context = loaded.context(params=cparams)
+    out["n_ctx"] = lib.llama_n_ctx(context.handle)
+    out["tokens"] = context.generate([1, 2, 3], 3)[0]
+    out["bytes"] = Inspection(LIBRARY).rank_bytes()
+    out["left"] = host.memory("TP0")
+    context.close()
+    loaded.close()
+    return out
+
+
 def devices_text() -> str:
     _with_plugin()
     return Inspection(LIBRARY).text("devices")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 import ggml_tp
@@ -13,6 +15,8 @@ from conftest import emulated
 from families import EXPERTS as EXPERT_FAMILIES
 from families import N_LAYER
 from ggml_tp.host import nmse
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "integration"))
 
 # NMSE of logits against the host's CPU.
 TOLERANCE = {
@@ -76,6 +80,14 @@ def test_logits_whole_product(workers, models, family, quant, ranks):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_without_flash_attention(workers, models, ranks):
     check(workers, models, "llama", "F16", ranks, flash_attn=False)
+
+
+def test_many_layers_with_an_odd_cut_of_heads(workers, long_model):
+    """Every layer's output projection is laid out anew, a round of planning each: 8 layers are more than were once allowed."""
+    arguments = {"model": long_model, "prompt": [1, 2, 3, 4, 5], "n": 2}
+    reference = workers.run(jobs.run_model, {}, on_device=False, **arguments)
+    result = workers.run(jobs.run_model, emulated(3), on_device=True, **arguments)
+    assert nmse(result["prompt_logits"], reference["prompt_logits"]) <= TOLERANCE["Q4_0"]
 
 
 def test_rope_frequency_factors(workers, models):
@@ -263,3 +275,27 @@ def test_broken_direct_copies_are_found(workers, models, capfd):
     assert "rank 0 to others: - ok" in proven and "rank 1 to others: ok -" in proven
     off = workers.run(jobs.devices_text, emulated(2, GGML_TP_P2P="0"))
     assert "direct copies are turned off" in off
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory) -> str:
+    """32 KB of cache a token beside 1 KB of attention mask, as in a 1B, and room for a million tokens: the context must be chosen."""
+    shapes = importlib.import_module("shapes")
+    shapes.SHAPES["long"] = shapes.Shape("llama", 8, 256, 512, 8, 8, 128, 512, n_ctx=1 << 20)
+    path = tmp_path_factory.mktemp("fit") / "long.gguf"
+    shapes.write(path, "long", "Q4_0", quiet=True)
+    return str(path)
+
+
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="only emulated GPUs can be made small")
+@pytest.mark.parametrize(("ranks", "more"), [(1, {}), (2, {}), (3, {}), (4, {}), (8, {}), (2, {"GGML_TP_SPLIT": "3,1"}), (2, {"GGML_TP_DEVICES": "0,0"})])
+def test_the_context_that_the_host_fits_really_allocates(workers, long_model, ranks, more):
+    environment = emulated(ranks, TP_EMULATOR_MEMORY_MIB="512", **more)
+    margin_mib = 256 if ranks > 1 else 64
+    result = workers.run(jobs.fit, environment, model=long_model, margin_mib=margin_mib, n_ctx_min=4096)
+    assert result["status"] == 0 and 4096 < result["n_ctx"] < 1 << 20 and result["n_gpu_layers"] == -1 and len(result["tokens"]) == 3
+    free, total = result["before"]
+    assert 0.75 * total < free <= total <= ranks * 512 << 20
+    # Not by asking for little: what was reported is used, but for the margin and what is not the context's.
+    used = sum(rank["kv"] + rank["weight"] for rank in result["bytes"])
+    assert used > 0.8 * (free - (margin_mib << 20))

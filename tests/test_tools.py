@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import ggml_tp
+import gguf
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = str(Path(ggml_tp.__file__).parent / "models" / "tiny-english.gguf")
 
 
@@ -62,3 +64,41 @@ def test_env_prints_what_to_export():
 @pytest.mark.parametrize("command", ["demo", "bench", "doctor", "env"])
 def test_help_has_an_example(command):
     assert "example: " in tool(command, "--help").stdout
+
+
+@pytest.mark.parametrize("type_", ["Q4_0", "Q4_K", "Q8_0"])
+def test_a_synthetic_model_of_a_real_shape_is_whole_and_loads(tmp_path, type_):
+    path = tmp_path / "model.gguf"
+    command = [sys.executable, str(ROOT / "integration" / "shapes.py"), str(path), "--shape", "tiny", "--type", type_, "--layers", "1", "--json"]
+    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    reader = gguf.GGUFReader(path)
+    assert result["bytes"] == sum(int(t.n_bytes) for t in reader.tensors) and path.stat().st_size % 32 == 0
+    q, k = (next(t for t in reader.tensors if t.name == f"blk.0.attn_{x}.weight") for x in "qk")
+    assert q.tensor_type.name == type_ and bytes(q.data[0][:64]) != bytes(k.data[0][:64])
+    done = tool("bench", str(path), "--tests", "pp8,tg2", "-r", "1", "--ranks", "2", "--json", GGML_TP_EMULATE="sm_80*2")
+    assert json.loads(done.stdout)[0]["tests"]["tg2"]["tokens_per_s"] > 0
+
+
+def test_scaling_reports_what_ran_and_what_did_not(tmp_path):
+    peer = tmp_path / "peer"
+    peer.write_text(
+        f"#!{sys.executable}\nimport json, sys\nif 'tensor' in sys.argv: sys.exit('no tensor split here')\n"
+        "print(json.dumps([{'n_prompt': 8 * (1 - g), 'n_gen': 4 * g, 'avg_ts': 5.0, 'samples_ts': [5.0]} for g in (0, 1)]))\n"
+    )
+    peer.chmod(0o755)
+    command = [sys.executable, str(ROOT / "integration" / "scaling.py"), "--gpus", "2", "--shapes", "tiny:Q4_0", "--quick", "--tests", "pp8,tg4"]
+    environment = dict(os.environ) | {"GGML_TP_EMULATE": "sm_80*2"}
+    out = tmp_path / "out.json"
+    done = subprocess.run([*command, "--peer", str(peer), "--json", str(out)], capture_output=True, text=True, env=environment, timeout=250)
+    result = json.loads(out.read_text())
+    (entry,) = result["models"]
+    assert done.returncode == 0 and set(result["all_reduce"]) == {"NCCL", "NCCL in a graph"}
+    assert entry["ours"]["2"]["tests"]["tg4"]["tokens_per_s"] > 0 and entry["peer"]["layer"]["tests"]["pp8"]["tokens_per_s"] == 5.0
+    assert entry["limit"]["all_reduces"] == 4 and 0 < entry["limit"]["tokens_per_s"] < entry["limit"]["tokens_per_s_without_reduces"]
+    assert "| tiny-Q4_0 | tg4 |" in done.stdout and "peer tensor: status 1: no tensor split here" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["scaling.py", "shapes.py"])
+def test_help_of_integration_scripts_has_an_example(script):
+    done = subprocess.run([sys.executable, str(ROOT / "integration" / script), "--help"], capture_output=True, text=True, timeout=60)
+    assert "example: " in done.stdout

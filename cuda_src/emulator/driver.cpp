@@ -183,7 +183,8 @@ API int tp_emulator_configure(int n_devices, int compute_capability, unsigned lo
     if (n_devices < 1 || n_devices > 16 || compute_capability < 600) return kInvalidValue;
     w.n_devices = n_devices;
     w.compute_capability = compute_capability;
-    w.device_bytes = device_bytes;
+    const char* mib = std::getenv("TP_EMULATOR_MEMORY_MIB");  // smaller GPUs, for tests of what fits
+    w.device_bytes = mib ? std::strtoull(mib, nullptr, 10) << 20 : device_bytes;
     w.used.resize(static_cast<size_t>(n_devices));
     return kOk;
 }

@@ -27,7 +27,7 @@ auto guarded(F&& body, decltype(body()) failed) -> decltype(body()) {
     try {
         return body();
     } catch (const std::exception& error) {
-        log_line(error.what());
+        if (*error.what()) log_line(error.what());  // empty: it follows from one that was said
     }
     return failed;
 }

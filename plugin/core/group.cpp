@@ -25,7 +25,6 @@ const char* fault_text(u32 fault) {
 
 // Attention graphs change at every 256-token boundary and with the batch size; a captured graph of an 8B model holds about 1 MB.
 constexpr size_t kMostPrograms = 48;
-constexpr int kMostReshardRounds = 8;
 constexpr int kCaptureThreadLocal = 1;
 constexpr double kAbortSeconds = 10;
 constexpr int kTimedRepetitions = 4;
@@ -351,10 +350,12 @@ void Group::capture(Program& program) {
 
 std::unique_ptr<Program> Group::build(const Graph& graph, u64 key) {
     PlanResult result;
-    for (int round = 0;; ++round) {
+    // Each round settles at least one tensor, and an odd cut of heads takes a round per layer (8 rounds refused 3 ranks from 8 layers on).
+    const size_t most_rounds = graph.tensors.size();
+    for (size_t round = 0;; ++round) {
         result = make_plan(graph, n_ranks(), config.split);
         if (result.wants.empty()) break;
-        if (round == kMostReshardRounds) throw Error("the graph's wishes for its weights contradict each other (a bug; please report the graph)");
+        if (round == most_rounds) throw Error("the graph's wishes for its weights contradict each other (a bug; please report the graph)");
         for (const Want& want : result.wants) {
             if (want.stored->confirmed) {  // asked twice in two ways: whole on every rank is right for both
                 memory->reshard(*want.stored->buffer, *want.stored, replicated(), std::nullopt);

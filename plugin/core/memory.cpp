@@ -14,6 +14,9 @@ constexpr i64 kStagingBytes = 16 << 20;  // per rank; one upload step
 constexpr i64 kRingBytes = 4 << 20;      // pinned, for inputs and results of a token; a vocabulary of 128k is 0.5 MB of logits
 constexpr i64 kAlign = 256;              // of shards and planes: 16-byte loads, and what cuMemAlloc gives
 constexpr unsigned kHostAllocPortable = 1;
+// Per rank: 512 MiB of mask at 512 Ki cells, 260 MB of logits of a batch, NCCL's channels, graphs.
+constexpr u64 kKeptBackBytes = 1ull << 30;
+constexpr i64 kChunkBytes = 256 << 20;  // drivers hand out 2 MiB at a time: less than 1 % lost
 i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 
 bool overlaps(i64 a, i64 a_bytes, i64 b, i64 b_bytes) { return a < b + b_bytes && b < a + a_bytes; }
@@ -56,18 +59,47 @@ Memory::~Memory() {
     for (size_t r = 0; r < devices_.size(); ++r) devices_[r]->release(staging_[r]);
 }
 
-void Memory::report(size_t* free_bytes, size_t* total_bytes) const {
-    size_t least_free = ~size_t{0}, least_total = ~size_t{0};
+double Memory::share(int rank) const {
+    double sum = 0;
+    for (double part : split_) sum += part;
+    return split_.empty() ? 1.0 / n_ranks() : split_[static_cast<size_t>(rank)] / sum;
+}
+
+/// Less what contexts hold of it by now. The mask alone is 1 KB a cell on every rank, beside 32 KB (1B) to 300 KB (70B) of cache that is
+/// divided: the more ranks, the larger its part. Seen: 8 ranks of 1.5 GiB, 351 MiB each, which the host's fit counted once.
+u64 Memory::kept_back(int rank, u64 device_bytes) const {
+    const u64 n = static_cast<u64>(n_ranks()),
+              wanted = n > 1 ? std::min(device_bytes * n / 40, kKeptBackBytes) : std::min(device_bytes / 64, kKeptBackBytes / 8);
+    return wanted > compute_bytes_[static_cast<size_t>(rank)] ? wanted - compute_bytes_[static_cast<size_t>(rank)] : 0;
+}
+
+template <class F>
+size_t Memory::fitting(F&& of) const {
+    double least = 1e30;
     for (const auto& device : devices_) {
-        size_t free_here = 0, total_here = 0;
-        device->memory(&free_here, &total_here);
-        int sharing = 0;  // ranks on the same device share its memory
-        for (const auto& other : devices_) sharing += other->ordinal == device->ordinal;
-        least_free = std::min(least_free, free_here / sharing);
-        least_total = std::min(least_total, total_here / sharing);
+        double bytes = 0, share_here = 0;  // ranks on the same device share its memory
+        for (const auto& other : devices_)
+            if (other->ordinal == device->ordinal) share_here += share(other->rank);
+        bytes = static_cast<double>(of(*device));
+        if (share_here > 0) least = std::min(least, bytes / share_here);
     }
-    *free_bytes = least_free * devices_.size();
-    *total_bytes = least_total * devices_.size();
+    return static_cast<size_t>(least);
+}
+
+void Memory::report(size_t* free_bytes, size_t* total_bytes) const {
+    *free_bytes = fitting([&](const Device& device) {
+        size_t free_here = 0, total_here = 0;
+        device.memory(&free_here, &total_here);
+        u64 kept = 0;
+        for (const auto& other : devices_)
+            if (other->ordinal == device.ordinal) kept += kept_back(other->rank, total_here);
+        return free_here > kept ? free_here - kept : 0;
+    });
+    *total_bytes = fitting([&](const Device& device) {
+        size_t free_here = 0, total_here = 0;
+        device.memory(&free_here, &total_here);
+        return total_here;
+    });
 }
 
 char* Memory::pinned(i64 bytes) {
@@ -88,8 +120,11 @@ char* Memory::pinned(i64 bytes) {
 }
 
 std::unique_ptr<Buffer> Memory::reserve(i64 bytes) {
-    size_t free_bytes = 0, total_bytes = 0;
-    report(&free_bytes, &total_bytes);
+    const size_t free_bytes = fitting([&](const Device& device) {
+        size_t free_here = 0, total_here = 0;
+        device.memory(&free_here, &total_here);
+        return free_here;
+    });
     if (static_cast<size_t>(bytes) > free_bytes)
         throw Error("the host asks for " + std::to_string(bytes >> 20) + " MiB, " + std::to_string(free_bytes >> 20) +
                     " MiB are free on all ranks together: use a smaller context, fewer layers or more ranks");
@@ -99,6 +134,7 @@ std::unique_ptr<Buffer> Memory::reserve(i64 bytes) {
     if (address == MAP_FAILED) throw Error("no addresses left for a buffer of " + std::to_string(bytes >> 20) + " MiB");
     buffer->base = reinterpret_cast<u64>(address);
     buffer->chunks.resize(devices_.size());
+    buffer->holes.resize(devices_.size());
     return buffer;
 }
 
@@ -106,7 +142,7 @@ void Memory::release(Buffer& buffer) {
     ++epoch_;
     for (auto& [offset, tensor] : buffer.stored) account(*tensor, -1);
     for (size_t r = 0; r < devices_.size(); ++r) {
-        for (const Buffer::Chunk& chunk : buffer.chunks[r]) devices_[r]->release(chunk.base);
+        for (const DevicePtr chunk : buffer.chunks[r]) devices_[r]->release(chunk);
         if (!buffer.compute.empty()) {
             devices_[r]->release(buffer.compute[r]);
             compute_bytes_[r] -= static_cast<u64>(buffer.size);
@@ -118,6 +154,7 @@ void Memory::release(Buffer& buffer) {
 
 void Memory::make_compute(Buffer& buffer) {
     if (buffer.is_compute) return;
+    if (buffer.refused) throw Error("");
     ++epoch_;
     std::vector<DevicePtr> pointers(devices_.size());
     try {
@@ -129,6 +166,7 @@ void Memory::make_compute(Buffer& buffer) {
         wait_all();
     } catch (...) {
         for (size_t r = 0; r < devices_.size(); ++r) devices_[r]->release(pointers[r]);
+        buffer.refused = true;  // the host announces hundreds of tensors, whatever the first one's status
         throw;
     }
     buffer.compute = pointers;
@@ -138,20 +176,56 @@ void Memory::make_compute(Buffer& buffer) {
 
 DevicePtr Memory::take(Buffer& buffer, int rank, i64 bytes) {
     bytes = round_up(std::max<i64>(bytes, 1), kAlign);
-    for (Buffer::Chunk& chunk : buffer.chunks[rank])
-        if (chunk.bytes - chunk.used >= bytes) {
-            chunk.used += bytes;
-            return chunk.base + static_cast<u64>(chunk.used - bytes);
-        }
-    // Chunks keep the number of allocations small; 1/8 of a rank's even share keeps what the last one wastes small too.
-    const i64 share = buffer.size / n_ranks();
-    const i64 size = std::max(bytes, round_up(std::clamp<i64>(share / 8, 1 << 16, 64 << 20), kAlign));
-    buffer.chunks[rank].push_back({devices_[rank]->allocate(static_cast<size_t>(size)), size, bytes});
-    return buffer.chunks[rank].back().base;
+    auto& holes = buffer.holes[static_cast<size_t>(rank)];
+    auto best = holes.end();
+    for (auto it = holes.begin(); it != holes.end(); ++it)
+        if (it->bytes >= bytes && (best == holes.end() || it->bytes < best->bytes)) best = it;
+    if (best == holes.end()) {
+        // A chunk for several tensors keeps the number of allocations small. As many of this size as fit it, and no more than the rest of the
+        // buffer will need: caches are large, all of one size, and a fifth of the memory was lost to the ends of chunks.
+        const double rest = static_cast<double>(buffer.size - buffer.announced_bytes) * share(rank);
+        const i64 wanted = std::min<i64>(kChunkBytes, bytes + round_up(static_cast<i64>(std::max(rest, 0.0)), kAlign));
+        const i64 size = wanted > bytes ? wanted / bytes * bytes : bytes;
+        buffer.chunks[static_cast<size_t>(rank)].push_back(devices_[static_cast<size_t>(rank)]->allocate(static_cast<size_t>(size)));
+        const Buffer::Hole hole{buffer.chunks[static_cast<size_t>(rank)].back(), size, buffer.chunks[static_cast<size_t>(rank)].size() - 1};
+        best = holes.insert(std::lower_bound(holes.begin(), holes.end(), hole, [](const auto& a, const auto& b) { return a.base < b.base; }), hole);
+    }
+    const DevicePtr out = best->base;
+    best->base += static_cast<u64>(bytes);
+    best->bytes -= bytes;
+    if (best->bytes == 0) holes.erase(best);
+    return out;
+}
+
+void Memory::give_back(Buffer& buffer, int rank, DevicePtr base, i64 bytes) {
+    if (!base) return;
+    auto& chunks = buffer.chunks[static_cast<size_t>(rank)];
+    auto& holes = buffer.holes[static_cast<size_t>(rank)];
+    // The chunk with the highest address that is not above.
+    size_t chunk = 0;
+    for (size_t i = 0; i < chunks.size(); ++i)
+        if (chunks[i] <= base && (chunks[chunk] > base || chunks[i] > chunks[chunk])) chunk = i;
+    Buffer::Hole hole{base, round_up(std::max<i64>(bytes, 1), kAlign), chunk};
+    auto it = std::lower_bound(holes.begin(), holes.end(), hole, [](const auto& a, const auto& b) { return a.base < b.base; });
+    if (it != holes.end() && it->chunk == chunk && hole.base + static_cast<u64>(hole.bytes) == it->base) {
+        hole.bytes += it->bytes;
+        it = holes.erase(it);
+    }
+    if (it != holes.begin() && std::prev(it)->chunk == chunk && std::prev(it)->base + static_cast<u64>(std::prev(it)->bytes) == base)
+        std::prev(it)->bytes += hole.bytes;
+    else holes.insert(it, hole);
+}
+
+/// Before what divides them (sharding, extent, planes) changes.
+void Memory::give_back_shards(Buffer& buffer, Stored& tensor) {
+    if (tensor.shard.empty()) return;
+    account(tensor, -1);
+    for (int r = 0; r < n_ranks(); ++r) give_back(buffer, r, tensor.shard[r], tensor.local_bytes(r));
+    tensor.shard.clear();
 }
 
 void Memory::account(const Stored& tensor, int sign) {
-    for (int r = 0; r < n_ranks(); ++r) {
+    for (int r = 0; r < n_ranks() && !tensor.shard.empty(); ++r) {
         if (!tensor.shard[r]) continue;
         u64& counter = tensor.role == Role::kKvCache ? kv_bytes_[r] : weight_bytes_[r];
         counter += static_cast<u64>(sign * tensor.local_bytes(r));
@@ -165,9 +239,14 @@ void Memory::allocate_shards(Buffer& buffer, Stored& tensor) {
     if (tensor.format)
         for (int r = 0; r < n; ++r) tensor.planes.push_back(plane_layout(*tensor.format, tensor.ne, tensor.sharding, r));
     std::vector<DevicePtr> shard(n);
+    try {
+        for (int r = 0; r < n; ++r) shard[r] = take(buffer, r, tensor.local_bytes(r));
+    } catch (...) {
+        for (int r = 0; r < n; ++r) give_back(buffer, r, shard[r], tensor.local_bytes(r));
+        throw;
+    }
     for (int r = 0; r < n; ++r) {
         const i64 bytes = tensor.local_bytes(r);
-        shard[r] = take(buffer, r, bytes);
         // Defined bytes from the start: what a host never writes (alignment gaps, unused cells) must not be NaN by accident.
         devices_[r]->make_current();
         TP_CUDA(devices_[r]->driver, r, cuMemsetD8Async, shard[r], tensor.fill, static_cast<size_t>(round_up(std::max<i64>(bytes, 1), kAlign)),
@@ -183,7 +262,8 @@ Stored& Memory::announce(Buffer& buffer, Stored tensor) {
     // The host has laid the buffer out anew (a scratch context reused): what lies under the new tensor is gone.
     for (auto it = buffer.stored.begin(); it != buffer.stored.end();) {
         if (overlaps(it->second->offset, std::max<i64>(it->second->bytes, 1), tensor.offset, std::max<i64>(tensor.bytes, 1))) {
-            account(*it->second, -1);
+            give_back_shards(buffer, *it->second);
+            buffer.announced_bytes -= it->second->bytes;
             it = buffer.stored.erase(it);
         } else {
             ++it;
@@ -209,6 +289,7 @@ Stored& Memory::announce(Buffer& buffer, Stored tensor) {
     }
     tensor.buffer = &buffer;
     auto owned = std::make_unique<Stored>(std::move(tensor));
+    buffer.announced_bytes += owned->bytes;
     allocate_shards(buffer, *owned);
     Stored& out = *owned;
     buffer.stored[out.offset] = std::move(owned);
@@ -261,10 +342,18 @@ void Memory::transfer_planes(Stored& tensor, i64 begin, char* data, i64 bytes, b
             device.make_current();
             if (!staging_[r]) staging_[r] = device.allocate(kStagingBytes);
             const PlaneLayout& planes = tensor.planes[r];
+            // Only the rows that this rank has: else N ranks take N times one GPU's bytes over the bus.
+            i64 from = begin + done, to = from + n;
+            if (tensor.ne[2] * tensor.ne[3] == 1) {
+                from = std::max(from, planes.row_begin * row_blocks * format.block_bytes);
+                to = std::min(to, planes.row_end * row_blocks * format.block_bytes);
+                if (to <= from) continue;
+            }
+            char* const host = data + (from - begin);
             RepackArgs args{};
             args.host = reinterpret_cast<char*>(staging_[r]);
-            args.offset = begin + done;
-            args.bytes = n;
+            args.offset = from;
+            args.bytes = to - from;
             args.row_blocks = row_blocks;
             args.block_begin = planes.block_begin;
             args.block_end = planes.block_end;
@@ -283,10 +372,10 @@ void Memory::transfer_planes(Stored& tensor, i64 begin, char* data, i64 bytes, b
             args.to_host = to_host;
             const Launch launch = repack_launch(args, {device.cc, device.n_sm});
             // Reading: shards are laid over one another in the staging, so that each rank only fills in what it owns.
-            TP_CUDA(device.driver, r, cuMemcpyHtoDAsync, staging_[r], data + done, static_cast<size_t>(n), device.stream);
+            TP_CUDA(device.driver, r, cuMemcpyHtoDAsync, staging_[r], host, static_cast<size_t>(to - from), device.stream);
             device.launch(device.function(launch.kernel), launch, &args);
             if (to_host) {
-                TP_CUDA(device.driver, r, cuMemcpyDtoHAsync, data + done, staging_[r], static_cast<size_t>(n), device.stream);
+                TP_CUDA(device.driver, r, cuMemcpyDtoHAsync, host, staging_[r], static_cast<size_t>(to - from), device.stream);
                 if (!device.wait(deadline_s)) throw Error("rank " + std::to_string(r) + " did not return a weight in time");
             }
         }
@@ -318,6 +407,7 @@ void Memory::read_stored(Stored& tensor, i64 begin, char* data, i64 bytes) {
 void Memory::write(Buffer& buffer, i64 offset, const void* data, i64 bytes) {
     if (offset < 0 || bytes < 0 || offset + bytes > buffer.size) throw Error("a write outside its buffer was refused");
     if (bytes == 0) return;
+    if (buffer.refused) throw Error("");
     if (buffer.is_compute) {
         std::erase_if(buffer.residency, [&](const Residency& r) { return overlaps(r.offset, r.bytes, offset, bytes); });
         char* copy = pinned(bytes);
@@ -445,10 +535,21 @@ void Memory::reshard(Buffer& buffer, Stored& tensor, const Sharding& sharding, c
         contents.resize(static_cast<size_t>(tensor.bytes));
         read_stored(tensor, 0, contents.data(), tensor.bytes);
     }
-    account(tensor, -1);
-    tensor.sharding = sharding;
-    tensor.extent = extent;
-    allocate_shards(buffer, tensor);  // the old shards stay with the buffer's chunks until it is freed
+    // No graph runs: programs that were captured with the old shards have keys that no tensor will have again, or are right as they are.
+    const Sharding old_sharding = tensor.sharding;
+    const std::optional<Extent> old_extent = tensor.extent;
+    give_back_shards(buffer, tensor);
+    try {
+        tensor.sharding = sharding;
+        tensor.extent = extent;
+        allocate_shards(buffer, tensor);
+    } catch (...) {  // as it was, so that the next graph may try
+        tensor.sharding = old_sharding;
+        tensor.extent = old_extent;
+        allocate_shards(buffer, tensor);
+        if (!tensor.pristine) write_stored(tensor, 0, contents.data(), tensor.bytes);
+        throw;
+    }
     if (!tensor.pristine) write_stored(tensor, 0, contents.data(), tensor.bytes);
     wait_all();
 }

@@ -67,11 +67,15 @@ struct Buffer {
             if (r.offset == offset && r.bytes == bytes) return r.extent;
         return std::nullopt;
     }
-    struct Chunk {
+    bool refused = false;  // there was no memory for its compute buffers; said once
+    i64 announced_bytes = 0;
+    struct Hole {
         DevicePtr base;
-        i64 bytes, used;
+        i64 bytes;
+        size_t chunk;
     };
-    std::vector<std::vector<Chunk>> chunks;  // [rank]
+    std::vector<std::vector<DevicePtr>> chunks;  // [rank]
+    std::vector<std::vector<Hole>> holes;        // [rank], by address; neighbours of one chunk are one hole
 };
 
 class Memory {
@@ -95,7 +99,8 @@ class Memory {
     void reshard(Buffer& buffer, Stored& tensor, const Sharding& sharding, const std::optional<Extent>& extent);
 
     Matrix matrix(const Stored& tensor, int rank) const;
-    /// What the host may be told: the tightest rank times the number of ranks.
+    /// What the host may be told: how large a model and cache may be, cut as they will be, before the first rank is full. What a context
+    /// needs beyond what the host counts is kept back: every rank has the whole compute buffer, communicators, captured graphs.
     void report(size_t* free_bytes, size_t* total_bytes) const;
     u64 weight_bytes(int rank) const { return weight_bytes_[rank]; }
     u64 kv_bytes(int rank) const { return kv_bytes_[rank]; }
@@ -119,6 +124,13 @@ class Memory {
     void allocate_shards(Buffer& buffer, Stored& tensor);
     void account(const Stored& tensor, int sign);
     DevicePtr take(Buffer& buffer, int rank, i64 bytes);
+    void give_back(Buffer& buffer, int rank, DevicePtr base, i64 bytes);
+    void give_back_shards(Buffer& buffer, Stored& tensor);
+    double share(int rank) const;
+    u64 kept_back(int rank, u64 device_bytes) const;
+    /// The host's bytes that fit when the tightest device has `of(rank)` bytes to give.
+    template <class F>
+    size_t fitting(F&& of) const;
     /// Device pieces of bytes [begin, begin + bytes) of a plainly stored tensor; all owners, or the first owner of each byte.
     std::vector<Piece> pieces(const Stored& tensor, i64 begin, i64 bytes, bool all_owners) const;
     /// The part of [offset, offset + bytes) that lies in a region of summands: f32, added up in the order of ranks.

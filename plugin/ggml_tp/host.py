@@ -142,25 +142,26 @@ class Host:
         self.lib.ggml_backend_dev_memory(self.lib.ggml_backend_dev_by_name(device.encode()), values, values + 1)
         return int(values[0]), int(values[1])
 
-    def model(self, path: str | os.PathLike[str], device: str | None) -> Model:
-        """Loads a GGUF onto one device by name, or onto the CPU."""
-        return Model(self, path, device)
+    def model(self, path: str | os.PathLike[str], device: str | None, params: Any = None) -> Model:
+        """Loads a GGUF onto one device by name, or onto the CPU; `params` (params_t *) overrides the host's defaults."""
+        return Model(self, path, device, params)
 
 
 class Model:
     """A model in a host, on the CPU or on one device."""
 
-    def __init__(self, host: Host, path: str | os.PathLike[str], device: str | None) -> None:
+    def __init__(self, host: Host, path: str | os.PathLike[str], device: str | None, params: Any = None) -> None:
         self.host = host
         ffi, lib = host.ffi, host.lib
-        params = ffi.new("params_t *", lib.llama_model_default_params())
+        given, params = params is not None, ffi.new("params_t *", lib.llama_model_default_params() if params is None else params[0])
         self._devices = ffi.new("void *[2]")
         if device is not None:
             self._devices[0] = lib.ggml_backend_dev_by_name(device.encode())
             if self._devices[0] == ffi.NULL:
                 raise HostError(f"the host has no device {device}")
         ffi.cast("void **", params)[0] = self._devices
-        ffi.cast("int32_t *", params)[_N_GPU_LAYERS_OFFSET // 4] = 999 if device is not None else 0
+        if not given:
+            ffi.cast("int32_t *", params)[_N_GPU_LAYERS_OFFSET // 4] = 999 if device is not None else 0
         self.handle = lib.llama_model_load_from_file(os.fsencode(path), params[0])
         if self.handle == ffi.NULL:
             raise HostError(f"the host could not load {os.fspath(path)}; see the lines above")
@@ -181,8 +182,9 @@ class Model:
             out += self.host.ffi.buffer(buffer, max(n, 0))[:]
         return out.decode(errors="replace")
 
-    def context(self, n_ctx: int = 512, flash_attn: bool = True, n_seq_max: int = 1, n_ubatch: int = 512) -> Context:
-        return Context(self, n_ctx, flash_attn, n_seq_max, n_ubatch)
+    def context(self, n_ctx: int = 512, flash_attn: bool = True, n_seq_max: int = 1, n_ubatch: int = 512, params: Any = None) -> Context:
+        """`params` (params_t *): used as they are, without the others."""
+        return Context(self, n_ctx, flash_attn, n_seq_max, n_ubatch, params)
 
     def close(self) -> None:
         if self.handle is not None:
@@ -193,18 +195,19 @@ class Model:
 class Context:
     """A context: its KV cache and the last logits."""
 
-    def __init__(self, model: Model, n_ctx: int, flash_attn: bool, n_seq_max: int, n_ubatch: int) -> None:
+    def __init__(self, model: Model, n_ctx: int, flash_attn: bool, n_seq_max: int, n_ubatch: int, params: Any) -> None:
         self.model = model
         ffi, lib = model.host.ffi, model.host.lib
-        params = ffi.new("params_t *", lib.llama_context_default_params())
-        fields = _context_fields(bytes(ffi.buffer(params)))
-        words = ffi.cast("int32_t *", params)
-        words[0], words[1], words[2], words[3] = n_ctx, max(n_ubatch, 2048), n_ubatch, n_seq_max
-        words[fields.threads // 4] = words[fields.threads // 4 + 1] = 2
-        if fields.flash_attn_is_enum:
-            words[fields.flash_attn // 4] = int(flash_attn)
-        else:
-            params.bytes[fields.flash_attn] = int(flash_attn)
+        if params is None:
+            params = ffi.new("params_t *", lib.llama_context_default_params())
+            fields = _context_fields(bytes(ffi.buffer(params)))
+            words = ffi.cast("int32_t *", params)
+            words[0], words[1], words[2], words[3] = n_ctx, max(n_ubatch, 2048), n_ubatch, n_seq_max
+            words[fields.threads // 4] = words[fields.threads // 4 + 1] = 2
+            if fields.flash_attn_is_enum:
+                words[fields.flash_attn // 4] = int(flash_attn)
+            else:
+                params.bytes[fields.flash_attn] = int(flash_attn)
         self.handle = lib.llama_init_from_model(model.handle, params[0])
         if self.handle == ffi.NULL:
             raise HostError("the host could not make a context; see the lines above")

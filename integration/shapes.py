@@ -1,0 +1,237 @@
+#!/usr/bin/env python3
+"""Write a GGUF with a real model's shapes and random, valid weights: for speed, which does not depend on what the weights say.
+
+    row of SHAPES -> tensor list -> header by gguf -> blocks made once per type and scale, tiled into the file
+
+example: python integration/shapes.py llama-8b.gguf --shape llama-8b --type Q4_K
+         python integration/shapes.py slice.gguf --shape qwen2.5-72b --type Q4_K --layers 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Shape:
+    arch: str
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_vocab: int
+    n_expert: int = 0
+    n_expert_used: int = 0
+    n_ff_expert: int = 0
+    n_ctx: int = 32768
+
+
+SHAPES = {
+    "tiny": Shape("llama", 2, 256, 512, 8, 4, 32, 512),  # for tests
+    "llama-1b": Shape("llama", 16, 2048, 8192, 32, 8, 64, 128256),
+    "llama-8b": Shape("llama", 32, 4096, 14336, 32, 8, 128, 128256),
+    "llama-70b": Shape("llama", 80, 8192, 28672, 64, 8, 128, 128256),
+    "qwen2.5-72b": Shape("qwen2", 80, 8192, 29696, 64, 8, 128, 152064),  # ffn 29568, rounded up to whole 256-blocks
+    "qwen3-30b-a3b": Shape("qwen3moe", 48, 2048, 6144, 32, 4, 128, 151936, n_expert=128, n_expert_used=8, n_ff_expert=768),
+}
+
+
+def _halves(n: int, value: float) -> np.ndarray:
+    return np.full(n, value, np.float16).view(np.uint8).reshape(n, 2)
+
+
+def _q4_0(rng: np.random.Generator, n: int, scale: float) -> np.ndarray:
+    blocks = rng.integers(0, 256, (n, 18), dtype=np.uint8)
+    blocks[:, :2] = _halves(n, scale / 4.6)  # rms of -8..7
+    return blocks
+
+
+def _q8_0(rng: np.random.Generator, n: int, scale: float) -> np.ndarray:
+    blocks = rng.integers(0, 256, (n, 34), dtype=np.uint8)
+    blocks[:, :2] = _halves(n, scale / 74)  # rms of -128..127
+    return blocks
+
+
+def _q4_k(rng: np.random.Generator, n: int, scale: float) -> np.ndarray:
+    blocks = rng.integers(0, 256, (n, 144), dtype=np.uint8)  # d, dmin, 6-bit scales and mins, quants
+    blocks[:, :2] = _halves(n, scale / 140)
+    blocks[:, 2:4] = _halves(n, scale / 140 * 7.5)  # scales and mins have the same mean: the values are centred
+    return blocks
+
+
+def _q6_k(rng: np.random.Generator, n: int, scale: float) -> np.ndarray:
+    blocks = rng.integers(0, 256, (n, 210), dtype=np.uint8)  # low and high bits, int8 scales, d
+    blocks[:, 192:208] = rng.integers(-64, 64, (n, 16)).astype(np.int8).view(np.uint8)
+    blocks[:, 208:210] = _halves(n, scale / (18 * 37))
+    return blocks
+
+
+def _f16(rng: np.random.Generator, n: int, scale: float) -> np.ndarray:
+    return rng.normal(0, scale, n).astype(np.float16).view(np.uint8).reshape(n, 2)
+
+
+def _f32(rng: np.random.Generator, n: int, scale: float) -> np.ndarray:
+    return rng.normal(0, scale, n).astype(np.float32).view(np.uint8).reshape(n, 4)
+
+
+@dataclass(frozen=True)
+class Type:
+    elems: int
+    bytes: int
+    make: Callable[[np.random.Generator, int, float], np.ndarray]
+    head: str  # the type of embeddings and output head that files of this type have
+
+
+TYPES = {
+    "Q4_0": Type(32, 18, _q4_0, "Q4_0"),
+    "Q8_0": Type(32, 34, _q8_0, "Q8_0"),
+    "Q4_K": Type(256, 144, _q4_k, "Q6_K"),
+    "Q6_K": Type(256, 210, _q6_k, "Q6_K"),
+    "F16": Type(1, 2, _f16, "F16"),
+    "F32": Type(1, 4, _f32, "F32"),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    name: str
+    ne: tuple[int, ...]
+    type: str
+    scale: float = 0.0  # rms of its values; 0: ones
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.ne) // TYPES[self.type].elems * TYPES[self.type].bytes
+
+
+def tensors(shape: Shape, type_: str) -> Iterator[Tensor]:
+    d, q, kv = shape.n_embd, shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
+
+    def matrix(name: str, *ne: int, of: str = type_) -> Tensor:
+        return Tensor(name, ne, of, ne[0] ** -0.5)
+
+    yield Tensor("token_embd.weight", (d, shape.n_vocab), TYPES[type_].head, 1.0)
+    yield matrix("output.weight", d, shape.n_vocab, of=TYPES[type_].head)
+    yield Tensor("output_norm.weight", (d,), "F32")
+    for i in range(shape.n_layer):
+        p = f"blk.{i}."
+        yield Tensor(p + "attn_norm.weight", (d,), "F32")
+        yield from (matrix(p + "attn_q.weight", d, q), matrix(p + "attn_k.weight", d, kv), matrix(p + "attn_v.weight", d, kv))
+        yield matrix(p + "attn_output.weight", q, d)
+        if shape.arch == "qwen2":
+            yield from (Tensor(f"{p}attn_{x}.bias", (n,), "F32", 0.1) for x, n in (("q", q), ("k", kv), ("v", kv)))
+        if shape.arch.startswith("qwen3"):
+            yield from (Tensor(f"{p}attn_{x}_norm.weight", (shape.head_dim,), "F32") for x in "qk")
+        yield Tensor(p + "ffn_norm.weight", (d,), "F32")
+        if shape.n_expert:
+            n, f = shape.n_expert, shape.n_ff_expert
+            yield matrix(p + "ffn_gate_inp.weight", d, n, of="F32")
+            yield from (matrix(p + "ffn_gate_exps.weight", d, f, n), matrix(p + "ffn_up_exps.weight", d, f, n))
+            yield matrix(p + "ffn_down_exps.weight", f, d, n)
+        else:
+            yield from (matrix(p + "ffn_gate.weight", d, shape.n_ff), matrix(p + "ffn_up.weight", d, shape.n_ff))
+            yield matrix(p + "ffn_down.weight", shape.n_ff, d)
+
+
+def _write_header(path: Path, name: str, shape: Shape, all_tensors: list[Tensor]) -> None:
+    writer = gguf.GGUFWriter(path, shape.arch)
+    writer.add_name(f"synthetic {name}")
+    writer.add_context_length(shape.n_ctx)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_block_count(shape.n_layer)
+    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.n_head_kv)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(500000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(shape.n_vocab)
+    if shape.n_expert:
+        writer.add_expert_count(shape.n_expert)
+        writer.add_expert_used_count(shape.n_expert_used)
+        writer.add_expert_feed_forward_length(shape.n_ff_expert)
+    writer.add_tokenizer_model("no_vocab")
+    for t in all_tensors:
+        ne, type_ = list(reversed(t.ne)), TYPES[t.type]
+        if t.type in ("F32", "F16"):
+            writer.add_tensor_info(t.name, ne, np.dtype(np.float32 if t.type == "F32" else np.float16), t.n_bytes)
+        else:
+            ne[-1] = ne[-1] // type_.elems * type_.bytes
+            writer.add_tensor_info(t.name, ne, np.dtype(np.uint8), t.n_bytes, raw_dtype=gguf.GGMLQuantizationType[t.type])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+_POOL_BYTES = 16 << 20  # of made blocks per type and scale: larger costs time, smaller more writes
+_ALIGNMENT = 32  # GGUF's default
+
+
+def write(path: Path, name: str, type_: str, n_layer: int | None = None, quiet: bool = False) -> dict[str, object]:
+    """Writes the file. Keys: path, shape, type, layers, bytes, seconds."""
+    shape = SHAPES[name] if n_layer is None else replace(SHAPES[name], n_layer=n_layer)
+    begin = shown = time.monotonic()
+    all_tensors = list(tensors(shape, type_))
+    total = sum(t.n_bytes for t in all_tensors)
+    _write_header(path, name, shape, all_tensors)
+    rng = np.random.default_rng(1)
+    pools: dict[tuple[str, float], memoryview] = {}
+    done = 0
+    with open(path, "ab", buffering=0) as file:
+        file.write(bytes(-file.tell() % _ALIGNMENT))
+        for i, t in enumerate(all_tensors):
+            if t.scale == 0:
+                pool = memoryview(np.ones(t.n_bytes // 4, np.float32).view(np.uint8))
+            else:
+                key = (t.type, round(t.scale, 5))
+                if key not in pools:
+                    pools[key] = memoryview(TYPES[t.type].make(rng, _POOL_BYTES // TYPES[t.type].bytes, t.scale).reshape(-1))
+                pool = pools[key]
+            # Each tensor begins at another block of the pool: two of the same shape are not the same matrix.
+            at = (i * 7919 * TYPES[t.type].bytes) % len(pool) if t.scale else 0
+            left = t.n_bytes
+            while left:
+                n = file.write(pool[at : at + left])
+                left -= n
+                at = 0 if at + n == len(pool) else at + n
+            file.write(bytes(-t.n_bytes % _ALIGNMENT))
+            done += t.n_bytes
+            if not quiet and time.monotonic() - shown > 2:
+                shown = time.monotonic()
+                print(f"{path.name}: {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+    return {"path": str(path), "shape": name, "type": type_, "layers": shape.n_layer, "bytes": total, "seconds": time.monotonic() - begin}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Write a GGUF with a real model's shapes and random weights.",
+        epilog="example: python integration/shapes.py slice.gguf --shape qwen2.5-72b --type Q4_K --layers 20",
+    )
+    parser.add_argument("out", type=Path, help="the file to write")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="(default: %(default)s)")
+    parser.add_argument("--type", choices=[t for t in TYPES if t != "F32"], default="Q4_K", help="of the matrices; Q4_K has a Q6_K head (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="how many layers (default: all of the shape's)")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    args = parser.parse_args()
+    result = write(args.out, args.shape, args.type, args.layers)
+    print(json.dumps(result) if args.json else "{path}: {shape}, {type}, {layers} layers, {bytes} bytes in {seconds:.1f} s".format(**result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
