@@ -8,9 +8,7 @@ namespace ggml_tp {
 
 /// In one store: as two bytes, ptxas 12.9 makes the low one of `st.u8` of a converted half a conversion to an integer (F2I.U8.F16), and every
 /// scale was wrong on an H200. Blocks with halves begin at even addresses.
-TP_DEVICE void tp_put_half(char* p, float v) {
-    *(u16*)p = tp_float_to_half(v);
-}
+TP_DEVICE void tp_put_half(char* p, float v) { *(u16*)p = tp_float_to_half(v); }
 TP_DEVICE int tp_least(int a, int b) { return a < b ? a : b; }
 TP_DEVICE float tp_inverse(float d) { return d != 0.0f ? 1.0f / d : 0.0f; }
 

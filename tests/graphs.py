@@ -213,7 +213,7 @@ def _element_wise() -> None:
     case("sqrt")(lambda g: g.lib.ggml_sqrt(g.c, g.leaf(F32, 77, 3, values=g.rng.uniform(0, 9, (3, 77)))))
     for op in ("silu", "gelu", "relu", "sigmoid", "gelu_quick", "tanh", "neg", "abs", "exp"):
         case(op)(lambda g, op=op: getattr(g.lib, f"ggml_{op}")(g.c, g.leaf(F32, 130, 3, scale=3)))
-    for op in "sgn step elu hardswish hardsigmoid expm1 softplus gelu_erf floor ceil round trunc sin cos".split():
+    for op in ["sgn", "step", "elu", "hardswish", "hardsigmoid", "expm1", "softplus", "gelu_erf", "floor", "ceil", "round", "trunc", "sin", "cos"]:
         case(op)(lambda g, op=op: getattr(g.lib, f"ggml_{op}")(g.c, g.leaf(F32, 130, 3, scale=3)))
     case("log")(lambda g: g.lib.ggml_log(g.c, g.leaf(F32, 77, 3, values=g.rng.uniform(0.01, 9, (3, 77)))))
     case("leaky_relu")(lambda g: g.lib.ggml_leaky_relu(g.c, g.leaf(F32, 77, 3), 0.1, False))
