@@ -119,26 +119,6 @@ TP_DEVICE void tp_quantize_block(int type, X x, char* out) {
         tp_put_half(out, tp_iq4_scale(x, -1));
         const float guess = max / (float)kIq4Values[0], inverse = most < 1e-15f ? 0.0f : 1.0f / guess;  // the points are those of the first guess
         for (int i = 0; i < 16; ++i) out[2 + i] = (char)(tp_nearest_iq4(inverse * x(i)) | tp_nearest_iq4(inverse * x(i + 16)) << 4);
-    } else if (type == kIQ4_XS) {
-        float scale[8], most = 0, max = 0;
-        for (int s = 0; s < 8; ++s) {
-            scale[s] = tp_iq4_scale([&](int i) { return x(s * 32 + i); }, 7);
-            if (fabsf(scale[s]) > most) most = fabsf(scale[s]), max = scale[s];
-        }
-        const float d = -max / 32.0f, inverse = tp_inverse(d);
-        tp_put_half(out, d);
-        u32 high = 0;
-        for (int s = 0; s < 8; ++s) {
-            const int l = (int)fmaxf(-32.0f, fminf(31.0f, rintf(inverse * scale[s])));
-            const float step = d * (float)l, to_step = tp_inverse(step);
-            for (int i = 0; i < 16; ++i)
-                out[8 + s * 16 + i] = (char)(tp_nearest_iq4(to_step * x(s * 32 + i)) | tp_nearest_iq4(to_step * x(s * 32 + 16 + i)) << 4);
-            const int stored = l + 32;
-            if (s % 2 == 0) out[4 + s / 2] = (char)(stored & 15);
-            else out[4 + s / 2] = (char)(out[4 + s / 2] | (stored & 15) << 4);
-            high |= (u32)(stored >> 4) << 2 * s;
-        }
-        out[2] = (char)(high & 255), out[3] = (char)(high >> 8);
     } else if (type == kMXFP4) {
         float most = 0;
         for (int i = 0; i < 32; ++i) most = fmaxf(most, fabsf(x(i)));
