@@ -318,6 +318,26 @@ def _attention() -> None:
             g.lib.ggml_flash_attn_ext_add_sinks(out, g.leaf(F32, heads))
         return out
 
+    def of_cache(g: Case, type_: int, heads: int, kv_heads: int, d: int = 64, n_kv: int = 96) -> Any:
+        """Keys and values as views of caches, which ranks divide by heads."""
+
+        def view(name: str) -> Any:
+            cache = g.leaf(type_, d * kv_heads, n_kv, name=name)
+            head, row = g.lib.ggml_row_size(type_, d), g.lib.ggml_row_size(type_, d * kv_heads)
+            return g.lib.ggml_permute(g.c, g.lib.ggml_view_4d(g.c, cache, d, kv_heads, n_kv, 1, head, row, row * n_kv, 0), 0, 2, 1, 3)
+
+        mask = g.leaf(F16, n_kv, 3, values=causal(n_kv, 3))
+        return g.lib.ggml_flash_attn_ext(g.c, g.leaf(F32, d, 3, heads), view("cache_k_l0"), view("cache_v_l0"), mask, d**-0.5, 0.0, 0.0)
+
+    for kv_heads in (2, 3, 6):
+        case(f"flash_attn of caches, {kv_heads} heads")(lambda g, n=kv_heads: of_cache(g, F16, 6, n))
+        for type_, name in {Q8_0: "Q8_0", Q4_0: "Q4_0"}.items():
+            case(f"flash_attn quantised caches, {name}, {kv_heads} heads")(lambda g, t=type_, n=kv_heads: of_cache(g, t, 6, n))
+    case("set_rows Q8_0 into a divided cache")(
+        lambda g: g.lib.ggml_cast(
+            g.c, g.lib.ggml_set_rows(g.c, g.leaf(Q8_0, 192, 9, name="cache_k_l0"), g.leaf(F32, 192, 3), g.indices(8, 0, 5, type_=I64)), F32
+        )
+    )
     for d in (32, 64, 80, 96, 128, 256):
         case(f"flash_attn d{d}")(lambda g, d=d: flash(g, d))
     for n_tokens in (1, 2, 17, 40):
