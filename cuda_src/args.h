@@ -117,6 +117,13 @@ struct MulTileArgs {
     i64 k, m;
 };
 
+// Rows [row_begin, row_begin + rows) of w as f16 [rows, k]; k a multiple of 8.
+struct HalveWeightsArgs {
+    Matrix w;
+    char* out;
+    i64 row_begin, rows;
+};
+
 struct BinaryArgs {
     View a, b, y;
 };  // y = a op b, b broadcast by repetition over a's shape

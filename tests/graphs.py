@@ -184,9 +184,9 @@ def _mul_mats() -> None:
             lambda g, t=t: g.lib.ggml_get_rows(g.c, g.leaf(t, 256, 9, name="blk.0.ffn_norm.weight"), g.indices(8, 0, 3, 3))
         )
     for t, name in ELEMENT_TYPES.items():
-        for m in (1, 11):
+        for m in (1, 11, 33):
             case(f"mul_mat {name} 256x37 m{m}")(lambda g, t=t, m=m: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 37, scale=1 / 16), g.leaf(F32, 256, m)))
-        for role, m in (("attn_q", 3), ("attn_output", 1)):
+        for role, m in (("attn_q", 3), ("attn_output", 1), ("attn_output", 40)):
             case(f"mul_mat {name} {role} m{m}")(
                 lambda g, t=t, m=m, role=role: g.lib.ggml_mul_mat(g.c, g.leaf(t, 768, 96, scale=1 / 28, name=f"blk.0.{role}.weight"), g.leaf(F32, 768, m))
             )

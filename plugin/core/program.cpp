@@ -8,6 +8,7 @@
 #include "elementwise.h"
 #include "flash_attn.h"
 #include "fuse.h"
+#include "halve_weights.h"
 #include "hyper.h"
 #include "moves.h"
 #include "mul_mat.h"
@@ -170,6 +171,21 @@ void lower_mul_mat(const Site& s, Lowered& out) {
         out.prepared = w.type == kBF16 ? Prepared::kBf16 : Prepared::kHalf;
         if (s.prepared != out.prepared) out.add(halve_launch(prepare, w.type == kBF16, s.arch), prepare);
         out.add(mul_tile_launch(tile, s.arch), tile);
+        return;
+    }
+    if (!vec && halve_weights_can(args, s.arch)) {
+        out.scratch_bytes = rows * s.w.k * 2;
+        out.prepared = Prepared::kHalf;
+        if (s.prepared != out.prepared) out.add(halve_launch(prepare, false, s.arch), prepare);
+        const i64 step = halved_rows(args.w);
+        out.partial_bytes = step * s.w.k * 2;
+        for (i64 row = 0; row < args.w.n; row += step) {
+            const HalveWeightsArgs weights{args.w, reinterpret_cast<char*>(s.partials), row, std::min(step, args.w.n - row)};
+            const MulMatArgs part = halved(args, weights.out, row, weights.rows);
+            const MulTileArgs tile{part.w, part.y, prepare.xq, s.w.k, args.x.ne[1]};
+            out.add(halve_weights_launch(weights, s.arch), weights);
+            out.add(mul_tile_launch(tile, s.arch), tile);
+        }
         return;
     }
     if (mul_mat_needs_quantized_x(s.w, args.x.ne[1], s.arch)) {
