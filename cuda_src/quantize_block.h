@@ -44,30 +44,16 @@ TP_DEVICE u8 tp_to_ue4m3(float v) {
     return exponent >= 15 ? (u8)0x7e : (u8)(exponent << 3 | mantissa);
 }
 
-/// 32 values on the grid of kIq4Values: the scale that least squares give for the nearest points of one guess, or of many around it.
+/// The scale of 32 values on the grid of kIq4Values: least squares for the points nearest to them at `inverse` of a first guess.
 template <class X>
-TP_DEVICE float tp_iq4_scale(X x, int tries) {
-    float most = 0, max = 0;
-    for (int i = 0; i < 32; ++i)
-        if (fabsf(x(i)) > most) most = fabsf(x(i)), max = x(i);
-    if (most < 1e-15f) return 0.0f;
+TP_DEVICE float tp_iq4_scale(X x, float inverse) {
     float product = 0, square = 0;
-    auto fit = [&](float inverse) {
-        product = square = 0;
-        for (int i = 0; i < 32; ++i) {
-            const float v = x(i), q = (float)kIq4Values[tp_nearest_iq4(inverse * v)], weight = v * v;
-            product += weight * q * v;
-            square += weight * q * q;
-        }
-    };
-    const float first = (tries > 0 ? -max : max) / (float)kIq4Values[0];
-    fit(1.0f / first);
-    float d = square > 0 ? product / square : 0.0f, best = d * product;
-    for (int t = -tries; t <= tries; ++t) {
-        fit(((float)t + (float)kIq4Values[0]) / max);
-        if (square > 0 && product * product > best * square) d = product / square, best = d * product;
+    for (int i = 0; i < 32; ++i) {
+        const float v = x(i), q = (float)kIq4Values[tp_nearest_iq4(inverse * v)], weight = v * v;
+        product += weight * q * v;
+        square += weight * q * q;
     }
-    return d;
+    return square > 0 ? product / square : 0.0f;
 }
 
 /// Block `out` from values x(0), x(1), ...
@@ -117,29 +103,9 @@ TP_DEVICE void tp_quantize_block(int type, X x, char* out) {
         float most = 0, max = 0;
         for (int i = 0; i < 32; ++i)
             if (fabsf(x(i)) > most) most = fabsf(x(i)), max = x(i);
-        tp_put_half(out, tp_iq4_scale(x, -1));
-        const float guess = max / (float)kIq4Values[0], inverse = most < 1e-15f ? 0.0f : 1.0f / guess;  // the points are those of the first guess
+        const float guess = max / (float)kIq4Values[0], inverse = most < 1e-15f ? 0.0f : 1.0f / guess;
+        tp_put_half(out, most < 1e-15f ? 0.0f : tp_iq4_scale(x, inverse));
         for (int i = 0; i < 16; ++i) out[2 + i] = (char)(tp_nearest_iq4(inverse * x(i)) | tp_nearest_iq4(inverse * x(i + 16)) << 4);
-    } else if (type == kIQ4_XS) {
-        float scale[8], most = 0, max = 0;
-        for (int s = 0; s < 8; ++s) {
-            scale[s] = tp_iq4_scale([&](int i) { return x(s * 32 + i); }, 7);
-            if (fabsf(scale[s]) > most) most = fabsf(scale[s]), max = scale[s];
-        }
-        const float d = -max / 32.0f, inverse = tp_inverse(d);
-        tp_put_half(out, d);
-        u32 high = 0;
-        for (int s = 0; s < 8; ++s) {
-            const int l = (int)fmaxf(-32.0f, fminf(31.0f, rintf(inverse * scale[s])));
-            const float step = d * (float)l, to_step = tp_inverse(step);
-            for (int i = 0; i < 16; ++i)
-                out[8 + s * 16 + i] = (char)(tp_nearest_iq4(to_step * x(s * 32 + i)) | tp_nearest_iq4(to_step * x(s * 32 + 16 + i)) << 4);
-            const int stored = l + 32;
-            if (s % 2 == 0) out[4 + s / 2] = (char)(stored & 15);
-            else out[4 + s / 2] = (char)(out[4 + s / 2] | (stored & 15) << 4);
-            high |= (u32)(stored >> 4) << 2 * s;
-        }
-        out[2] = (char)(high & 255), out[3] = (char)(high >> 8);
     } else if (type == kMXFP4) {
         float most = 0;
         for (int i = 0; i < 32; ++i) most = fmaxf(most, fabsf(x(i)));

@@ -243,7 +243,7 @@ def _rows() -> None:
         for frm in (F32, F16, BF16):
             case(f"cpy {NAMES[frm]} to {NAMES[to]}", to)(lambda g, to=to, frm=frm: g.lib.ggml_cpy(g.c, g.leaf(frm, 40, 5, 2), g.leaf(to, 40, 5, 2)))
         case(f"cont of permuted {NAMES[to]}", to)(lambda g, to=to: g.lib.ggml_cont(g.c, g.lib.ggml_permute(g.c, g.leaf(to, 40, 5, 3), 1, 2, 0, 3)))
-    for to, name in {Q4_0: "Q4_0", Q8_0: "Q8_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 20: "IQ4_NL", 23: "IQ4_XS", 35: "TQ2_0", 39: "MXFP4"}.items():
+    for to, name in {Q4_0: "Q4_0", Q8_0: "Q8_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 20: "IQ4_NL", 35: "TQ2_0", 39: "MXFP4"}.items():
         case(f"cpy to {name} and back")(lambda g, to=to: g.lib.ggml_cast(g.c, g.lib.ggml_cast(g.c, g.leaf(F32, 768, 5, 2), to), F32))
         case(f"set_rows {name}")(
             lambda g, to=to: g.lib.ggml_cast(g.c, g.lib.ggml_set_rows(g.c, g.leaf(to, 768, 9), g.leaf(F32, 768, 3), g.indices(8, 0, 5, type_=I64)), F32)
