@@ -117,6 +117,13 @@ struct MulTileArgs {
     i64 k, m;
 };
 
+// Rows [row_begin, row_begin + rows) of w as f16 [rows, k]; k a multiple of 8.
+struct HalveWeightsArgs {
+    Matrix w;
+    char* out;
+    i64 row_begin, rows;
+};
+
 struct BinaryArgs {
     View a, b, y;
 };  // y = a op b, b broadcast by repetition over a's shape
@@ -228,6 +235,40 @@ struct CopyBlocksArgs {
 struct FillArgs {
     View y;
     float value;
+};
+
+// An element of y is one of x (or of b), moved as its bytes, or a constant: moves.cu says which for each kernel, and what p means.
+struct MoveArgs {
+    View x, b, y;
+    i32 bytes;
+    i32 p[9];
+    float value, step;
+};
+// y = something of a row, or of a group of rows, of x.
+struct ReduceArgs {
+    View x, y;
+    float eps;
+    i32 n_groups;
+};
+// Recurrences over tokens whose state is a matrix per head and sequence: recurrent.cu has the formulas and what src is for each.
+struct RecurrentArgs {
+    View src[7];
+    float *y, *state;  // f32, packed: y [state rows, n_head, n_tokens, n_seqs], state [n, state rows, n_head, n_seqs, snapshots]
+    i64 n, rows, n_head, n_tokens, n_seqs;
+    i64 snapshots;  // the states after the last so many tokens, latest first
+    float scale;
+    i32 pad;
+};
+// DeepSeek's indexer: y[cell, token] = sum over heads of max(q.k, 0) * weight, + mask (f16).
+struct IndexerArgs {
+    View q, weights, mask, y;
+    Matrix k;
+};
+// Hyper-connections (dsv4): x and w by kernel, see hyper.cu.
+struct HyperArgs {
+    View x, residual, post, comb, y;
+    float scale, eps;
+    i32 n_iter, flag;
 };
 
 struct SpinArgs {

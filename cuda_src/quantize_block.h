@@ -43,30 +43,16 @@ TP_DEVICE u8 tp_to_ue4m3(float v) {
     return exponent >= 15 ? (u8)0x7e : (u8)(exponent << 3 | mantissa);
 }
 
-/// 32 values on the grid of kIq4Values: the scale that least squares give for the nearest points of one guess, or of many around it.
+/// The scale of 32 values on the grid of kIq4Values: least squares for the points nearest to them at `inverse` of a first guess.
 template <class X>
-TP_DEVICE float tp_iq4_scale(X x, int tries) {
-    float most = 0, max = 0;
-    for (int i = 0; i < 32; ++i)
-        if (fabsf(x(i)) > most) most = fabsf(x(i)), max = x(i);
-    if (most < 1e-15f) return 0.0f;
+TP_DEVICE float tp_iq4_scale(X x, float inverse) {
     float product = 0, square = 0;
-    auto fit = [&](float inverse) {
-        product = square = 0;
-        for (int i = 0; i < 32; ++i) {
-            const float v = x(i), q = (float)kIq4Values[tp_nearest_iq4(inverse * v)], weight = v * v;
-            product += weight * q * v;
-            square += weight * q * q;
-        }
-    };
-    const float first = (tries > 0 ? -max : max) / (float)kIq4Values[0];
-    fit(1.0f / first);
-    float d = square > 0 ? product / square : 0.0f, best = d * product;
-    for (int t = -tries; t <= tries; ++t) {
-        fit(((float)t + (float)kIq4Values[0]) / max);
-        if (square > 0 && product * product > best * square) d = product / square, best = d * product;
+    for (int i = 0; i < 32; ++i) {
+        const float v = x(i), q = (float)kIq4Values[tp_nearest_iq4(inverse * v)], weight = v * v;
+        product += weight * q * v;
+        square += weight * q * q;
     }
-    return d;
+    return square > 0 ? product / square : 0.0f;
 }
 
 /// Block `out` from values x(0), x(1), ...
@@ -116,8 +102,8 @@ TP_DEVICE void tp_quantize_block(int type, X x, char* out) {
         float most = 0, max = 0;
         for (int i = 0; i < 32; ++i)
             if (fabsf(x(i)) > most) most = fabsf(x(i)), max = x(i);
-        tp_put_half(out, tp_iq4_scale(x, -1));
-        const float guess = max / (float)kIq4Values[0], inverse = most < 1e-15f ? 0.0f : 1.0f / guess;  // the points are those of the first guess
+        const float guess = max / (float)kIq4Values[0], inverse = most < 1e-15f ? 0.0f : 1.0f / guess;
+        tp_put_half(out, most < 1e-15f ? 0.0f : tp_iq4_scale(x, inverse));
         for (int i = 0; i < 16; ++i) out[2 + i] = (char)(tp_nearest_iq4(inverse * x(i)) | tp_nearest_iq4(inverse * x(i + 16)) << 4);
     } else if (type == kMXFP4) {
         float most = 0;

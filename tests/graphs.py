@@ -33,7 +33,20 @@ tensor ggml_rope_multi(ctx c, tensor a, tensor pos, tensor factors, int n_dims, 
                        float attn, float fast, float slow);
 tensor ggml_rope_ext_back(ctx c, tensor a, tensor pos, tensor factors, int n_dims, int mode, int n_ctx_orig, float base, float scale, float ext, float attn,
                           float fast, float slow);
-tensor ggml_cast(ctx c, tensor a, int type);
+tensor ggml_cast(ctx c, tensor a, int type); tensor ggml_add1(ctx c, tensor a, tensor b); tensor ggml_sum(ctx c, tensor a);
+tensor ggml_acc(ctx c, tensor a, tensor b, size_t nb1, size_t nb2, size_t nb3, size_t offset); tensor ggml_mean(ctx c, tensor a);
+tensor ggml_set(ctx c, tensor a, tensor b, size_t nb1, size_t nb2, size_t nb3, size_t offset); tensor ggml_cumsum(ctx c, tensor a);
+tensor ggml_argmax(ctx c, tensor a); tensor ggml_l2_norm(ctx c, tensor a, float eps); tensor ggml_group_norm(ctx c, tensor a, int groups, float eps);
+tensor ggml_repeat_4d(ctx c, tensor a, int64_t p, int64_t q, int64_t r, int64_t s); tensor ggml_concat(ctx c, tensor a, tensor b, int dim);
+tensor ggml_pad(ctx c, tensor a, int p, int q, int r, int s); tensor ggml_roll(ctx c, tensor a, int p, int q, int r, int s);
+tensor ggml_arange(ctx c, float start, float stop, float step); tensor ggml_fill(ctx c, tensor a, float value); tensor ggml_tri(ctx c, tensor a, int type);
+tensor ggml_diag(ctx c, tensor a); tensor ggml_diag_mask_inf(ctx c, tensor a, int n_past); tensor ggml_out_prod(ctx c, tensor a, tensor b);
+tensor ggml_ssm_conv(ctx c, tensor x, tensor w); tensor ggml_solve_tri(ctx c, tensor a, tensor b, bool left, bool lower, bool unit);
+tensor ggml_ssm_scan(ctx c, tensor s, tensor x, tensor dt, tensor a, tensor b, tensor k, tensor ids, int64_t snapshots);
+tensor ggml_gated_delta_net(ctx c, tensor q, tensor k, tensor v, tensor g, tensor beta, tensor state, int64_t snapshots);
+tensor ggml_gated_linear_attn(ctx c, tensor k, tensor v, tensor q, tensor g, tensor state, float scale);
+tensor ggml_rwkv_wkv6(ctx c, tensor k, tensor v, tensor r, tensor tf, tensor td, tensor state);
+tensor ggml_rwkv_wkv7(ctx c, tensor r, tensor w, tensor k, tensor v, tensor a, tensor b, tensor state);
 tensor ggml_glu(ctx c, tensor a, int op, bool swapped); tensor ggml_glu_split(ctx c, tensor a, tensor b, int op);
 tensor ggml_rms_norm(ctx c, tensor a, float eps); tensor ggml_norm(ctx c, tensor a, float eps);
 tensor ggml_get_rows(ctx c, tensor a, tensor b); tensor ggml_set_rows(ctx c, tensor a, tensor b, tensor idx);
@@ -181,9 +194,9 @@ def _mul_mats() -> None:
             lambda g, t=t: g.lib.ggml_get_rows(g.c, g.leaf(t, 256, 9, name="blk.0.ffn_norm.weight"), g.indices(8, 0, 3, 3))
         )
     for t, name in ELEMENT_TYPES.items():
-        for m in (1, 11):
+        for m in (1, 11, 33):
             case(f"mul_mat {name} 256x37 m{m}")(lambda g, t=t, m=m: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 37, scale=1 / 16), g.leaf(F32, 256, m)))
-        for role, m in (("attn_q", 3), ("attn_output", 1)):
+        for role, m in (("attn_q", 3), ("attn_output", 1), ("attn_output", 40)):
             case(f"mul_mat {name} {role} m{m}")(
                 lambda g, t=t, m=m, role=role: g.lib.ggml_mul_mat(g.c, g.leaf(t, 768, 96, scale=1 / 28, name=f"blk.0.{role}.weight"), g.leaf(F32, 768, m))
             )
@@ -213,7 +226,7 @@ def _element_wise() -> None:
     case("sqrt")(lambda g: g.lib.ggml_sqrt(g.c, g.leaf(F32, 77, 3, values=g.rng.uniform(0, 9, (3, 77)))))
     for op in ("silu", "gelu", "relu", "sigmoid", "gelu_quick", "tanh", "neg", "abs", "exp"):
         case(op)(lambda g, op=op: getattr(g.lib, f"ggml_{op}")(g.c, g.leaf(F32, 130, 3, scale=3)))
-    for op in ["sgn", "step", "elu", "hardswish", "hardsigmoid", "expm1", "softplus", "gelu_erf", "floor", "ceil", "round", "trunc", "sin", "cos"]:
+    for op in ("sgn", "step", "elu", "hardswish", "hardsigmoid", "expm1", "softplus", "gelu_erf", "floor", "ceil", "round", "trunc", "sin", "cos"):
         case(op)(lambda g, op=op: getattr(g.lib, f"ggml_{op}")(g.c, g.leaf(F32, 130, 3, scale=3)))
     case("log")(lambda g: g.lib.ggml_log(g.c, g.leaf(F32, 77, 3, values=g.rng.uniform(0.01, 9, (3, 77)))))
     case("leaky_relu")(lambda g: g.lib.ggml_leaky_relu(g.c, g.leaf(F32, 77, 3), 0.1, False))
@@ -314,6 +327,26 @@ def _attention() -> None:
             g.lib.ggml_flash_attn_ext_add_sinks(out, g.leaf(F32, heads))
         return out
 
+    def of_cache(g: Case, type_: int, heads: int, kv_heads: int, d: int = 64, n_kv: int = 96) -> Any:
+        """Keys and values as views of caches, which ranks divide by heads."""
+
+        def view(name: str) -> Any:
+            cache = g.leaf(type_, d * kv_heads, n_kv, name=name)
+            head, row = g.lib.ggml_row_size(type_, d), g.lib.ggml_row_size(type_, d * kv_heads)
+            return g.lib.ggml_permute(g.c, g.lib.ggml_view_4d(g.c, cache, d, kv_heads, n_kv, 1, head, row, row * n_kv, 0), 0, 2, 1, 3)
+
+        mask = g.leaf(F16, n_kv, 3, values=causal(n_kv, 3))
+        return g.lib.ggml_flash_attn_ext(g.c, g.leaf(F32, d, 3, heads), view("cache_k_l0"), view("cache_v_l0"), mask, d**-0.5, 0.0, 0.0)
+
+    for kv_heads in (2, 3, 6):
+        case(f"flash_attn of caches, {kv_heads} heads")(lambda g, n=kv_heads: of_cache(g, F16, 6, n))
+        for type_, name in {Q8_0: "Q8_0", Q4_0: "Q4_0"}.items():
+            case(f"flash_attn quantised caches, {name}, {kv_heads} heads")(lambda g, t=type_, n=kv_heads: of_cache(g, t, 6, n))
+    case("set_rows Q8_0 into a divided cache")(
+        lambda g: g.lib.ggml_cast(
+            g.c, g.lib.ggml_set_rows(g.c, g.leaf(Q8_0, 192, 9, name="cache_k_l0"), g.leaf(F32, 192, 3), g.indices(8, 0, 5, type_=I64)), F32
+        )
+    )
     for d in (32, 64, 80, 96, 128, 256):
         case(f"flash_attn d{d}")(lambda g, d=d: flash(g, d))
     for n_tokens in (1, 2, 17, 40):
@@ -417,7 +450,77 @@ def _experts() -> None:
         case(f"experts F16 of {n_tokens} tokens, gate and up in one")(lambda g, m=n_tokens: layer(g, m, False, True))
 
 
-for _register in (_mul_mats, _element_wise, _rows, _ropes, _attention, _experts):
+def _moves_and_sums() -> None:
+    case("add1")(lambda g: g.lib.ggml_add1(g.c, g.leaf(F32, 77, 3), g.leaf(F32, 1)))
+    for op in ("acc", "set"):
+        case(op)(lambda g, op=op: getattr(g.lib, f"ggml_{op}")(g.c, g.leaf(F32, 70, 5, 3), g.leaf(F32, 33, 2, 3), 280, 1400, 4200, 280 + 16))
+    case("sum")(lambda g: g.lib.ggml_sum(g.c, g.leaf(F32, 301, 5, 3)))
+    for n in (5, 300, 1025):
+        case(f"mean {n}")(lambda g, n=n: g.lib.ggml_mean(g.c, g.leaf(F32, n, 5, 3)))
+        case(f"cumsum {n}")(lambda g, n=n: g.lib.ggml_cumsum(g.c, g.leaf(F32, n, 5, 3)))
+        case(f"argmax {n}", I32)(lambda g, n=n: g.lib.ggml_argmax(g.c, g.leaf(F32, n, 5, values=g.rng.integers(0, n // 2, 5 * n))))
+        case(f"l2_norm {n}")(lambda g, n=n: g.lib.ggml_l2_norm(g.c, g.leaf(F32, n, 5, 3), 1e-6))
+    case("group_norm")(lambda g: g.lib.ggml_group_norm(g.c, g.leaf(F32, 17, 9, 10, 2), 4, 1e-5))
+    case("repeat")(lambda g: g.lib.ggml_repeat_4d(g.c, g.leaf(F32, 35, 1, 2), 70, 5, 2, 3))
+    for dim in range(4):
+        a, b = [70, 5, 3, 2], [70, 5, 3, 2]
+        b[dim] = 7
+        case(f"concat {dim}")(lambda g, d=dim, a=a, b=b: g.lib.ggml_concat(g.c, g.leaf(F32, *a), g.leaf(F32, *b), d))
+    case("pad")(lambda g: g.lib.ggml_pad(g.c, g.leaf(F32, 70, 5, 3), 3, 2, 1, 2))
+    case("roll")(lambda g: g.lib.ggml_roll(g.c, g.leaf(F32, 70, 5, 3, 2), 3, -2, 1, 0))
+    case("arange")(lambda g: g.lib.ggml_arange(g.c, 1.0, 301.0, 0.5))
+    for which in range(4):
+        case(f"tri {which}")(lambda g, w=which: g.lib.ggml_tri(g.c, g.leaf(F32, 37, 37, 3), w))
+    case("diag")(lambda g: g.lib.ggml_diag(g.c, g.leaf(F32, 37, 1, 3, 2)))
+    case("diag_mask_inf")(lambda g: g.lib.ggml_diag_mask_inf(g.c, g.leaf(F32, 40, 33, 2), 5))
+    case("out_prod")(lambda g: g.lib.ggml_out_prod(g.c, g.leaf(F32, 37, 19, 2), g.leaf(F32, 11, 19, 4)))
+
+
+def _recurrences() -> None:
+    def unit(g: Case, *ne: int) -> Any:  # between 0 and 1: what decays
+        return g.leaf(F32, *ne, values=g.rng.uniform(0.5, 1, np.prod(ne)))
+
+    for tokens in (1, 9):
+        case(f"ssm_conv {tokens}")(lambda g, n=tokens: g.lib.ggml_ssm_conv(g.c, g.leaf(F32, n + 3, 70, 2), g.leaf(F32, 4, 70)))
+        for kind, width in (("a head", 1), ("an element", 40)):
+            case(f"ssm_scan {tokens}, A for {kind}")(
+                lambda g, n=tokens, w=width: g.lib.ggml_ssm_scan(
+                    g.c, g.leaf(F32, 40, 6 if w == 1 else 1, 4, 3), g.leaf(F32, 6 if w == 1 else 1, 4, n, 2), g.leaf(F32, 4, n, 2),
+                    g.leaf(F32, w, 4, values=-g.rng.uniform(0.1, 1, 4 * w)), g.leaf(F32, 40, 2, n, 2), g.leaf(F32, 40, 2, n, 2), g.indices(2, 0), 1,
+                )
+            )  # fmt: skip
+        for gates in (1, 48):
+            case(f"gated_delta_net {tokens}, {gates} gates")(
+                lambda g, n=tokens, w=gates: g.lib.ggml_gated_delta_net(
+                    g.c, g.leaf(F32, 48, 2, n, 2, scale=0.15), g.leaf(F32, 48, 2, n, 2, scale=0.15), g.leaf(F32, 48, 4, n, 2),
+                    g.leaf(F32, w, 4, n, 2, values=-g.rng.uniform(0, 1, w * 8 * n)), unit(g, 1, 4, n, 2), g.leaf(F32, 48, 48, 4, 2), 1,
+                )
+            )  # fmt: skip
+        packed = (64, 3, 2 * tokens)
+        case(f"gated_linear_attn {tokens}")(
+            lambda g, p=packed: g.lib.ggml_gated_linear_attn(
+                g.c, g.leaf(F32, *p), g.leaf(F32, *p), g.leaf(F32, *p), unit(g, *p), g.leaf(F32, 64 * 64 * 3, 2), 0.125
+            )
+        )
+        case(f"rwkv_wkv6 {tokens}")(
+            lambda g, p=packed: g.lib.ggml_rwkv_wkv6(
+                g.c, g.leaf(F32, *p), g.leaf(F32, *p), g.leaf(F32, *p), g.leaf(F32, 64, 3), unit(g, *p), g.leaf(F32, 64 * 64 * 3, 2)
+            )
+        )
+        case(f"rwkv_wkv7 {tokens}")(
+            lambda g, p=packed: g.lib.ggml_rwkv_wkv7(
+                g.c, g.leaf(F32, *p), unit(g, *p), g.leaf(F32, *p), g.leaf(F32, *p), g.leaf(F32, *p, scale=0.1), g.leaf(F32, *p, scale=0.1),
+                g.leaf(F32, 64 * 64 * 3, 2),
+            )
+        )  # fmt: skip
+    case("solve_tri")(
+        lambda g: g.lib.ggml_solve_tri(
+            g.c, g.leaf(F32, 19, 19, 3, values=np.tril(g.rng.uniform(-0.1, 0.1, (3, 19, 19))) + np.eye(19)), g.leaf(F32, 37, 19, 3), True, True, False
+        )
+    )
+
+
+for _register in (_mul_mats, _element_wise, _rows, _ropes, _attention, _experts, _moves_and_sums, _recurrences):
     _register()
 
 def _bad_expert(g: Case, type_: int, bad: int, name: str = "", n_tokens: int = 1) -> Any:

@@ -1,6 +1,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "copy.h"
@@ -8,6 +9,9 @@
 #include "experts.h"
 #include "flash_attn.h"
 #include "fuse.h"
+#include "halve_weights.h"
+#include "hyper.h"
+#include "moves.h"
 #include "mul_mat.h"
 #include "mul_tile.h"
 #include "mul_tile_id.h"
@@ -16,6 +20,8 @@
 #include "norm.h"
 #include "persist.h"
 #include "quantize.h"
+#include "recurrent.h"
+#include "reduce.h"
 #include "rope.h"
 #include "rows.h"
 #include "soft_max.h"
@@ -184,6 +190,21 @@ void lower_mul_mat(const Site& s, Lowered& out) {
         out.add(mul_tile_launch(tile, s.arch), tile);
         return;
     }
+    if (!vec && halve_weights_can(args, s.arch)) {
+        out.scratch_bytes = rows * s.w.k * 2;
+        out.prepared = Prepared::kHalf;
+        if (s.prepared != out.prepared) out.add(halve_launch(prepare, false, s.arch), prepare);
+        const i64 step = halved_rows(args.w);
+        out.partial_bytes = step * s.w.k * 2;
+        for (i64 row = 0; row < args.w.n; row += step) {
+            const HalveWeightsArgs weights{args.w, reinterpret_cast<char*>(s.partials), row, std::min(step, args.w.n - row)};
+            const MulMatArgs part = halved(args, weights.out, row, weights.rows);
+            const MulTileArgs tile{part.w, part.y, prepare.xq, s.w.k, args.x.ne[1]};
+            out.add(halve_weights_launch(weights, s.arch), weights);
+            out.add(mul_tile_launch(tile, s.arch), tile);
+        }
+        return;
+    }
     if (mul_mat_needs_quantized_x(s.w, args.x.ne[1], s.arch)) {
         out.ok &= lower_quantize(s, out, prepare);
         args.xq = prepare.xq;
@@ -269,7 +290,8 @@ auto lookup(const Table& table, Key key) -> decltype(&table[0].second) {
     return nullptr;
 }
 
-constexpr std::pair<Op, BinaryOp> kBinary[] = {{Op::ADD, BinaryOp::kAdd}, {Op::SUB, BinaryOp::kSub}, {Op::MUL, BinaryOp::kMul}, {Op::DIV, BinaryOp::kDiv}};
+constexpr std::pair<Op, BinaryOp> kBinary[] = {
+    {Op::ADD, BinaryOp::kAdd}, {Op::ADD1, BinaryOp::kAdd}, {Op::SUB, BinaryOp::kSub}, {Op::MUL, BinaryOp::kMul}, {Op::DIV, BinaryOp::kDiv}};
 constexpr std::pair<abi::Unary, UnaryOp> kUnary[] = {{abi::Unary::SILU, UnaryOp::kSilu},
                                                      {abi::Unary::GELU, UnaryOp::kGelu},
                                                      {abi::Unary::RELU, UnaryOp::kRelu},
@@ -513,27 +535,266 @@ void lower_copy(const Site& s, Lowered& out) {
     }
 }
 
+/// All of a into y, then b over (SET) or onto (ACC) a part of y, whose strides and place are parameters.
+void lower_into_part(const Site& s, Lowered& out) {
+    const CopyArgs whole{s.x[0], s.y};
+    out.add(copy_launch(whole, s.arch), whole);
+    View part = s.y;
+    for (int d = 0; d < 4; ++d) part.ne[d] = s.x[1].ne[d];
+    for (int d = 1; d < 4; ++d) part.nb[d] = s.t->params[d - 1];
+    part.data += s.t->params[3];
+    if (is_empty(part)) return;
+    if (s.t->op == Op::ACC) {
+        const BinaryArgs sum{part, s.x[1], part};
+        out.add(binary_launch(BinaryOp::kAdd, sum, s.arch), sum);
+    } else {
+        const CopyArgs copy{s.x[1], part};
+        out.add(copy_launch(copy, s.arch), copy);
+    }
+}
+MoveArgs move_args(const Site& s) {
+    MoveArgs args{};
+    args.x = s.x[0];
+    args.b = s.x[1];
+    args.y = s.y;
+    args.bytes = unit_bytes(s.y.type);
+    return args;
+}
+void lower_concat(const Site& s, Lowered& out) {
+    MoveArgs args = move_args(s);
+    args.p[0] = s.t->params[0];
+    for (View* v : {&args.x, &args.b, &args.y}) {  // blocks side by side
+        if (v->ne[0] % block_elems(v->type)) out.ok = false;
+        v->ne[0] /= block_elems(v->type);
+    }
+    if (args.p[0] < 0 || args.p[0] > 3) out.ok = false;
+    else if (is_empty(args.x)) args.x = args.b, args.p[0] = 0;
+    if (out.ok) out.add(concat_launch(args, s.arch), args);
+}
+void lower_move(const Site& s, Lowered& out) {
+    MoveArgs args = move_args(s);
+    const i32* p = s.t->params;
+    switch (s.t->op) {
+        case Op::REPEAT: return out.add(move_launch("repeat", args, s.arch), args);
+        case Op::PAD: std::copy(p, p + 9, args.p); return out.add(move_or_fill_launch("pad", args, s.arch), args);
+        case Op::ROLL: std::copy(p, p + 4, args.p); return out.add(move_launch("roll", args, s.arch), args);
+        case Op::TRI:  // upper and diagonal, upper, lower and diagonal, lower
+            args.p[1] = p[0] >= 2;
+            args.p[2] = p[0] == 0 || p[0] == 2;
+            args.p[3] = p[0] < 2;
+            return out.add(move_or_fill_launch("triangle", args, s.arch), args);
+        case Op::DIAG_MASK_INF:
+            args.p[0] = p[0];
+            args.p[1] = args.p[2] = 1;
+            args.value = -INFINITY;
+            return out.add(move_or_fill_launch("triangle", args, s.arch), args);
+        case Op::DIAG: return out.add(move_or_fill_launch("diagonal", args, s.arch), args);
+        default:  // ARANGE
+            args.value = s.t->param_f32(0);
+            args.step = s.t->param_f32(2);
+            return out.add(arange_launch(args, s.arch), args);
+    }
+}
+void lower_reduce(const Site& s, Lowered& out) {
+    ReduceArgs args{s.x[0], s.y, s.t->param_f32(0), 0};
+    switch (s.t->op) {
+        case Op::SUM: return out.add(sum_all_launch(args, s.arch), args);
+        case Op::MEAN: return out.add(reduce_rows_launch("mean_rows", args, s.arch), args);
+        case Op::CUMSUM: return out.add(reduce_rows_launch("cumsum", args, s.arch), args);
+        case Op::L2_NORM: return out.add(reduce_rows_launch("l2_norm", args, s.arch), args);
+        case Op::ARGMAX:
+            if (n_rows(args.x) != args.y.ne[0]) out.ok = false;
+            return out.add(reduce_rows_launch("argmax", args, s.arch, kI32), args);
+        default:
+            args.n_groups = s.t->params[0];
+            args.eps = s.t->param_f32(1);
+            return out.add(group_norm_launch(args, s.arch), args);
+    }
+}
+
+bool is_packed(const View& v) {
+    i64 bytes = unit_bytes(v.type);
+    for (int d = 0; d < 4; ++d) {
+        if (v.ne[d] != 1 && v.nb[d] != bytes) return false;
+        bytes *= v.ne[d];
+    }
+    return true;
+}
+void lower_recurrent(const Site& s, Lowered& out) {
+    RecurrentArgs args{};
+    std::copy(s.x, s.x + 7, args.src);
+    args.y = reinterpret_cast<float*>(s.y.data);
+    args.snapshots = 1;
+    args.scale = 1.0f;
+    const char* kernel = nullptr;
+    int sources = 6;
+    const View* packed = nullptr;  // the state, where it must be
+    const View* x = s.x;
+    auto heads = [&](const View& v, const View& state) {  // v [n, n_head, all tokens], state [.., n_seqs]
+        args.n = args.rows = v.ne[0];
+        args.n_head = v.ne[1];
+        args.n_seqs = state.ne[1];
+        args.n_tokens = args.n_seqs ? v.ne[2] / args.n_seqs : 0;
+        packed = &state;
+    };
+    switch (s.t->op) {
+        case Op::SSM_SCAN:
+            kernel = "ssm_scan";
+            args.n = x[0].ne[0];
+            args.rows = x[0].ne[1];
+            args.n_head = x[1].ne[1];
+            args.n_tokens = x[1].ne[2];
+            args.n_seqs = x[1].ne[3];
+            args.snapshots = std::max(1, s.t->params[0]);  // 0 in hosts from before there were several
+            if (x[6].type != kI32 || x[4].ne[1] == 0 || args.n_head % x[4].ne[1]) out.ok = false;
+            break;
+        case Op::GATED_DELTA_NET:
+            kernel = "gated_delta_net";
+            args.n = args.rows = x[2].ne[0];
+            args.n_head = x[2].ne[1];
+            args.n_tokens = x[2].ne[2];
+            args.n_seqs = x[2].ne[3];
+            args.snapshots = std::max(1, s.t->params[0]);
+            args.scale = 1.0f / std::sqrt(static_cast<float>(args.n));
+            if (x[0].ne[3] == 0 || x[1].ne[3] == 0 || x[0].ne[1] == 0 || x[1].ne[1] == 0 || x[2].ne[3] % x[0].ne[3] || x[2].ne[3] % x[1].ne[3]) out.ok = false;
+            if ((x[3].ne[0] != 1 && x[3].ne[0] != args.n) || x[5].nb[0] != 4) out.ok = false;
+            break;
+        case Op::GATED_LINEAR_ATTN:
+            kernel = "gated_linear_attn";
+            args.scale = s.t->param_f32(0);
+            sources = 5;
+            heads(x[1], x[4]);
+            break;
+        case Op::RWKV_WKV6:
+            kernel = "rwkv_wkv6";
+            heads(x[1], x[5]);
+            break;
+        default:
+            kernel = "rwkv_wkv7";
+            sources = 7;
+            heads(x[3], x[6]);
+            break;
+    }
+    if (!is_packed(s.y) || (packed && !is_packed(*packed))) out.ok = false;
+    args.state = args.y + args.rows * args.n_head * args.n_tokens * args.n_seqs;
+    out.add(recurrent_launch(kernel, args, sources, s.arch), args);
+}
+void lower_ssm_conv(const Site& s, Lowered& out) {
+    const BinaryArgs args{s.x[0], s.x[1], s.y};
+    out.add(s.t->op == Op::SSM_CONV ? ssm_conv_launch(args, s.arch) : solve_tri_launch(args, s.arch), args);
+}
+/// y[n, m] = sum over k of a[n, k] * b[m, k]: a product of both with their axes exchanged.
+void lower_out_prod(const Site& s, Lowered& out) {
+    const View &a = s.x[0], &b = s.x[1];
+    if (block_elems(a.type) != 1 || a.ne[2] == 0 || a.ne[3] == 0 || b.ne[2] % a.ne[2] || b.ne[3] % a.ne[3]) {
+        out.ok = false;
+        return;
+    }
+    auto exchanged = [](View v) {
+        std::swap(v.ne[0], v.ne[1]);
+        std::swap(v.nb[0], v.nb[1]);
+        return v;
+    };
+    MulMatArgs args{};
+    args.w = host_matrix(exchanged(a));
+    args.x = exchanged(b);
+    args.y = s.y;
+    args.k_end = a.ne[1];
+    args.ratio2 = static_cast<i32>(b.ne[2] / a.ne[2]);
+    args.ratio3 = static_cast<i32>(b.ne[3] / a.ne[3]);
+    out.add(mul_mat_launch(args, s.arch), args);
+}
+void lower_indexer(const Site& s, Lowered& out) {
+    const IndexerArgs args{s.x[0], s.x[2], s.x[3], s.y, host_matrix(s.x[1])};
+    out.add(indexer_launch(args, s.arch), args);
+}
+void lower_hyper(const Site& s, Lowered& out) {
+    HyperArgs args{};
+    args.x = s.x[0];
+    args.residual = s.x[1];
+    args.post = s.x[2];
+    args.comb = s.x[3];
+    args.y = s.y;
+    switch (s.t->op) {
+        case Op::DSV4_HC_PRE:
+            args.scale = s.t->param_f32(0);
+            args.flag = s.t->params[1];
+            return out.add(hyper_launch("hyper_pre", args, s.y, s.arch), args);
+        case Op::DSV4_HC_POST: args.flag = s.t->src[3] < 0; return out.add(hyper_launch("hyper_post", args, s.y, s.arch), args);
+        default:
+            args.eps = s.t->param_f32(0);
+            args.n_iter = s.t->params[1];
+            if (args.x.ne[0] != 24) out.ok = false;  // four streams
+            return out.add(hyper_launch("hyper_comb", args, s.x[0], s.arch), args);
+    }
+}
+
 struct Row {
     Op op;
     void (*lower)(const Site&, Lowered&);
 };
 constexpr Row kRows[] = {
-    {Op::MUL_MAT, lower_mul_mat},   {Op::ADD, lower_binary},
-    {Op::SUB, lower_binary},        {Op::MUL, lower_binary},
-    {Op::DIV, lower_binary},        {Op::SCALE, lower_scale},
-    {Op::CLAMP, lower_scale},       {Op::UNARY, lower_unary},
-    {Op::SQR, lower_unary},         {Op::SQRT, lower_unary},
-    {Op::GLU, lower_glu},           {Op::RMS_NORM, lower_norm},
-    {Op::NORM, lower_norm},         {Op::ROPE, lower_rope},
-    {Op::SOFT_MAX, lower_soft_max}, {Op::FLASH_ATTN_EXT, lower_flash_attn},
-    {Op::GET_ROWS, lower_get_rows}, {Op::SET_ROWS, lower_set_rows},
-    {Op::CPY, lower_copy},          {Op::CONT, lower_copy},
-    {Op::DUP, lower_copy},          {Op::MUL_MAT_ID, lower_mul_mat_id},
-    {Op::ADD_ID, lower_add_id},     {Op::ARGSORT, lower_argsort},
-    {Op::TOP_K, lower_argsort},     {Op::SUM_ROWS, lower_sum_rows},
-    {Op::FILL, lower_fill},         {Op::ROPE_BACK, lower_rope},
-    {Op::LOG, lower_unary},         {Op::SIN, lower_unary},
-    {Op::COS, lower_unary},         {Op::LEAKY_RELU, lower_unary},
+    {Op::MUL_MAT, lower_mul_mat},
+    {Op::ADD, lower_binary},
+    {Op::SUB, lower_binary},
+    {Op::MUL, lower_binary},
+    {Op::DIV, lower_binary},
+    {Op::SCALE, lower_scale},
+    {Op::CLAMP, lower_scale},
+    {Op::UNARY, lower_unary},
+    {Op::SQR, lower_unary},
+    {Op::SQRT, lower_unary},
+    {Op::GLU, lower_glu},
+    {Op::RMS_NORM, lower_norm},
+    {Op::NORM, lower_norm},
+    {Op::ROPE, lower_rope},
+    {Op::SOFT_MAX, lower_soft_max},
+    {Op::FLASH_ATTN_EXT, lower_flash_attn},
+    {Op::GET_ROWS, lower_get_rows},
+    {Op::SET_ROWS, lower_set_rows},
+    {Op::CPY, lower_copy},
+    {Op::CONT, lower_copy},
+    {Op::DUP, lower_copy},
+    {Op::MUL_MAT_ID, lower_mul_mat_id},
+    {Op::ADD_ID, lower_add_id},
+    {Op::ARGSORT, lower_argsort},
+    {Op::TOP_K, lower_argsort},
+    {Op::SUM_ROWS, lower_sum_rows},
+    {Op::FILL, lower_fill},
+    {Op::ROPE_BACK, lower_rope},
+    {Op::LOG, lower_unary},
+    {Op::SIN, lower_unary},
+    {Op::COS, lower_unary},
+    {Op::LEAKY_RELU, lower_unary},
+    {Op::ADD1, lower_binary},
+    {Op::ACC, lower_into_part},
+    {Op::SET, lower_into_part},
+    {Op::SUM, lower_reduce},
+    {Op::MEAN, lower_reduce},
+    {Op::CUMSUM, lower_reduce},
+    {Op::ARGMAX, lower_reduce},
+    {Op::L2_NORM, lower_reduce},
+    {Op::GROUP_NORM, lower_reduce},
+    {Op::REPEAT, lower_move},
+    {Op::CONCAT, lower_concat},
+    {Op::PAD, lower_move},
+    {Op::ROLL, lower_move},
+    {Op::ARANGE, lower_move},
+    {Op::TRI, lower_move},
+    {Op::DIAG, lower_move},
+    {Op::DIAG_MASK_INF, lower_move},
+    {Op::SSM_CONV, lower_ssm_conv},
+    {Op::SOLVE_TRI, lower_ssm_conv},
+    {Op::SSM_SCAN, lower_recurrent},
+    {Op::GATED_DELTA_NET, lower_recurrent},
+    {Op::GATED_LINEAR_ATTN, lower_recurrent},
+    {Op::RWKV_WKV6, lower_recurrent},
+    {Op::RWKV_WKV7, lower_recurrent},
+    {Op::OUT_PROD, lower_out_prod},
+    {Op::LIGHTNING_INDEXER, lower_indexer},
+    {Op::DSV4_HC_COMB, lower_hyper},
+    {Op::DSV4_HC_PRE, lower_hyper},
+    {Op::DSV4_HC_POST, lower_hyper},
 };
 
 const Row* row_of(Op op) {
