@@ -59,7 +59,6 @@ void ggml_rope_set_offset(tensor a, int n_offs);
 tensor ggml_soft_max_ext(ctx c, tensor a, tensor mask, float scale, float max_bias); void ggml_soft_max_add_sinks(tensor a, tensor sinks);
 tensor ggml_mul_mat_id(ctx c, tensor as, tensor b, tensor ids); tensor ggml_add_id(ctx c, tensor a, tensor b, tensor ids);
 tensor ggml_argsort(ctx c, tensor a, int order); tensor ggml_top_k(ctx c, tensor a, int k); tensor ggml_sum_rows(ctx c, tensor a);
-tensor ggml_fill(ctx c, tensor a, float v);
 tensor ggml_reshape_3d(ctx c, tensor a, int64_t p, int64_t q, int64_t r);
 tensor ggml_flash_attn_ext(ctx c, tensor q, tensor k, tensor v, tensor mask, float scale, float max_bias, float softcap);
 void ggml_flash_attn_ext_add_sinks(tensor a, tensor sinks);
