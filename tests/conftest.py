@@ -5,11 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import families
+import jobs
 import pytest
 
 DEADLINE_S = 240
@@ -45,16 +46,18 @@ def workers() -> Iterator[Workers]:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
     folder = tmp_path_factory.mktemp("models")
+    writers = Workers()
 
     def get(family: str, quant: str, **options: Any) -> str:
-        path: Path = folder / f"{family}-{quant}-{'-'.join(map(str, options.values()))}.gguf"
+        path: Path = folder / f"{family}-{quant}-{zlib.crc32(repr(sorted(options.items())).encode()):x}.gguf"
         if not path.exists():
-            families.write_model(path, family, quant, **options)
+            writers.run(jobs.write_model, {}, path=str(path), family=family, quant=quant, options=options)
         return str(path)
 
-    return get
+    yield get
+    writers.close()
 
 
 def emulated(ranks: int, arch: str = "sm_60", **more: str) -> dict[str, str]:

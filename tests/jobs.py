@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import families
 import graphs
 import numpy as np
 from ggml_tp import LIBRARY as INSTALLED
-from ggml_tp.host import Host, HostError
+from ggml_tp.host import N_GPU_LAYERS_OFFSET, Host, HostError
 from ggml_tp.inspection import REDUCES, Inspection
 
 LIBRARY = Path(os.environ.get("TEST_LIBRARY", INSTALLED))  # a sanitizer's build, when tests ask for it
@@ -30,22 +31,107 @@ def _with_plugin(library: str | None = None) -> Host:
     return host
 
 
+def write_model(path: str, family: str, quant: str, options: dict[str, Any]) -> None:
+    families.write_model(_host(), Path(path), family, quant, **options)
+
+
+def _model_params(host: Host, layers: int, on_cpu: str) -> Any:
+    ffi, lib = host.ffi, host.lib
+    params = ffi.new("params_t *", lib.llama_model_default_params())
+    ffi.cast("int32_t *", params)[N_GPU_LAYERS_OFFSET // 4] = layers
+    if on_cpu:
+        if "overrides" not in _cache:
+            ffi.cdef("typedef struct { const char *pattern; void *buft; } buft_override; void *ggml_backend_cpu_buffer_type(void);")
+            _cache["overrides"] = ffi.dlopen(os.fspath(host.path))
+        _cache["pattern"] = ffi.new("char[]", on_cpu.encode())
+        _cache["override"] = ffi.new("buft_override[2]", [(_cache["pattern"], _cache["overrides"].ggml_backend_cpu_buffer_type())])
+        ffi.cast("void **", params)[1] = _cache["override"]
+    return params
+
+
 def run_model(
-    model: str, prompt: list[int] | str, n: int, on_device: bool, flash_attn: bool = True, library: str | None = None, n_ubatch: int = 512
-) -> dict[str, Any]:
-    """Greedy generation and the logits of every prompt position."""
+    model: str, prompt: list[int] | str, n: int, on_device: bool, flash_attn: bool = True, library: str | None = None, n_ubatch: int = 512,
+    layers: int = 999, on_cpu: str = "", kv_type: int = graphs.F16,
+) -> dict[str, Any]:  # fmt: skip
+    """Greedy generation and the logits of every prompt position. `layers`: how many of them the device has; `on_cpu`: weights, by a pattern, that
+    stay with the host's CPU all the same."""
     host = _with_plugin(library) if on_device else _host(library)
-    loaded = host.model(model, "TP0" if on_device else None)
+    loaded = host.model(model, "TP0" if on_device else None, _model_params(host, layers, on_cpu) if on_device and (layers < 999 or on_cpu) else None)
     tokens_in = loaded.tokenize(prompt) if isinstance(prompt, str) else prompt
-    context = loaded.context(n_ctx=1024, flash_attn=flash_attn, n_ubatch=n_ubatch)
+    context = loaded.context(n_ctx=1024, flash_attn=flash_attn, n_ubatch=n_ubatch, kv_type=kv_type)
     tokens, logits, _ = context.generate(tokens_in, n)
-    out: dict[str, Any] = {"tokens": tokens, "logits": logits}
-    if on_device:
-        inspection = Inspection(LIBRARY)
-        out |= {"counters": inspection.counters(), "bytes": inspection.rank_bytes(), "plan": inspection.text("plan"), "program": inspection.text("program")}
+    out: dict[str, Any] = {"tokens": tokens, "logits": logits, **_inspected(on_device)}
     context.close()
-    context = loaded.context(n_ctx=1024, flash_attn=flash_attn, n_ubatch=n_ubatch)
+    context = loaded.context(n_ctx=1024, flash_attn=flash_attn, n_ubatch=n_ubatch, kv_type=kv_type)
     out["prompt_logits"] = context.decode(tokens_in, 0, all_logits=True)
+    context.close()
+    loaded.close()
+    return out
+
+
+_MORE = """
+    typedef struct llama_lora llama_lora;
+    void llama_set_embeddings(void *context, bool embeddings);
+    int32_t llama_encode(void *context, llama_batch batch);
+    float *llama_get_embeddings_ith(void *context, int32_t i);
+    int32_t llama_model_n_embd(const void *model);
+    int32_t llama_model_decoder_start_token(const void *model);
+    bool llama_memory_seq_rm(void *memory, int32_t seq, int32_t from, int32_t to);
+    void llama_memory_seq_cp(void *memory, int32_t seq, int32_t to_seq, int32_t from, int32_t to);
+    void llama_memory_seq_add(void *memory, int32_t seq, int32_t from, int32_t to, int32_t delta);
+    bool llama_memory_can_shift(void *memory);
+    llama_lora *llama_adapter_lora_init(void *model, const char *path);
+    int32_t llama_set_adapters_lora(void *context, llama_lora **adapters, size_t n, float *scales);
+    int32_t llama_set_adapter_cvec(void *context, const float *data, size_t n, int32_t n_embd, int32_t first_layer, int32_t last_layer);
+"""
+
+
+def _more(host: Host) -> Any:
+    """Functions of the host that only tests call."""
+    if ("more", host.path) not in _cache:
+        host.ffi.cdef(_MORE)
+        _cache["more", host.path] = host.ffi.dlopen(os.fspath(host.path))
+    return _cache["more", host.path]
+
+
+def _inspected(on_device: bool) -> dict[str, Any]:
+    if not on_device:
+        return {}
+    inspection = Inspection(LIBRARY)
+    return {"counters": inspection.counters(), "bytes": inspection.rank_bytes(), "plan": inspection.text("plan"), "program": inspection.text("program")}
+
+
+def embed(model: str, prompt: list[int], n: int, on_device: bool, flash_attn: bool = True) -> dict[str, Any]:
+    """Of a model that is only an encoder: every token's embedding before pooling (none is asked for), as run_model's prompt_logits."""
+    host = _with_plugin() if on_device else _host()
+    lib, loaded = _more(host), host.model(model, "TP0" if on_device else None)
+    context = loaded.context(n_ctx=1024, flash_attn=flash_attn)
+    lib.llama_set_embeddings(context.handle, True)
+    batch = context._fill([(token, i, 0) for i, token in enumerate(prompt)], True)
+    assert lib.llama_encode(context.handle, batch) == 0
+    n_embd = lib.llama_model_n_embd(loaded.handle)
+    rows = [np.frombuffer(host.ffi.buffer(lib.llama_get_embeddings_ith(context.handle, i), n_embd * 4), np.float32).copy() for i in range(len(prompt))]
+    out = {"tokens": [], "prompt_logits": np.stack(rows), "logits": np.stack(rows), **_inspected(on_device)}
+    lib.llama_batch_free(batch)
+    context.close()
+    loaded.close()
+    return out
+
+
+def encode_decode(model: str, prompt: list[int], n: int, on_device: bool, flash_attn: bool = True) -> dict[str, Any]:
+    """The encoder reads the prompt, the decoder generates; then it reads what it said in one batch."""
+    host = _with_plugin() if on_device else _host()
+    lib, loaded = _more(host), host.model(model, "TP0" if on_device else None)
+    context = loaded.context(n_ctx=1024, flash_attn=flash_attn)
+    batch = context._fill([(token, i, 0) for i, token in enumerate(prompt)], True)
+    assert lib.llama_encode(context.handle, batch) == 0
+    start = lib.llama_model_decoder_start_token(loaded.handle)
+    tokens, logits, _ = context.generate([start], n)
+    out = {"tokens": tokens, "logits": logits, **_inspected(on_device)}
+    context.clear()
+    assert lib.llama_encode(context.handle, batch) == 0
+    out["prompt_logits"] = context.decode([start, *prompt[:20]], 0, all_logits=True)
+    lib.llama_batch_free(batch)
     context.close()
     loaded.close()
     return out

@@ -55,9 +55,10 @@ const char *ggml_backend_dev_description(void *device);
 void ggml_backend_dev_memory(void *device, size_t *free_bytes, size_t *total_bytes);
 """
 
-_N_GPU_LAYERS_OFFSET = 16  # after devices and tensor_buft_overrides
+N_GPU_LAYERS_OFFSET = 16  # after devices and tensor_buft_overrides
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _DEFAULT_THREADS = 4  # GGML_DEFAULT_N_THREADS
+_F16 = 1  # GGML_TYPE_F16, the default of caches
 
 
 class HostError(RuntimeError):
@@ -90,6 +91,7 @@ class _ContextFields:
     threads: int
     flash_attn: int
     flash_attn_is_enum: bool
+    kv_types: int
 
 
 def _context_fields(defaults: bytes) -> _ContextFields:
@@ -97,10 +99,10 @@ def _context_fields(defaults: bytes) -> _ContextFields:
     words = struct.unpack_from("40i", defaults)
     first = words.index(-1, 4)
     threads = next(i for i in range(4, first) if words[i] == words[i + 1] == _DEFAULT_THREADS)
+    types = next(i for i in range(first, 39) if words[i] == words[i + 1] == _F16)  # type_k, type_v
     if words[first + 3] == -1:  # llama_flash_attn_type, since 2025-08
-        return _ContextFields(threads * 4, (first + 3) * 4, True)
-    types = next(i for i in range(first, 39) if words[i] == words[i + 1] == 1)  # type_k, type_v: f16
-    return _ContextFields(threads * 4, (types + 6) * 4 + 2, False)  # after the abort callback: embeddings, offload_kqv, flash_attn
+        return _ContextFields(threads * 4, (first + 3) * 4, True, types * 4)
+    return _ContextFields(threads * 4, (types + 6) * 4 + 2, False, types * 4)  # after the abort callback: embeddings, offload_kqv, flash_attn
 
 
 class Host:
@@ -161,7 +163,7 @@ class Model:
                 raise HostError(f"the host has no device {device}")
         ffi.cast("void **", params)[0] = self._devices
         if not given:
-            ffi.cast("int32_t *", params)[_N_GPU_LAYERS_OFFSET // 4] = 999 if device is not None else 0
+            ffi.cast("int32_t *", params)[N_GPU_LAYERS_OFFSET // 4] = 999 if device is not None else 0
         self.handle = lib.llama_model_load_from_file(os.fsencode(path), params[0])
         if self.handle == ffi.NULL:
             raise HostError(f"the host could not load {os.fspath(path)}; see the lines above")
@@ -182,9 +184,11 @@ class Model:
             out += self.host.ffi.buffer(buffer, max(n, 0))[:]
         return out.decode(errors="replace")
 
-    def context(self, n_ctx: int = 512, flash_attn: bool = True, n_seq_max: int = 1, n_ubatch: int = 512, params: Any = None) -> Context:
-        """`params` (params_t *): used as they are, without the others."""
-        return Context(self, n_ctx, flash_attn, n_seq_max, n_ubatch, params)
+    def context(
+        self, n_ctx: int = 512, flash_attn: bool = True, n_seq_max: int = 1, n_ubatch: int = 512, kv_type: int = _F16, params: Any = None
+    ) -> Context:
+        """`kv_type`: a ggml_type, of both caches. `params` (params_t *): used as they are, without the others."""
+        return Context(self, n_ctx, flash_attn, n_seq_max, n_ubatch, kv_type, params)
 
     def close(self) -> None:
         if self.handle is not None:
@@ -195,7 +199,7 @@ class Model:
 class Context:
     """A context: its KV cache and the last logits."""
 
-    def __init__(self, model: Model, n_ctx: int, flash_attn: bool, n_seq_max: int, n_ubatch: int, params: Any) -> None:
+    def __init__(self, model: Model, n_ctx: int, flash_attn: bool, n_seq_max: int, n_ubatch: int, kv_type: int, params: Any) -> None:
         self.model = model
         ffi, lib = model.host.ffi, model.host.lib
         if params is None:
@@ -204,6 +208,7 @@ class Context:
             words = ffi.cast("int32_t *", params)
             words[0], words[1], words[2], words[3] = n_ctx, max(n_ubatch, 2048), n_ubatch, n_seq_max
             words[fields.threads // 4] = words[fields.threads // 4 + 1] = 2
+            words[fields.kv_types // 4] = words[fields.kv_types // 4 + 1] = kv_type
             if fields.flash_attn_is_enum:
                 words[fields.flash_attn // 4] = int(flash_attn)
             else:
