@@ -66,7 +66,7 @@ TP_KERNEL(soft_max, SoftMaxArgs, 256) {
     }
     ExpSum all = block_merge(mine);
     if (args.has_sinks) {
-        const float sink = load(args.sinks, {row.i2, 0, 0, 0});
+        const float sink = load(args.sinks, {row.i2 + args.head_offset, 0, 0, 0});
         const float max = fmaxf(all.max, sink);
         all = {max, all.sum * exp_from(all.max, max) + exp_from(sink, max)};
     }

@@ -289,3 +289,20 @@ def write_model(host: Host, path: Path, family: str, quant: str, seed: int = 0, 
         else:
             w.add_tensor(name, data, raw_dtype=kind)
     _close(w)
+
+
+def write_lora(path: Path, model: Path, rank: int = 8, seed: int = 1) -> None:
+    """An adapter for every matrix of every layer, experts too; its products are about a third of the matrix's own."""
+    reader = gguf.GGUFReader(model)
+    w = gguf.GGUFWriter(path, str(reader.fields["general.architecture"].contents()))
+    w.add_type("adapter")
+    w.add_string("adapter.type", "lora")
+    w.add_float32("adapter.lora.alpha", float(rank))
+    rng = np.random.default_rng(seed)
+    for tensor in reader.tensors:
+        if not re.fullmatch(r"blk\.\d+\.(attn_[qkv]|attn_qkv|attn_output|ffn_(up|gate|down)(_exps)?)\.weight", tensor.name):
+            continue
+        k, n, *more = (int(d) for d in tensor.shape)
+        w.add_tensor(tensor.name + ".lora_a", rng.normal(0, k**-0.5, (*more, rank, k)).astype(np.float32))
+        w.add_tensor(tensor.name + ".lora_b", rng.normal(0, 0.3 * rank**-0.5, (*more, n, rank)).astype(np.float32))
+    _close(w)

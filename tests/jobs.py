@@ -137,6 +137,50 @@ def encode_decode(model: str, prompt: list[int], n: int, on_device: bool, flash_
     return out
 
 
+def write_lora(path: str, model: str) -> None:
+    families.write_lora(Path(path), Path(model))
+
+
+def adapted(model: str, prompt: list[int], lora: str | None, steer: bool, on_device: bool) -> dict[str, Any]:
+    """Logits of every prompt position with a LoRA adapter at half of its strength, or with a control vector from the second layer on."""
+    host = _with_plugin() if on_device else _host()
+    ffi, lib, loaded = host.ffi, _more(host), host.model(model, "TP0" if on_device else None)
+    context = loaded.context(n_ctx=512)
+    if lora:
+        adapters = ffi.new("llama_lora *[1]", [lib.llama_adapter_lora_init(loaded.handle, os.fsencode(lora))])
+        assert adapters[0] != ffi.NULL
+        assert lib.llama_set_adapters_lora(context.handle, adapters, 1, ffi.new("float[1]", [0.5])) == 0
+    if steer:
+        n_embd = lib.llama_model_n_embd(loaded.handle)
+        vector = np.linspace(-1, 1, n_embd, dtype=np.float32)
+        assert lib.llama_set_adapter_cvec(context.handle, ffi.from_buffer("float[]", vector), n_embd, n_embd, 1, 1) == 0
+    out = {"prompt_logits": context.decode(prompt, 0, all_logits=True), **_inspected(on_device)}
+    context.close()
+    loaded.close()
+    return out
+
+
+def edited_cache(model: str, prompt: list[int], on_device: bool, kv_type: int = graphs.F16, flash_attn: bool = True) -> np.ndarray:
+    """A sequence is copied; of the first one positions are cut out and the rest shifted; then both go on, and one more after the copy is gone."""
+    host = _with_plugin() if on_device else _host()
+    lib, loaded = _more(host), host.model(model, "TP0" if on_device else None)
+    context = loaded.context(n_ctx=512, n_seq_max=2, kv_type=kv_type, flash_attn=flash_attn)
+    rows = [context.decode(prompt, 0)]
+    memory, n = lib.llama_get_memory(context.handle), len(prompt)
+    lib.llama_memory_seq_cp(memory, 0, 1, -1, -1)
+    rows.append(context.decode_batch([(7, n, 0), (8, n, 1)], all_logits=True))
+    if lib.llama_memory_can_shift(memory):
+        assert lib.llama_memory_seq_rm(memory, 0, 5, 13)
+        lib.llama_memory_seq_add(memory, 0, 13, -1, -8)
+        n -= 8
+    rows.append(context.decode_batch([(9, n + 1, 0)], all_logits=True))
+    assert lib.llama_memory_seq_rm(memory, 1, -1, -1)
+    rows.append(context.decode_batch([(10, n + 2, 0), (11, 0, 1)], all_logits=True))
+    context.close()
+    loaded.close()
+    return np.concatenate(rows)
+
+
 def sequences(model: str, on_device: bool) -> np.ndarray:
     """Three sequences of different length in one batch, then one more token of each."""
     host = _with_plugin() if on_device else _host()
