@@ -156,7 +156,8 @@ u64 graph_key(const Graph& graph) {
         if (t.stored) {
             for (const DevicePtr shard : t.stored->shard) hash.mix(shard);
             hash.mix(static_cast<u64>(t.stored->sharding.kind) << 8 | static_cast<u64>(t.stored->sharding.axis));
-            for (const Range& range : t.stored->sharding.ranges) hash.mix(static_cast<u64>(range.begin)), hash.mix(static_cast<u64>(range.end));
+            for (int s = 0; s < t.stored->sharding.n_segments(); ++s)
+                for (const Range& range : t.stored->sharding.segment(s).ranges) hash.mix(static_cast<u64>(range.begin)), hash.mix(static_cast<u64>(range.end));
             if (t.stored->extent) {
                 hash.mix(static_cast<u64>(t.stored->extent->period_bytes));
                 for (const Range& range : t.stored->extent->ranges) hash.mix(static_cast<u64>(range.begin)), hash.mix(static_cast<u64>(range.end));
@@ -168,7 +169,8 @@ u64 graph_key(const Graph& graph) {
             for (const Residency& r : t.buffer->residency) {
                 if (static_cast<i64>(t.address - t.buffer->base) != r.offset) continue;
                 hash.mix(static_cast<u64>(r.extent.period_bytes) << 1 | r.extent.is_partial);
-                for (const Range& range : r.extent.ranges) hash.mix(static_cast<u64>(range.begin * 31 + range.end));
+                for (int s = 0; s < r.extent.n_segments(); ++s)
+                    for (const Range& range : r.extent.segment(s)) hash.mix(static_cast<u64>(range.begin * 31 + range.end));
             }
     }
     for (int node : graph.nodes) hash.mix(static_cast<u64>(node));

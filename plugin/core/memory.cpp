@@ -25,17 +25,15 @@ bool overlaps(i64 a, i64 a_bytes, i64 b, i64 b_bytes) { return a < b + b_bytes &
 
 PlaneLayout plane_layout(const WeightFormat& format, const i64 ne[4], const Sharding& sharding, int rank) {
     PlaneLayout out;
-    out.row_end = ne[1];
     i64 k_begin = 0, k_end = ne[0];
-    if (sharding.kind == Sharding::kSharded) {
-        const Range& range = sharding.ranges[rank];
-        if (sharding.axis == 0) k_begin = range.begin, k_end = range.end;
-        else out.row_begin = range.begin, out.row_end = range.end;
-    }
+    if (sharding.kind == Sharding::kSharded && sharding.axis == 0) k_begin = sharding.ranges[rank].begin, k_end = sharding.ranges[rank].end;
+    if (sharding.kind == Sharding::kSharded && sharding.axis == 1)
+        for (int i = 0; i < sharding.n_segments(); ++i) out.rows.push_back(sharding.segment(i).ranges[rank]);
+    else out.rows = {{0, ne[1]}};
     // A cut inside a block is stored on both sides; the products mask the foreign half (MulMatArgs::k_begin, k_end).
     out.block_begin = k_begin / format.block_elems;
     out.block_end = k_end > k_begin ? (k_end + format.block_elems - 1) / format.block_elems : out.block_begin;
-    const i64 blocks = out.block_end - out.block_begin, rows = out.row_end - out.row_begin, matrices = ne[2] * ne[3];
+    const i64 blocks = out.block_end - out.block_begin, rows = out.n_rows(), matrices = ne[2] * ne[3];
     for (int f = 0; f < format.n_fields; ++f) {
         out.plane_offset[f] = out.bytes;
         out.row_stride[f] = blocks * format.field[f].bytes;
@@ -43,6 +41,12 @@ PlaneLayout plane_layout(const WeightFormat& format, const i64 ne[4], const Shar
         out.bytes = round_up(out.bytes + matrices * out.matrix_stride[f], kAlign);
     }
     return out;
+}
+
+i64 PlaneLayout::n_rows() const {
+    i64 n = 0;
+    for (const Range& range : rows) n += range.size();
+    return n;
 }
 
 i64 Stored::local_bytes(int rank) const {
@@ -275,7 +279,8 @@ Stored& Memory::announce(Buffer& buffer, Stored tensor) {
         if (tensor.ne[d] > 1) n_dims = d + 1;
     const WeightFormat* format = find_weight_format(tensor.type);
     Sharding guess = guess_sharding(tensor.role, tensor.ne, n_dims, n_ranks(), split_);
-    const bool is_matrix = (tensor.role == Role::kColumn || tensor.role == Role::kRow || tensor.role == Role::kWhole) && (n_dims == 2 || n_dims == 3) && format;
+    const bool is_matrix = (tensor.role == Role::kColumn || tensor.role == Role::kSegments || tensor.role == Role::kRow || tensor.role == Role::kWhole) &&
+                           (n_dims == 2 || n_dims == 3) && format;
     if (is_matrix) {
         tensor.format = format;
         tensor.sharding = guess;
@@ -342,41 +347,46 @@ void Memory::transfer_planes(Stored& tensor, i64 begin, char* data, i64 bytes, b
             device.make_current();
             if (!staging_[r]) staging_[r] = device.allocate(kStagingBytes);
             const PlaneLayout& planes = tensor.planes[r];
-            // Only the rows that this rank has: else N ranks take N times one GPU's bytes over the bus.
-            i64 from = begin + done, to = from + n;
-            if (tensor.ne[2] * tensor.ne[3] == 1) {
-                from = std::max(from, planes.row_begin * row_blocks * format.block_bytes);
-                to = std::min(to, planes.row_end * row_blocks * format.block_bytes);
-                if (to <= from) continue;
-            }
-            char* const host = data + (from - begin);
-            RepackArgs args{};
-            args.host = reinterpret_cast<char*>(staging_[r]);
-            args.offset = from;
-            args.bytes = to - from;
-            args.row_blocks = row_blocks;
-            args.block_begin = planes.block_begin;
-            args.block_end = planes.block_end;
-            args.row_begin = planes.row_begin;
-            args.row_end = planes.row_end;
-            args.n_rows = tensor.ne[1];
-            for (int f = 0; f < format.n_fields; ++f) {
-                args.plane[f] = reinterpret_cast<char*>(tensor.shard[r]) + planes.plane_offset[f];
-                args.row_stride[f] = planes.row_stride[f];
-                args.matrix_stride[f] = planes.matrix_stride[f];
-                args.field_offset[f] = format.field[f].offset;
-                args.field_bytes[f] = format.field[f].bytes;
-            }
-            args.n_fields = format.n_fields;
-            args.block_bytes = format.block_bytes;
-            args.to_host = to_host;
-            const Launch launch = repack_launch(args, {device.cc, device.n_sm});
-            // Reading: shards are laid over one another in the staging, so that each rank only fills in what it owns.
-            TP_CUDA(device.driver, r, cuMemcpyHtoDAsync, staging_[r], host, static_cast<size_t>(to - from), device.stream);
-            device.launch(device.function(launch.kernel), launch, &args);
-            if (to_host) {
-                TP_CUDA(device.driver, r, cuMemcpyDtoHAsync, host, staging_[r], static_cast<size_t>(to - from), device.stream);
-                if (!device.wait(deadline_s)) throw Error("rank " + std::to_string(r) + " did not return a weight in time");
+            i64 rows_before = 0;
+            for (const Range& rows : planes.rows) {
+                const i64 first_row = rows_before;
+                rows_before += rows.size();
+                // Only the rows that this rank has: else N ranks take N times one GPU's bytes over the bus.
+                i64 from = begin + done, to = from + n;
+                if (tensor.ne[2] * tensor.ne[3] == 1) {
+                    from = std::max(from, rows.begin * row_blocks * format.block_bytes);
+                    to = std::min(to, rows.end * row_blocks * format.block_bytes);
+                }
+                if (to <= from || rows.size() == 0) continue;
+                char* const host = data + (from - begin);
+                RepackArgs args{};
+                args.host = reinterpret_cast<char*>(staging_[r]);
+                args.offset = from;
+                args.bytes = to - from;
+                args.row_blocks = row_blocks;
+                args.block_begin = planes.block_begin;
+                args.block_end = planes.block_end;
+                args.row_begin = rows.begin;
+                args.row_end = rows.end;
+                args.n_rows = tensor.ne[1];
+                for (int f = 0; f < format.n_fields; ++f) {
+                    args.plane[f] = reinterpret_cast<char*>(tensor.shard[r]) + planes.plane_offset[f] + first_row * planes.row_stride[f];
+                    args.row_stride[f] = planes.row_stride[f];
+                    args.matrix_stride[f] = planes.matrix_stride[f];
+                    args.field_offset[f] = format.field[f].offset;
+                    args.field_bytes[f] = format.field[f].bytes;
+                }
+                args.n_fields = format.n_fields;
+                args.block_bytes = format.block_bytes;
+                args.to_host = to_host;
+                const Launch launch = repack_launch(args, {device.cc, device.n_sm});
+                // Reading: shards are laid over one another in the staging, so that each rank only fills in what it owns.
+                TP_CUDA(device.driver, r, cuMemcpyHtoDAsync, staging_[r], host, static_cast<size_t>(to - from), device.stream);
+                device.launch(device.function(launch.kernel), launch, &args);
+                if (to_host) {
+                    TP_CUDA(device.driver, r, cuMemcpyDtoHAsync, host, staging_[r], static_cast<size_t>(to - from), device.stream);
+                    if (!device.wait(deadline_s)) throw Error("rank " + std::to_string(r) + " did not return a weight in time");
+                }
             }
         }
         if (!to_host) wait_all();
@@ -470,17 +480,20 @@ void Memory::read(Buffer& buffer, i64 offset, void* data, i64 bytes) {
             const i64 lo = std::max(offset, region.offset) - region.offset, hi = std::min(offset + bytes, region.offset + region.bytes) - region.offset;
             const i64 period = region.extent.period_bytes;
             for (i64 p = lo / period; p * period < hi; ++p) {
-                i64 done = std::max(lo - p * period, i64{0});
                 const i64 end = std::min(hi - p * period, period);
-                for (int r = 0; r < n_ranks(); ++r) {
-                    const i64 a = std::max(done, i64{region.extent.ranges[r].begin}), b = std::min(end, i64{region.extent.ranges[r].end});
-                    if (b <= a) continue;
-                    Device& device = *devices_[r];
-                    device.make_current();
-                    const i64 at = region.offset + p * period + a;
-                    TP_CUDA(device.driver, r, cuMemcpyDtoHAsync, to + (at - offset), buffer.compute[r] + static_cast<u64>(at), static_cast<size_t>(b - a),
-                            device.stream);
-                    done = b;
+                for (int s = 0; s < region.extent.n_segments(); ++s) {
+                    i64 done = std::max(lo - p * period, i64{0});
+                    for (int r = 0; r < n_ranks(); ++r) {
+                        const Range& own = region.extent.segment(s)[r];
+                        const i64 a = std::max(done, i64{own.begin}), b = std::min(end, i64{own.end});
+                        if (b <= a) continue;
+                        Device& device = *devices_[r];
+                        device.make_current();
+                        const i64 at = region.offset + p * period + a;
+                        TP_CUDA(device.driver, r, cuMemcpyDtoHAsync, to + (at - offset), buffer.compute[r] + static_cast<u64>(at), static_cast<size_t>(b - a),
+                                device.stream);
+                        done = b;
+                    }
                 }
             }
         }
@@ -554,19 +567,21 @@ void Memory::reshard(Buffer& buffer, Stored& tensor, const Sharding& sharding, c
     wait_all();
 }
 
-Matrix Memory::matrix(const Stored& tensor, int rank) const {
+Matrix Memory::matrix(const Stored& tensor, int rank, int segment) const {
     Matrix out{};
     const WeightFormat& format = *tensor.format;
     const PlaneLayout& planes = tensor.planes[rank];
+    i64 first_row = 0;
+    for (int i = 0; i < segment; ++i) first_row += planes.rows[static_cast<size_t>(i)].size();
     for (int f = 0; f < format.n_fields; ++f) {
-        out.plane[f] = reinterpret_cast<const char*>(tensor.shard[rank]) + planes.plane_offset[f];
+        out.plane[f] = reinterpret_cast<const char*>(tensor.shard[rank]) + planes.plane_offset[f] + first_row * planes.row_stride[f];
         out.row_stride[f] = planes.row_stride[f];
         out.nb2[f] = planes.matrix_stride[f];
         out.nb3[f] = planes.matrix_stride[f] * tensor.ne[2];
         out.block_stride[f] = format.field[f].bytes;
     }
     out.k = (planes.block_end - planes.block_begin) * format.block_elems;
-    out.n = planes.row_end - planes.row_begin;
+    out.n = planes.rows[static_cast<size_t>(segment)].size();
     out.ne2 = tensor.ne[2];
     out.ne3 = tensor.ne[3];
     out.type = tensor.type;

@@ -17,9 +17,11 @@
 
 namespace ggml_tp {
 
-/// One rank's piece of a weight matrix: planes of fields (weight_format.h), blocks [block_begin, block_end) of rows [row_begin, row_end).
+/// One rank's piece of a weight matrix: planes of fields (weight_format.h), blocks [block_begin, block_end) of its rows, segment after segment.
 struct PlaneLayout {
-    i64 block_begin = 0, block_end = 0, row_begin = 0, row_end = 0;
+    i64 block_begin = 0, block_end = 0;
+    Ranges rows;  // [n_segments]
+    i64 n_rows() const;
     i64 plane_offset[4] = {}, row_stride[4] = {}, matrix_stride[4] = {};
     i64 bytes = 0;
 };
@@ -98,7 +100,8 @@ class Memory {
     /// Lays a stored tensor out anew, keeping its contents.
     void reshard(Buffer& buffer, Stored& tensor, const Sharding& sharding, const std::optional<Extent>& extent);
 
-    Matrix matrix(const Stored& tensor, int rank) const;
+    /// A rank's rows of one segment of a weight.
+    Matrix matrix(const Stored& tensor, int rank, int segment = 0) const;
     /// What the host may be told: how large a model and cache may be, cut as they will be, before the first rank is full. What a context
     /// needs beyond what the host counts is kept back: every rank has the whole compute buffer, communicators, captured graphs.
     void report(size_t* free_bytes, size_t* total_bytes) const;

@@ -19,11 +19,17 @@ class Demands {
             const Tensor& t = graph.tensors[id];
             if (t.op == Op::FLASH_ATTN_EXT) attention(t.src[0], t.src[1], t.src[2]);
             if (t.op == Op::SOFT_MAX) unfused(t);
+            if (t.op == Op::GLU) gate_and_up(t);
         }
+        for (auto& [root, parts] : parts_) side_by_side(at(root), parts);
     }
     std::vector<Want> wants;
 
   private:
+    struct Part {
+        Ranges ranges;
+        i64 size;
+    };
     const Tensor& at(int id) const { return graph_.tensors[id]; }
 
     void attention(int q, int k, int v) {
@@ -44,8 +50,84 @@ class Demands {
         }
     }
 
+    // Both of a GLU in one product's row, in halves or as views: each half is divided as the product that reads the GLU is.
+    void gate_and_up(const Tensor& glu) {
+        const Tensor& first = at(at(glu.src[0]).root);
+        if (glu.src[1] >= 0 && at(glu.src[1]).root != first.id) return;
+        for (int id : graph_.nodes) {
+            const Tensor& t = at(id);
+            if ((t.op != Op::MUL_MAT && t.op != Op::MUL_MAT_ID) || at(t.src[1]).root != glu.id) continue;
+            const Stored* w = at(t.src[0]).stored;
+            if (!w || w->sharding.kind != Sharding::kSharded || w->sharding.axis != 0) continue;
+            if (glu.src[1] < 0) {
+                part(first, w->sharding.ranges, glu.ne[0]);
+                part(first, moved(w->sharding.ranges, glu.ne[0]), glu.ne[0]);
+            } else {
+                demand(glu.src[0], sharded(0, w->sharding.ranges));
+                demand(glu.src[1], sharded(0, w->sharding.ranges));
+            }
+            return;
+        }
+    }
+
+    // `ranges` of `size` elements of each row of `root`, which the rest of the row is divided apart from. Kept until all parts are known.
+    void part(const Tensor& root, const Ranges& ranges, i64 size) {
+        if (!root.is_node || root.stored) return;
+        switch (root.op) {
+            case Op::MUL_MAT:
+            case Op::MUL_MAT_ID: {
+                std::vector<Part>& parts = parts_[root.id];
+                const auto same = [&](const Part& other) { return other.ranges == ranges; };
+                if (std::none_of(parts.begin(), parts.end(), same)) parts.push_back({ranges, size});
+                break;
+            }
+            case Op::ADD:
+            case Op::MUL:
+            case Op::CLAMP:
+            case Op::SCALE:
+            case Op::CONT: {
+                const Tensor& source = at(root.src[0]);
+                if (source.root == source.id && std::equal(root.ne, root.ne + 4, source.ne)) part(source, ranges, size);
+                break;
+            }
+            default: break;
+        }
+    }
+
+    void side_by_side(const Tensor& product, std::vector<Part>& parts) {
+        const Tensor& weight = at(product.src[0]);
+        Stored* w = weight.stored;
+        if (!w || !w->format || weight.offset != 0 || w->confirmed) return;
+        auto begin = [](const Part& part) { return part.ranges.front().begin; };
+        std::sort(parts.begin(), parts.end(), [&](const Part& a, const Part& b) { return begin(a) < begin(b); });
+        i64 next = 0;
+        for (const Part& part : parts) {
+            if (begin(part) != next) return;
+            next += part.size;
+        }
+        if (next != product.ne[0]) return;
+        Sharding wanted = sharded(1, parts.front().ranges);
+        for (size_t i = 1; i < parts.size(); ++i) wanted.rest.push_back(parts[i].ranges);
+        if (w->sharding != wanted) wants.push_back({w, wanted, std::nullopt});
+    }
+
+    /// Where a view of less than a row of its root lies within that row.
+    std::optional<Ranges> within_row(const Tensor& t, const Sharding& sharding) const {
+        const Tensor& root = at(t.root);
+        const i64 unit = t.nb[sharding.axis], row = root.nb[1], start = t.offset % row;
+        if (t.root == t.id || root.nb[0] != 4 || unit % 4 || t.offset % 4 || start + unit * t.ne[sharding.axis] > row) return std::nullopt;
+        if (unit * t.ne[sharding.axis] == row) return std::nullopt;
+        for (int d = 0; d < 4; ++d) {
+            if (d == sharding.axis || t.ne[d] == 1) continue;
+            if (t.nb[d] < unit ? t.nb[d] * t.ne[d] > unit : t.nb[d] % row != 0) return std::nullopt;
+        }
+        return moved(scaled(sharding.ranges, unit / 4), start / 4);
+    }
+
     void demand(int id, const Sharding& sharding) {
         const Tensor& t = at(id);
+        if (!t.stored)
+            if (const auto ranges = within_row(t, sharding)) return part(at(t.root), *ranges, t.ne[sharding.axis] * t.nb[sharding.axis] / 4);
         const auto extent = extent_of(sharding, t.strided());
         if (!extent) return;
         if (t.stored) return demand_stored(t, *extent);
@@ -84,15 +166,20 @@ class Demands {
         for (int id : graph_.nodes) {
             const Tensor& writer = at(id);
             if (writer.stored != stored || (writer.op != Op::SET_ROWS && writer.op != Op::CPY)) continue;
-            const Tensor& values = at(at(writer.src[0]).root);
-            if (values.stored || !values.is_node) continue;
+            const Tensor& written = at(writer.src[0]);
+            const bool whole_rows = written.ne[0] == stored->ne[0];  // else the transposed V cache's single elements
+            const Tensor& values = whole_rows ? written : at(written.root);
+            if (values.stored || !at(written.root).is_node) continue;
             const i64 row = row_bytes_of(values, *stored);
             Extent same{row, extent.ranges};
             for (Range& range : same.ranges) {
                 if (range.begin * row % extent.period_bytes || range.end * row % extent.period_bytes) return;
                 range = {range.begin * row / extent.period_bytes, range.end * row / extent.period_bytes};
             }
-            if (const auto on_values = sharding_of(same, values.strided())) demand(values.id, *on_values);
+            Strided side_by_side = values.strided();  // the rows may lie apart, in a row of Q, K and V
+            side_by_side.offset = 0;
+            for (int d = 1; d < 4; ++d) side_by_side.nb[d] = side_by_side.nb[d - 1] * side_by_side.ne[d - 1];
+            if (const auto on_values = sharding_of(same, side_by_side)) demand(values.id, *on_values);
         }
     }
 
@@ -105,6 +192,7 @@ class Demands {
     const Graph& graph_;
     int n_ranks_;
     const std::vector<double>& split_;
+    std::map<int, std::vector<Part>> parts_;  // by root: a product whose row has several things side by side
 };
 
 }  // namespace
@@ -183,8 +271,9 @@ void verify(const Plan& plan, const Graph& graph) {
         if (step.output.kind == Sharding::kPartial && t.stored) refuse(step, "a Partial would be stored");
         if (step.output.kind == Sharding::kSharded) {
             if (static_cast<int>(step.output.ranges.size()) != plan.n_ranks) refuse(step, "ranges are missing");
-            for (const Range& range : step.output.ranges)
-                if (range.begin < 0 || range.end > t.ne[step.output.axis] || range.begin > range.end) refuse(step, "a range lies outside the tensor");
+            for (int s = 0; s < step.output.n_segments(); ++s)
+                for (const Range& range : step.output.segment(s).ranges)
+                    if (range.begin < 0 || range.end > t.ne[step.output.axis] || range.begin > range.end) refuse(step, "a range lies outside the tensor");
         }
         is_partial[t.root] = step.output.kind == Sharding::kPartial;
     }

@@ -343,7 +343,7 @@ void lower_glu(const Site& s, Lowered& out) {
     if (s.t->src[1] < 0) {  // gate and up side by side in one row; op_params[1] swaps them
         args.b = args.a;
         args.a.ne[0] = args.b.ne[0] = s.y.ne[0];
-        (s.t->params[1] ? args.a : args.b).data += s.y.ne[0] * args.a.nb[0];
+        (s.t->params[1] ? args.a : args.b).data += s.t->ne[0] * args.a.nb[0];
     }
     if (op) out.add(glu_launch(*op, args, s.arch), args);
     else out.ok = false;
@@ -797,6 +797,28 @@ constexpr Row kRows[] = {
     {Op::DSV4_HC_POST, lower_hyper},
 };
 
+struct SegmentStep : PlanStep {
+    int segment = 0;
+};
+
+/// A step whose result is divided in segments, once for each of them: kernels know one range.
+std::vector<SegmentStep> one_segment_each(const std::vector<PlanStep>& steps) {
+    std::vector<SegmentStep> out;
+    for (const PlanStep& step : steps) {
+        out.push_back({step, 0});
+        if (step.kind != PlanStep::kCompute || step.output.rest.empty()) continue;
+        out.pop_back();
+        for (int i = 0; i < step.output.n_segments(); ++i) {
+            out.push_back({step, i});
+            SegmentStep& one = out.back();
+            for (Sharding& input : one.inputs)
+                if (!input.rest.empty()) input = input.segment(i);
+            one.output = step.output.segment(i);
+        }
+    }
+    return out;
+}
+
 const Row* row_of(Op op) {
     for (const Row& row : kRows)
         if (row.op == op) return &row;
@@ -853,27 +875,32 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
             std::vector<Prepared> prepared;  // [n_ranks]
         } last;
         int last_ids = -1;  // whose entries are in every rank's partials
-        for (const PlanStep& step : plan.steps) {
+        for (const SegmentStep& step : one_segment_each(plan.steps)) {
             const Tensor& t = graph.tensors[step.tensor];
             if (step.kind != PlanStep::kCompute) {
                 last.x = -1;
                 if (step.kind == PlanStep::kAllGather) {
                     // Every byte but a rank's own becomes zero, then bit patterns are added as integers: exact, and rare enough.
-                    ProgramStep zero[2];
+                    std::vector<ProgramStep> zero(static_cast<size_t>(step.extent.n_segments()) + 1);
                     for (ProgramStep& z : zero) z.label = "zero " + t.name, z.launches.resize(n);
-                    i64 taken = 0;
+                    std::vector<i64> taken(step.extent.rest.size() + 1);
                     for (int r = 0; r < n; ++r) {
-                        const Range own{std::max(taken, i64{step.extent.ranges[r].begin}), std::max(taken, i64{step.extent.ranges[r].end})};
-                        taken = std::max(taken, i64{own.end});
-                        const Range foreign[2] = {{0, own.begin}, {own.end, step.extent.period_bytes}};
-                        for (int side = 0; side < 2; ++side) {
-                            if (foreign[side].size() <= 0) continue;
-                            if (foreign[side].begin % 4 || foreign[side].size() % 4)
-                                throw Error(t.name + " cannot be gathered: its pieces are not whole words");
+                        i64 at = 0;
+                        for (size_t side = 0; side < zero.size(); ++side) {
+                            Range own{step.extent.period_bytes, step.extent.period_bytes};
+                            if (side + 1 < zero.size()) {
+                                const Range& held = step.extent.segment(static_cast<int>(side))[r];  // maybe with others: then it is the first one's
+                                own = {std::max(taken[side], i64{held.begin}), std::max(taken[side], i64{held.end})};
+                                taken[side] = own.end;
+                            }
+                            const Range foreign{at, own.begin};
+                            at = own.end;
+                            if (foreign.size() <= 0) continue;
+                            if (foreign.begin % 4 || foreign.size() % 4) throw Error(t.name + " cannot be gathered: its pieces are not whole words");
                             View v{};
-                            v.data = reinterpret_cast<char*>(t.buffer->compute[r] + (t.address - t.buffer->base)) + foreign[side].begin;
+                            v.data = reinterpret_cast<char*>(t.buffer->compute[r] + (t.address - t.buffer->base)) + foreign.begin;
                             v.type = kF32;
-                            const i64 ne[4] = {foreign[side].size() / 4, t.bytes / step.extent.period_bytes, 1, 1};
+                            const i64 ne[4] = {foreign.size() / 4, t.bytes / step.extent.period_bytes, 1, 1};
                             for (int d = 0; d < 4; ++d) v.ne[d] = ne[d], v.nb[d] = d == 0 ? 4 : step.extent.period_bytes;
                             zero[side].launches[r] = make(fill_launch({v, 0.0f}, {context.devices[r]->cc, context.devices[r]->n_sm}), FillArgs{v, 0.0f});
                         }
@@ -915,7 +942,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 if (t.src[0] >= 0) {
                     const Tensor& w = graph.tensors[t.src[0]];
                     const bool planes = w.stored && w.stored->format;
-                    site.w = planes ? context.memory.matrix(*w.stored, r) : host_matrix(site.x[0]);
+                    site.w = planes ? context.memory.matrix(*w.stored, r, step.segment) : host_matrix(site.x[0]);
                     site.w_stored = planes ? w.stored : nullptr;
                     site.k_end = site.w.k;
                     if (planes && w.stored->sharding.kind == Sharding::kSharded && w.stored->sharding.axis == 0) {

@@ -55,7 +55,7 @@ Decision element_wise(Propagation& p, const Tensor& t) {
     if (auto linear = passes_partial(p, t)) return *linear;
     Sharding wanted;
     for (int i = 0; i < n; ++i) {
-        const Sharding s = p.source(t, i);
+        const Sharding s = p.segmented_source(t, i);
         const Tensor& source = p.at(t.src[i]);
         if (s.kind != Sharding::kSharded || wanted.kind == Sharding::kSharded) continue;
         if (source.ne[s.axis] == t.ne[s.axis]) wanted = s;
@@ -63,7 +63,7 @@ Decision element_wise(Propagation& p, const Tensor& t) {
     if (wanted.kind != Sharding::kSharded) return everywhere(p, t);
     Decision d{{}, wanted};
     for (int i = 0; i < n; ++i) {
-        const Sharding s = p.source(t, i);
+        const Sharding s = p.segmented_source(t, i);
         const Tensor& source = p.at(t.src[i]);
         const Sharding need = restricted(source, t, wanted);
         const bool repeats = source.ne[wanted.axis] != t.ne[wanted.axis] && source.ne[wanted.axis] != 1;
@@ -116,17 +116,19 @@ Decision soft_max(Propagation& p, const Tensor& t) { return along_rows(p, t, 2);
 
 Decision glu(Propagation& p, const Tensor& t) {
     if (t.src[1] >= 0) return element_wise(p, t);
-    const Sharding s = p.source(t, 0);  // both halves in one row: the row is needed whole
-    return s.kind == Sharding::kSharded && s.axis > 0 ? Decision{{s}, s} : everywhere(p, t);
+    // Both halves in one row: the row is needed whole, or each half divided alike.
+    const Sharding s = p.segmented_source(t, 0);
+    if (s.kind == Sharding::kSharded && s.axis == 0 && s.n_segments() == 2 && s.rest[0] == moved(s.ranges, t.ne[0])) return {{s}, sharded(0, s.ranges)};
+    return s.kind == Sharding::kSharded && s.axis > 0 && s.n_segments() == 1 ? Decision{{s}, s} : everywhere(p, t);
 }
 
 /// (k n, k m) -> (n m): a division of n passes on, a division of k makes the product Partial.
 std::optional<Decision> product(Propagation& p, const Tensor& t) {
     const Tensor& w = p.at(t.src[0]);
-    const Sharding sw = p.source(t, 0), sx = p.source(t, 1);
+    const Sharding sw = p.segmented_source(t, 0), sx = p.source(t, 1);
     if (sw.kind == Sharding::kSharded && sw.axis == 1) {
         if (sx.kind == Sharding::kSharded) p.gather(t, 1, "a column-parallel product reads all of its input");
-        return Decision{{sw, replicated()}, sharded(0, sw.ranges)};
+        return Decision{{sw, replicated()}, sharded(0, sw.ranges, sw.rest)};
     }
     if (sx.kind == Sharding::kSharded && sx.axis == 0 && w.stored && w.stored->format) {
         if (sw != sx && !w.stored->confirmed) {
@@ -297,7 +299,7 @@ Propagation::State& Propagation::state_of(int root) { return states_[root]; }
 
 bool Propagation::in_proportion(const Tensor& t, int i, const Extent& cache) const {
     const State& state = states_[at(t.src[i]).root];
-    if (at(t.src[i]).stored || state.kind != Sharding::kSharded) return false;
+    if (at(t.src[i]).stored || state.kind != Sharding::kSharded || !state.extent.rest.empty()) return false;
     for (size_t r = 0; r < cache.ranges.size(); ++r)
         if (state.extent.ranges[r].begin * cache.period_bytes != cache.ranges[r].begin * state.extent.period_bytes ||
             state.extent.ranges[r].end * cache.period_bytes != cache.ranges[r].end * state.extent.period_bytes)
@@ -313,6 +315,25 @@ void Propagation::reduce(int root, const std::string& reason) {
 }
 
 Sharding Propagation::source(const Tensor& t, int i, bool allow_partial) {
+    if (is_partial(t, i)) {
+        if (allow_partial) {
+            passed_on_[at(t.src[i]).root] = 1;
+            return partial();
+        }
+        reduce(at(t.src[i]).root, std::string(abi::op_name(t.op)) + " reads the sum");
+    }
+    const Sharding s = lies(t, i);
+    if (s.n_segments() == 1) return s;
+    gather(t, i, std::string(abi::op_name(t.op)) + " reads across segments");
+    return replicated();
+}
+
+Sharding Propagation::segmented_source(const Tensor& t, int i) {
+    if (is_partial(t, i)) return source(t, i);
+    return lies(t, i);
+}
+
+Sharding Propagation::lies(const Tensor& t, int i) {
     const Tensor& s = at(t.src[i]);
     if (s.stored) {
         if (s.stored->format) return s.stored->sharding;
@@ -321,14 +342,7 @@ Sharding Propagation::source(const Tensor& t, int i, bool allow_partial) {
         if (!lies) want(s.stored, replicated(), std::nullopt);
         return lies ? *lies : replicated();
     }
-    State& state = states_[s.root];
-    if (state.kind == Sharding::kPartial) {
-        if (allow_partial) {
-            passed_on_[s.root] = 1;
-            return partial();
-        }
-        reduce(s.root, std::string(abi::op_name(t.op)) + " reads the sum");
-    }
+    const State& state = states_[s.root];
     if (state.kind == Sharding::kReplicated) return replicated();
     const auto lies = sharding_of(state.extent, s.strided());
     if (lies) return *lies;

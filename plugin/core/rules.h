@@ -18,6 +18,8 @@ class Propagation {
     const Tensor& at(int id) const { return graph.tensors[id]; }
     /// How source i of t lies now; never Partial unless allow_partial (it is reduced first).
     Sharding source(const Tensor& t, int i, bool allow_partial = false);
+    /// The same for ops that are computed segment by segment; for others, what is divided in segments is gathered.
+    Sharding segmented_source(const Tensor& t, int i);
     bool is_partial(const Tensor& t, int i) const;
     /// Makes source i of t whole on every rank.
     void gather(const Tensor& t, int i, const std::string& reason);
@@ -36,6 +38,7 @@ class Propagation {
     };
     void reduce(int root, const std::string& reason);
     State& state_of(int root);
+    Sharding lies(const Tensor& t, int i);
 
     PlanResult& result_;
     std::vector<State> states_;    // by root

@@ -9,13 +9,22 @@ std::string Sharding::to_text() const {
     if (kind == kReplicated) return "replicated";
     if (kind == kPartial) return "partial";
     std::string out = "sharded axis " + std::to_string(axis);
-    for (const Range& range : ranges) out += " [" + std::to_string(range.begin) + "," + std::to_string(range.end) + ")";
+    for (int i = 0; i < n_segments(); ++i) {
+        if (i) out += " |";
+        for (const Range& range : segment(i).ranges) out += " [" + std::to_string(range.begin) + "," + std::to_string(range.end) + ")";
+    }
     return out;
 }
 
 Ranges scaled(const Ranges& ranges, i64 factor) {
     Ranges out = ranges;
     for (Range& range : out) range = {range.begin * factor, range.end * factor};
+    return out;
+}
+
+Ranges moved(const Ranges& ranges, i64 by) {
+    Ranges out = ranges;
+    for (Range& range : out) range = {range.begin + by, range.end + by};
     return out;
 }
 
@@ -49,7 +58,7 @@ std::optional<Extent> extent_of(const Sharding& sharding, const Strided& t) {
     if (sharding.kind != Sharding::kSharded) return std::nullopt;
     if (t.unit_elems > 1) {
         const auto units = in_units(t);
-        if (!units) return std::nullopt;
+        if (!units || !sharding.rest.empty()) return std::nullopt;
         Sharding of_units = sharding;
         if (sharding.axis == 0)
             for (Range& range : of_units.ranges) {
@@ -72,14 +81,19 @@ std::optional<Extent> extent_of(const Sharding& sharding, const Strided& t) {
     }
     const i64 start = t.offset % period;
     if (start != 0) return std::nullopt;  // an axis that does not begin where its root's period begins
-    return Extent{period, scaled(sharding.ranges, unit)};
+    Extent out{period, scaled(sharding.ranges, unit)};
+    for (const Ranges& ranges : sharding.rest) out.rest.push_back(scaled(ranges, unit));
+    return out;
 }
 
 std::optional<Sharding> sharding_of(const Extent& extent, const Strided& view) {
     if (view.unit_elems > 1) {
         const auto units = in_units(view);
         auto out = units ? sharding_of(extent, *units) : std::nullopt;
-        if (out && out->axis == 0) out->ranges = scaled(out->ranges, view.unit_elems);
+        if (out && out->axis == 0) {
+            out->ranges = scaled(out->ranges, view.unit_elems);
+            for (Ranges& ranges : out->rest) ranges = scaled(ranges, view.unit_elems);
+        }
         return out;
     }
     const i64 period = extent.period_bytes;
@@ -105,20 +119,28 @@ std::optional<Sharding> sharding_of(const Extent& extent, const Strided& view) {
     if (inner > step && view.ne[axis] > 1) return std::nullopt;
     const i64 start = view.offset % period;
     if (start + (view.ne[axis] - 1) * step + inner > period) return std::nullopt;
-    Sharding out = sharded(axis, Ranges(extent.ranges.size()));
+    // Segments that the view has no index of drop out: what is seen of Q, K and V side by side is often one of them.
+    std::vector<Ranges> segments;
     std::vector<char> owned(static_cast<size_t>(view.ne[axis]) + 1, 0);
-    for (size_t r = 0; r < extent.ranges.size(); ++r) {
-        const Range& bytes = extent.ranges[r];
-        i64 begin = bytes.begin <= start ? 0 : (bytes.begin - start + step - 1) / step;
-        i64 end = bytes.end < start + inner ? 0 : (bytes.end - start - inner) / step + 1;
-        begin = std::min(begin, view.ne[axis]);
-        end = std::min(end, view.ne[axis]);
-        if (end < begin || bytes.size() == 0) end = begin;
-        out.ranges[r] = {begin, end};
-        for (i64 i = begin; i < end; ++i) owned[static_cast<size_t>(i)] = 1;
+    for (int s = 0; s < extent.n_segments(); ++s) {
+        Ranges seen;
+        bool any = false;
+        for (const Range& bytes : extent.segment(s)) {
+            i64 begin = bytes.begin <= start ? 0 : (bytes.begin - start + step - 1) / step;
+            i64 end = bytes.end < start + inner ? 0 : (bytes.end - start - inner) / step + 1;
+            begin = std::min(begin, view.ne[axis]);
+            end = std::min(end, view.ne[axis]);
+            if (end < begin || bytes.size() == 0) end = begin;
+            any |= end > begin;
+            seen.push_back({begin, end});
+            for (i64 i = begin; i < end; ++i) owned[static_cast<size_t>(i)] = 1;
+        }
+        if (any || extent.rest.empty()) segments.push_back(std::move(seen));
     }
     for (i64 i = 0; i < view.ne[axis]; ++i)
         if (!owned[static_cast<size_t>(i)]) return std::nullopt;
+    Sharding out = sharded(axis, std::move(segments.front()));
+    out.rest.assign(std::make_move_iterator(segments.begin() + 1), std::make_move_iterator(segments.end()));
     return out;
 }
 

@@ -19,22 +19,29 @@ using Ranges = std::vector<Range>;  // one per rank; may be empty, uneven, and o
 
 struct Sharding {
     enum Kind { kReplicated, kSharded, kPartial } kind = kReplicated;
-    int axis = 0;   // kSharded: the ggml axis
-    Ranges ranges;  // kSharded: elements along that axis
+    int axis = 0;              // kSharded: the ggml axis
+    Ranges ranges;             // kSharded: elements along that axis; of the first segment, where there are several
+    std::vector<Ranges> rest;  // of further segments: Q, K and V side by side, each divided for itself
     bool operator==(const Sharding&) const = default;
+    int n_segments() const { return 1 + static_cast<int>(rest.size()); }
+    /// This and nothing else of it, as a Sharding of one segment.
+    Sharding segment(int i) const { return i == 0 ? Sharding{kind, axis, ranges, {}} : Sharding{kind, axis, rest[static_cast<size_t>(i) - 1], {}}; }
     std::string to_text() const;
 };
 
 inline Sharding replicated() { return {}; }
-inline Sharding partial() { return {Sharding::kPartial, 0, {}}; }
-inline Sharding sharded(int axis, Ranges ranges) { return {Sharding::kSharded, axis, std::move(ranges)}; }
+inline Sharding partial() { return {Sharding::kPartial, 0, {}, {}}; }
+inline Sharding sharded(int axis, Ranges ranges, std::vector<Ranges> rest = {}) { return {Sharding::kSharded, axis, std::move(ranges), std::move(rest)}; }
 
 /// Rank r owns bytes [ranges[r].begin, ranges[r].end) of every period of an allocation. Or, of a Partial: every rank holds a summand of all.
 struct Extent {
     i64 period_bytes = 0;
     Ranges ranges;
     bool is_partial = false;
+    std::vector<Ranges> rest = {};  // of further segments
     bool operator==(const Extent&) const = default;
+    int n_segments() const { return 1 + static_cast<int>(rest.size()); }
+    const Ranges& segment(int i) const { return i == 0 ? ranges : rest[static_cast<size_t>(i) - 1]; }
 };
 
 /// Shape and place of a tensor inside its root allocation (bytes from the root's first byte).
@@ -54,7 +61,8 @@ std::optional<Sharding> sharding_of(const Extent& extent, const Strided& view);
 /// `total` divided among ranks in multiples of `grain` (the last piece may be ragged), proportionally to `split` (empty: evenly).
 Ranges divide(i64 total, i64 grain, int n_ranks, const std::vector<double>& split);
 
-/// Ranges scaled by a factor.
+/// Ranges scaled by a factor, and moved.
 Ranges scaled(const Ranges& ranges, i64 factor);
+Ranges moved(const Ranges& ranges, i64 by);
 
 }  // namespace ggml_tp

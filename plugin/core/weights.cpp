@@ -1,5 +1,7 @@
 #include "weights.h"
 
+#include <span>
+
 namespace ggml_tp {
 namespace {
 
@@ -32,8 +34,8 @@ constexpr Row kRows[] = {
     {"ffn_up_shexp.weight", Role::kColumn},
     {"ffn_down_shexp.weight", Role::kRow},
     {"ffn_gate_inp.weight", Role::kWhole},
-    // Gate and up side by side: a division would be of each half, which a Sharding cannot say yet.
-    {"ffn_gate_up_exps.weight", Role::kWhole},
+    {"attn_qkv.weight", Role::kSegments},
+    {"ffn_gate_up_exps.weight", Role::kSegments},
 };
 
 }  // namespace
@@ -52,6 +54,20 @@ Role role_of(std::string_view name) {
 
 Sharding guess_sharding(Role role, const i64 ne[4], int n_dims, int n_ranks, const std::vector<double>& split) {
     if (n_ranks == 1 || role == Role::kReplicated || role == Role::kWhole) return replicated();
+    if (role == Role::kSegments) {
+        // Experts have two halves. Of Q, K and V, Q is mostly as wide as the input, K and V share the rest; where not, the first plan knows better.
+        const i64 halves[] = {ne[1] / 2, ne[1] / 2}, heads[] = {ne[0], (ne[1] - ne[0]) / 2, (ne[1] - ne[0]) / 2};
+        const bool is_qkv = n_dims == 2;
+        if (is_qkv ? ne[1] <= ne[0] || (ne[1] - ne[0]) % 2 : ne[1] % 2) return replicated();
+        std::vector<Ranges> segments;
+        i64 begin = 0;
+        for (const i64 n : is_qkv ? std::span<const i64>(heads) : std::span<const i64>(halves)) {
+            const i64 one[4] = {ne[0], n, ne[2], ne[3]};
+            segments.push_back(moved(guess_sharding(Role::kColumn, one, n_dims, n_ranks, split).ranges, begin));
+            begin += n;
+        }
+        return sharded(1, segments[0], {segments.begin() + 1, segments.end()});
+    }
     int axis = 0;
     if (role == Role::kColumn) axis = n_dims > 1 ? 1 : 0;
     const i64 total = ne[axis];

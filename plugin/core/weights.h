@@ -9,10 +9,11 @@ namespace ggml_tp {
 
 enum class Role {
     kReplicated,
-    kWhole,    // [k, n]: whole on every rank, in the layout that the products like to read (routers)
-    kColumn,   // [k, n]: n is divided (Q, K, V, gate, up, vocabulary head); a bias [n] likewise
-    kRow,      // [k, n]: k is divided (attention output, down); its product is Partial
-    kKvCache,  // [n_embd_gqa, cells, streams]: divided along a row of one cell
+    kWhole,     // [k, n]: whole on every rank, in the layout that the products like to read (routers)
+    kColumn,    // [k, n]: n is divided (Q, K, V, gate, up, vocabulary head); a bias [n] likewise
+    kSegments,  // [k, n]: several matrices of columns side by side, each divided (fused Q, K and V; gate and up)
+    kRow,       // [k, n]: k is divided (attention output, down); its product is Partial
+    kKvCache,   // [n_embd_gqa, cells, streams]: divided along a row of one cell
 };
 
 /// The role of a tensor of this name.

@@ -88,7 +88,7 @@ void check_planes(std::mt19937& rng) {
     const Sharding s = sharded(axis, divide(ne[axis], axis ? 1 : 16, n, {}));
     for (int r = 0; r < n; ++r) {
         const PlaneLayout planes = plane_layout(format, ne, s, r);
-        const i64 blocks = planes.block_end - planes.block_begin, rows = planes.row_end - planes.row_begin;
+        const i64 blocks = planes.block_end - planes.block_begin, rows = planes.n_rows();
         expect(planes.bytes >= blocks * rows * format.block_bytes, "planes are smaller than their blocks");
         if (axis == 0) {
             expect(planes.block_begin * format.block_elems <= s.ranges[r].begin, "a shard's first block is missing");
