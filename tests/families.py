@@ -65,6 +65,7 @@ class Family:
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # tensors that this family has side by side in one
     scaled: Mapping[str, float] = field(default_factory=dict)  # tensors by pattern, whose random values would be too large
     job: str = "run_model"  # of jobs.py
+    cost: tuple[int, int] | None = None  # all_reduces and all_gathers of one token; None: two reduces a layer
 
 
 # What a host takes if it is there, and most families do not have.
@@ -94,6 +95,7 @@ FAMILIES: dict[str, Family] = {
         "expert_group_used_count": 2, "expert_gating_func": SIGMOID, "expert_weights_norm": True, "expert_weights_scale": 2.5}),
     "deepseek2-no-mla": Family("deepseek2", EXPERTS | SHARED | LATENT | {"leading_dense_block_count": 1, "attention.head_count_kv": 8,
         "attention.key_length": 64, "attention.value_length": 32, "attention.key_length_mla": None, "attention.value_length_mla": None}),
+    "deepseek2-fused": Family("deepseek2", EXPERTS | SHARED | LATENT | {"leading_dense_block_count": 1}, joined=GATE_UP),
     "llama4": Family("llama4", EXPERTS | {"block_count": 4, "interleave_moe_layer_step": 2, "expert_used_count": 1}),
     "qwen3next": Family("qwen3next", EXPERTS | SHARED | ssm(256, 32, 8, 4) | {"full_attention_interval": 2}, without="ssm_in"),
     "qwen35": Family("qwen35", ssm(256, 32, 8, 4) | {"full_attention_interval": 2, "rope.dimension_sections": [4, 6, 6, 0]}),

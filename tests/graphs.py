@@ -18,6 +18,8 @@ tensor ggml_set_name(tensor t, name_t name);
 size_t ggml_nbytes(tensor t); size_t ggml_row_size(int type, int64_t ne); int64_t ggml_nelements(tensor t);
 size_t ggml_quantize_chunk(int type, const float *src, void *dst, int64_t start, int64_t rows, int64_t per_row, const float *imatrix);
 bool ggml_quantize_requires_imatrix(int type);
+void *ggml_backend_get_default_buffer_type(void *backend); void *ggml_gallocr_new(void *buft); void ggml_gallocr_free(void *allocator);
+bool ggml_gallocr_alloc_graph(void *allocator, void *graph);
 tensor ggml_mul_mat(ctx c, tensor a, tensor b); tensor ggml_add(ctx c, tensor a, tensor b); tensor ggml_sub(ctx c, tensor a, tensor b);
 tensor ggml_mul(ctx c, tensor a, tensor b); tensor ggml_div(ctx c, tensor a, tensor b); tensor ggml_scale_bias(ctx c, tensor a, float s, float b);
 tensor ggml_clamp(ctx c, tensor a, float lo, float hi); tensor ggml_sqr(ctx c, tensor a); tensor ggml_sqrt(ctx c, tensor a); tensor ggml_sin(ctx c, tensor a);
@@ -136,6 +138,18 @@ class Case:
 
     def indices(self, *values: int, type_: int = I32) -> Any:
         return self.leaf(type_, len(values), values=np.array(values))
+
+    def compute(self, output: Any) -> np.ndarray:
+        """An F32 output of leaves that lie in memory already. Results lie in a compute buffer, as a host's do: whole on every rank, and divided."""
+        lib, allocator = self.lib, self.lib.ggml_gallocr_new(self.lib.ggml_backend_get_default_buffer_type(self.ggml.backend))
+        graph = lib.ggml_new_graph(self.c)
+        lib.ggml_build_forward_expand(graph, output)
+        assert lib.ggml_gallocr_alloc_graph(allocator, graph)
+        assert lib.ggml_backend_graph_compute(self.ggml.backend, graph) == 0
+        raw = bytearray(lib.ggml_nbytes(output))
+        lib.ggml_backend_tensor_get(output, self.ggml.ffi.from_buffer(raw), 0, len(raw))
+        lib.ggml_gallocr_free(allocator)
+        return np.frombuffer(raw, np.float32).copy()
 
     def run(self, output: Any, type_: int | None = F32) -> tuple[int, np.ndarray]:
         """`type_`: of the output; None leaves it as bytes."""

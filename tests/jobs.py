@@ -303,6 +303,25 @@ def passed_on(on_device: bool) -> tuple[np.ndarray, np.ndarray]:
     return value, case.inner_value
 
 
+def gathered_halves(on_device: bool) -> np.ndarray:
+    """A product whose rows are divided, at 3 ranks into 23, 24 and 23, as halves beside themselves: their rows must be whole for that."""
+    host = _with_plugin() if on_device else _host()
+    ggml = graphs.Ggml(host.path, on_device)
+    case = graphs.Case(ggml)
+    w, x = case.leaf(graphs.F32, 64, 70, scale=0.1, name="blk.0.attn_q.weight"), case.leaf(graphs.F32, 64, 3)
+    buffer = case.lib.ggml_backend_alloc_ctx_tensors(case.c, ggml.backend)
+    for tensor, data in case.leaves:
+        case.lib.ggml_backend_tensor_set(tensor, data, 0, len(data))
+    halves = case.lib.ggml_cast(case.c, case.lib.ggml_mul_mat(case.c, w, x), graphs.F16)
+    output = case.lib.ggml_cast(case.c, case.lib.ggml_concat(case.c, halves, halves, 0), graphs.F32)
+    value = case.compute(output)
+    if on_device:
+        assert Inspection(LIBRARY).counters().last_all_gathers == 1
+    case.lib.ggml_backend_buffer_free(buffer)
+    ggml.close()
+    return value
+
+
 def late_peer(model: str, seconds: float) -> dict[str, Any]:
     """A generation, a decode with a late rank, the same generation again."""
     loaded = _with_plugin().model(model, "TP0")

@@ -5,50 +5,92 @@ from __future__ import annotations
 import jobs
 import pytest
 from conftest import emulated
-from families import FAMILIES
+from families import COMMON, FAMILIES, has_experts
 from ggml_tp.host import nmse
 from graphs import Q4_0, Q8_0
 from test_end_to_end import TOLERANCE
 
 PROMPT = [(17 * i + i * i) % 300 for i in range(44)]  # longer than the sliding windows
 RANKS = (1, 2, 3, 4, 5, 8)
+# Of every kind of graph one, most at 2 or 3 ranks, whose processes are there already.
+SAMPLE = [
+    ("gemma3", "F16", 3), ("phi3", "F16", 3), ("phi3", "Q4_K", 2), ("glm4", "Q4_0", 3), ("glm4moe", "F16", 2), ("command-r", "F16", 3), ("falcon", "F16", 3),
+    ("gpt2", "Q8_0", 3), ("gptneox", "F16", 2), ("dbrx", "F16", 2), ("olmo2", "F16", 3), ("minicpm3", "F16", 3), ("deepseek3", "F16", 3),
+    ("deepseek2-fused", "F16", 2), ("llama4", "F16", 2), ("qwen3next", "F16", 3), ("qwen35", "F16", 2), ("mamba2", "F16", 2), ("jamba", "F16", 3),
+    ("nemotron_h", "F16", 3), ("lfm2", "F16", 2), ("rwkv7", "F16", 2), ("kimi-linear", "F16", 3), ("bert", "F16", 3), ("t5", "F16", 2),
+]  # fmt: skip
+full = pytest.mark.full
 
 
-def check(workers, models, family: str, quant: str, ranks: int, only_here: dict | None = None, **options) -> dict:
+def rows(always: list[tuple], in_full: list[tuple]) -> list:
+    return [*always, *(pytest.param(*row, marks=full) for row in in_full)]
+
+
+def check(workers, models, family: str, quant: str, ranks: int, only_here: dict | None = None, arch: str = "sm_60", tolerance: str = "", **options) -> dict:
     row = FAMILIES[family]
     arguments = {"model": models(family, quant), "prompt": PROMPT, "n": 3, **options}
     reference = workers.run(getattr(jobs, row.job), {}, on_device=False, **arguments)
-    result = workers.run(getattr(jobs, row.job), emulated(ranks), on_device=True, **arguments, **(only_here or {}))
-    assert nmse(result["prompt_logits"], reference["prompt_logits"]) <= TOLERANCE[quant]
+    result = workers.run(getattr(jobs, row.job), emulated(ranks, arch), on_device=True, **arguments, **(only_here or {}))
+    allowed = TOLERANCE[tolerance or quant]
+    assert nmse(result["prompt_logits"], reference["prompt_logits"]) <= allowed
     same = next((i for i, (a, b) in enumerate(zip(result["tokens"], reference["tokens"], strict=True)) if a != b), len(reference["tokens"])) + 1
-    assert nmse(result["logits"][:same], reference["logits"][:same]) <= TOLERANCE[quant]
+    assert nmse(result["logits"][:same], reference["logits"][:same]) <= allowed
     return result
 
 
-@pytest.mark.full
+def check_cost(result: dict, family: str, ranks: int) -> None:
+    """What the last graph reduced and gathered: two all_reduces a layer, or what the family's row says."""
+    counters, row = result["counters"], FAMILIES[family]
+    cost = row.cost or (2 * (COMMON | dict(row.keys))["block_count"], 0)
+    assert (counters.last_all_reduces, counters.last_all_gathers) == (cost if ranks > 1 else (0, 0)), result["plan"]
+
+
+@pytest.mark.parametrize(("family", "quant", "ranks"), SAMPLE)
+def test_family(workers, models, family, quant, ranks):
+    check_cost(check(workers, models, family, quant, ranks), family, ranks)
+
+
+@full
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family(workers, models, family, ranks):
-    check(workers, models, family, "F16", ranks)
+def test_family_whole_product(workers, models, family, ranks):
+    check_cost(check(workers, models, family, "F16", ranks), family, ranks)
 
 
-@pytest.mark.parametrize(("family", "ranks", "kv_type"), [("llama", 2, Q8_0), ("gemma3", 3, Q4_0), ("deepseek2", 4, Q8_0), ("gpt-oss", 5, Q4_0)])
+@full
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not has_experts(name) and name != "gemma3n"])
+def test_family_quantised(workers, models, family, quant):
+    """Without experts, whose choices hang on the last bits of products of int8; gemma3n's 22 layers amplify those."""
+    check_cost(check(workers, models, family, quant, 3), family, 3)
+
+
+@pytest.mark.parametrize(("family", "quant", "ranks"), rows([("phi3", "F16", 2)], [("glm4", "Q4_0", 3)]))
+def test_segments_in_the_persistent_kernel_and_on_tensor_cores(workers, models, family, quant, ranks):
+    check_cost(check(workers, models, family, quant, ranks, arch="sm_90"), family, ranks)
+
+
+@pytest.mark.parametrize(("family", "ranks", "kv_type"), rows([("llama", 2, Q8_0), ("gemma3", 3, Q4_0)], [("deepseek2", 4, Q8_0), ("gpt-oss", 5, Q4_0)]))
 def test_quantised_caches(workers, models, family, ranks, kv_type):
-    check(workers, models, family, "F16", ranks, kv_type=kv_type)
+    """The host's CPU multiplies such keys by queries in int8, we by floats: the tolerance is that of int8 products."""
+    check(workers, models, family, "F16", ranks, kv_type=kv_type, tolerance="Q8_0")
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("gemma2", 2), ("cohere2", 3), ("deepseek2", 2), ("qwen35", 3), ("mpt", 5), ("gpt-oss", 8), ("t5", 3), ("bert", 2)])
+UNFUSED = [("gemma2", 2), ("cohere2", 3), ("deepseek2", 2), ("qwen35", 3), ("mpt", 5), ("gpt-oss", 8), ("t5", 3), ("bert", 2)]
+
+
+@pytest.mark.parametrize(("family", "ranks"), rows([("gpt-oss", 2), ("phi3", 3)], UNFUSED))
 def test_without_flash_attention(workers, models, family, ranks):
     check(workers, models, family, "F16", ranks, flash_attn=False)
 
 
-@pytest.mark.parametrize(("family", "ranks", "layers"), [("llama", 3, 1), ("qwen2moe", 2, 2), ("jamba", 3, 2), ("gemma3", 2, 1)])
+@pytest.mark.parametrize(("family", "ranks", "layers"), rows([("llama", 3, 1)], [("qwen2moe", 2, 2), ("jamba", 3, 2), ("gemma3", 2, 1)]))
 def test_partial_offload(workers, models, family, ranks, layers):
     """The host's CPU has the first layers, or the output too (it counts as one more)."""
     check(workers, models, family, "F16", ranks, only_here={"layers": layers})
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("llama", 3), ("phi3", 2), ("qwen3moe", 3), ("llama", 8)])
+@pytest.mark.parametrize(("family", "ranks"), rows([("llama", 3), ("phi3", 2)], [("qwen3moe", 3), ("llama", 8)]))
 def test_lora(workers, models, tmp_path, family, ranks):
     model, lora = models(family, "F16"), str(tmp_path / "lora.gguf")
     workers.run(jobs.write_lora, {}, path=lora, model=model)
@@ -59,7 +101,7 @@ def test_lora(workers, models, tmp_path, family, ranks):
     assert nmse(result, reference) <= TOLERANCE["F16"] < 0.01 < nmse(plain, reference)
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("llama", 3), ("command-r", 2)])
+@pytest.mark.parametrize(("family", "ranks"), rows([("llama", 3)], [("command-r", 2)]))
 def test_control_vector(workers, models, family, ranks):
     arguments = {"model": models(family, "F16"), "prompt": PROMPT, "lora": None, "steer": True}
     reference = workers.run(jobs.adapted, {}, on_device=False, **arguments)["prompt_logits"]
@@ -68,15 +110,13 @@ def test_control_vector(workers, models, family, ranks):
     assert nmse(result, reference) <= TOLERANCE["F16"] < 0.001 < nmse(plain, reference)
 
 
-@pytest.mark.parametrize(
-    ("family", "ranks", "options"),
-    [
-        ("llama", 3, {}), ("llama", 2, {"kv_type": Q8_0}), ("gemma3", 2, {}), ("llama", 5, {"flash_attn": False}), ("deepseek2", 2, {}),
-        ("mamba2", 3, {}), ("jamba", 2, {}), ("qwen35", 2, {}),
-    ],
-)  # fmt: skip
+SHIFTED = [("gemma3", 2, {}), ("llama", 5, {"flash_attn": False}), ("deepseek2", 2, {}), ("mamba2", 3, {}), ("jamba", 2, {}), ("qwen35", 2, {})]
+
+
+# Not of quantised keys: the host itself crashes when it builds their shift.
+@pytest.mark.parametrize(("family", "ranks", "options"), rows([("llama", 3, {})], SHIFTED))
 def test_shifted_and_copied_sequences(workers, models, family, ranks, options):
     arguments = {"model": models(family, "F16"), "prompt": PROMPT, **options}
     reference = workers.run(jobs.edited_cache, {}, on_device=False, **arguments)
     result = workers.run(jobs.edited_cache, emulated(ranks), on_device=True, **arguments)
-    assert nmse(result, reference) <= TOLERANCE["Q8_0" if "kv_type" in options else "F16"]
+    assert nmse(result, reference) <= TOLERANCE["F16"]

@@ -76,3 +76,8 @@ def test_a_partial_that_was_passed_on_is_read_as_its_sum(workers, ranks):
     """Its all_reduce comes behind the multiplication; a host that reads the product itself gets the ranks' summands added up."""
     for value, expected in zip(workers.run(jobs.passed_on, emulated(ranks), on_device=True), workers.run(jobs.passed_on, {}, on_device=False), strict=True):
         assert nmse(value, expected) <= tolerance("")
+
+
+def test_halves_are_gathered_wherever_their_division_lies(workers):
+    result = workers.run(jobs.gathered_halves, emulated(3), on_device=True)
+    assert nmse(result, workers.run(jobs.gathered_halves, {}, on_device=False)) <= 1e-6  # one half's last bit

@@ -136,6 +136,7 @@ class Demands {
         if (!on_root || !root.is_node) return;
         switch (root.op) {
             case Op::MUL_MAT:
+                if (on_root->axis == 2) demand(root.src[1], *on_root);  // a matrix for each head
                 if (on_root->axis == 0 && root.src[0] >= 0)
                     if (Stored* w = at(root.src[0]).stored; w && w->format && at(root.src[0]).offset == 0 && !w->confirmed)
                         if (w->sharding != sharded(1, on_root->ranges)) wants.push_back({w, sharded(1, on_root->ranges), std::nullopt});
@@ -144,6 +145,11 @@ class Demands {
             case Op::MUL:
                 demand(root.src[0], *on_root);
                 if (at(root.src[1]).ne[on_root->axis] == root.ne[on_root->axis]) demand(root.src[1], *on_root);
+                break;
+            case Op::CONCAT:
+                if (on_root->axis == root.params[0]) break;
+                demand(root.src[0], *on_root);
+                demand(root.src[1], *on_root);
                 break;
             case Op::ROPE:
             case Op::RMS_NORM:

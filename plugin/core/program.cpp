@@ -320,6 +320,12 @@ constexpr std::pair<abi::Glu, GluOp> kGlu[] = {
     {abi::Glu::SWIGLU_CLAMP, GluOp::kSwigluClamp}};
 
 void lower_binary(const Site& s, Lowered& out) {
+    const bool a_whole = s.inputs[0].kind != Sharding::kPartial, b_whole = s.inputs[1].kind != Sharding::kPartial;
+    if (s.t->op == Op::ADD && s.output.kind == Sharding::kPartial && a_whole != b_whole && s.rank > 0) {  // the first rank adds what all have
+        const CopyArgs mine{s.x[a_whole], s.y};
+        if (mine.x.data != mine.y.data) out.add(copy_launch(mine, s.arch), mine);
+        return;
+    }
     const BinaryArgs args{s.x[0], s.x[1], s.y};
     out.add(binary_launch(*lookup(kBinary, s.t->op), args, s.arch), args);
 }
@@ -896,12 +902,13 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                             const Range foreign{at, own.begin};
                             at = own.end;
                             if (foreign.size() <= 0) continue;
-                            if (foreign.begin % 4 || foreign.size() % 4) throw Error(t.name + " cannot be gathered: its pieces are not whole words");
+                            const i64 unit = (foreign.begin | foreign.end | step.extent.period_bytes) % 4 ? 2 : 4;  // halves may end within a word
+                            if (foreign.begin % unit || foreign.size() % unit) throw Error(t.name + " cannot be gathered: its pieces are not whole halves");
                             View v{};
                             v.data = reinterpret_cast<char*>(t.buffer->compute[r] + (t.address - t.buffer->base)) + foreign.begin;
-                            v.type = kF32;
-                            const i64 ne[4] = {foreign.size() / 4, t.bytes / step.extent.period_bytes, 1, 1};
-                            for (int d = 0; d < 4; ++d) v.ne[d] = ne[d], v.nb[d] = d == 0 ? 4 : step.extent.period_bytes;
+                            v.type = unit == 4 ? kF32 : kF16;
+                            const i64 ne[4] = {foreign.size() / unit, t.bytes / step.extent.period_bytes, 1, 1};
+                            for (int d = 0; d < 4; ++d) v.ne[d] = ne[d], v.nb[d] = d == 0 ? unit : step.extent.period_bytes;
                             zero[side].launches[r] = make(fill_launch({v, 0.0f}, {context.devices[r]->cc, context.devices[r]->n_sm}), FillArgs{v, 0.0f});
                         }
                     }
@@ -910,7 +917,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 ProgramStep reduce;
                 reduce.kind = ProgramStep::kAllReduce;
                 reduce.label = t.name;
-                reduce.elems = t.bytes / 4;
+                reduce.elems = (t.bytes + 3) / 4;  // a last half has padding of the host's beside it, whose sum is nobody's
                 reduce.wire = step.kind == PlanStep::kAllGather ? WireType::kI32 : WireType::kF32;
                 for (int r = 0; r < n; ++r) reduce.pointers.push_back(t.buffer->compute[r] + (t.address - t.buffer->base));
                 program->steps.push_back(std::move(reduce));

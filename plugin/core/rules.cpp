@@ -41,6 +41,8 @@ std::optional<Decision> passes_partial(Propagation& p, const Tensor& t) {
     u32 partial_sources = 0;
     for (int i = 0; i < n_sources(t); ++i) partial_sources |= u32{p.is_partial(t, i)} << i;
     if (!partial_sources || !may_pass_partial(t, partial_sources)) return std::nullopt;
+    if (t.op == Op::ADD && partial_sources != 3 && (!std::equal(t.ne, t.ne + 4, p.at(t.src[partial_sources - 1]).ne) || !p.meets_partial(t)))
+        return std::nullopt;
     Decision d{{}, partial()};
     for (int i = 0; i < n_sources(t); ++i) {
         d.inputs.push_back(p.source(t, i, true));
@@ -82,6 +84,8 @@ Decision element_wise(Propagation& p, const Tensor& t) {
 
 /// Shape-preserving copies; a copy that also regroups axes maps through the order of elements.
 Decision copies(Propagation& p, const Tensor& t) {
+    if (t.op == Op::CONT)
+        if (auto linear = passes_partial(p, t)) return *linear;
     const Tensor& x = p.at(t.src[0]);
     Sharding s = p.source(t, 0);
     Decision d{{s, replicated()}, s};
@@ -198,6 +202,15 @@ Decision flash_attn(Propagation& p, const Tensor& t) {
     return d;
 }
 
+/// Side by side along one axis: a division of another one passes on, what is whole is cut to it.
+Decision concat(Propagation& p, const Tensor& t) {
+    const Sharding a = p.source(t, 0), b = p.source(t, 1);
+    const Sharding& s = a.kind == Sharding::kSharded ? a : b;
+    const bool alike = a == b || a.kind == Sharding::kReplicated || b.kind == Sharding::kReplicated;
+    if (s.kind != Sharding::kSharded || !alike || s.axis == t.params[0]) return everywhere(p, t);
+    return {{s, s}, s};
+}
+
 Decision get_rows(Propagation& p, const Tensor& t) {
     const Sharding s = p.source(t, 0);
     if (p.source(t, 1).kind == Sharding::kSharded) return everywhere(p, t);
@@ -256,6 +269,7 @@ constexpr Row kRules[] = {
     {Op::MUL_MAT, mul_mat},
     {Op::MUL_MAT_ID, mul_mat_id},
     {Op::FLASH_ATTN_EXT, flash_attn},
+    {Op::CONCAT, concat},
     {Op::GET_ROWS, get_rows},
     {Op::SET_ROWS, set_rows},
 };
@@ -273,7 +287,8 @@ bool may_pass_partial(const Tensor& t, u32 partial_sources) {
     // whatever nothing wrote over (seen: 5 all_reduces for 4 in a host that does not reuse that memory).
     switch (t.op) {
         case Op::SCALE: return t.param_f32(1) == 0.0f;
-        case Op::ADD:
+        case Op::CONT: return t.type == kF32;
+        case Op::ADD: return partial_sources != 0;  // what is whole is added by one rank
         case Op::SUB: return partial_sources == 3;
         case Op::MUL: return partial_sources == 1 || partial_sources == 2;  // by a whole factor: the weights of experts
         case Op::ADD_ID: return partial_sources == 1;                       // one rank adds the bias
@@ -282,7 +297,13 @@ bool may_pass_partial(const Tensor& t, u32 partial_sources) {
 }
 
 Propagation::Propagation(const Graph& graph_in, int n_ranks_in, const std::vector<double>& split_in, PlanResult& result)
-    : graph(graph_in), n_ranks(n_ranks_in), split(split_in), result_(result), states_(graph_in.tensors.size()), passed_on_(graph_in.tensors.size()) {
+    : graph(graph_in),
+      n_ranks(n_ranks_in),
+      split(split_in),
+      result_(result),
+      states_(graph_in.tensors.size()),
+      passed_on_(graph_in.tensors.size()),
+      computed_(graph_in.tensors.size()) {
     for (const Tensor& t : graph.tensors) {
         if (t.root != t.id || t.stored || !t.buffer || t.is_node) continue;
         for (const Residency& r : t.buffer->residency)
@@ -293,6 +314,24 @@ Propagation::Propagation(const Graph& graph_in, int n_ranks_in, const std::vecto
 
 bool Propagation::is_partial(const Tensor& t, int i) const {
     return t.src[i] >= 0 && !at(t.src[i]).stored && states_[at(t.src[i]).root].kind == Sharding::kPartial;
+}
+
+bool Propagation::will_be_partial(const Tensor& t) const {
+    const Tensor& root = at(t.root);
+    if (states_[root.id].kind == Sharding::kPartial) return true;
+    if (computed_[root.id] || !root.is_node || (root.op != Op::MUL_MAT && root.op != Op::MUL_MAT_ID)) return false;
+    const Stored* w = at(root.src[0]).stored;
+    return w && w->sharding.kind == Sharding::kSharded && w->sharding.axis == 0;
+}
+
+bool Propagation::meets_partial(const Tensor& t) const {
+    const Tensor* reader = nullptr;
+    int n_readers = 0, other = -1;
+    for (int id : graph.nodes)
+        for (int i = 0; i < 10; ++i)
+            if (at(id).src[i] >= 0 && at(at(id).src[i]).root == t.root) reader = &at(id), ++n_readers, other = 1 - i;
+    if (n_readers != 1 || reader->op != Op::ADD || !std::equal(t.ne, t.ne + 4, reader->ne)) return false;
+    return will_be_partial(at(reader->src[other])) || meets_partial(*reader);
 }
 
 Propagation::State& Propagation::state_of(int root) { return states_[root]; }
@@ -355,6 +394,10 @@ void Propagation::gather(const Tensor& t, int i, const std::string& reason) {
     if (s.stored) return want(s.stored, replicated(), std::nullopt);
     State& state = states_[s.root];
     if (state.kind != Sharding::kSharded) return;
+    // Segments that nothing asked for, by name alone, and that are not those of the graph: whole on every rank, there is nothing to gather.
+    const Tensor& root = at(s.root);
+    Stored* weight = root.op == Op::MUL_MAT || root.op == Op::MUL_MAT_ID ? at(root.src[0]).stored : nullptr;
+    if (weight && weight->role == Role::kSegments && !weight->confirmed) return want(weight, replicated(), std::nullopt);
     result_.plan.steps.push_back({PlanStep::kAllGather, s.root, {}, {}, state.extent, reason});
     state = {};
 }
@@ -403,6 +446,7 @@ void Propagation::step(int node) {
         }
         states_[t.root] = next;
     }
+    computed_[t.root] = 1;
     result_.plan.steps.push_back({PlanStep::kCompute, node, d.inputs, d.output, {}, {}});
 }
 

@@ -21,6 +21,9 @@ class Propagation {
     /// The same for ops that are computed segment by segment; for others, what is divided in segments is gathered.
     Sharding segmented_source(const Tensor& t, int i);
     bool is_partial(const Tensor& t, int i) const;
+    /// Whether t is read by nothing but one sum that has, or leads to one with, another Partial: then t may be a Partial too and is reduced
+    /// with that one. Attention and ffn of a parallel residual are one all_reduce so.
+    bool meets_partial(const Tensor& t) const;
     /// Makes source i of t whole on every rank.
     void gather(const Tensor& t, int i, const std::string& reason);
     /// Whether source i of t is computed by its owners in the same proportion as `cache` is divided.
@@ -39,10 +42,12 @@ class Propagation {
     void reduce(int root, const std::string& reason);
     State& state_of(int root);
     Sharding lies(const Tensor& t, int i);
+    bool will_be_partial(const Tensor& t) const;
 
     PlanResult& result_;
     std::vector<State> states_;    // by root
     std::vector<char> passed_on_;  // by root: a Partial that an op has read as one
+    std::vector<char> computed_;   // by root
 };
 
 }  // namespace ggml_tp

@@ -35,6 +35,9 @@ constexpr Row kRows[] = {
     {"ffn_down_shexp.weight", Role::kRow},
     {"ffn_gate_inp.weight", Role::kWhole},
     {"attn_qkv.weight", Role::kSegments},
+    // Latent attention: heads come out of the second of two products, the latent itself is everybody's.
+    {"attn_q_b.weight", Role::kColumn},
+    {"attn_kv_b.weight", Role::kColumn},
     {"ffn_gate_up_exps.weight", Role::kSegments},
 };
 

@@ -80,12 +80,59 @@ void check_views(std::mt19937& rng) {
     }
 }
 
+/// Of a row of several segments, each divided for itself: a view of one is divided as that one, a view of the whole row as all of them, and a view
+/// that begins within a segment by what it has of it.
+void check_segments(std::mt19937& rng) {
+    const int n = 1 + static_cast<int>(rng() % 5), n_segments = 2 + static_cast<int>(rng() % 3);
+    const i64 unit = 1 + static_cast<i64>(rng() % 4), n_tokens = 1 + static_cast<i64>(rng() % 3);
+    std::vector<i64> begins{0};
+    Sharding s;
+    for (int i = 0; i < n_segments; ++i) {
+        const i64 size = unit * (1 + static_cast<i64>(rng() % 9));
+        const Ranges ranges = moved(divide(size, unit, n, {}), begins.back());
+        if (i == 0) s = sharded(0, ranges);
+        else s.rest.push_back(ranges);
+        begins.push_back(begins.back() + size);
+    }
+    const i64 row = begins.back();
+    const Strided root{{row, n_tokens, 1, 1}, {4, 4 * row, 4 * row * n_tokens, 4 * row * n_tokens}, 0, 4};
+    const auto extent = extent_of(s, root);
+    expect(extent && sharding_of(*extent, root) == s, "a row in segments is not what it was");
+    if (!extent) return;
+    for (int i = 0; i < n_segments; ++i) {
+        const i64 begin = begins[static_cast<size_t>(i)], size = begins[static_cast<size_t>(i) + 1] - begin;
+        const Strided heads{{unit, size / unit, n_tokens, 1}, {4, 4 * unit, 4 * row, 4 * row * n_tokens}, 4 * begin, 4};
+        const auto seen = sharding_of(*extent, heads);
+        expect(seen && seen->n_segments() == 1, "a view of one segment has no sharding of one");
+        if (!seen || seen->n_segments() != 1) continue;
+        const i64 step = seen->axis == 0 ? 1 : unit;
+        for (int r = 0; r < n; ++r) {
+            const Range got = seen->ranges[static_cast<size_t>(r)], held = s.segment(i).ranges[static_cast<size_t>(r)];
+            expect(got.size() * step == held.size() && (held.size() == 0 || begin + got.begin * step == held.begin), "a view of a segment gives elements away");
+        }
+    }
+    Strided tail{{row - 1, n_tokens, 1, 1}, {4, 4 * row, 4 * row * n_tokens, 4 * row * n_tokens}, 4, 4};
+    if (const auto seen = row > 1 ? sharding_of(*extent, tail) : std::nullopt) {
+        std::vector<int> owners(static_cast<size_t>(row) - 1);
+        for (int i = 0; i < seen->n_segments(); ++i)
+            for (const Range& range : seen->segment(i).ranges)
+                for (i64 at = range.begin; at < range.end; ++at) ++owners[static_cast<size_t>(at)];
+        expect(std::all_of(owners.begin(), owners.end(), [](int n_owners) { return n_owners == 1; }), "an element of a view has no owner, or two");
+    } else {
+        expect(row == 1, "a view across segments has no sharding");
+    }
+}
+
 /// Every block is stored by whom it belongs to.
 void check_planes(std::mt19937& rng) {
     const WeightFormat& format = kWeightFormats[rng() % std::size(kWeightFormats)];
     const i64 ne[4] = {static_cast<i64>(format.block_elems * (1 + rng() % 9)), static_cast<i64>(1 + rng() % 40), 1, 1};
     const int axis = static_cast<int>(rng() % 2), n = 1 + static_cast<int>(rng() % 5);
-    const Sharding s = sharded(axis, divide(ne[axis], axis ? 1 : 16, n, {}));
+    Sharding s = sharded(axis, divide(ne[axis], axis ? 1 : 16, n, {}));
+    if (axis == 1 && ne[1] % 2 == 0) {  // two halves, each divided
+        s.ranges = divide(ne[1] / 2, 1, n, {});
+        s.rest = {moved(s.ranges, ne[1] / 2)};
+    }
     for (int r = 0; r < n; ++r) {
         const PlaneLayout planes = plane_layout(format, ne, s, r);
         const i64 blocks = planes.block_end - planes.block_begin, rows = planes.n_rows();
@@ -160,12 +207,14 @@ void check_verifier() {
     const PlanStep first = compute(0, {}, partial()), second = compute(1, {}, partial());
     expect(accepted(plan({first, compute(2, {partial(), replicated()}, partial()), reduce(2), norm}), product), "a scaled Partial is refused");
     expect(!accepted(plan({first, second, compute(2, {partial(), partial()}, partial()), reduce(2), norm}), product), "a product of Partials is accepted");
-    expect(!accepted(plan({first, compute(2, {partial(), replicated()}, partial()), reduce(2), norm}), graph), "a Partial plus a whole is accepted");
+    expect(accepted(plan({first, compute(2, {partial(), replicated()}, partial()), reduce(2), norm}), graph), "a Partial to which one rank adds is refused");
+    product.tensors[2].op = abi::Op::SUB;
+    expect(!accepted(plan({first, compute(2, {partial(), replicated()}, partial()), reduce(2), norm}), product), "a Partial less a whole is accepted");
 }
 
 int main(int, char** argv) {
     std::mt19937 rng(static_cast<unsigned>(std::atoi(argv[1])));
-    for (int i = 0; i < 2000; ++i) check_divide(rng), check_heads(rng), check_views(rng), check_planes(rng);
+    for (int i = 0; i < 2000; ++i) check_divide(rng), check_heads(rng), check_views(rng), check_segments(rng), check_planes(rng);
     check_verifier();
     return faults > 100 ? 100 : faults;
 }
