@@ -75,7 +75,7 @@ TP_DEVICE const StreamProduct& fetch_product(const StreamStage& stage, char* to,
     return *(const StreamProduct*)to;
 }
 
-// ---- the warp that streams weights: lane 0 waits, then a lane for each plane (of each half) starts its copy. What does not change from tile to
+// ---- the warp that streams weights: a free slot, then a lane for each plane (of each half) starts its copy. What does not change from tile to
 // tile is in registers: one thread that read it from the product again for each of a tile's copies took longer than the memory.
 TP_DEVICE void stream_weights(const StreamArgs& args, Shared& s, char* ring) {
     const int lane = threadIdx.x % 32;
@@ -95,8 +95,8 @@ TP_DEVICE void stream_weights(const StreamArgs& args, Shared& s, char* ring) {
             const char* from = copies ? p.part[part + half].plane[plane] : nullptr;
             for (; tile < tiles; tile += gridDim.x) {
                 const int row = tile * step, rows = n - row < step ? n - row : step;
+                tp_barrier_wait(&s.empty[slot.at], slot.parity ^ 1);
                 if (lane == 0) {
-                    tp_barrier_wait(&s.empty[slot.at], slot.parity ^ 1);
                     while (issued - landed >= kInFlight) {
                         tp_barrier_wait(&s.full[ahead.at], ahead.parity);
                         ahead.next();
