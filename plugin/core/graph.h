@@ -1,5 +1,6 @@
 // The host's cgraph as immutable values: the only place that reads it. Everything after this works on Graph alone.
 #pragma once
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -29,7 +30,12 @@ struct Tensor {
     Stored* stored = nullptr;  // when its bytes lie in a stored tensor; offset then counts from that tensor's first byte
     bool is_node = false;
 
-    Strided strided() const { return {{ne[0], ne[1], ne[2], ne[3]}, {nb[0], nb[1], nb[2], nb[3]}, offset, nb[0], unit_elems()}; }
+    Strided strided() const { return {{ne[0], ne[1], ne[2], ne[3]}, {nb[0], nb[1], nb[2], nb[3]}, offset, unit_bytes(), unit_elems()}; }
+    /// Bytes of a block, whichever axis it lies along: of a transposed view nb[0] is a row's.
+    i64 unit_bytes() const {
+        const WeightFormat* format = find_weight_format(type);
+        return format ? format->block_bytes : std::min({nb[0], nb[1], nb[2], nb[3]});
+    }
     /// Elements of a block: what nb[0] is the stride of.
     i64 unit_elems() const {
         const WeightFormat* format = find_weight_format(type);

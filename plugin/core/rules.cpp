@@ -319,7 +319,9 @@ bool Propagation::is_partial(const Tensor& t, int i) const {
 bool Propagation::will_be_partial(const Tensor& t) const {
     const Tensor& root = at(t.root);
     if (states_[root.id].kind == Sharding::kPartial) return true;
-    if (computed_[root.id] || !root.is_node || (root.op != Op::MUL_MAT && root.op != Op::MUL_MAT_ID)) return false;
+    if (computed_[root.id] || !root.is_node) return false;
+    if (root.op == Op::ADD) return will_be_partial(at(root.src[0])) || will_be_partial(at(root.src[1]));  // with a bias
+    if (root.op != Op::MUL_MAT && root.op != Op::MUL_MAT_ID) return false;
     const Stored* w = at(root.src[0]).stored;
     return w && w->sharding.kind == Sharding::kSharded && w->sharding.axis == 0;
 }

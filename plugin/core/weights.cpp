@@ -10,7 +10,7 @@ struct Row {
     Role role;
 };
 
-// Matched against the end of the name after its block prefix ("blk.7."), longest rows first where one ends another.
+// Matched against the end of the name after its block prefix ("blk.7.", "dec.blk.7."), longest rows first where one ends another.
 constexpr Row kRows[] = {
     {"attn_q.weight", Role::kColumn},
     {"attn_q.bias", Role::kColumn},
@@ -19,6 +19,11 @@ constexpr Row kRows[] = {
     {"attn_v.weight", Role::kColumn},
     {"attn_v.bias", Role::kColumn},
     {"attn_output.weight", Role::kRow},
+    {"attn_o.weight", Role::kRow},
+    {"cross_attn_q.weight", Role::kColumn},
+    {"cross_attn_k.weight", Role::kColumn},
+    {"cross_attn_v.weight", Role::kColumn},
+    {"cross_attn_o.weight", Role::kRow},
     {"ffn_gate.weight", Role::kColumn},
     {"ffn_gate.bias", Role::kColumn},
     {"ffn_up.weight", Role::kColumn},
@@ -45,6 +50,7 @@ constexpr Row kRows[] = {
 
 Role role_of(std::string_view name) {
     if (name.starts_with("cache_k_l") || name.starts_with("cache_v_l")) return Role::kKvCache;
+    if (name.starts_with("enc.") || name.starts_with("dec.")) name.remove_prefix(4);
     if (name.starts_with("blk.")) {
         const size_t dot = name.find('.', 4);
         if (dot == std::string_view::npos) return Role::kReplicated;
