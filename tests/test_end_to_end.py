@@ -12,7 +12,7 @@ import jobs
 import numpy as np
 import pytest
 from conftest import emulated
-from families import N_LAYER, has_experts
+from families import N_LAYER
 from ggml_tp.host import nmse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "integration"))
@@ -50,9 +50,9 @@ WHOLE = [(f, q, r) for f in ("llama", "qwen2", "qwen3") for q in ("F16", "Q4_0",
 def check(workers, models, family: str, quant: str, ranks: int, flash_attn: bool = True, arch: str = "sm_60", **options) -> dict:
     model = models(family, quant, **options)
     arguments = {"model": model, "prompt": PROMPT, "n": 4, "flash_attn": flash_attn}
-    # The CPU's own products of k-quants, with int8 activations in blocks of 256, are off by as much as the tolerance for Q6_K, and by more
-    # where one token's router chooses otherwise for it (6e-4 for Q4_K; ours 1e-4): measured against the same values in F32 instead.
-    own_errors = quant == "Q6_K" or (quant.endswith("_K") and has_experts(family))
+    # The CPU's own products of k-quants, with int8 activations in blocks of 256, are off by 3e-4 to 5e-4 (ours, of 32: 1e-4 to 3e-4), and by more
+    # where one token's router chooses otherwise for it: measured against the same values in F32 instead.
+    own_errors = quant.endswith("_K")
     exact = {"model": models(family, quant, dequantized=True, **options)} if own_errors else {}
     reference = workers.run(jobs.run_model, {}, on_device=False, **{**arguments, **exact})
     result = workers.run(jobs.run_model, emulated(ranks, arch), on_device=True, **arguments)
