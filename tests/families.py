@@ -73,6 +73,7 @@ OPTIONAL = r"(?!exp_probs_b|ssm_).*\.bias|rope_.*|.*scale|attn_sinks\.weight"
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama"),
+    "llama-mqa": Family("llama", {"attention.head_count_kv": 1}),
     "qwen2": Family("qwen2", optional=r"attn_[qkv]\.bias"),
     "qwen3": Family("qwen3"),
     "qwen3moe": Family("qwen3moe", EXPERTS),
@@ -114,7 +115,7 @@ FAMILIES: dict[str, Family] = {
     # differs from itself by an NMSE of 8e-3 with another batch size.
     "gemma3n": Family("gemma3n", {"block_count": 22, "embedding_length": 64, "attention.head_count": 2, "attention.head_count_kv": 1,
         "feed_forward_length": 384, "attention.sliding_window": 32, "attention.sliding_window_pattern": 5}, scaled={"attn_q_norm": 0.2,
-        "altup_.*coef": 0.1, "_post_norm|_post.*norm|post_.*norm": 0.3}),
+        "altup_.*coef": 0.1, "_post_norm|_post.*norm|post_.*norm": 0.3}, cost=(44, 10)),
     "gemma2": Family("gemma2", {"attention.sliding_window": 32, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, without="output"),
     "phi2": Family("phi2", optional=r".*\.bias", cost=(3, 0)),
     "gpt2": Family("gpt2", {"attention.head_count_kv": 8}, optional=r".*\.bias", joined=QKV),

@@ -14,6 +14,7 @@ PROMPT = [(17 * i + i * i) % 300 for i in range(44)]  # longer than the sliding 
 RANKS = (1, 2, 3, 4, 5, 8)
 # Of every kind of graph one, most at 2 or 3 ranks, whose processes are there already.
 SAMPLE = [
+    ("llama-mqa", "F16", 3),
     ("gemma3", "F16", 3), ("phi3", "F16", 3), ("phi3", "Q4_K", 2), ("glm4", "Q4_0", 3), ("glm4moe", "F16", 2), ("command-r", "F16", 3), ("falcon", "F16", 3),
     ("gpt2", "Q8_0", 3), ("gptneox", "F16", 2), ("olmo2", "F16", 3), ("minicpm3", "F16", 3), ("deepseek2-fused", "F16", 2), ("llama4", "F16", 2),
     ("qwen3next", "F16", 3), ("qwen35", "F16", 2), ("mamba2", "F16", 2), ("nemotron_h", "F16", 3), ("lfm2", "F16", 2), ("bert", "F16", 3), ("t5", "F16", 2),

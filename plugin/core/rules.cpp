@@ -431,8 +431,12 @@ void Propagation::step(int node) {
         State next{d.output.kind, {}};
         if (d.output.kind == Sharding::kSharded) {
             const auto extent = extent_of(d.output, t.strided());
+            auto is_all = [&](const Range& range) { return range == Range{0, extent->period_bytes}; };
             if (!extent || root.bytes % extent->period_bytes) {
                 d = everywhere(*this, t);
+                next = {};
+            } else if (std::all_of(extent->ranges.begin(), extent->ranges.end(), is_all)) {  // the only KV head, which every rank has
+                d.output = replicated();
                 next = {};
             } else {
                 next.extent = *extent;
