@@ -113,7 +113,7 @@ FAMILIES: dict[str, Family] = {
     "lfm2": Family("lfm2", {"attention.head_count_kv": [0, 4], "shortconv.l_cache": 3}, cost=(3, 0)),
     # Attention is not scaled, 22 layers amplify, of few gates the topmost 5 % are next to none: unscaled and with an ffn of 96, the host's CPU
     # differs from itself by an NMSE of 8e-3 with another batch size.
-    "gemma3n": Family("gemma3n", {"block_count": 22, "embedding_length": 64, "attention.head_count": 2, "attention.head_count_kv": 1,
+    "gemma3n": Family("gemma3n", {"block_count": 22, "embedding_length": 64, "attention.head_count": 8, "attention.head_count_kv": 1,
         "feed_forward_length": 384, "attention.sliding_window": 32, "attention.sliding_window_pattern": 5}, scaled={"attn_q_norm": 0.2,
         "altup_.*coef": 0.1, "_post_norm|_post.*norm|post_.*norm": 0.3}, cost=(44, 10)),
     "gemma2": Family("gemma2", {"attention.sliding_window": 32, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, without="output"),
