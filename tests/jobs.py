@@ -233,6 +233,24 @@ def all_reduce_times(n_bytes: int) -> dict[str, float | None]:
     return {how: inspection.all_reduce_seconds(n_bytes, how, rounds=4) for how in REDUCES}
 
 
+def try_contexts(model: str, contexts: list[int]) -> list[dict[str, Any]]:
+    """Of each size: whether such a context can be made and a token decoded in it, and the activations of a rank."""
+    loaded = _with_plugin().model(model, "TP0")
+    out = []
+    for n_ctx in contexts:
+        context = None
+        try:
+            context = loaded.context(n_ctx=n_ctx)
+            context.decode([1], 0)
+            out.append({"made": True, "compute": [rank["compute"] for rank in Inspection(LIBRARY).rank_bytes()]})
+        except HostError:
+            out.append({"made": False})
+        if context is not None:
+            context.close()
+    loaded.close()
+    return out
+
+
 _FIT = "_Z17common_fit_paramsPKcP18llama_model_paramsP20llama_context_paramsPfP32llama_model_tensor_buft_overridePmjPK22common_fit_extra_model14ggml_log_level"
 
 

@@ -349,28 +349,15 @@ void Group::capture(Program& program) {
 }
 
 std::unique_ptr<Program> Group::build(const Graph& graph, u64 key) {
-    PlanResult result;
-    // Each round settles at least one tensor, and an odd cut of heads takes a round per layer (8 rounds refused 3 ranks from 8 layers on).
-    const size_t most_rounds = graph.tensors.size();
-    for (size_t round = 0;; ++round) {
-        result = make_plan(graph, n_ranks(), config.split);
-        if (result.wants.empty()) break;
-        if (round == most_rounds) throw Error("the graph's wishes for its weights contradict each other (a bug; please report the graph)");
-        for (const Want& want : result.wants) {
-            if (want.stored->confirmed) {  // asked twice in two ways: whole on every rank is right for both
-                memory->reshard(*want.stored->buffer, *want.stored, replicated(), std::nullopt);
-            } else {
-                memory->reshard(*want.stored->buffer, *want.stored, want.sharding, want.extent);
-            }
-            want.stored->confirmed = true;
-            ++counters.weights_resharded;
-        }
-    }
-    schedule(result.plan, graph);
-    verify(result.plan, graph);
+    Plan plan = settle(graph, n_ranks(), config.split, [&](Stored& tensor, const Sharding& sharding, const std::optional<Extent>& extent) {
+        memory->reshard(*tensor.buffer, tensor, sharding, extent);
+        ++counters.weights_resharded;
+    });
+    schedule(plan, graph);
+    verify(plan, graph);
     // Other programs hold the addresses of shards that were laid out anew; their keys no longer match, so they are never replayed.
-    std::unique_ptr<Program> program = lower(graph, result.plan, {*memory, devices_, *scratch_, fault_pointers_, stream_.get()});
-    program->plan_text = result.plan.to_text(graph);
+    std::unique_ptr<Program> program = lower(graph, plan, {*memory, devices_, *scratch_, fault_pointers_, stream_.get()});
+    program->plan_text = plan.to_text(graph);
     program->key = key;
     try {
         connect();

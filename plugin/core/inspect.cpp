@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "explain.h"
 #include "state.h"
 
 #pragma GCC visibility push(default)
@@ -22,6 +23,15 @@ HostState* host_state(int group) {
     for (auto& [base, state] : p.hosts)
         if (group-- == 0) return state.get();
     return nullptr;
+}
+
+size_t copy_out(const std::string& text, char* out, size_t capacity) {
+    if (out && capacity) {
+        const size_t n = text.size() < capacity - 1 ? text.size() : capacity - 1;
+        std::memcpy(out, text.data(), n);
+        out[n] = 0;
+    }
+    return text.size();
 }
 
 }  // namespace
@@ -61,12 +71,7 @@ size_t ggml_tp_text(int group, int what, char* out, size_t capacity) {
         case GGML_TP_TEXT_STAGES: text = state->group->stage_times(); break;
         default: break;
     }
-    if (out && capacity) {
-        const size_t n = text.size() < capacity - 1 ? text.size() : capacity - 1;
-        std::memcpy(out, text.data(), n);
-        out[n] = 0;
-    }
-    return text.size();
+    return copy_out(text, out, capacity);
 }
 
 int ggml_tp_rank_bytes(int group, int rank, uint64_t* weight_bytes, uint64_t* kv_bytes, uint64_t* compute_bytes) {
@@ -113,6 +118,19 @@ int ggml_tp_delay(int group, int rank, double seconds) {
     std::lock_guard lock(state->group->mutex);
     state->group->delay(rank, seconds);
     return 0;
+}
+
+size_t ggml_tp_explain(const struct ggml_tp_model* model, int n_ranks, const double* split, char* out, size_t capacity) {
+    ModelShape shape{{}, {}, model->n_embd, model->n_expert_used, model->type_k, model->type_v};
+    for (size_t i = 0; i < model->n_tensors; ++i) {
+        const ggml_tp_file_tensor& t = model->tensors[i];
+        shape.tensors.push_back({t.name, t.type, {t.ne[0], t.ne[1], t.ne[2], t.ne[3]}});
+    }
+    for (size_t i = 0; i < model->n_layers; ++i) {
+        const ggml_tp_layer& l = model->layers[i];
+        shape.layers.push_back({l.n_head, l.n_head_kv, l.head_k, l.head_v, l.cells});
+    }
+    return copy_out(explain(shape, n_ranks, split ? std::vector<double>(split, split + n_ranks) : std::vector<double>{}), out, capacity);
 }
 
 const char* ggml_tp_version(void) { return "0.1.0"; }

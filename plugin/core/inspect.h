@@ -23,4 +23,17 @@ enum { GGML_TP_REDUCE_NCCL = 0, GGML_TP_REDUCE_NCCL_GRAPH = 1, GGML_TP_REDUCE_OW
 int ggml_tp_time_all_reduce(int group, uint64_t bytes, int how, int rounds, double *seconds);
 /* For tests: the rank's next graph begins that many seconds later, as a late peer's would. 0, or -1 when there is no such rank. */
 int ggml_tp_delay(int group, int rank, double seconds);
+/* What a group would make of a model, from its file's tensor list alone: no host, no device, no group. Shapes in ggml's order; of a
+ * tensor with fewer axes, ne is 1 there. Only tensors that a host puts on the device are listed. */
+struct ggml_tp_file_tensor { const char *name; int32_t type; int64_t ne[4]; };
+struct ggml_tp_layer { int64_t n_head, n_head_kv, head_k, head_v, cells; };
+struct ggml_tp_model {
+    const struct ggml_tp_file_tensor *tensors; size_t n_tensors;
+    const struct ggml_tp_layer *layers; size_t n_layers;
+    int64_t n_embd, n_expert_used;
+    int32_t type_k, type_v; /* of the caches */
+};
+/* The plan of one decoded token as JSON, {"error": ...} when there is none; split: n_ranks shares, or null for an even one. Copies at most
+ * capacity bytes and a final 0; returns the length needed without it. */
+size_t ggml_tp_explain(const struct ggml_tp_model *model, int n_ranks, const double *split, char *out, size_t capacity);
 const char *ggml_tp_version(void);
