@@ -51,6 +51,64 @@ def run_model(
     return out
 
 
+def run_devices(
+    model: str, prompt: list[int], n: int, devices: str, split_mode: int, flash_attn: bool = True, late_s: float = 0.0
+) -> dict[str, Any]:  # fmt: skip
+    """Greedy generation of a model that the host divides over several devices ("TP0,TP1"); `late_s`: then the last one is late once."""
+    host = _with_plugin()
+    inspection = Inspection(LIBRARY)
+    groups = range(inspection.n_groups())
+    loaded = host.model(model, devices, split_mode=split_mode)
+    context = loaded.context(n_ctx=1024, flash_attn=flash_attn)
+    out: dict[str, Any] = {"devices": [name for name, _ in host.devices()]}
+    out["tokens"], out["logits"], _ = context.generate(prompt, n)
+    out["bytes"] = [inspection.rank_bytes(group) for group in groups]
+    out["counters"] = [inspection.counters(group) for group in groups]
+    if late_s:
+        inspection.delay(0, late_s, group=groups[-1])
+        out["late"] = []
+        for i in range(3):
+            try:
+                out["late"].append(context.decode([out["tokens"][-1]], len(prompt) + n - 1 + i)[-1])
+            except HostError:
+                out["late"].append(None)
+        context.clear()
+        out["again"], out["again_logits"], _ = context.generate(prompt, n)
+    context.close()
+    context = loaded.context(n_ctx=1024, flash_attn=flash_attn)
+    out["prompt_logits"] = context.decode(prompt, 0, all_logits=True)
+    context.close()
+    loaded.close()
+    return out
+
+
+def copy_between(names: list[str]) -> dict[str, list[bool]]:
+    """Of halves [256, 192] with such a name, copied from a buffer of TP0 into one of TP1 and back into another of TP0: whether each has the
+    bytes that were set."""
+    host = _with_plugin()
+    there, here = graphs.Ggml(host.path, True, device="TP1"), graphs.Ggml(host.path, True, device="TP0")
+    lib, ffi = here.lib, here.ffi
+    out: dict[str, list[bool]] = {}
+    for name in names:
+        data = np.random.default_rng(0).integers(0, 256, 256 * 192 * 2, dtype=np.uint8).tobytes()
+        contexts = [lib.ggml_init([1 << 20, ffi.NULL, True]) for _ in range(3)]
+        tensors = [lib.ggml_set_name(lib.ggml_new_tensor_4d(c, graphs.F16, 256, 192, 1, 1), name.encode()) for c in contexts]
+        buffers = [lib.ggml_backend_alloc_ctx_tensors(c, ggml.backend) for c, ggml in zip(contexts, (here, there, here), strict=True)]
+        lib.ggml_backend_tensor_set(tensors[0], data, 0, len(data))
+        for source, target in zip(tensors, tensors[1:], strict=False):
+            lib.ggml_backend_tensor_copy(source, target)
+        read = [bytearray(len(data)) for _ in tensors]
+        for tensor, into in zip(tensors, read, strict=True):
+            lib.ggml_backend_tensor_get(tensor, ffi.from_buffer(into), 0, len(into))
+        out[name] = [bytes(into) == data for into in read]
+        for buffer, context in zip(buffers, contexts, strict=True):
+            lib.ggml_backend_buffer_free(buffer)
+            lib.ggml_free(context)
+    there.close()
+    here.close()
+    return out
+
+
 def sequences(model: str, on_device: bool) -> np.ndarray:
     """Three sequences of different length in one batch, then one more token of each."""
     host = _with_plugin() if on_device else _host()

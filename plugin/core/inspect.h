@@ -5,7 +5,7 @@ struct ggml_tp_counters {
     uint64_t programs_cached; /* captured and not yet dropped */
 };
 enum { GGML_TP_TEXT_CONFIG = 0, GGML_TP_TEXT_LAYOUT = 1, GGML_TP_TEXT_PLAN = 2, GGML_TP_TEXT_PROGRAM = 3, GGML_TP_TEXT_DEVICES = 4, GGML_TP_TEXT_STAGES = 5 };
-/* Groups of ranks that hosts of this process have been given. */
+/* Groups of ranks that hosts of this process have been given, each a device: of one host TP0, TP1, ... in this order. */
 int ggml_tp_group_count(void);
 int ggml_tp_rank_count(int group);
 /* 0, or -1 when there is no such group. */

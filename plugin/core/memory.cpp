@@ -187,7 +187,8 @@ std::unique_ptr<Buffer> Memory::reserve(i64 bytes) {
 void Memory::release(Buffer& buffer) {
     ++epoch_;
     try {
-        wait_all();  // shards may still be cleared: a host frees a buffer as soon as one of its tensors had no memory
+        // Shards may still be cleared: a host frees a buffer as soon as one of its tensors had no memory.
+        wait_all();
     } catch (const Error&) {  // whoever ran that stream has reported it
     }
     for (auto& [offset, tensor] : buffer.stored) account(*tensor, -1);

@@ -4,21 +4,27 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "abi/host.h"
 #include "group.h"
 
 namespace ggml_tp {
 
-struct HostState {
-    std::unique_ptr<abi::Host> host;
+/// One group of ranks as a host sees it: a device with its buffer type. The words are in the host's layout, set by backend.cpp.
+struct HostDevice {
+    const abi::Host* host = nullptr;
     std::unique_ptr<Group> group;
-    std::string description;
-    // Objects in the host's layout; their words are set by backend.cpp.
-    void* registration[6] = {};        // version, get_name, get_device_count, get_device, get_proc_address, context
-    void* device[17] = {};             // 15 functions, registration, context
+    std::string name, description;     // "TP0"
+    void* words[17] = {};              // 15 functions, registration, context
     void* buffer_type_words[13] = {};  // this, then what the host sees: 6 or 8 functions, device, context
     void* buffer_type() { return buffer_type_words + 1; }
+};
+
+struct HostState {
+    std::unique_ptr<abi::Host> host;
+    std::vector<std::unique_ptr<HostDevice>> devices;
+    void* registration[6] = {};  // version, get_name, get_device_count, get_device, get_proc_address, context
 };
 
 struct Process {

@@ -17,6 +17,7 @@ VARIABLES = [
     ("GGML_TP_RANKS", "one per GPU", "number of ranks, 1 to 16"),
     ("GGML_TP_DEVICES", "0,1,2,...", "CUDA device of each rank; a number twice puts two ranks on one GPU"),
     ("GGML_TP_SPLIT", "even", "share of each rank, for example 3,1"),
+    ("GGML_TP_GROUPS", "all are TP0", 'ranks of each device that the host sees: "0-1;2-3" is TP0 and TP1, which a host stacks by layers'),
     ("GGML_TP_EMULATE", "off", 'emulated GPUs for tests and demos, slow: "sm_60*4" is four P100-like devices'),
     ("GGML_TP_P2P", "where proven", "0: no direct copies between GPUs, by NCCL either"),
     ("GGML_TP_PERSIST", "where it gains", "0: a kernel per step also where a token could be one persistent kernel (sm_90)"),

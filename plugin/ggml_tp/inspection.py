@@ -50,6 +50,9 @@ class Inspection:
     def version(self) -> str:
         return self.ffi.string(self.lib.ggml_tp_version()).decode()
 
+    def n_groups(self) -> int:
+        return self.lib.ggml_tp_group_count()
+
     def n_ranks(self, group: int = 0) -> int:
         return self.lib.ggml_tp_rank_count(group)
 
