@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import graphs
 import numpy as np
 from ggml_tp import LIBRARY as INSTALLED
-from ggml_tp.host import Host, HostError
+from ggml_tp.host import SPLIT_TENSORS, Host, HostError
 from ggml_tp.inspection import REDUCES, Inspection
 
 LIBRARY = Path(os.environ.get("TEST_LIBRARY", INSTALLED))  # a sanitizer's build, when tests ask for it
@@ -58,20 +59,24 @@ def run_devices(
     host = _with_plugin()
     inspection = Inspection(LIBRARY)
     groups = range(inspection.n_groups())
+    before = [inspection.counters(group) for group in groups]
     loaded = host.model(model, devices, split_mode=split_mode)
     context = loaded.context(n_ctx=1024, flash_attn=flash_attn)
     out: dict[str, Any] = {"devices": [name for name, _ in host.devices()]}
     out["tokens"], out["logits"], _ = context.generate(prompt, n)
     out["bytes"] = [inspection.rank_bytes(group) for group in groups]
     out["counters"] = [inspection.counters(group) for group in groups]
+    out["host_all_reduces"] = [now.host_all_reduces - then.host_all_reduces for now, then in zip(out["counters"], before, strict=True)]
     if late_s:
         inspection.delay(0, late_s, group=groups[-1])
         out["late"] = []
-        for i in range(3):
+        for _ in range(3):
+            context.clear()
             try:
-                out["late"].append(context.decode([out["tokens"][-1]], len(prompt) + n - 1 + i)[-1])
+                context.decode(prompt[:4], 0)
+                out["late"].append(True)
             except HostError:
-                out["late"].append(None)
+                out["late"].append(False)
         context.clear()
         out["again"], out["again_logits"], _ = context.generate(prompt, n)
     context.close()
@@ -80,6 +85,22 @@ def run_devices(
     context.close()
     loaded.close()
     return out
+
+
+def time_of_late_devices(model: str, late_s: float) -> float:
+    """Seconds of one decode for which both devices of a host that divides tensors are late."""
+    loaded = _with_plugin().model(model, "TP0,TP1", split_mode=SPLIT_TENSORS)
+    inspection = Inspection(LIBRARY)
+    context = loaded.context(n_ctx=512)
+    context.generate([1, 2, 3], 3)
+    for group in range(2):
+        inspection.delay(0, late_s, group=group)
+    begin = time.perf_counter()
+    context.decode([5], 5)
+    seconds = time.perf_counter() - begin
+    context.close()
+    loaded.close()
+    return seconds
 
 
 def copy_between(names: list[str]) -> dict[str, list[bool]]:

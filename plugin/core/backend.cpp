@@ -2,14 +2,17 @@
 // failed status and one line on stderr. Source of the tables: ggml-backend-impl.h, 2024-12 to 2026-10 (docs/decisions.md).
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "abi/host.h"
 #include "abi/tensor.h"
+#include "comm.h"
 #include "group.h"
 #include "state.h"
 
@@ -71,10 +74,20 @@ Buffer* our_buffer(void* context, void* host_buffer) {
 }
 
 // ---- buffers
+/// Waits for graphs that still run, before their results are read or their memory is written to at once.
+void finish(HostDevice& device) {
+    try {
+        device.group->finish();
+    } catch (...) {
+        *device.failed_late = true;
+        throw;
+    }
+}
 void buffer_free(void* buffer) {
     guarded_void([&] {
         HostBuffer& b = context_of_buffer(buffer);
         std::lock_guard lock(b.device->group->mutex);
+        guarded_void([&] { finish(*b.device); });
         b.device->group->release(*b.buffer);
         delete &b;
     });
@@ -113,6 +126,7 @@ void buffer_memset_tensor(void* buffer, void* tensor, uint8_t value, size_t offs
     guarded_void([&] {
         HostBuffer& b = context_of_buffer(buffer);
         std::lock_guard lock(b.device->group->mutex);
+        finish(*b.device);
         b.device->group->memory->fill(*b.buffer, offset_in(b, tensor, offset), value, static_cast<i64>(size));
     });
 }
@@ -120,6 +134,7 @@ void buffer_set_tensor(void* buffer, void* tensor, const void* data, size_t offs
     guarded_void([&] {
         HostBuffer& b = context_of_buffer(buffer);
         std::lock_guard lock(b.device->group->mutex);
+        if (!b.buffer->is_compute) finish(*b.device);  // inputs follow their graph on the stream
         b.device->group->memory->write(*b.buffer, offset_in(b, tensor, offset), data, static_cast<i64>(size));
     });
 }
@@ -127,6 +142,7 @@ void buffer_get_tensor(void* buffer, const void* tensor, void* data, size_t offs
     guarded_void([&] {
         HostBuffer& b = context_of_buffer(buffer);
         std::lock_guard lock(b.device->group->mutex);
+        finish(*b.device);
         b.device->group->memory->read(*b.buffer, offset_in(b, tensor, offset), data, static_cast<i64>(size));
     });
 }
@@ -135,6 +151,7 @@ void buffer_clear(void* buffer, uint8_t value) {
     guarded_void([&] {
         HostBuffer& b = context_of_buffer(buffer);
         std::lock_guard lock(b.device->group->mutex);
+        finish(*b.device);
         b.device->group->memory->fill(*b.buffer, 0, value, b.buffer->size);
     });
 }
@@ -229,12 +246,20 @@ struct HostBackend {
 HostBackend& backend_of(void* backend) { return *static_cast<HostBackend*>(backend); }
 const char* backend_name(void* backend) { return backend_of(backend).device->name.c_str(); }
 void backend_free(void* backend) { delete &backend_of(backend); }
-void backend_synchronize(void*) {}  // graph_compute and transfers return when they are done
+/// Transfers return when they are done, and so does graph_compute unless the host overlaps its devices.
+void backend_synchronize(void* backend) {
+    guarded_void([&] {
+        HostDevice& device = *backend_of(backend).device;
+        std::lock_guard lock(device.group->mutex);
+        finish(device);
+    });
+}
 int backend_graph_compute(void* backend, void* graph) {
     return guarded(
         [&] {
             HostDevice& device = *backend_of(backend).device;
             std::lock_guard lock(device.group->mutex);
+            if (device.failed_late->exchange(false)) return kStatusFailed;
             device.group->compute(*device.host, graph, our_buffer, &device);
             return kStatusSuccess;
         },
@@ -268,6 +293,52 @@ void* device_init_backend(void* device, const char*) {
         nullptr);
 }
 
+// ---- all_reduce for hosts that divide models by themselves: signatures of ggml-backend.h's ggml_backend_comm_*_t
+struct HostComm {
+    std::vector<HostDevice*> devices;
+    std::unique_ptr<Comm> comm;
+};
+void* comm_init(void** backends, size_t n) {
+    return guarded(
+        [&]() -> void* {
+            auto out = std::make_unique<HostComm>();
+            std::vector<Group*> groups;
+            for (size_t i = 0; i < n; ++i) {
+                if (*static_cast<void**>(backends[i]) != kGuid) return nullptr;  // another plugin's backend: the host reduces by itself
+                HostDevice* device = backend_of(backends[i]).device;
+                if (device->group->n_ranks() != 1 || std::find(groups.begin(), groups.end(), device->group.get()) != groups.end()) return nullptr;
+                out->devices.push_back(device);
+                groups.push_back(device->group.get());
+            }
+            if (n < 2) return nullptr;
+            out->comm = std::make_unique<Comm>(groups);
+            if (!out->comm->notes().empty() && groups[0]->config.log_level > 0) log_line(out->comm->notes());
+            return out.release();
+        },
+        nullptr);
+}
+void comm_free(void* comm) { delete static_cast<HostComm*>(comm); }
+bool comm_all_reduce(void* comm, void** tensors) {
+    return guarded(
+        [&] {
+            HostComm& c = *static_cast<HostComm*>(comm);
+            std::vector<Comm::Summand> summands;
+            i64 elems = 0;
+            for (size_t r = 0; r < c.devices.size(); ++r) {
+                const abi::Host& host = *c.devices[r]->host;
+                const abi::TensorRef t(host, tensors[r]);
+                const i64 here = t.ne(0) * t.ne(1) * t.ne(2) * t.ne(3);
+                void* host_buffer = t.buffer() || !t.view_src() ? t.buffer() : abi::TensorRef(host, t.view_src()).buffer();
+                if (t.type() != kF32 || !host_buffer || (r && here != elems) || static_cast<i64>(host.nbytes(tensors[r])) != here * 4) return false;
+                elems = here;
+                Buffer* buffer = our_buffer(c.devices[r], host_buffer);
+                summands.push_back({buffer, buffer ? static_cast<i64>(reinterpret_cast<u64>(t.data()) - buffer->base) : 0, !host.is_computed(t)});
+            }
+            return c.comm->all_reduce(summands, elems);
+        },
+        false);
+}
+
 // ---- registration
 HostState& state_of(void* registration) { return *static_cast<HostState*>(static_cast<void**>(registration)[5]); }
 const char* registration_name(void*) { return "TP"; }
@@ -276,7 +347,14 @@ void* registration_device(void* registration, size_t i) {
     const auto& devices = state_of(registration).devices;
     return i < devices.size() ? devices[i]->words : nullptr;
 }
-void* registration_proc(void*, const char*) { return nullptr; }
+void* registration_proc(void*, const char* name) {
+    const std::pair<const char*, void*> known[] = {{"ggml_backend_comm_init", word(comm_init)},
+                                                   {"ggml_backend_comm_free", word(comm_free)},
+                                                   {"ggml_backend_comm_allreduce_tensor", word(comm_all_reduce)}};
+    for (const auto& [of, function] : known)
+        if (std::strcmp(name, of) == 0) return function;
+    return nullptr;
+}
 
 void fill_registration(HostState& s) {
     void** r = s.registration;
@@ -340,9 +418,10 @@ EXPORT void* ggml_backend_init() {
             if (!state->host) throw Error(error);
             const Config config = read_config();
             const std::string directory = directory_of_plugin();
-            for (const Config& of_group : configs_of_groups(config, config.groups.empty() ? 0 : count_devices(config, directory))) {
+            for (const Config& of_group : configs_of_groups(config, config.groups.empty() && !config.separate ? 0 : count_devices(config, directory))) {
                 auto device = std::make_unique<HostDevice>();
                 device->host = state->host.get();
+                device->failed_late = &state->failed_late;
                 device->name = "TP" + std::to_string(state->devices.size());
                 device->group = std::make_unique<Group>(of_group, directory);
                 device->description = device->group->description();

@@ -117,12 +117,14 @@ Config read_config() {
         }
     }
     config.nccl_path = variable("GGML_TP_NCCL");
-    const std::pair<const char*, bool*> switches[] = {{"GGML_TP_P2P", &config.p2p}, {"GGML_TP_PERSIST", &config.persist}};
+    const std::pair<const char*, bool*> switches[] = {
+        {"GGML_TP_P2P", &config.p2p}, {"GGML_TP_PERSIST", &config.persist}, {"GGML_TP_DEVICES_SEPARATE", &config.separate}};
     for (const auto& [name, value] : switches)
         if (std::string text = variable(name); !text.empty()) {
             if (text != "0" && text != "1") refuse(name, text, "0 or 1");
             *value = text == "1";
         }
+    if (config.separate && !config.groups.empty()) refuse("GGML_TP_DEVICES_SEPARATE", "1", "GGML_TP_GROUPS says already which ranks are a device");
     if (std::string text = variable("GGML_TP_LOG"); !text.empty()) {
         long level = 0;
         if (!parse_int(text, &level) || level < 0 || level > 2) refuse("GGML_TP_LOG", text, "0, 1 or 2");
@@ -137,9 +139,12 @@ Config read_config() {
 }
 
 std::vector<Config> configs_of_groups(const Config& config, int n_devices) {
-    if (config.groups.empty()) return {config};
+    if (config.groups.empty() && !config.separate) return {config};
+    std::vector<std::vector<int>> groups = config.groups;
+    if (config.separate)
+        for (int rank = 0; rank < (config.n_ranks ? config.n_ranks : std::min(n_devices, kMaxRanks)); ++rank) groups.push_back({rank});
     std::vector<Config> out;
-    for (const auto& group : config.groups) {
+    for (const auto& group : groups) {
         Config one = config;
         one.n_ranks = static_cast<int>(group.size());
         one.devices.clear();
@@ -147,8 +152,8 @@ std::vector<Config> configs_of_groups(const Config& config, int n_devices) {
         for (int rank : group) {
             const int device = config.devices.empty() ? rank : config.devices[static_cast<size_t>(rank)];
             if (device >= n_devices)
-                throw Error("GGML_TP_GROUPS names rank " + std::to_string(rank) + " on device " + std::to_string(device) + " but there are " +
-                            std::to_string(n_devices) + " devices");
+                throw Error("rank " + std::to_string(rank) + " is to be on device " + std::to_string(device) + " but there are " + std::to_string(n_devices) +
+                            " devices: see GGML_TP_DEVICES, GGML_TP_GROUPS and GGML_TP_RANKS");
             one.devices.push_back(device);
             if (!config.split.empty()) one.split.push_back(config.split[static_cast<size_t>(rank)]);
         }
@@ -168,6 +173,7 @@ std::string Config::to_text() const {
         out += g ? "; TP" + std::to_string(g) + ":" : "\ngroups TP0:";
         for (int rank : groups[g]) out += " " + std::to_string(rank);
     }
+    if (separate) out += "\na device for each rank";
     out += "\nemulate ";
     out += emulated_cc ? "sm_" + std::to_string(emulated_cc / 10) + "*" + std::to_string(emulated_devices) : "no";
     out += "\nnccl " + (nccl_path.empty() ? "auto" : nccl_path);

@@ -12,6 +12,7 @@ struct Config {
     std::vector<int> devices;              // GGML_TP_DEVICES, CUDA ordinals, one per rank; empty: 0, 1, 2, ...
     std::vector<double> split;             // GGML_TP_SPLIT, a weight per rank; empty: even
     std::vector<std::vector<int>> groups;  // GGML_TP_GROUPS="0-1;2-3": ranks of each device that the host sees; empty: all are one
+    bool separate = false;                 // GGML_TP_DEVICES_SEPARATE=1: a device for each rank
     int emulated_cc = 0;                   // GGML_TP_EMULATE="sm_60*4": 600; 0: real GPUs
     int emulated_devices = 0;
     std::string nccl_path;   // GGML_TP_NCCL; empty: the wheel beside the package, then the system's

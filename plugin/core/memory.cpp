@@ -442,6 +442,8 @@ void Memory::write(Buffer& buffer, i64 offset, const void* data, i64 bytes) {
     if (offset < 0 || bytes < 0 || offset + bytes > buffer.size) throw Error("a write outside its buffer was refused");
     if (bytes == 0) return;
     if (buffer.refused) throw Error("");
+    // Memory that a host took without telling of tensors in it: where it adds up summands by itself.
+    if (!buffer.is_compute && buffer.stored.empty()) make_compute(buffer);
     if (buffer.is_compute) {
         std::erase_if(buffer.residency, [&](const Residency& r) { return overlaps(r.offset, r.bytes, offset, bytes); });
         char* copy = pinned(bytes);

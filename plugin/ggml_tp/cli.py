@@ -18,6 +18,7 @@ VARIABLES = [
     ("GGML_TP_DEVICES", "0,1,2,...", "CUDA device of each rank; a number twice puts two ranks on one GPU"),
     ("GGML_TP_SPLIT", "even", "share of each rank, for example 3,1"),
     ("GGML_TP_GROUPS", "all are TP0", 'ranks of each device that the host sees: "0-1;2-3" is TP0 and TP1, which a host stacks by layers'),
+    ("GGML_TP_DEVICES_SEPARATE", "off", "1: a device for each rank, with an all_reduce for a host's own -sm tensor"),
     ("GGML_TP_EMULATE", "off", 'emulated GPUs for tests and demos, slow: "sm_60*4" is four P100-like devices'),
     ("GGML_TP_P2P", "where proven", "0: no direct copies between GPUs, by NCCL either"),
     ("GGML_TP_PERSIST", "where it gains", "0: a kernel per step also where a token could be one persistent kernel (sm_90)"),
@@ -104,7 +105,7 @@ def env(args: argparse.Namespace) -> int:
     print(f"export GGML_BACKEND_PATH={LIBRARY}")
     print("\n# what ggml-tp reads, with its default:")
     for name, default, meaning in VARIABLES:
-        print(f"# {name:17} {default:14} {meaning}")
+        print(f"# {name:24} {default:14} {meaning}")
     return 0
 
 

@@ -26,6 +26,7 @@ class Counters:
     last_all_gathers: int
     last_kernel_launches: int
     programs_cached: int
+    host_all_reduces: int
 
 
 @dataclass(frozen=True)
