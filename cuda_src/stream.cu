@@ -75,39 +75,43 @@ TP_DEVICE const StreamProduct& fetch_product(const StreamStage& stage, char* to,
     return *(const StreamProduct*)to;
 }
 
-// ---- the warp that streams weights
+// ---- the warp that streams weights: a free slot, then a lane for each plane (of each half) starts its copy. What does not change from tile to
+// tile is in registers: one thread that read it from the product again for each of a tile's copies took longer than the memory.
 TP_DEVICE void stream_weights(const StreamArgs& args, Shared& s, char* ring) {
+    const int lane = threadIdx.x % 32;
     Turn<kStreamSlots> slot, ahead;
     int issued = 0, landed = 0;
     for (int i = args.first_product, next; i < args.n_stages; i = next) {
         const StreamProduct& p = fetch_product(args.stages[i], s.streamed, next);
-        if (threadIdx.x % 32 != 0) continue;
-        const int pieces = p.glu ? 2 : 1;
-        const i64 step = p.rows / pieces;
-        for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
-            i64 row;
-            const int part = part_of(p, tile, row);
-            const i64 rows = p.part[part].n - row < step ? p.part[part].n - row : step;
-            tp_barrier_wait(&s.empty[slot.at], slot.parity ^ 1);
-            // A tile whose stage has begun has kInFlight - 1 others on their way with it; one of a later stage none, and a pause before it.
-            for (;;) {
-                const bool early = i > (int)tp_peek(&s.stage_now);
-                if (issued - landed < (early ? 1 : kInFlight)) break;
-                tp_barrier_wait(&s.full[ahead.at], ahead.parity);
-                ahead.next();
-                ++landed;
-                const u64 begin = tp_cycles();
-                while (i > (int)tp_peek(&s.stage_now) && tp_cycles() - begin < kEarlyPause) tp_spin();
+        const int pieces = p.glu ? 2 : 1, step = p.rows / pieces, plane = lane / pieces, half = lane % pieces, n_parts = p.glu ? 1 : p.n_parts;
+        const bool copies = plane < p.n_planes;
+        u32 row_bytes = 0;  // of all planes and halves
+        for (int f = 0; f < p.n_planes; ++f) row_bytes += (u32)(p.row_bytes[f] * pieces);
+        const u32 own_bytes = copies ? (u32)p.row_bytes[plane] : 0;
+        char* to = ring + (copies ? p.slot_offset[plane] : 0) + half * step * (int)own_bytes;
+        int tile = blockIdx.x;
+        for (int part = 0; part < n_parts; ++part) {
+            const int n = (int)p.part[part].n, tiles = (n + step - 1) / step;
+            const char* from = copies ? p.part[part + half].plane[plane] : nullptr;
+            for (; tile < tiles; tile += gridDim.x) {
+                const int row = tile * step, rows = n - row < step ? n - row : step;
+                tp_barrier_wait(&s.empty[slot.at], slot.parity ^ 1);
+                if (lane == 0) {
+                    while (issued - landed >= kInFlight) {
+                        tp_barrier_wait(&s.full[ahead.at], ahead.parity);
+                        ahead.next();
+                        ++landed;
+                        const u64 begin = tp_cycles();
+                        while (i > (int)tp_peek(&s.stage_now) && tp_cycles() - begin < kEarlyPause) tp_spin();
+                    }
+                    tp_barrier_expect(&s.full[slot.at], (u32)rows * row_bytes);
+                }
+                ++issued;
+                __syncwarp();
+                if (copies) tp_bulk_load(to + slot.at * kStreamSlotBytes, from + (i64)row * own_bytes, (u32)rows * own_bytes, &s.full[slot.at]);
+                slot.next();
             }
-            ++issued;
-            u32 bytes = 0;
-            for (int f = 0; f < p.n_planes; ++f) bytes += (u32)(rows * p.row_bytes[f]) * pieces;
-            tp_barrier_expect(&s.full[slot.at], bytes);
-            for (int f = 0; f < p.n_planes; ++f)
-                for (int half = 0; half < pieces; ++half)
-                    tp_bulk_load(ring + slot.at * kStreamSlotBytes + p.slot_offset[f] + half * step * p.row_bytes[f],
-                                 p.part[part + half].plane[f] + row * p.row_bytes[f], (u32)(rows * p.row_bytes[f]), &s.full[slot.at]);
-            slot.next();
+            tile -= tiles;
         }
     }
 }

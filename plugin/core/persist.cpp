@@ -530,13 +530,16 @@ size_t end_of_kept_inputs(const std::vector<ProgramStep>& steps, size_t begin, s
     return end;
 }
 
-/// Where the persistent kernel was faster than a launch per step (tokens/s with it, without; docs/decisions.md). One H200, 8B: Q4_0 475, 449;
-/// Q4_K 320, 366; Q8_0 288, 300; a 72B shape, Q4_K: 188, 230. Two H100, 70B, Q4_K: 84, 77. So: always for Q4_0, whose pieces take the fewest
-/// instructions, and where all_reduces become stores.
+/// Where the persistent kernel was faster than a launch per step (tokens/s with it, without; docs/decisions.md). One H100, 8B: Q4_0 417, 377;
+/// Q8_0 272, 257; Q4_K 334, 345, and on an H200 a 72B shape in Q4_K 188, 230. Two H100, 70B, Q4_K: 84, 77. So: not for Q4_K, whose pieces take
+/// the most instructions, unless all_reduces become stores.
 bool gains(const Run& run) {
     if (run.n_pushes > 0) return true;
-    for (const Draft& d : run.ranks[0].stages)
-        if (d.kind == kStreamProduct && d.get<StreamProduct>().type == kQ4_0) return true;
+    for (const Draft& d : run.ranks[0].stages) {
+        if (d.kind != kStreamProduct) continue;
+        const i32 type = d.get<StreamProduct>().type;
+        if (type == kQ4_0 || type == kQ8_0) return true;
+    }
     return false;
 }
 
