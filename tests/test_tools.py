@@ -33,6 +33,14 @@ def test_doctor_finds_the_host_and_its_ranks():
     assert "ok      host xllamacpp" in text and "emulated GPUs are used" in text
 
 
+def test_doctor_shows_every_group():
+    done = tool("doctor", "--json", GGML_TP_EMULATE="sm_60*3", GGML_TP_GROUPS="0-1;2")
+    host = json.loads(done.stdout)["hosts"]["xllamacpp"]
+    assert done.returncode == 0 and host["devices"].count("Emulated sm_60") == 3 and "TP1\nrank 0: device 2" in host["devices"]
+    assert [text for text in host["registered"] if text.startswith("TP")] == ["TP0: 2 ranks, Emulated sm_60", "TP1: 1 rank, Emulated sm_60"]
+    assert "groups TP0: 0 1; TP1: 2" in host["config"]
+
+
 def test_doctor_says_what_to_do(tmp_path):
     done = tool("doctor", "--json", GGML_TP_EMULATE="sm_60*2", GGML_TP_RANKS="5")
     host = json.loads(done.stdout)["hosts"]["xllamacpp"]
