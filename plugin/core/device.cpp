@@ -117,6 +117,13 @@ void Driver::check_nccl(int code, const char* api, int rank, const char* file, i
     throw Error(api, code, ncclGetErrorString ? ncclGetErrorString(code) : "unknown error", rank, file, line);
 }
 
+int count_devices(const Config& config, const std::string& plugin_dir) {
+    const Driver driver(config, plugin_dir);
+    int n = 0;
+    TP_CUDA(driver, -1, cuDeviceGetCount, &n);
+    return n;
+}
+
 Device::Device(const Driver& driver_in, int rank_in, int ordinal_in) : driver(driver_in), rank(rank_in), ordinal(ordinal_in) {
     int device = 0, major = 0, minor = 0;
     TP_CUDA(driver, rank, cuDeviceGet, &device, ordinal);

@@ -107,6 +107,9 @@ class Driver {
     void* nccl_library_ = nullptr;
 };
 
+/// CUDA devices of this machine, or emulated ones. Throws Error where there is no driver.
+int count_devices(const Config& config, const std::string& plugin_dir);
+
 #define TP_CUDA(driver, rank, call, ...) (driver).check_cuda((driver).call(__VA_ARGS__), #call, rank, __FILE__, __LINE__)
 #define TP_NCCL(driver, rank, call, ...) (driver).check_nccl((driver).call(__VA_ARGS__), #call, rank, __FILE__, __LINE__)
 

@@ -59,7 +59,9 @@ Group::Group(const Config& config_in, const std::string& plugin_dir) : config(co
                                 driver_.nccl_path() + ") cannot do that: pip install 'nvidia-nccl-cu12>=2.30.3'");
     }
     if (n > 1 && config.p2p) {
-        peers_ = prove_peers(devices_, config.deadline_s);
+        std::vector<const Device*> devices;
+        for (const auto& device : devices_) devices.push_back(device.get());
+        peers_ = prove_peers(devices, config.deadline_s);
         if (!peers_.all_proven()) {
             // NCCL reads this when it makes its first communicator, which is later.
             if (peers_.any_broken()) setenv("NCCL_P2P_DISABLE", "1", 1);
@@ -171,6 +173,7 @@ void Group::drop_programs() {
 
 /// No graph runs: compute() returns when its graph has ended, and the caller holds the mutex.
 void Group::release(Buffer& buffer) {
+    finish();
     std::erase_if(programs_, [&](const std::unique_ptr<Program>& program) {
         if (std::find(program->buffers.begin(), program->buffers.end(), &buffer) == program->buffers.end()) return false;
         destroy(*program);
@@ -275,6 +278,8 @@ double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
 /// and only then frees it. So the graphs go while it waits, after the last of their kernels: sooner, a late rank's kernel read freed memory
 /// (seen on an H200); after it, the abort never came back.
 void Group::fail() {
+    in_flight_ = false;
+    for (const auto& [owner, give_up] : overlaps_) give_up();
     struct Aborting {
         std::mutex mutex;
         std::condition_variable changed;
@@ -349,28 +354,15 @@ void Group::capture(Program& program) {
 }
 
 std::unique_ptr<Program> Group::build(const Graph& graph, u64 key) {
-    PlanResult result;
-    // Each round settles at least one tensor, and an odd cut of heads takes a round per layer (8 rounds refused 3 ranks from 8 layers on).
-    const size_t most_rounds = graph.tensors.size();
-    for (size_t round = 0;; ++round) {
-        result = make_plan(graph, n_ranks(), config.split);
-        if (result.wants.empty()) break;
-        if (round == most_rounds) throw Error("the graph's wishes for its weights contradict each other (a bug; please report the graph)");
-        for (const Want& want : result.wants) {
-            if (want.stored->confirmed) {  // asked twice in two ways: whole on every rank is right for both
-                memory->reshard(*want.stored->buffer, *want.stored, replicated(), std::nullopt);
-            } else {
-                memory->reshard(*want.stored->buffer, *want.stored, want.sharding, want.extent);
-            }
-            want.stored->confirmed = true;
-            ++counters.weights_resharded;
-        }
-    }
-    schedule(result.plan, graph);
-    verify(result.plan, graph);
+    Plan plan = settle(graph, n_ranks(), config.split, [&](Stored& tensor, const Sharding& sharding, const std::optional<Extent>& extent) {
+        memory->reshard(*tensor.buffer, tensor, sharding, extent);
+        ++counters.weights_resharded;
+    });
+    schedule(plan, graph);
+    verify(plan, graph);
     // Other programs hold the addresses of shards that were laid out anew; their keys no longer match, so they are never replayed.
-    std::unique_ptr<Program> program = lower(graph, result.plan, {*memory, devices_, *scratch_, fault_pointers_, stream_.get()});
-    program->plan_text = result.plan.to_text(graph);
+    std::unique_ptr<Program> program = lower(graph, plan, {*memory, devices_, *scratch_, fault_pointers_, stream_.get()});
+    program->plan_text = plan.to_text(graph);
     program->key = key;
     try {
         connect();
@@ -421,6 +413,7 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
     const abi::GraphRef ref(host, cgraph);
     Program* found = program_seen(ref.uid(), cgraph, ref.n_nodes());
     if (!found) {
+        finish();  // a new program may take the place of one that runs, or lay memory out anew
         const Graph graph = read_graph(host, cgraph, buffer_of, context);
         if (graph.nodes.empty()) return;
         found = &program_for(graph);
@@ -428,7 +421,8 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
         seen_.push_back({ref.uid(), memory->layout_epoch(), cgraph, ref.n_nodes(), found});
     }
     const Program& program = *found;
-    for (volatile u32* fault : faults_) *fault = kFaultNone;
+    if (!in_flight_)
+        for (volatile u32* fault : faults_) *fault = kFaultNone;
     const auto delays = std::exchange(delays_, {});
     try {
         workers_->run([&](int r) {
@@ -440,14 +434,8 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
                 }
             TP_CUDA(driver_, r, cuGraphLaunch, program.executables[r], devices_[r]->stream);
         });
-        for (const auto& device : devices_)
-            if (!device->wait(config.deadline_s))
-                throw Error("rank " + std::to_string(device->rank) + " did not finish a graph within " + std::to_string(config.deadline_s) +
-                            " s (GGML_TP_DEADLINE); its peers are given up and connected anew");
-        for (size_t r = 0; r < faults_.size(); ++r)
-            if (*faults_[r] == kFaultLatePeer)
-                throw Error("rank " + std::to_string(r) + " waited for a peer for more than " + std::to_string(config.deadline_s) +
-                            " s (GGML_TP_DEADLINE); the graph's results are not valid");
+        in_flight_ = true;
+        if (overlaps_.empty()) wait_for_ranks();
         for (const Program::Written& w : program.written)
             std::erase_if(w.buffer->residency, [&](const Residency& r) { return r.offset < w.offset + w.bytes && w.offset < r.offset + r.bytes; });
         for (const Program::Survivor& s : program.survivors) s.buffer->residency.push_back(s.residency);
@@ -460,6 +448,40 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
         fail();
         throw;
     }
+    if (overlaps_.empty()) check_faults();
+}
+
+void Group::overlap(const void* owner, std::function<void()> give_up) { overlaps_.push_back({owner, std::move(give_up)}); }
+
+void Group::end_overlap(const void* owner) {
+    std::erase_if(overlaps_, [&](const auto& overlap) { return overlap.first == owner; });
+}
+
+void Group::finish() {
+    if (!in_flight_) return;
+    try {
+        wait_for_ranks();
+    } catch (...) {
+        fail();
+        throw;
+    }
+    check_faults();
+}
+
+void Group::wait_for_ranks() {
+    in_flight_ = false;
+    for (const auto& device : devices_)
+        if (!device->wait(config.deadline_s))
+            throw Error("rank " + std::to_string(device->rank) + " did not finish a graph within " + std::to_string(config.deadline_s) +
+                        " s (GGML_TP_DEADLINE); its peers are given up and " +
+                        (overlaps_.empty() ? "connected anew" : "the host adds up by itself until its next context"));
+    for (size_t r = 0; r < faults_.size(); ++r)
+        if (*faults_[r] == kFaultLatePeer)
+            throw Error("rank " + std::to_string(r) + " waited for a peer for more than " + std::to_string(config.deadline_s) +
+                        " s (GGML_TP_DEADLINE); the graph's results are not valid");
+}
+
+void Group::check_faults() const {
     for (size_t r = 0; r < faults_.size(); ++r)
         if (const u32 fault = *faults_[r])
             throw Error(std::string("rank ") + std::to_string(r) + ": " + fault_text(fault) + "; nothing was touched there, the graph's results are not valid");
