@@ -87,20 +87,22 @@ def run_devices(
     return out
 
 
-def time_of_late_devices(model: str, late_s: float) -> float:
-    """Seconds of one decode for which both devices of a host that divides tensors are late."""
+def time_of_late_devices(model: str, late_s: float) -> tuple[float, float]:
+    """Seconds of a decode for which one device of a host that divides tensors is late, and of one for which both are."""
     loaded = _with_plugin().model(model, "TP0,TP1", split_mode=SPLIT_TENSORS)
     inspection = Inspection(LIBRARY)
     context = loaded.context(n_ctx=512)
     context.generate([1, 2, 3], 3)
-    for group in range(2):
-        inspection.delay(0, late_s, group=group)
-    begin = time.perf_counter()
-    context.decode([5], 5)
-    seconds = time.perf_counter() - begin
+    times = []
+    for i, late in enumerate(([0], [0, 1])):
+        for group in late:
+            inspection.delay(0, late_s, group=group)
+        begin = time.perf_counter()
+        context.decode([5], 5 + i)
+        times.append(time.perf_counter() - begin)
     context.close()
     loaded.close()
-    return seconds
+    return times[0], times[1]
 
 
 def copy_between(names: list[str]) -> dict[str, list[bool]]:

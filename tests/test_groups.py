@@ -107,7 +107,8 @@ def test_a_late_device_fails_one_decode(workers, reference):
 def test_devices_of_a_host_that_divides_tensors_overlap(workers):
     """graph_compute returns when its graph is launched: else the host would wait for one device after the other."""
     environment = emulated(2, GGML_TP_DEVICES_SEPARATE="1")
-    assert 0.7 < workers.run(jobs.time_of_late_devices, environment, model=SHIPPED, late_s=0.7) < 1.3
+    one, both = workers.run(jobs.time_of_late_devices, environment, model=SHIPPED, late_s=0.7)
+    assert one > 0.7 and both < one + 0.4
 
 
 def test_separate_devices_and_groups_exclude_each_other(workers, capfd):
