@@ -32,7 +32,7 @@ class File:
     tensors: list[tuple[str, int, list[int]]]  # name, type, ne
     heads: list[tuple[int, int, int, int]]  # per layer: query heads, KV heads, elements of a K and of a V head
     n_embd: int
-    n_ff: int
+    n_ff: int  # the widest that a token has at once
     n_vocab: int
     n_expert: int
     n_expert_used: int
@@ -105,7 +105,7 @@ def read(path: str | Path) -> File:
     windowed = [bool(flag) for flag in period] if isinstance(period, list) else [i % period < period - 1 for i in range(n_layer)]
     return File(
         architecture=arch, tensors=tensors, heads=[(h, kv, head_k, head_v) for h, kv in zip(heads, kv_heads, strict=True)], n_embd=n_embd,
-        n_ff=max(n_ff, default=0), n_vocab=vocabulary, n_expert=int(value(f"{arch}.expert_count", 0)),
+        n_ff=max(*n_ff, int(value(f"{arch}.expert_feed_forward_length", 0)) * int(value(f"{arch}.expert_used_count", 0))), n_vocab=vocabulary, n_expert=int(value(f"{arch}.expert_count", 0)),
         n_expert_used=int(value(f"{arch}.expert_used_count", 0)), n_ctx_train=int(value(f"{arch}.context_length", 0)),
         window=window, windowed=(windowed + [False] * n_layer)[:n_layer] if window else [False] * n_layer,
     )  # fmt: skip
@@ -113,7 +113,7 @@ def read(path: str | Path) -> File:
 
 def compute_bytes(file: File, n_ctx: int, n_ubatch: int) -> int:
     """About what the host asks for activations, all of it on every rank: logits of a batch, mask (f16), what a layer holds at once."""
-    widest = max(max((h * k for h, _, k, _ in file.heads), default=0), file.n_ff, file.n_embd, file.n_expert_used * file.n_ff)
+    widest = max(max((h * k for h, _, k, _ in file.heads), default=0), file.n_ff, file.n_embd)
     mask = _padded(n_ctx) * n_ubatch * 2 * (2 if any(file.windowed) else 1)
     return n_ubatch * 4 * (file.n_vocab + 6 * file.n_embd + 4 * widest) + mask
 
