@@ -100,12 +100,13 @@ def read(path: str | Path) -> File:
     head_k, head_v = int(value(f"{arch}.attention.key_length", common)), int(value(f"{arch}.attention.value_length", common))
     vocabulary = next((ne[1] for name, _, ne in tensors if name == "token_embd.weight" and len(ne) > 1), 0)
     n_ff = per_layer("feed_forward_length", 0)
+    of_experts = int(value(f"{arch}.expert_feed_forward_length", 0)) * int(value(f"{arch}.expert_used_count", 0))
     window = per_layer("attention.sliding_window", 0)[0]
     period = value(f"{arch}.attention.sliding_window_pattern", _WINDOW_PERIOD.get(arch, 1))
     windowed = [bool(flag) for flag in period] if isinstance(period, list) else [i % period < period - 1 for i in range(n_layer)]
     return File(
         architecture=arch, tensors=tensors, heads=[(h, kv, head_k, head_v) for h, kv in zip(heads, kv_heads, strict=True)], n_embd=n_embd,
-        n_ff=max(*n_ff, int(value(f"{arch}.expert_feed_forward_length", 0)) * int(value(f"{arch}.expert_used_count", 0))), n_vocab=vocabulary, n_expert=int(value(f"{arch}.expert_count", 0)),
+        n_ff=max(*n_ff, of_experts), n_vocab=vocabulary, n_expert=int(value(f"{arch}.expert_count", 0)),
         n_expert_used=int(value(f"{arch}.expert_used_count", 0)), n_ctx_train=int(value(f"{arch}.context_length", 0)),
         window=window, windowed=(windowed + [False] * n_layer)[:n_layer] if window else [False] * n_layer,
     )  # fmt: skip
