@@ -159,11 +159,9 @@ TP_DEVICE void store_results(const StreamArgs& args, Shared& s) {
                 const float up = __shfl_sync(0xffffffffu, v, lane + half < 32 ? lane + half : lane);
                 const i64 at = row + lane;
                 if (lane < half && at < p.part[0].n) {
-                    const float y = activated(p.glu - 1, v) * up;
                     p.part[0].y[at] = v;
                     p.part[1].y[at] = up;
-                    p.glu_y[at] = y;
-                    if (p.glu_copy) p.glu_copy[at] = y;
+                    p.glu_y[at] = activated(p.glu - 1, v) * up;
                 }
                 continue;
             }

@@ -102,6 +102,9 @@ void Driver::open_nccl() {
 #define GGML_TP_RESOLVE(name, symbol, parameters) name = reinterpret_cast<int(*) parameters>(resolve(nccl_library_, nccl_path_.c_str(), #symbol));
     GGML_TP_NCCL_FUNCTIONS(GGML_TP_RESOLVE)
 #undef GGML_TP_RESOLVE
+#define GGML_TP_RESOLVE(name, symbol, parameters) name = reinterpret_cast<int(*) parameters>(dlsym(nccl_library_, #symbol));
+    GGML_TP_NCCL_OPTIONAL(GGML_TP_RESOLVE)
+#undef GGML_TP_RESOLVE
     ncclGetErrorString = reinterpret_cast<const char* (*)(int)>(resolve(nccl_library_, nccl_path_.c_str(), "ncclGetErrorString"));
 }
 

@@ -217,16 +217,42 @@ Rates Group::measure(int rank, u64 bytes, int rounds) {
 }
 
 /// Every rank enqueues `rounds` of them at once, so that the time is the all_reduce's own and not the host's round trip; the best of a few.
+bool Group::can_reduce(Reduce how) {
+    if (how != Reduce::kNcclSymmetric) return how == Reduce::kNccl || how == Reduce::kNcclGraph;
+    driver_.open_nccl();
+    return driver_.ncclMemAlloc && driver_.ncclMemFree && driver_.ncclCommWindowRegister && driver_.ncclCommWindowDeregister;
+}
+
 double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
     if (n_ranks() < 2) throw Error("one rank has nobody to reduce with");
     connect();
     const size_t elems = std::max<u64>(bytes / 4, 1);
     std::vector<DevicePtr> buffers(devices_.size());
+    // A window is memory of NCCL's own, registered by all ranks together.
+    constexpr int kSymmetric = 1;  // NCCL_WIN_COLL_SYMMETRIC
+    const bool windows = how == Reduce::kNcclSymmetric;
+    std::vector<Handle> window(devices_.size());
     auto free_buffers = [&] {
-        for (size_t r = 0; r < devices_.size(); ++r) devices_[r]->release(buffers[r]);
+        if (!windows)
+            for (size_t r = 0; r < devices_.size(); ++r) devices_[r]->release(buffers[r]);
+        else
+            workers_->run([&](int r) {
+                devices_[r]->make_current();
+                if (window[r]) driver_.ncclCommWindowDeregister(comms_[r], window[r]);
+                if (buffers[r]) driver_.ncclMemFree(reinterpret_cast<void*>(buffers[r]));
+            });
     };
     try {
-        for (size_t r = 0; r < devices_.size(); ++r) buffers[r] = devices_[r]->allocate(elems * 4);
+        if (!windows)
+            for (size_t r = 0; r < devices_.size(); ++r) buffers[r] = devices_[r]->allocate(elems * 4);
+        else
+            workers_->run([&](int r) {
+                devices_[r]->make_current();
+                void* memory = nullptr;
+                TP_NCCL(driver_, r, ncclMemAlloc, &memory, elems * 4);
+                buffers[r] = reinterpret_cast<DevicePtr>(memory);
+                TP_NCCL(driver_, r, ncclCommWindowRegister, comms_[r], memory, elems * 4, &window[r], kSymmetric);
+            });
     } catch (...) {
         free_buffers();
         throw;
@@ -254,7 +280,7 @@ double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
             TP_CUDA(driver_, r, cuMemsetD8Async, buffers[r], 0, elems * 4, devices_[r]->stream);
             enqueue(r, 1);
         });
-        if (how == Reduce::kNcclGraph) workers_->run([&](int r) { timed.executables[r] = capture_stream(r, [&] { enqueue(r, rounds); }); });
+        if (how != Reduce::kNccl) workers_->run([&](int r) { timed.executables[r] = capture_stream(r, [&] { enqueue(r, rounds); }); });
         for (int i = 0; i < kTimedRepetitions; ++i) {
             const double time = seconds([&](int r) {
                 devices_[r]->make_current();

@@ -27,7 +27,7 @@ struct Counters {
 };
 
 /// Ways to reduce, as numbered in inspect.h.
-enum class Reduce { kNccl = 0, kNcclGraph = 1, kOwn = 2 };
+enum class Reduce { kNccl = 0, kNcclGraph = 1, kNcclSymmetric = 2 };
 
 struct Rates {
     double read = 0, copy = 0;  // bytes per second; a copy counts what it reads and what it writes
@@ -60,7 +60,7 @@ class Group {
     /// What a user should know of the devices, or empty.
     const std::string& notes() const { return notes_; }
     Rates measure(int rank, u64 bytes, int rounds);
-    bool can_reduce(Reduce how) const { return how == Reduce::kNccl || how == Reduce::kNcclGraph; }
+    bool can_reduce(Reduce how);
     /// Seconds of one f32 all_reduce of `bytes`, one of `rounds` in a row.
     double time_all_reduce(u64 bytes, Reduce how, int rounds);
     size_t n_programs() const { return programs_.size(); }

@@ -105,8 +105,8 @@ int ggml_tp_time_all_reduce(int group, uint64_t bytes, int how, int rounds, doub
     HostDevice* device = host_device(group);
     if (!device || !seconds || bytes < 4 || rounds < 1 || rounds > 10000) return -1;
     std::lock_guard lock(device->group->mutex);
-    if (!device->group->can_reduce(static_cast<Reduce>(how))) return -2;
     try {
+        if (!device->group->can_reduce(static_cast<Reduce>(how))) return -2;
         *seconds = device->group->time_all_reduce(bytes, static_cast<Reduce>(how), rounds);
         return 0;
     } catch (const std::exception& error) {

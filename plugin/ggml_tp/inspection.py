@@ -12,7 +12,7 @@ import cffi
 
 from . import LIBRARY
 
-REDUCES = {"NCCL": 0, "NCCL in a graph": 1, "own kernel": 2}
+REDUCES = {"NCCL": 0, "NCCL in a graph": 1, "NCCL, symmetric windows": 2}
 TEXTS = {"config": 0, "layout": 1, "plan": 2, "program": 3, "devices": 4, "stages": 5}
 
 
