@@ -399,7 +399,7 @@ struct StreamProduct {
     i32 n_push;
     const float *a, *b, *weight;   // b, weight: may be null
     float *sum, *sum_copy, *norm;  // written for others: s twice, its norm; may be null
-    float *glu_y, *glu_copy;
+    float* glu_y;
     float* push[16];  // where this rank's partial sums go on every rank: the all_reduce behind this product
 };
 // y[i] = sum over ranks of inbox[rank][i], in rank order: the same bits on every rank.
@@ -443,7 +443,6 @@ enum StreamKind : i32 {
     kStreamGetRows,
     kStreamFlash,
     kStreamCombine,
-    kStreamEnd,
 };
 // wait: 1: for all blocks of this rank to have done all stages before; 2: for all blocks of all ranks to have pushed as often as `pushes`.
 struct StreamStage {

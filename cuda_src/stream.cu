@@ -75,40 +75,46 @@ TP_DEVICE const StreamProduct& fetch_product(const StreamStage& stage, char* to,
     return *(const StreamProduct*)to;
 }
 
-// ---- the warp that streams weights: a free slot, then a lane for each plane (of each half) starts its copy. What does not change from tile to
-// tile is in registers: one thread that read it from the product again for each of a tile's copies took longer than the memory.
+// ---- the warp that streams weights. What does not change from tile to tile is in registers: when the thread read it from the product again for
+// each of a tile's copies, that took longer than the memory.
 TP_DEVICE void stream_weights(const StreamArgs& args, Shared& s, char* ring) {
-    const int lane = threadIdx.x % 32;
+    constexpr int kCopies = 8;  // of a tile: four planes, two halves
     Turn<kStreamSlots> slot, ahead;
     int issued = 0, landed = 0;
     for (int i = args.first_product, next; i < args.n_stages; i = next) {
         const StreamProduct& p = fetch_product(args.stages[i], s.streamed, next);
-        const int pieces = p.glu ? 2 : 1, step = p.rows / pieces, plane = lane / pieces, half = lane % pieces, n_parts = p.glu ? 1 : p.n_parts;
-        const bool copies = plane < p.n_planes;
-        u32 row_bytes = 0;  // of all planes and halves
-        for (int f = 0; f < p.n_planes; ++f) row_bytes += (u32)(p.row_bytes[f] * pieces);
-        const u32 own_bytes = copies ? (u32)p.row_bytes[plane] : 0;
-        char* to = ring + (copies ? p.slot_offset[plane] : 0) + half * step * (int)own_bytes;
+        if (threadIdx.x % 32 != 0) continue;
+        const int pieces = p.glu ? 2 : 1, step = p.rows / pieces, n_copies = p.n_planes * pieces, n_parts = p.glu ? 1 : p.n_parts;
+        u32 bytes[kCopies], all_bytes = 0;  // of a row
+        const char* from[kCopies];
+        char* to[kCopies];
+#pragma unroll
+        for (int c = 0; c < kCopies; ++c) {
+            const int plane = p.glu ? c / 2 : c, half = p.glu ? c % 2 : 0;
+            bytes[c] = c < n_copies ? (u32)p.row_bytes[plane % 4] : 0;
+            to[c] = ring + (c < n_copies ? p.slot_offset[plane % 4] : 0) + half * step * (int)bytes[c];
+            all_bytes += bytes[c];
+        }
         int tile = blockIdx.x;
         for (int part = 0; part < n_parts; ++part) {
             const int n = (int)p.part[part].n, tiles = (n + step - 1) / step;
-            const char* from = copies ? p.part[part + half].plane[plane] : nullptr;
+#pragma unroll
+            for (int c = 0; c < kCopies; ++c) from[c] = p.part[p.glu ? c % 2 : part].plane[(p.glu ? c / 2 : c) % 4];
             for (; tile < tiles; tile += gridDim.x) {
                 const int row = tile * step, rows = n - row < step ? n - row : step;
-                tp_barrier_wait(&s.empty[slot.at], slot.parity ^ 1);
-                if (lane == 0) {
-                    while (issued - landed >= kInFlight) {
-                        tp_barrier_wait(&s.full[ahead.at], ahead.parity);
-                        ahead.next();
-                        ++landed;
-                        const u64 begin = tp_cycles();
-                        while (i > (int)tp_peek(&s.stage_now) && tp_cycles() - begin < kEarlyPause) tp_spin();
-                    }
-                    tp_barrier_expect(&s.full[slot.at], (u32)rows * row_bytes);
+                while (issued - landed >= kInFlight) {
+                    tp_barrier_wait(&s.full[ahead.at], ahead.parity);
+                    ahead.next();
+                    ++landed;
+                    const u64 begin = tp_cycles();
+                    while (i > (int)tp_peek(&s.stage_now) && tp_cycles() - begin < kEarlyPause) tp_spin();
                 }
                 ++issued;
-                __syncwarp();
-                if (copies) tp_bulk_load(to + slot.at * kStreamSlotBytes, from + (i64)row * own_bytes, (u32)rows * own_bytes, &s.full[slot.at]);
+                tp_barrier_wait(&s.empty[slot.at], slot.parity ^ 1);
+                tp_barrier_expect(&s.full[slot.at], (u32)rows * all_bytes);
+#pragma unroll
+                for (int c = 0; c < kCopies; ++c)
+                    if (c < n_copies) tp_bulk_load(to[c] + slot.at * kStreamSlotBytes, from[c] + (i64)row * bytes[c], (u32)rows * bytes[c], &s.full[slot.at]);
                 slot.next();
             }
             tile -= tiles;
@@ -153,11 +159,9 @@ TP_DEVICE void store_results(const StreamArgs& args, Shared& s) {
                 const float up = __shfl_sync(0xffffffffu, v, lane + half < 32 ? lane + half : lane);
                 const i64 at = row + lane;
                 if (lane < half && at < p.part[0].n) {
-                    const float y = activated(p.glu - 1, v) * up;
                     p.part[0].y[at] = v;
                     p.part[1].y[at] = up;
-                    p.glu_y[at] = y;
-                    if (p.glu_copy) p.glu_copy[at] = y;
+                    p.glu_y[at] = activated(p.glu - 1, v) * up;
                 }
                 continue;
             }

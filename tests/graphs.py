@@ -71,6 +71,7 @@ bool ggml_backend_dev_supports_op(void *dev, tensor op);
 void *ggml_backend_alloc_ctx_tensors(ctx c, void *backend); void ggml_backend_buffer_free(void *buffer);
 void ggml_backend_tensor_set(tensor t, const void *data, size_t offset, size_t size);
 void ggml_backend_tensor_get(tensor t, void *data, size_t offset, size_t size);
+void ggml_backend_tensor_copy(tensor source, tensor target);
 int ggml_backend_graph_compute(void *backend, void *graph);
 """
 
@@ -86,12 +87,12 @@ _CPU = 0
 
 
 class Ggml:
-    def __init__(self, library: str | os.PathLike[str], on_device: bool) -> None:
+    def __init__(self, library: str | os.PathLike[str], on_device: bool, device: str = "TP0") -> None:
         self.ffi = cffi.FFI()
         self.ffi.cdef(_CDEF)
         self.lib: Any = self.ffi.dlopen(os.fspath(library))
         if on_device:
-            self.device = self.lib.ggml_backend_dev_by_name(b"TP0")
+            self.device = self.lib.ggml_backend_dev_by_name(device.encode())
         else:
             devices = [self.lib.ggml_backend_dev_get(i) for i in range(self.lib.ggml_backend_dev_count())]
             self.device = next(d for d in devices if self.lib.ggml_backend_dev_type(d) == _CPU)

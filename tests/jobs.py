@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import families
 import graphs
 import numpy as np
 from ggml_tp import LIBRARY as INSTALLED
-from ggml_tp.host import N_GPU_LAYERS_OFFSET, Host, HostError
+from ggml_tp.host import N_GPU_LAYERS_OFFSET, SPLIT_TENSORS, Host, HostError
 from ggml_tp.inspection import REDUCES, Inspection
 
 LIBRARY = Path(os.environ.get("TEST_LIBRARY", INSTALLED))  # a sanitizer's build, when tests ask for it
@@ -179,6 +180,86 @@ def edited_cache(model: str, prompt: list[int], on_device: bool, kv_type: int = 
     context.close()
     loaded.close()
     return np.concatenate(rows)
+
+
+def run_devices(
+    model: str, prompt: list[int], n: int, devices: str, split_mode: int, flash_attn: bool = True, late_s: float = 0.0
+) -> dict[str, Any]:  # fmt: skip
+    """Greedy generation of a model that the host divides over several devices ("TP0,TP1"); `late_s`: then the last one is late once."""
+    host = _with_plugin()
+    inspection = Inspection(LIBRARY)
+    groups = range(inspection.n_groups())
+    before = [inspection.counters(group) for group in groups]
+    loaded = host.model(model, devices, split_mode=split_mode)
+    context = loaded.context(n_ctx=1024, flash_attn=flash_attn)
+    out: dict[str, Any] = {"devices": [name for name, _ in host.devices()]}
+    out["tokens"], out["logits"], _ = context.generate(prompt, n)
+    out["bytes"] = [inspection.rank_bytes(group) for group in groups]
+    out["counters"] = [inspection.counters(group) for group in groups]
+    out["host_all_reduces"] = [now.host_all_reduces - then.host_all_reduces for now, then in zip(out["counters"], before, strict=True)]
+    if late_s:
+        inspection.delay(0, late_s, group=groups[-1])
+        out["late"] = []
+        for _ in range(3):
+            context.clear()
+            try:
+                context.decode(prompt[:4], 0)
+                out["late"].append(True)
+            except HostError:
+                out["late"].append(False)
+        context.clear()
+        out["again"], out["again_logits"], _ = context.generate(prompt, n)
+    context.close()
+    context = loaded.context(n_ctx=1024, flash_attn=flash_attn)
+    out["prompt_logits"] = context.decode(prompt, 0, all_logits=True)
+    context.close()
+    loaded.close()
+    return out
+
+
+def time_of_late_devices(model: str, late_s: float) -> tuple[float, float]:
+    """Seconds of a decode for which one device of a host that divides tensors is late, and of one for which both are."""
+    loaded = _with_plugin().model(model, "TP0,TP1", split_mode=SPLIT_TENSORS)
+    inspection = Inspection(LIBRARY)
+    context = loaded.context(n_ctx=512)
+    context.generate([1, 2, 3], 3)
+    times = []
+    for i, late in enumerate(([0], [0, 1])):
+        for group in late:
+            inspection.delay(0, late_s, group=group)
+        begin = time.perf_counter()
+        context.decode([5], 5 + i)
+        times.append(time.perf_counter() - begin)
+    context.close()
+    loaded.close()
+    return times[0], times[1]
+
+
+def copy_between(names: list[str]) -> dict[str, list[bool]]:
+    """Of halves [256, 192] with such a name, copied from a buffer of TP0 into one of TP1 and back into another of TP0: whether each has the
+    bytes that were set."""
+    host = _with_plugin()
+    there, here = graphs.Ggml(host.path, True, device="TP1"), graphs.Ggml(host.path, True, device="TP0")
+    lib, ffi = here.lib, here.ffi
+    out: dict[str, list[bool]] = {}
+    for name in names:
+        data = np.random.default_rng(0).integers(0, 256, 256 * 192 * 2, dtype=np.uint8).tobytes()
+        contexts = [lib.ggml_init([1 << 20, ffi.NULL, True]) for _ in range(3)]
+        tensors = [lib.ggml_set_name(lib.ggml_new_tensor_4d(c, graphs.F16, 256, 192, 1, 1), name.encode()) for c in contexts]
+        buffers = [lib.ggml_backend_alloc_ctx_tensors(c, ggml.backend) for c, ggml in zip(contexts, (here, there, here), strict=True)]
+        lib.ggml_backend_tensor_set(tensors[0], data, 0, len(data))
+        for source, target in zip(tensors, tensors[1:], strict=False):
+            lib.ggml_backend_tensor_copy(source, target)
+        read = [bytearray(len(data)) for _ in tensors]
+        for tensor, into in zip(tensors, read, strict=True):
+            lib.ggml_backend_tensor_get(tensor, ffi.from_buffer(into), 0, len(into))
+        out[name] = [bytes(into) == data for into in read]
+        for buffer, context in zip(buffers, contexts, strict=True):
+            lib.ggml_backend_buffer_free(buffer)
+            lib.ggml_free(context)
+    there.close()
+    here.close()
+    return out
 
 
 def sequences(model: str, on_device: bool) -> np.ndarray:
@@ -380,6 +461,24 @@ def all_reduce_times(n_bytes: int) -> dict[str, float | None]:
     _with_plugin()
     inspection = Inspection(LIBRARY)
     return {how: inspection.all_reduce_seconds(n_bytes, how, rounds=4) for how in REDUCES}
+
+
+def try_contexts(model: str, contexts: list[int]) -> list[dict[str, Any]]:
+    """Of each size: whether such a context can be made and a token decoded in it, and the activations of a rank."""
+    loaded = _with_plugin().model(model, "TP0")
+    out = []
+    for n_ctx in contexts:
+        context = None
+        try:
+            context = loaded.context(n_ctx=n_ctx)
+            context.decode([1], 0)
+            out.append({"made": True, "compute": [rank["compute"] for rank in Inspection(LIBRARY).rank_bytes()]})
+        except HostError:
+            out.append({"made": False})
+        if context is not None:
+            context.close()
+    loaded.close()
+    return out
 
 
 _FIT = "_Z17common_fit_paramsPKcP18llama_model_paramsP20llama_context_paramsPfP32llama_model_tensor_buft_overridePmjPK22common_fit_extra_model14ggml_log_level"

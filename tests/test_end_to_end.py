@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import emulated
 from families import N_LAYER
+from ggml_tp import explain
 from ggml_tp.host import nmse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "integration"))
@@ -66,9 +68,24 @@ def check(workers, models, family: str, quant: str, ranks: int, flash_attn: bool
     return result
 
 
+def check_explained(model: str, ranks: int, result: dict, split: list[float] | None = None) -> None:
+    """`ggml-tp explain` says of the file what the core has planned and allocated for the host's last token."""
+    said = explain.explain(model, ranks, split, n_ctx=1024, swa_full=True)
+    plan = [line for line in result["plan"].splitlines() if line.startswith(("stored ", "  all_"))]
+    stored = dict(line.removeprefix("stored ").split(": ", 1) for line in plan if line.startswith("stored "))
+    rows = said["tensors"] + said["caches"]
+    assert {row["name"]: f"{row['layout']}; bytes {' '.join(map(str, row['bytes']))}" for row in rows} == stored
+    assert all(row["planned"] for row in rows) and not said["notes"]
+    reshards = [re.fullmatch(r"  (all_\w+) .* \((\d+) bytes, f32\): (.*)", line).groups() for line in plan if line.startswith("  all_")]
+    assert [(row["kind"], str(row["bytes"]), row["reason"]) for row in said["reshards"]] == reshards
+    assert said["weight_bytes"] == [rank["weight"] for rank in result["bytes"]]
+    assert said["kv"]["bytes"] == [rank["kv"] for rank in result["bytes"]]
+
+
 @pytest.mark.parametrize(("family", "quant", "ranks"), SAMPLE)
 def test_logits(workers, models, family, quant, ranks):
-    check(workers, models, family, quant, ranks)
+    result = check(workers, models, family, quant, ranks)
+    check_explained(models(family, quant), ranks, result)
 
 
 @pytest.mark.full
@@ -111,6 +128,7 @@ def test_experts(workers, models, family, quant, ranks, arch):
     # Of 512: a rank's share is less than a k-quant's block at 3 ranks and more.
     options = {"expert_feed_forward_length": 512, "seed": DECISIVE[family]} if quant.endswith("_K") else {}
     result = check(workers, models, family, quant, ranks, arch=arch, **options)
+    check_explained(models(family, quant, **options), ranks, result)
     if family == "qwen3moe" and not quant.endswith("_K"):  # a cut inside of a block: attention quantises apart
         assert result["counters"].last_kernel_launches <= 15 * N_LAYER + 4  # the rows that are wanted of the last layer, the last norm, the head
 
@@ -180,6 +198,7 @@ def test_uneven_split(workers, models, split):
     reference = workers.run(jobs.run_model, {}, on_device=False, **arguments)
     result = workers.run(jobs.run_model, environment, on_device=True, **arguments)
     assert nmse(result["prompt_logits"], reference["prompt_logits"]) <= TOLERANCE["F16"]
+    check_explained(arguments["model"], split.count(",") + 1, result, [float(share) for share in split.split(",")])
 
 
 def test_plan_text_names_each_reduce(workers, models):
@@ -223,6 +242,14 @@ def test_without_a_gpu_there_is_no_device_and_one_line(workers, models, capfd):
     if result["accepted"]:
         pytest.skip("this machine has a GPU")
     assert "TP0" not in result["devices"] and "GGML_TP_EMULATE" in err
+
+
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="only emulated GPUs can be made small")
+def test_one_rank_without_memory_for_activations_is_a_failed_decode(workers, long_model):
+    """The fullest rank has no room for what the first has begun to clear: that was freed under its stream once."""
+    environment = emulated(3, TP_EMULATOR_MEMORY_MIB="512")
+    full, small = workers.run(jobs.try_contexts, environment, model=long_model, contexts=[39424, 4096])
+    assert not full["made"] and small["made"]
 
 
 def test_exhausted_memory_is_refused(workers, models):
@@ -287,6 +314,17 @@ def long_model(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("fit") / "long.gguf"
     shapes.write(path, "long", "Q4_0", quiet=True)
     return str(path)
+
+
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="only emulated GPUs can be made small")
+@pytest.mark.parametrize(("ranks", "split"), [(2, None), (2, [3.0, 1.0]), (3, None)])
+def test_the_context_that_explain_fits_allocates_and_a_larger_one_does_not(workers, long_model, ranks, split):
+    more = {"GGML_TP_SPLIT": ",".join(map(str, split))} if split else {}
+    environment = emulated(ranks, TP_EMULATOR_MEMORY_MIB="512", **more)
+    fits = explain.explain(long_model, ranks, split, gib=0.5, reserve_gib=1 / 16)["fits"]
+    results = workers.run(jobs.try_contexts, environment, model=long_model, contexts=[fits["n_ctx"], fits["n_ctx"] * 5 // 4])
+    assert results[0]["made"] and not results[1]["made"]
+    assert max(results[0]["compute"]) <= fits["compute_bytes"] <= 1.3 * max(results[0]["compute"])
 
 
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="only emulated GPUs can be made small")

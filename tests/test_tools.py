@@ -11,6 +11,7 @@ from pathlib import Path
 import ggml_tp
 import gguf
 import pytest
+from ggml_tp.inspection import Inspection, Layer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = str(Path(ggml_tp.__file__).parent / "models" / "tiny-english.gguf")
@@ -30,6 +31,14 @@ def test_doctor_finds_the_host_and_its_ranks():
     assert "TP0: 3 ranks, Emulated sm_60" in host["registered"]
     text = tool("doctor", GGML_TP_EMULATE="sm_60*3").stdout
     assert "ok      host xllamacpp" in text and "emulated GPUs are used" in text
+
+
+def test_doctor_shows_every_group():
+    done = tool("doctor", "--json", GGML_TP_EMULATE="sm_60*3", GGML_TP_GROUPS="0-1;2")
+    host = json.loads(done.stdout)["hosts"]["xllamacpp"]
+    assert done.returncode == 0 and host["devices"].count("Emulated sm_60") == 3 and "TP1\nrank 0: device 2" in host["devices"]
+    assert [text for text in host["registered"] if text.startswith("TP")] == ["TP0: 2 ranks, Emulated sm_60", "TP1: 1 rank, Emulated sm_60"]
+    assert "groups TP0: 0 1; TP1: 2" in host["config"]
 
 
 def test_doctor_says_what_to_do(tmp_path):
@@ -61,7 +70,71 @@ def test_env_prints_what_to_export():
     assert all(name in done.stdout for name in ("GGML_TP_RANKS", "GGML_TP_P2P", "GGML_TP_NCCL"))
 
 
-@pytest.mark.parametrize("command", ["demo", "bench", "doctor", "env"])
+def test_explain_as_json():
+    """4 layers of 256 x 256 and 128 x 256 halves, 260 tokens, 8 heads and 4 KV heads of 32: every number by hand."""
+    done = tool("explain", SHIPPED, "--ranks", "2", "--ctx", "512", "--json", "--gib", "2", "--read-gbs", "1000", "--all-reduce-us", "10")
+    result = json.loads(done.stdout)
+    layer = (256 * 256 * 2 + 2 * 256 * 128 + 3 * 256 * 256) * 2
+    weights = 4 * (layer // 2 + 2 * 256 * 4) + 260 * 256 * 2 // 2 + 256 * 4
+    kv = 4 * 2 * 64 * 2  # layers, K and V, two heads of 32, halves
+    assert result["weight_bytes"] == [weights] * 2 == result["read_bytes_per_token"]
+    assert result["kv"]["bytes_per_1k_tokens"] == [1024 * kv] * 2 and result["kv"]["bytes"] == [512 * kv] * 2
+    assert (result["all_reduces_per_token"], result["all_gathers_per_token"]) == (8, 0)
+    assert {row["bytes"] for row in result["reshards"]} == {256 * 4}
+    assert abs(result["speed"]["tokens_per_s"] * (weights / 1e12 + 8 * 10e-6) - 1) < 1e-9
+    assert abs(result["speed"]["tokens_per_s_at_n_ctx"] * ((weights + 512 * kv) / 1e12 + 8 * 10e-6) - 1) < 1e-9
+    n_ctx = result["fits"]["n_ctx"]
+    assert n_ctx % 256 == 0 and n_ctx * (kv + 1024) < 2**30 < (n_ctx + 256) * (kv + 1024) + 2**24
+
+
+def test_explain_for_people():
+    text = tool("explain", SHIPPED, "--ranks", "3", "--gib", "2", "--read-gbs", "1000").stdout
+    assert len(text.splitlines()) < 30 and "on 3 ranks (split even)" in text
+    row = next(line for line in text.splitlines() if line.startswith("blk.*.attn_k.weight"))
+    assert "0-3" in row and "axis 1: 32 + 64 + 32" in row and "whole heads" in row
+    assert "8 all_reduces, 0 all_gathers" in text and "tokens of context (trained for 512)" in text and "tokens/s" in text
+    each = tool("explain", SHIPPED, "--ranks", "3", "--all").stdout
+    assert all(f"blk.{layer}.attn_norm.weight" in each for layer in range(4)) and "a vector for whole rows" in each
+
+
+def test_explain_of_many_layers_and_more_ranks_than_kv_heads():
+    """A 70B's shape, which no file is needed for: 64 heads of 128 with 8 KV heads on 16 ranks, each KV head on two of them."""
+    matrices = [("attn_q", 8192, 8192), ("attn_k", 8192, 1024), ("attn_v", 8192, 1024), ("attn_output", 8192, 8192)]
+    matrices += [("ffn_gate", 8192, 28672), ("ffn_up", 8192, 28672), ("ffn_down", 28672, 8192)]
+    f16, f32 = 1, 0
+    tensors = [(f"blk.{i}.{name}.weight", f16, [k, n]) for i in range(80) for name, k, n in matrices]
+    tensors += [(f"blk.{i}.{name}_norm.weight", f32, [8192]) for i in range(80) for name in ("attn", "ffn")] + [("output.weight", f16, [8192, 128256])]
+    plan = Inspection().explain(tensors, [Layer(64, 8, 128, 128, 1024)] * 80, 8192, 0, (f16, f16), 16)
+    rows = {row["name"]: row for row in plan["tensors"] + plan["caches"]}
+    assert len(plan["reshards"]) == 160 and {row["bytes"] for row in plan["reshards"]} == {8192 * 4}
+    assert rows["blk.79.attn_q.weight"]["bytes"] == [8192 * 8192 * 2 // 16] * 16
+    assert rows["blk.79.attn_k.weight"]["bytes"] == [8192 * 128 * 2] * 16 and rows["cache_v_l79"]["bytes"] == [1024 * 128 * 2] * 16
+    assert rows["blk.0.ffn_norm.weight"]["layout"] == "replicated"
+    assert not plan["notes"] and all(row["planned"] for row in rows.values())
+
+
+def test_explain_says_what_it_does_not_model():
+    tensors = [("blk.0.attn_norm.weight", 0, [256]), ("blk.0.attn_strange.weight", 1, [256, 512]), ("blk.0.attn_output.weight", 1, [256, 256])]
+    plan = Inspection().explain(tensors, [Layer(8, 8, 32, 32, 256)], 256, 0, (1, 1), 2)
+    assert any("not modelled" in note for note in plan["notes"])
+    strange = next(row for row in plan["tensors"] if "strange" in row["name"])
+    assert not strange["planned"] and strange["layout"] == "replicated" and strange["reason"] == "no rule for its name"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("/nowhere.gguf",), (__file__,), (SHIPPED, "--ranks", "0"), (SHIPPED, "--ranks", "17"), (SHIPPED, "--ranks", "x"), (SHIPPED, "--split", "1"),
+        (SHIPPED, "--split", "1,y"), (SHIPPED, "--split", "0,0"), (SHIPPED, "--ctx", "-5"), (SHIPPED, "--cache-type", "f17"), (SHIPPED, "--gib", "much"),
+        (SHIPPED, "--cache-type", "q4_K"), (SHIPPED, "--read-gbs", "0"),
+    ],
+)  # fmt: skip
+def test_explain_refuses_in_one_line(arguments):
+    done = tool("explain", *arguments)
+    assert done.returncode != 0 and not done.stdout and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("ggml-tp: ")
+
+
+@pytest.mark.parametrize("command", ["demo", "bench", "doctor", "explain", "env"])
 def test_help_has_an_example(command):
     assert "example: " in tool(command, "--help").stdout
 

@@ -102,6 +102,9 @@ void Driver::open_nccl() {
 #define GGML_TP_RESOLVE(name, symbol, parameters) name = reinterpret_cast<int(*) parameters>(resolve(nccl_library_, nccl_path_.c_str(), #symbol));
     GGML_TP_NCCL_FUNCTIONS(GGML_TP_RESOLVE)
 #undef GGML_TP_RESOLVE
+#define GGML_TP_RESOLVE(name, symbol, parameters) name = reinterpret_cast<int(*) parameters>(dlsym(nccl_library_, #symbol));
+    GGML_TP_NCCL_OPTIONAL(GGML_TP_RESOLVE)
+#undef GGML_TP_RESOLVE
     ncclGetErrorString = reinterpret_cast<const char* (*)(int)>(resolve(nccl_library_, nccl_path_.c_str(), "ncclGetErrorString"));
 }
 
@@ -115,6 +118,13 @@ void Driver::check_cuda(int code, const char* api, int rank, const char* file, i
 void Driver::check_nccl(int code, const char* api, int rank, const char* file, int line) const {
     if (code == 0) return;
     throw Error(api, code, ncclGetErrorString ? ncclGetErrorString(code) : "unknown error", rank, file, line);
+}
+
+int count_devices(const Config& config, const std::string& plugin_dir) {
+    const Driver driver(config, plugin_dir);
+    int n = 0;
+    TP_CUDA(driver, -1, cuDeviceGetCount, &n);
+    return n;
 }
 
 Device::Device(const Driver& driver_in, int rank_in, int ordinal_in) : driver(driver_in), rank(rank_in), ordinal(ordinal_in) {

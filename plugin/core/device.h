@@ -76,6 +76,12 @@ struct NcclId {
     X(ncclGroupStart, ncclGroupStart, ())                              \
     X(ncclGroupEnd, ncclGroupEnd, ())                                  \
     X(ncclAllReduce, ncclAllReduce, (const void*, void*, size_t, int, int, Handle, Handle))
+// Symmetric windows: newer NCCL. Null where the library has them not.
+#define GGML_TP_NCCL_OPTIONAL(X)                                                             \
+    X(ncclMemAlloc, ncclMemAlloc, (void**, size_t))                                          \
+    X(ncclMemFree, ncclMemFree, (void*))                                                     \
+    X(ncclCommWindowRegister, ncclCommWindowRegister, (Handle, void*, size_t, Handle*, int)) \
+    X(ncclCommWindowDeregister, ncclCommWindowDeregister, (Handle, Handle))
 
 /// The two libraries' functions. Throws Error with one line when a library or a function is missing.
 class Driver {
@@ -89,6 +95,7 @@ class Driver {
     GGML_TP_CUDA_FUNCTIONS(GGML_TP_DECLARE)
     GGML_TP_CUDA_OPTIONAL(GGML_TP_DECLARE)
     GGML_TP_NCCL_FUNCTIONS(GGML_TP_DECLARE)
+    GGML_TP_NCCL_OPTIONAL(GGML_TP_DECLARE)
     const char* (*ncclGetErrorString)(int) = nullptr;
 #undef GGML_TP_DECLARE
 
@@ -106,6 +113,9 @@ class Driver {
     void* cuda_library_ = nullptr;
     void* nccl_library_ = nullptr;
 };
+
+/// CUDA devices of this machine, or emulated ones. Throws Error where there is no driver.
+int count_devices(const Config& config, const std::string& plugin_dir);
 
 #define TP_CUDA(driver, rank, call, ...) (driver).check_cuda((driver).call(__VA_ARGS__), #call, rank, __FILE__, __LINE__)
 #define TP_NCCL(driver, rank, call, ...) (driver).check_nccl((driver).call(__VA_ARGS__), #call, rank, __FILE__, __LINE__)

@@ -59,7 +59,9 @@ Group::Group(const Config& config_in, const std::string& plugin_dir) : config(co
                                 driver_.nccl_path() + ") cannot do that: pip install 'nvidia-nccl-cu12>=2.30.3'");
     }
     if (n > 1 && config.p2p) {
-        peers_ = prove_peers(devices_, config.deadline_s);
+        std::vector<const Device*> devices;
+        for (const auto& device : devices_) devices.push_back(device.get());
+        peers_ = prove_peers(devices, config.deadline_s);
         if (!peers_.all_proven()) {
             // NCCL reads this when it makes its first communicator, which is later.
             if (peers_.any_broken()) setenv("NCCL_P2P_DISABLE", "1", 1);
@@ -171,6 +173,7 @@ void Group::drop_programs() {
 
 /// No graph runs: compute() returns when its graph has ended, and the caller holds the mutex.
 void Group::release(Buffer& buffer) {
+    finish();
     std::erase_if(programs_, [&](const std::unique_ptr<Program>& program) {
         if (std::find(program->buffers.begin(), program->buffers.end(), &buffer) == program->buffers.end()) return false;
         destroy(*program);
@@ -214,16 +217,42 @@ Rates Group::measure(int rank, u64 bytes, int rounds) {
 }
 
 /// Every rank enqueues `rounds` of them at once, so that the time is the all_reduce's own and not the host's round trip; the best of a few.
+bool Group::can_reduce(Reduce how) {
+    if (how != Reduce::kNcclSymmetric) return how == Reduce::kNccl || how == Reduce::kNcclGraph;
+    driver_.open_nccl();
+    return driver_.ncclMemAlloc && driver_.ncclMemFree && driver_.ncclCommWindowRegister && driver_.ncclCommWindowDeregister;
+}
+
 double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
     if (n_ranks() < 2) throw Error("one rank has nobody to reduce with");
     connect();
     const size_t elems = std::max<u64>(bytes / 4, 1);
     std::vector<DevicePtr> buffers(devices_.size());
+    // A window is memory of NCCL's own, registered by all ranks together.
+    constexpr int kSymmetric = 1;  // NCCL_WIN_COLL_SYMMETRIC
+    const bool windows = how == Reduce::kNcclSymmetric;
+    std::vector<Handle> window(devices_.size());
     auto free_buffers = [&] {
-        for (size_t r = 0; r < devices_.size(); ++r) devices_[r]->release(buffers[r]);
+        if (!windows)
+            for (size_t r = 0; r < devices_.size(); ++r) devices_[r]->release(buffers[r]);
+        else
+            workers_->run([&](int r) {
+                devices_[r]->make_current();
+                if (window[r]) driver_.ncclCommWindowDeregister(comms_[r], window[r]);
+                if (buffers[r]) driver_.ncclMemFree(reinterpret_cast<void*>(buffers[r]));
+            });
     };
     try {
-        for (size_t r = 0; r < devices_.size(); ++r) buffers[r] = devices_[r]->allocate(elems * 4);
+        if (!windows)
+            for (size_t r = 0; r < devices_.size(); ++r) buffers[r] = devices_[r]->allocate(elems * 4);
+        else
+            workers_->run([&](int r) {
+                devices_[r]->make_current();
+                void* memory = nullptr;
+                TP_NCCL(driver_, r, ncclMemAlloc, &memory, elems * 4);
+                buffers[r] = reinterpret_cast<DevicePtr>(memory);
+                TP_NCCL(driver_, r, ncclCommWindowRegister, comms_[r], memory, elems * 4, &window[r], kSymmetric);
+            });
     } catch (...) {
         free_buffers();
         throw;
@@ -251,7 +280,7 @@ double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
             TP_CUDA(driver_, r, cuMemsetD8Async, buffers[r], 0, elems * 4, devices_[r]->stream);
             enqueue(r, 1);
         });
-        if (how == Reduce::kNcclGraph) workers_->run([&](int r) { timed.executables[r] = capture_stream(r, [&] { enqueue(r, rounds); }); });
+        if (how != Reduce::kNccl) workers_->run([&](int r) { timed.executables[r] = capture_stream(r, [&] { enqueue(r, rounds); }); });
         for (int i = 0; i < kTimedRepetitions; ++i) {
             const double time = seconds([&](int r) {
                 devices_[r]->make_current();
@@ -275,6 +304,8 @@ double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
 /// and only then frees it. So the graphs go while it waits, after the last of their kernels: sooner, a late rank's kernel read freed memory
 /// (seen on an H200); after it, the abort never came back.
 void Group::fail() {
+    in_flight_ = false;
+    for (const auto& [owner, give_up] : overlaps_) give_up();
     struct Aborting {
         std::mutex mutex;
         std::condition_variable changed;
@@ -349,28 +380,15 @@ void Group::capture(Program& program) {
 }
 
 std::unique_ptr<Program> Group::build(const Graph& graph, u64 key) {
-    PlanResult result;
-    // Each round settles at least one tensor, and an odd cut of heads takes a round per layer (8 rounds refused 3 ranks from 8 layers on).
-    const size_t most_rounds = graph.tensors.size();
-    for (size_t round = 0;; ++round) {
-        result = make_plan(graph, n_ranks(), config.split);
-        if (result.wants.empty()) break;
-        if (round == most_rounds) throw Error("the graph's wishes for its weights contradict each other (a bug; please report the graph)");
-        for (const Want& want : result.wants) {
-            if (want.stored->confirmed) {  // asked twice in two ways: whole on every rank is right for both
-                memory->reshard(*want.stored->buffer, *want.stored, replicated(), std::nullopt);
-            } else {
-                memory->reshard(*want.stored->buffer, *want.stored, want.sharding, want.extent);
-            }
-            want.stored->confirmed = true;
-            ++counters.weights_resharded;
-        }
-    }
-    schedule(result.plan, graph);
-    verify(result.plan, graph);
+    Plan plan = settle(graph, n_ranks(), config.split, [&](Stored& tensor, const Sharding& sharding, const std::optional<Extent>& extent) {
+        memory->reshard(*tensor.buffer, tensor, sharding, extent);
+        ++counters.weights_resharded;
+    });
+    schedule(plan, graph);
+    verify(plan, graph);
     // Other programs hold the addresses of shards that were laid out anew; their keys no longer match, so they are never replayed.
-    std::unique_ptr<Program> program = lower(graph, result.plan, {*memory, devices_, *scratch_, fault_pointers_, stream_.get()});
-    program->plan_text = result.plan.to_text(graph);
+    std::unique_ptr<Program> program = lower(graph, plan, {*memory, devices_, *scratch_, fault_pointers_, stream_.get()});
+    program->plan_text = plan.to_text(graph);
     program->key = key;
     try {
         connect();
@@ -421,6 +439,7 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
     const abi::GraphRef ref(host, cgraph);
     Program* found = program_seen(ref.uid(), cgraph, ref.n_nodes());
     if (!found) {
+        finish();  // a new program may take the place of one that runs, or lay memory out anew
         const Graph graph = read_graph(host, cgraph, buffer_of, context);
         if (graph.nodes.empty()) return;
         found = &program_for(graph);
@@ -428,7 +447,8 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
         seen_.push_back({ref.uid(), memory->layout_epoch(), cgraph, ref.n_nodes(), found});
     }
     const Program& program = *found;
-    for (volatile u32* fault : faults_) *fault = kFaultNone;
+    if (!in_flight_)
+        for (volatile u32* fault : faults_) *fault = kFaultNone;
     const auto delays = std::exchange(delays_, {});
     try {
         workers_->run([&](int r) {
@@ -440,14 +460,8 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
                 }
             TP_CUDA(driver_, r, cuGraphLaunch, program.executables[r], devices_[r]->stream);
         });
-        for (const auto& device : devices_)
-            if (!device->wait(config.deadline_s))
-                throw Error("rank " + std::to_string(device->rank) + " did not finish a graph within " + std::to_string(config.deadline_s) +
-                            " s (GGML_TP_DEADLINE); its peers are given up and connected anew");
-        for (size_t r = 0; r < faults_.size(); ++r)
-            if (*faults_[r] == kFaultLatePeer)
-                throw Error("rank " + std::to_string(r) + " waited for a peer for more than " + std::to_string(config.deadline_s) +
-                            " s (GGML_TP_DEADLINE); the graph's results are not valid");
+        in_flight_ = true;
+        if (overlaps_.empty()) wait_for_ranks();
         for (const Program::Written& w : program.written)
             std::erase_if(w.buffer->residency, [&](const Residency& r) { return r.offset < w.offset + w.bytes && w.offset < r.offset + r.bytes; });
         for (const Program::Survivor& s : program.survivors) s.buffer->residency.push_back(s.residency);
@@ -460,6 +474,40 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
         fail();
         throw;
     }
+    if (overlaps_.empty()) check_faults();
+}
+
+void Group::overlap(const void* owner, std::function<void()> give_up) { overlaps_.push_back({owner, std::move(give_up)}); }
+
+void Group::end_overlap(const void* owner) {
+    std::erase_if(overlaps_, [&](const auto& overlap) { return overlap.first == owner; });
+}
+
+void Group::finish() {
+    if (!in_flight_) return;
+    try {
+        wait_for_ranks();
+    } catch (...) {
+        fail();
+        throw;
+    }
+    check_faults();
+}
+
+void Group::wait_for_ranks() {
+    in_flight_ = false;
+    for (const auto& device : devices_)
+        if (!device->wait(config.deadline_s))
+            throw Error("rank " + std::to_string(device->rank) + " did not finish a graph within " + std::to_string(config.deadline_s) +
+                        " s (GGML_TP_DEADLINE); its peers are given up and " +
+                        (overlaps_.empty() ? "connected anew" : "the host adds up by itself until its next context"));
+    for (size_t r = 0; r < faults_.size(); ++r)
+        if (*faults_[r] == kFaultLatePeer)
+            throw Error("rank " + std::to_string(r) + " waited for a peer for more than " + std::to_string(config.deadline_s) +
+                        " s (GGML_TP_DEADLINE); the graph's results are not valid");
+}
+
+void Group::check_faults() const {
     for (size_t r = 0; r < faults_.size(); ++r)
         if (const u32 fault = *faults_[r])
             throw Error(std::string("rank ") + std::to_string(r) + ": " + fault_text(fault) + "; nothing was touched there, the graph's results are not valid");

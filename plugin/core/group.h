@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "config.h"
@@ -22,10 +23,11 @@ namespace ggml_tp {
 struct Counters {
     u64 graphs_computed = 0, programs_built = 0, graph_launches_per_rank = 0, weights_resharded = 0;
     u64 last_all_reduces = 0, last_all_gathers = 0, last_kernel_launches = 0;
+    u64 host_all_reduces = 0;  // among groups, asked for by the host
 };
 
 /// Ways to reduce, as numbered in inspect.h.
-enum class Reduce { kNccl = 0, kNcclGraph = 1, kOwn = 2 };
+enum class Reduce { kNccl = 0, kNcclGraph = 1, kNcclSymmetric = 2 };
 
 struct Rates {
     double read = 0, copy = 0;  // bytes per second; a copy counts what it reads and what it writes
@@ -39,6 +41,16 @@ class Group {
 
     /// Runs the host's graph to its end. Throws Error; the next graph may run.
     void compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, void* context);
+    /// While there are such owners compute() returns when the graph is launched; whoever reads results calls finish() first. `give_up` is
+    /// called, with the mutex held, when ranks fail or are late: it ends what they wait for from outside of this group.
+    void overlap(const void* owner, std::function<void()> give_up);
+    void end_overlap(const void* owner);
+    /// Waits for what was launched. Throws Error when that failed.
+    void finish();
+    /// An all_reduce with other groups was enqueued: finish() has to wait for it.
+    void expect_all_reduce() { in_flight_ = true, ++counters.host_all_reduces; }
+    Driver& driver() { return driver_; }
+    Device& device(int rank) { return *devices_[static_cast<size_t>(rank)]; }
     bool supports(const abi::Host& host, const void* operation) const;
     /// Frees a buffer of the host, and the captured programs that point into it: contexts come and go, their graphs must go as well.
     void release(Buffer& buffer);
@@ -48,7 +60,7 @@ class Group {
     /// What a user should know of the devices, or empty.
     const std::string& notes() const { return notes_; }
     Rates measure(int rank, u64 bytes, int rounds);
-    bool can_reduce(Reduce how) const { return how == Reduce::kNccl || how == Reduce::kNcclGraph; }
+    bool can_reduce(Reduce how);
     /// Seconds of one f32 all_reduce of `bytes`, one of `rounds` in a row.
     double time_all_reduce(u64 bytes, Reduce how, int rounds);
     size_t n_programs() const { return programs_.size(); }
@@ -76,6 +88,8 @@ class Group {
     void destroy(Program& program);
     void drop_programs();
     void fail();
+    void wait_for_ranks();
+    void check_faults() const;
 
     Driver driver_;
     std::vector<std::unique_ptr<Device>> devices_;
@@ -95,6 +109,8 @@ class Group {
         int n_nodes = 0;
         Program* program = nullptr;
     };
+    std::vector<std::pair<const void*, std::function<void()>>> overlaps_;  // owner, give_up; not empty: compute() does not wait
+    bool in_flight_ = false;
     std::vector<Seen> seen_;  // at most one per program, forgotten with it
 };
 

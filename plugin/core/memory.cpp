@@ -55,6 +55,53 @@ i64 Stored::local_bytes(int rank) const {
     return bytes / extent->period_bytes * extent->ranges[rank].size();
 }
 
+std::string Stored::to_text(int n_ranks) const {
+    Sharding lies = format ? sharding : replicated();
+    std::string out;
+    if (!format && extent) {
+        const WeightFormat* blocks = find_weight_format(type);
+        const Strided strided{{ne[0], ne[1], ne[2], ne[3]}, {nb[0], nb[1], nb[2], nb[3]}, 0, nb[0], blocks ? blocks->block_elems : 1};
+        if (const auto elements = sharding_of(*extent, strided)) {
+            lies = *elements;
+        } else {  // cut inside of an element: bytes say it
+            out = "sharded by bytes of " + std::to_string(extent->period_bytes);
+            for (const Range& range : extent->ranges) out += " [" + std::to_string(range.begin) + "," + std::to_string(range.end) + ")";
+        }
+    }
+    if (out.empty()) out = lies.to_text();
+    out += "; bytes";
+    for (int r = 0; r < n_ranks; ++r) out += " " + std::to_string(local_bytes(r));
+    return out;
+}
+
+void guess_layout(Stored& tensor, int n_ranks, const std::vector<double>& split) {
+    tensor.role = role_of(tensor.name);
+    int n_dims = 1;
+    for (int d = 1; d < 4; ++d)
+        if (tensor.ne[d] > 1) n_dims = d + 1;
+    const WeightFormat* format = find_weight_format(tensor.type);
+    Sharding guess = guess_sharding(tensor.role, tensor.ne, n_dims, n_ranks, split);
+    const bool is_matrix = (tensor.role == Role::kColumn || tensor.role == Role::kSegments || tensor.role == Role::kRow || tensor.role == Role::kWhole) &&
+                           (n_dims == 2 || n_dims == 3) && format;
+    if (is_matrix) {
+        tensor.format = format;
+        tensor.sharding = guess;
+    } else if (guess.kind == Sharding::kSharded && (!format || format->block_elems == 1 || tensor.role == Role::kKvCache)) {
+        Strided strided{{tensor.ne[0], tensor.ne[1], tensor.ne[2], tensor.ne[3]}, {tensor.nb[0], tensor.nb[1], tensor.nb[2], tensor.nb[3]}, 0, tensor.nb[0]};
+        if (format && format->block_elems > 1) {  // a quantised cache: cut between blocks
+            strided.ne[0] /= format->block_elems;
+            guess.ranges = divide(strided.ne[0], 1, n_ranks, split);
+        }
+        tensor.extent = extent_of(guess, strided);
+    }
+}
+
+void lay_out_planes(Stored& tensor, int n_ranks) {
+    tensor.planes.clear();
+    if (tensor.format)
+        for (int r = 0; r < n_ranks; ++r) tensor.planes.push_back(plane_layout(*tensor.format, tensor.ne, tensor.sharding, r));
+}
+
 Memory::Memory(std::vector<std::unique_ptr<Device>>& devices, const std::vector<double>& split)
     : devices_(devices), split_(split), staging_(devices.size()), weight_bytes_(devices.size()), kv_bytes_(devices.size()), compute_bytes_(devices.size()) {}
 
@@ -144,6 +191,11 @@ std::unique_ptr<Buffer> Memory::reserve(i64 bytes) {
 
 void Memory::release(Buffer& buffer) {
     ++epoch_;
+    try {
+        // Shards may still be cleared: a host frees a buffer as soon as one of its tensors had no memory.
+        wait_all();
+    } catch (const Error&) {  // whoever ran that stream has reported it
+    }
     for (auto& [offset, tensor] : buffer.stored) account(*tensor, -1);
     for (size_t r = 0; r < devices_.size(); ++r) {
         for (const DevicePtr chunk : buffer.chunks[r]) devices_[r]->release(chunk);
@@ -162,8 +214,10 @@ void Memory::make_compute(Buffer& buffer) {
     ++epoch_;
     std::vector<DevicePtr> pointers(devices_.size());
     try {
+        // All of them before anything is enqueued: a rank without memory must not free what another rank's stream still clears.
+        for (size_t r = 0; r < devices_.size(); ++r) pointers[r] = devices_[r]->allocate(static_cast<size_t>(buffer.size));
         for (size_t r = 0; r < devices_.size(); ++r) {
-            pointers[r] = devices_[r]->allocate(static_cast<size_t>(buffer.size));
+            devices_[r]->make_current();
             TP_CUDA(devices_[r]->driver, static_cast<int>(r), cuMemsetD8Async, pointers[r], 0, static_cast<size_t>(std::max<i64>(buffer.size, 1)),
                     devices_[r]->stream);
         }
@@ -239,9 +293,7 @@ void Memory::account(const Stored& tensor, int sign) {
 void Memory::allocate_shards(Buffer& buffer, Stored& tensor) {
     ++epoch_;
     const int n = n_ranks();
-    tensor.planes.clear();
-    if (tensor.format)
-        for (int r = 0; r < n; ++r) tensor.planes.push_back(plane_layout(*tensor.format, tensor.ne, tensor.sharding, r));
+    lay_out_planes(tensor, n);
     std::vector<DevicePtr> shard(n);
     try {
         for (int r = 0; r < n; ++r) shard[r] = take(buffer, r, tensor.local_bytes(r));
@@ -273,25 +325,7 @@ Stored& Memory::announce(Buffer& buffer, Stored tensor) {
             ++it;
         }
     }
-    tensor.role = role_of(tensor.name);
-    int n_dims = 1;
-    for (int d = 1; d < 4; ++d)
-        if (tensor.ne[d] > 1) n_dims = d + 1;
-    const WeightFormat* format = find_weight_format(tensor.type);
-    Sharding guess = guess_sharding(tensor.role, tensor.ne, n_dims, n_ranks(), split_);
-    const bool is_matrix = (tensor.role == Role::kColumn || tensor.role == Role::kSegments || tensor.role == Role::kRow || tensor.role == Role::kWhole) &&
-                           (n_dims == 2 || n_dims == 3) && format;
-    if (is_matrix) {
-        tensor.format = format;
-        tensor.sharding = guess;
-    } else if (guess.kind == Sharding::kSharded && (!format || format->block_elems == 1 || tensor.role == Role::kKvCache)) {
-        Strided strided{{tensor.ne[0], tensor.ne[1], tensor.ne[2], tensor.ne[3]}, {tensor.nb[0], tensor.nb[1], tensor.nb[2], tensor.nb[3]}, 0, tensor.nb[0]};
-        if (format && format->block_elems > 1) {  // a quantised cache: cut between blocks
-            strided.ne[0] /= format->block_elems;
-            guess.ranges = divide(strided.ne[0], 1, n_ranks(), split_);
-        }
-        tensor.extent = extent_of(guess, strided);
-    }
+    guess_layout(tensor, n_ranks(), split_);
     tensor.buffer = &buffer;
     auto owned = std::make_unique<Stored>(std::move(tensor));
     buffer.announced_bytes += owned->bytes;
@@ -418,6 +452,8 @@ void Memory::write(Buffer& buffer, i64 offset, const void* data, i64 bytes) {
     if (offset < 0 || bytes < 0 || offset + bytes > buffer.size) throw Error("a write outside its buffer was refused");
     if (bytes == 0) return;
     if (buffer.refused) throw Error("");
+    // Memory that a host took without telling of tensors in it: where it adds up summands by itself.
+    if (!buffer.is_compute && buffer.stored.empty()) make_compute(buffer);
     if (buffer.is_compute) {
         std::erase_if(buffer.residency, [&](const Residency& r) { return overlaps(r.offset, r.bytes, offset, bytes); });
         char* copy = pinned(bytes);

@@ -48,7 +48,14 @@ struct Stored {
     bool is_sharded() const { return format ? sharding.kind == Sharding::kSharded : extent.has_value(); }
     i64 local_bytes(int rank) const;
     i64 local_period(int rank) const { return extent->ranges[rank].size(); }
+    /// How it lies, and its bytes on every rank.
+    std::string to_text(int n_ranks) const;
 };
+
+/// Role, format and the guessed layout of a tensor whose name, type, shape and strides are set.
+void guess_layout(Stored& tensor, int n_ranks, const std::vector<double>& split);
+/// The planes that follow from its layout; what local_bytes() counts.
+void lay_out_planes(Stored& tensor, int n_ranks);
 
 /// A region of a compute buffer whose bytes are valid on their owners only, or are summands.
 struct Residency {

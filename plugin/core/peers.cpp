@@ -46,13 +46,14 @@ bool copies_right(const Device& from, const Device& to, double deadline_s) {
 
 }  // namespace
 
-Peers prove_peers(const std::vector<std::unique_ptr<Device>>& devices, double deadline_s) {
+Peers prove_peers(const std::vector<const Device*>& devices, double deadline_s) {
     Peers out;
     out.link.assign(devices.size(), std::vector<Peers::Link>(devices.size(), Peers::kSame));
-    for (const auto& from : devices)
-        for (const auto& to : devices) {
+    for (size_t f = 0; f < devices.size(); ++f)
+        for (size_t t = 0; t < devices.size(); ++t) {
+            const Device *from = devices[f], *to = devices[t];
             if (from->ordinal == to->ordinal) continue;
-            Peers::Link& link = out.link[static_cast<size_t>(from->rank)][static_cast<size_t>(to->rank)];
+            Peers::Link& link = out.link[f][t];
             int can = 0;
             TP_CUDA(from->driver, from->rank, cuDeviceCanAccessPeer, &can, from->ordinal, to->ordinal);
             link = Peers::kNone;

@@ -10,7 +10,7 @@ namespace ggml_tp {
 
 struct Peers {
     enum Link : char { kSame, kNone, kProven, kBroken };
-    std::vector<std::vector<Link>> link;  // [from][to], by rank
+    std::vector<std::vector<Link>> link;  // [from][to], by place in the list of devices
 
     bool all_proven() const;
     bool any_broken() const;
@@ -20,7 +20,7 @@ struct Peers {
 
 /// Copies patterns of several sizes between all pairs of different devices, both ways, and compares every byte. Leaves peer access as it
 /// was. Throws Error when a device fails altogether.
-Peers prove_peers(const std::vector<std::unique_ptr<Device>>& devices, double deadline_s);
+Peers prove_peers(const std::vector<const Device*>& devices, double deadline_s);
 
 /// Lets every device's kernels store to every other device's memory; only between pairs that are proven.
 void enable_peers(const std::vector<std::unique_ptr<Device>>& devices);

@@ -49,7 +49,7 @@ bool meet(const std::vector<Span>& a, const std::vector<Span>& b) {
 
 /// One stage of one rank while the table is being made.
 struct Draft {
-    i32 kind = kStreamEnd, count = 0;
+    i32 kind = kStreamProduct, count = 0;
     std::vector<char> body;
     std::vector<Span> reads, writes;
 
@@ -564,8 +564,7 @@ std::vector<i32> waits_of(const Run& run) {
     return waits;
 }
 
-constexpr const char* kKindNames[] = {"product",  "reduce",   "norm rows", "binary",  "turns", "rope and store",
-                                      "set_rows", "get_rows", "attention", "combine", "copy",  "end"};
+constexpr const char* kKindNames[] = {"product", "reduce", "norm rows", "binary", "turns", "rope and store", "set_rows", "get_rows", "attention", "combine"};
 
 }  // namespace
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
+#include <set>
 
 #include "rules.h"
 
@@ -222,6 +222,9 @@ int Plan::count(PlanStep::Kind kind) const {
 
 std::string Plan::to_text(const Graph& graph) const {
     std::string out = "plan for " + std::to_string(n_ranks) + " ranks\n";
+    std::set<const Stored*> said;
+    for (const Tensor& t : graph.tensors)
+        if (t.stored && said.insert(t.stored).second) out += "stored " + t.stored->name + ": " + t.stored->to_text(n_ranks) + "\n";
     for (const PlanStep& step : steps) {
         const Tensor& t = graph.tensors[step.tensor];
         if (step.kind == PlanStep::kCompute) {
@@ -251,6 +254,21 @@ PlanResult make_plan(const Graph& graph, int n_ranks, const std::vector<double>&
     }
     propagation.finish();
     return result;
+}
+
+Plan settle(const Graph& graph, int n_ranks, const std::vector<double>& split, const LayOut& lay_out) {
+    // Each round settles at least one tensor, and an odd cut of heads takes a round per layer (8 rounds refused 3 ranks from 8 layers on).
+    const size_t most_rounds = graph.tensors.size();
+    for (size_t round = 0;; ++round) {
+        PlanResult result = make_plan(graph, n_ranks, split);
+        if (result.wants.empty()) return std::move(result.plan);
+        if (round == most_rounds) throw Error("the graph's wishes for its weights contradict each other (a bug; please report the graph)");
+        for (const Want& want : result.wants) {
+            if (want.stored->confirmed) lay_out(*want.stored, replicated(), std::nullopt);  // asked twice in two ways: whole is right for both
+            else lay_out(*want.stored, want.sharding, want.extent);
+            want.stored->confirmed = true;
+        }
+    }
 }
 
 void verify(const Plan& plan, const Graph& graph) {

@@ -1,5 +1,6 @@
 // Plan: every tensor's sharding and every reshard between them, decided by rules (rules.cpp) and verified. No pointer, no CUDA.
 #pragma once
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -48,6 +49,10 @@ struct PlanResult {
 };  // wants not empty: lay them out, then plan again
 
 PlanResult make_plan(const Graph& graph, int n_ranks, const std::vector<double>& split);
+
+/// Plans until the graph wants nothing more of its stored tensors; `lay_out` gives one the layout that it is wanted in.
+using LayOut = std::function<void(Stored&, const Sharding&, const std::optional<Extent>&)>;
+Plan settle(const Graph& graph, int n_ranks, const std::vector<double>& split, const LayOut& lay_out);
 
 /// Proves of a plan: no op reads a Partial that it may not read, every reader's restriction is owned, every stored tensor is
 /// written as it lies. Throws Error naming the step.

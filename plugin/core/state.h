@@ -1,24 +1,33 @@
 // What is kept per host (keyed by where the host is mapped: two hosts in one process reach the same image of this library).
 #pragma once
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "abi/host.h"
 #include "group.h"
 
 namespace ggml_tp {
 
+/// One group of ranks as a host sees it: a device with its buffer type. The words are in the host's layout, set by backend.cpp.
+struct HostDevice {
+    const abi::Host* host = nullptr;
+    std::unique_ptr<Group> group;
+    std::string name, description;             // "TP0"
+    std::atomic<bool>* failed_late = nullptr;  // its host's
+    void* words[17] = {};                      // 15 functions, registration, context
+    void* buffer_type_words[13] = {};          // this, then what the host sees: 6 or 8 functions, device, context
+    void* buffer_type() { return buffer_type_words + 1; }
+};
+
 struct HostState {
     std::unique_ptr<abi::Host> host;
-    std::unique_ptr<Group> group;
-    std::string description;
-    // Objects in the host's layout; their words are set by backend.cpp.
-    void* registration[6] = {};        // version, get_name, get_device_count, get_device, get_proc_address, context
-    void* device[17] = {};             // 15 functions, registration, context
-    void* buffer_type_words[13] = {};  // this, then what the host sees: 6 or 8 functions, device, context
-    void* buffer_type() { return buffer_type_words + 1; }
+    std::vector<std::unique_ptr<HostDevice>> devices;
+    std::atomic<bool> failed_late{false};  // a graph on any device, after its compute had returned: the next one's status says so, once
+    void* registration[6] = {};            // version, get_name, get_device_count, get_device, get_proc_address, context
 };
 
 struct Process {

@@ -17,6 +17,8 @@ VARIABLES = [
     ("GGML_TP_RANKS", "one per GPU", "number of ranks, 1 to 16"),
     ("GGML_TP_DEVICES", "0,1,2,...", "CUDA device of each rank; a number twice puts two ranks on one GPU"),
     ("GGML_TP_SPLIT", "even", "share of each rank, for example 3,1"),
+    ("GGML_TP_GROUPS", "all are TP0", 'ranks of each device that the host sees: "0-1;2-3" is TP0 and TP1, which a host stacks by layers'),
+    ("GGML_TP_DEVICES_SEPARATE", "off", "1: a device for each rank, with an all_reduce for a host's own -sm tensor"),
     ("GGML_TP_EMULATE", "off", 'emulated GPUs for tests and demos, slow: "sm_60*4" is four P100-like devices'),
     ("GGML_TP_P2P", "where proven", "0: no direct copies between GPUs, by NCCL either"),
     ("GGML_TP_PERSIST", "where it gains", "0: a kernel per step also where a token could be one persistent kernel (sm_90)"),
@@ -103,7 +105,7 @@ def env(args: argparse.Namespace) -> int:
     print(f"export GGML_BACKEND_PATH={LIBRARY}")
     print("\n# what ggml-tp reads, with its default:")
     for name, default, meaning in VARIABLES:
-        print(f"# {name:17} {default:14} {meaning}")
+        print(f"# {name:24} {default:14} {meaning}")
     return 0
 
 
@@ -146,6 +148,40 @@ def bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def explain(args: argparse.Namespace) -> int:
+    from . import explain as explanation
+
+    def number(name: str, text: str | None, least: float, most: float) -> float | None:
+        try:
+            value = None if text is None else float(text)
+        except ValueError:
+            value = float("nan")
+        if value is not None and not least <= value <= most:
+            raise SystemExit(f"ggml-tp: {name} {text}: a number from {least:g} to {most:g}")
+        return value
+
+    def count(name: str, text: str, most: int) -> int:
+        return int(number(name, text, 1, most) or 1)
+
+    n_ranks = count("--ranks", args.ranks, 16)
+    split = None if args.split is None else [number("--split", share, 0, 1e6) or 0.0 for share in args.split.split(",")]
+    if split is not None and (len(split) != n_ranks or not sum(split) > 0):
+        raise SystemExit(f"ggml-tp: --split {args.split}: write one share for each of {n_ranks} ranks, for example {','.join(['1'] * n_ranks)}")
+    types = args.cache_type.split(",")
+    try:
+        result = explanation.explain(
+            args.model, n_ranks, split,
+            n_ctx=count("--ctx", args.ctx, 1 << 24), cache_types=(types[0], types[-1]),
+            n_ubatch=count("--ubatch", args.ubatch, 65536), swa_full=args.swa_full,
+            gib=number("--gib", args.gib, 0, 65536), reserve_gib=number("--reserve-gib", args.reserve_gib, 0, 65536) or 0.0,
+            read_gbs=number("--read-gbs", args.read_gbs, 1e-3, 1e6), all_reduce_us=number("--all-reduce-us", args.all_reduce_us, 0, 1e6),
+        )  # fmt: skip
+    except explanation.ExplainError as error:
+        raise SystemExit(f"ggml-tp: {error}") from None
+    print(json.dumps(result) if args.json else explanation.report(result, args.all))
+    return 0
+
+
 def doctor(args: argparse.Namespace) -> int:
     from . import doctor as examination
 
@@ -184,6 +220,22 @@ def main(argv: list[str] | None = None) -> int:
     p = commands.add_parser("doctor", help="what this machine has and what to do about it", epilog="example: GGML_TP_RANKS=2 ggml-tp doctor")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=doctor)
+    example = "example: ggml-tp explain model.gguf --ranks 4 --gib 80 --read-gbs 3000 --all-reduce-us 15"
+    p = commands.add_parser("explain", help="what N ranks make of a model: shards, collectives, memory, speed; needs no GPU and no host", epilog=example)
+    p.add_argument("model", help="GGUF file, or the first of several that it is split over")
+    p.add_argument("--ranks", default="2", help="number of ranks, 1 to 16 (default: %(default)s)")
+    p.add_argument("--split", help="share of each rank, for example 3,1 (default: even)")
+    p.add_argument("--ctx", default="8192", help="tokens of context (default: %(default)s)")
+    p.add_argument("--cache-type", default="f16", help="type of the KV cache, or K,V (default: %(default)s)")
+    p.add_argument("--ubatch", default="512", help="tokens that the host computes at once (default: %(default)s)")
+    p.add_argument("--swa-full", action="store_true", help="the host keeps all tokens also for layers that attend to a window, as libraries do")
+    p.add_argument("--gib", help="memory of one card: says the largest context that fits")
+    p.add_argument("--reserve-gib", default="1", help="left free on each card: CUDA, NCCL, the host's margin (default: %(default)s)")
+    p.add_argument("--read-gbs", help="GB/s that one card reads: says the most tokens/s (ggml-tp bench measures it)")
+    p.add_argument("--all-reduce-us", help="microseconds of one all_reduce of a token (integration/scaling.py measures it)")
+    p.add_argument("--all", action="store_true", help="a line for each tensor, not for each kind")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=explain)
     p = commands.add_parser("env", help="print what to export for llama.cpp's programs", epilog='example: eval "$(ggml-tp env)"')
     p.set_defaults(run=env)
     args = parser.parse_args(argv)

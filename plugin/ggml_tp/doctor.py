@@ -61,7 +61,9 @@ def inspect_host(name: str) -> dict[str, Any]:
     except HostError as error:
         return {"ok": False, "advice": str(error)}
     inspection = Inspection()
-    texts = {what: inspection.text(what) for what in ("layout", "devices", "config")}
+    texts = {what: inspection.text(what) for what in ("layout", "config")}
+    groups = range(inspection.n_groups())
+    texts["devices"] = "".join((f"TP{group}\n" if len(groups) > 1 else "") + inspection.text("devices", group) for group in groups)
     return {"ok": True, "path": str(host.path), **texts, "registered": [f"{n}: {d}" for n, d in host.devices()], "advice": ""}
 
 

@@ -56,6 +56,8 @@ void ggml_backend_dev_memory(void *device, size_t *free_bytes, size_t *total_byt
 """
 
 N_GPU_LAYERS_OFFSET = 16  # after devices and tensor_buft_overrides
+_SPLIT_MODE_OFFSET = 20
+SPLIT_LAYERS, SPLIT_TENSORS = 1, 3  # LLAMA_SPLIT_MODE_LAYER, LLAMA_SPLIT_MODE_TENSOR
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _DEFAULT_THREADS = 4  # GGML_DEFAULT_N_THREADS
 _F16 = 1  # GGML_TYPE_F16, the default of caches
@@ -144,26 +146,32 @@ class Host:
         self.lib.ggml_backend_dev_memory(self.lib.ggml_backend_dev_by_name(device.encode()), values, values + 1)
         return int(values[0]), int(values[1])
 
-    def model(self, path: str | os.PathLike[str], device: str | None, params: Any = None) -> Model:
-        """Loads a GGUF onto one device by name, or onto the CPU; `params` (params_t *) overrides the host's defaults."""
-        return Model(self, path, device, params)
+    def model(self, path: str | os.PathLike[str], device: str | None, params: Any = None, split_mode: int | None = None) -> Model:
+        """Loads a GGUF onto a device by name, several ("TP0,TP1"), or the CPU; `params` (params_t *) overrides the host's defaults.
+
+        `split_mode`: how the host divides it over several; SPLIT_LAYERS is the default.
+        """
+        return Model(self, path, device, params, split_mode)
 
 
 class Model:
-    """A model in a host, on the CPU or on one device."""
+    """A model in a host, on the CPU or on devices."""
 
-    def __init__(self, host: Host, path: str | os.PathLike[str], device: str | None, params: Any = None) -> None:
+    def __init__(self, host: Host, path: str | os.PathLike[str], device: str | None, params: Any = None, split_mode: int | None = None) -> None:
         self.host = host
         ffi, lib = host.ffi, host.lib
         given, params = params is not None, ffi.new("params_t *", lib.llama_model_default_params() if params is None else params[0])
-        self._devices = ffi.new("void *[2]")
-        if device is not None:
-            self._devices[0] = lib.ggml_backend_dev_by_name(device.encode())
-            if self._devices[0] == ffi.NULL:
-                raise HostError(f"the host has no device {device}")
+        names = device.split(",") if device is not None else []
+        self._devices = ffi.new("void *[]", len(names) + 1)
+        for i, name in enumerate(names):
+            self._devices[i] = lib.ggml_backend_dev_by_name(name.encode())
+            if self._devices[i] == ffi.NULL:
+                raise HostError(f"the host has no device {name}")
         ffi.cast("void **", params)[0] = self._devices
         if not given:
             ffi.cast("int32_t *", params)[N_GPU_LAYERS_OFFSET // 4] = 999 if device is not None else 0
+        if split_mode is not None:
+            ffi.cast("int32_t *", params)[_SPLIT_MODE_OFFSET // 4] = split_mode
         self.handle = lib.llama_model_load_from_file(os.fsencode(path), params[0])
         if self.handle == ffi.NULL:
             raise HostError(f"the host could not load {os.fspath(path)}; see the lines above")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import cffi
 
 from . import LIBRARY
 
-REDUCES = {"NCCL": 0, "NCCL in a graph": 1, "own kernel": 2}
+REDUCES = {"NCCL": 0, "NCCL in a graph": 1, "NCCL, symmetric windows": 2}
 TEXTS = {"config": 0, "layout": 1, "plan": 2, "program": 3, "devices": 4, "stages": 5}
 
 
@@ -25,6 +26,18 @@ class Counters:
     last_all_gathers: int
     last_kernel_launches: int
     programs_cached: int
+    host_all_reduces: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's attention: heads, their elements, and the cells of its KV cache."""
+
+    n_head: int
+    n_head_kv: int
+    head_k: int
+    head_v: int
+    cells: int
 
 
 class Inspection:
@@ -37,6 +50,9 @@ class Inspection:
 
     def version(self) -> str:
         return self.ffi.string(self.lib.ggml_tp_version()).decode()
+
+    def n_groups(self) -> int:
+        return self.lib.ggml_tp_group_count()
 
     def n_ranks(self, group: int = 0) -> int:
         return self.lib.ggml_tp_rank_count(group)
@@ -81,3 +97,28 @@ class Inspection:
         """For tests: the rank's next graph begins that much later."""
         if self.lib.ggml_tp_delay(group, rank, seconds) != 0:
             raise LookupError(f"no rank {rank}")
+
+    def explain(
+        self, tensors: list[tuple[str, int, list[int]]], layers: list[Layer], n_embd: int, n_expert_used: int, cache_types: tuple[int, int],
+        n_ranks: int, split: list[float] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The plan of one decoded token of a model whose device tensors are (name, type, ne); needs no host and no device. Keys: see inspect.h."""
+        ffi = self.ffi
+        names = [ffi.new("char[]", name.encode()) for name, _, _ in tensors]
+        rows = ffi.new("struct ggml_tp_file_tensor[]", max(len(tensors), 1))
+        for row, text, (_, type_, ne) in zip(rows, names, tensors, strict=False):
+            row.name, row.type, row.ne = text, type_, (*ne, 1, 1, 1)[:4]
+        shapes = ffi.new("struct ggml_tp_layer[]", max(len(layers), 1))
+        for shape, layer in zip(shapes, layers, strict=False):
+            shape.n_head, shape.n_head_kv, shape.head_k, shape.head_v, shape.cells = layer.n_head, layer.n_head_kv, layer.head_k, layer.head_v, layer.cells
+        model = ffi.new("struct ggml_tp_model *")
+        model.tensors, model.n_tensors, model.layers, model.n_layers = rows, len(tensors), shapes, len(layers)
+        model.n_embd, model.n_expert_used, (model.type_k, model.type_v) = n_embd, n_expert_used, cache_types
+        shares = ffi.new("double[]", split) if split else ffi.NULL
+        n = 1024 * len(tensors)
+        while True:  # once, unless names are very long
+            buffer = ffi.new("char[]", n + 1)
+            needed = self.lib.ggml_tp_explain(model, n_ranks, shares, buffer, n + 1)
+            if needed <= n:
+                return json.loads(ffi.buffer(buffer, needed)[:].decode(errors="replace"))
+            n = needed
