@@ -69,7 +69,7 @@ class Family:
 
 
 # What a host takes if it is there, and most families do not have.
-OPTIONAL = r"(?!exp_probs_b|ssm_).*\.bias|rope_.*|.*scale|attn_sinks\.weight"
+OPTIONAL = r"(?!exp_probs_b|ssm_).*\.bias|rope_.*|.*scale|attn_sinks\.weight|cls\..*"
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama"),
@@ -136,8 +136,8 @@ FAMILIES: dict[str, Family] = {
         "attention.iclr_lora_rank": 32, "attention.value_residual_mix_lora_rank": 32, "attention.gate_lora_rank": 64}, optional=r".*\.bias", cost=(0, 0)),
     "kimi-linear": Family("kimi-linear", EXPERTS | SHARED | LATENT | {"leading_dense_block_count": 1, "attention.head_count_kv": [0, 1],
         "ssm.conv_kernel": 4, "kda.head_dim": 32, "expert_gating_func": SIGMOID}, cost=(4, 3)),
-    "bert": Family("bert", {"tokenizer.ggml.token_type_count": 2, "attention.causal": False, "pooling_type": 0}, optional=r".*\.bias", without="cls.*",
-        job="embed"),
+    "bert": Family("bert", {"tokenizer.ggml.token_type_count": 2, "attention.causal": False, "pooling_type": 0}, optional=r".*\.bias",
+        without="cls.*", job="embed"),
     "t5": Family("t5", {"attention.relative_buckets_count": 8, "attention.head_count_kv": 8, "decoder_start_token_id": 1}, scaled={"attn_q": 0.3},
         job="encode_decode", cost=(6, 0)),
 }  # fmt: skip
