@@ -39,6 +39,13 @@ TP_DEVICE void walk(const RecurrentArgs& args, Load load, Place place, Step step
         for_lanes(args.n, [&](int j, i64 i) { to[place(i)] = state.v[j]; });
     }
 }
+/// The same where all sequences' tokens are one axis and states are packed, [n * n * n_head, n_seqs]: step(token, state).
+template <class Place, class Step>
+TP_DEVICE void walk_packed(const RecurrentArgs& args, const View& states, Place place, Step step) {
+    const i64 head = blockIdx.y, seq = blockIdx.z;
+    const float* from = (const float*)states.data + (seq * args.n_head + head) * args.n * args.n;
+    walk(args, [&](i64 i) { return from[place(i)]; }, place, [&](i64 t, Lanes& state) { return step(seq * args.n_tokens + t, state); });
+}
 TP_DEVICE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
 }  // namespace
@@ -96,13 +103,10 @@ TP_KERNEL(gated_delta_net, RecurrentArgs, 32) {
 // src: k, v, q, g, state. A row here is a column in memory.
 TP_KERNEL(gated_linear_attn, RecurrentArgs, 32) {
     const View* src = args.src;
-    const i64 row = blockIdx.x, head = blockIdx.y, seq = blockIdx.z;
-    const float* from = (const float*)src[4].data + (seq * args.n_head + head) * args.n * args.n;
-    auto place = [&](i64 i) { return i * args.n + row; };
-    walk(
-        args, [&](i64 i) { return from[place(i)]; }, place,
-        [&](i64 t, Lanes& state) {
-            const i64 token = seq * args.n_tokens + t;
+    const i64 row = blockIdx.x, head = blockIdx.y;
+    walk_packed(
+        args, src[4], [&](i64 i) { return i * args.n + row; },
+        [&](i64 token, Lanes& state) {
             const float v = at(src[1], row, head, token, 0);
             float y = 0;
             for_lanes(args.n, [&](int j, i64 i) {
@@ -116,13 +120,10 @@ TP_KERNEL(gated_linear_attn, RecurrentArgs, 32) {
 // src: k, v, r, what the present token counts [n, n_head], decay, state.
 TP_KERNEL(rwkv_wkv6, RecurrentArgs, 32) {
     const View* src = args.src;
-    const i64 row = blockIdx.x, head = blockIdx.y, seq = blockIdx.z;
-    const float* from = (const float*)src[5].data + (seq * args.n_head + head) * args.n * args.n;
-    auto place = [&](i64 i) { return i * args.n + row; };
-    walk(
-        args, [&](i64 i) { return from[place(i)]; }, place,
-        [&](i64 t, Lanes& state) {
-            const i64 token = seq * args.n_tokens + t;
+    const i64 row = blockIdx.x, head = blockIdx.y;
+    walk_packed(
+        args, src[5], [&](i64 i) { return i * args.n + row; },
+        [&](i64 token, Lanes& state) {
             const float v = at(src[1], row, head, token, 0);
             float y = 0;
             for_lanes(args.n, [&](int j, i64 i) {
@@ -137,13 +138,10 @@ TP_KERNEL(rwkv_wkv6, RecurrentArgs, 32) {
 // src: r, w, k, v, a, b, state.
 TP_KERNEL(rwkv_wkv7, RecurrentArgs, 32) {
     const View* src = args.src;
-    const i64 row = blockIdx.x, head = blockIdx.y, seq = blockIdx.z;
-    const float* from = (const float*)src[6].data + (seq * args.n_head + head) * args.n * args.n;
-    auto place = [&](i64 i) { return row * args.n + i; };
-    walk(
-        args, [&](i64 i) { return from[place(i)]; }, place,
-        [&](i64 t, Lanes& state) {
-            const i64 token = seq * args.n_tokens + t;
+    const i64 row = blockIdx.x, head = blockIdx.y;
+    walk_packed(
+        args, src[6], [&](i64 i) { return row * args.n + i; },
+        [&](i64 token, Lanes& state) {
             const float v = at(src[3], row, head, token, 0);
             float held = 0, y = 0;
             for_lanes(args.n, [&](int j, i64 i) { held += at(src[4], i, head, token, 0) * state.v[j]; });
