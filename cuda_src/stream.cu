@@ -75,8 +75,8 @@ TP_DEVICE const StreamProduct& fetch_product(const StreamStage& stage, char* to,
     return *(const StreamProduct*)to;
 }
 
-// ---- the warp that streams weights. What does not change from tile to tile is in registers: when the thread read it from the product again for
-// each of a tile's copies, that took longer than the memory.
+// ---- the warp that streams weights. What does not change from tile to tile is in registers, not read from the product for each copy again
+// (docs/decisions.md).
 TP_DEVICE void stream_weights(const StreamArgs& args, Shared& s, char* ring) {
     constexpr int kCopies = 8;  // of a tile: four planes, two halves
     Turn<kStreamSlots> slot, ahead;

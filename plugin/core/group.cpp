@@ -216,13 +216,13 @@ Rates Group::measure(int rank, u64 bytes, int rounds) {
     return out;
 }
 
-/// Every rank enqueues `rounds` of them at once, so that the time is the all_reduce's own and not the host's round trip; the best of a few.
 bool Group::can_reduce(Reduce how) {
     if (how != Reduce::kNcclSymmetric) return how == Reduce::kNccl || how == Reduce::kNcclGraph;
     driver_.open_nccl();
     return driver_.ncclMemAlloc && driver_.ncclMemFree && driver_.ncclCommWindowRegister && driver_.ncclCommWindowDeregister;
 }
 
+/// Every rank enqueues `rounds` of them at once, so that the time is the all_reduce's own and not the host's round trip; the best of a few.
 double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
     if (n_ranks() < 2) throw Error("one rank has nobody to reduce with");
     connect();

@@ -531,7 +531,7 @@ size_t end_of_kept_inputs(const std::vector<ProgramStep>& steps, size_t begin, s
 }
 
 /// Where the persistent kernel was faster than a launch per step (tokens/s with it, without; docs/decisions.md). One H100, 8B: Q4_0 417, 377;
-/// Q8_0 272, 257; Q4_K 334, 345, and on an H200 a 72B shape in Q4_K 188, 230. Two H100, 70B, Q4_K: 84, 77. So: not for Q4_K, whose pieces take
+/// Q8_0 272, 257; Q4_K 328 to 340, 345, and on an H200 a 72B shape in Q4_K 188, 230. Two H100, 70B, Q4_K: 86, 76. So: not for Q4_K, whose pieces take
 /// the most instructions, unless all_reduces become stores.
 bool gains(const Run& run) {
     if (run.n_pushes > 0) return true;
