@@ -175,3 +175,15 @@ def test_scaling_reports_what_ran_and_what_did_not(tmp_path):
 def test_help_of_integration_scripts_has_an_example(script):
     done = subprocess.run([sys.executable, str(ROOT / "integration" / script), "--help"], capture_output=True, text=True, timeout=60)
     assert "example: " in done.stdout
+
+
+@pytest.mark.parametrize(("allowed", "status"), [("0", 0), ("-1", 1)])
+def test_endurance_sees_what_is_free(allowed, status):
+    """Nothing is lost here: right when nothing may be, wrong when a MiB must be gained."""
+    command = [sys.executable, str(ROOT / "integration" / "endurance.py"), "--tokens", "12", "--contexts", "3", "--allowed", allowed, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ) | {"GGML_TP_EMULATE": "sm_60*2"}, timeout=200)
+    result = json.loads(done.stdout)
+    assert done.returncode == status and result["tokens"] == 12, done.stderr
+    assert [len(row) for row in result["free_bytes"].values()] == [3, 3]
+    # The one context holds its cache and buffers while it is measured: free bytes are looked at, not made up.
+    assert 0 < result["free_bytes"]["one context"][0] < result["free_bytes"]["contexts"][0]
