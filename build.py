@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parent
 CACHE = ROOT / "build" / "objects"
 KERNELS = sorted((ROOT / "cuda_src").glob("*.cu"))
 # All that NVRTC 12.9 compiles and users have: Pascal to Blackwell.
-ARCHS = ("sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
+ARCHS = ("sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+# An architecture whose cubins are compiled with its own features, which no other has: sm_90's warpgroup products. Its PTX is without them.
+FEATURES = {"sm_90": "sm_90a"}
 # One compile class per set of kernel variants: sm_60 has no dp4a; from sm_80 on there are the tensor cores' m16n8k16, on
 # sm_90 bulk copies and the persistent kernel.
 EMULATED_CLASSES = (600, 610, 800, 900)
@@ -66,7 +68,7 @@ def compile_kernel(source: Path, arch: str, ptx: bool = False) -> bytes:
     """A cubin (or PTX) of one kernel file, by NVRTC; needs no GPU and no driver."""
     from cuda.bindings import nvrtc
 
-    target = arch.replace("sm_", "compute_") if ptx else arch
+    target = arch.replace("sm_", "compute_") if ptx else FEATURES.get(arch, arch)
     status, program = nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], [])
     if status != 0:
         raise BuildError(f"NVRTC failed to start: {status}")
@@ -123,9 +125,9 @@ def kernel_images(archs: list[str], work: Path) -> list[Path]:
     rows, labels, assembler = [], [], ['    .section .rodata\n']
     for arch in archs:
         ptx = arch in PTX_VERSIONS
-        number = int(arch.removeprefix("sm_").removeprefix("compute_").rstrip("a"))
+        number = int(arch.removeprefix("sm_").removeprefix("compute_"))
         for source in KERNELS:
-            path = CACHE / f"{source.stem}-{digest(source, [arch])}.{arch}.cubin"
+            path = CACHE / f"{source.stem}-{digest(source, [FEATURES.get(arch, arch)])}.{arch}.cubin"
             if not path.exists():
                 CACHE.mkdir(parents=True, exist_ok=True)
                 partial = path.with_suffix(f".{os.getpid()}.tmp")
@@ -134,7 +136,7 @@ def kernel_images(archs: list[str], work: Path) -> list[Path]:
             label = f"ggml_tp_image_{source.stem}_{arch}"
             assembler.append(f'    .balign 64\n    .global {label}\n    .hidden {label}\n{label}:\n    .incbin "{path}"\n')
             labels.append(f'extern "C" const unsigned char {label}[];')
-            rows.append(f'    {{{number // 10}, {number % 10}, {int(arch.endswith("a"))}, {int(ptx)}, "{source.stem}", {label}}},')
+            rows.append(f'    {{{number // 10}, {number % 10}, {int(arch in FEATURES)}, {int(ptx)}, "{source.stem}", {label}}},')
         print(f"build: {len(KERNELS)} kernel files for {arch}{' (PTX)' if ptx else ''}", flush=True)
     assembler.append('    .section .note.GNU-stack,"",@progbits\n')
     table = work / "kernel_images.cpp"

@@ -16,6 +16,7 @@ struct Launch {
 struct Arch {
     i32 cc;
     i32 n_sm;
+    bool wgmma = false;  // the kernels that run there are those of sm_90a
 };
 
 }  // namespace ggml_tp

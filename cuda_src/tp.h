@@ -214,4 +214,50 @@ TP_DEVICE void tp_ldmatrix_x4_trans(u32 (&r)[4], const void* row) {
                  : "memory");
 }
 #endif
+// ---- warpgroups (sm_90a alone): four warps multiply tiles in shared memory, 64 x 16 by 16 x N, while they go on.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define TP_WGMMA 1
+/// The first multiple of 1024 from p on: where a tile with swizzled rows may begin.
+TP_DEVICE char* tp_align_tile(char* p) { return p + ((0u - tp_shared_address(p)) & 1023u); }
+/// A tile of halves with 128 bytes of k a row, 16-byte chunk c of row r at r * 128 + (c ^ r % 8) * 16; p: 32 bytes on for each 16 of k.
+/// Bits: address / 16; 62: the swizzle of 128 bytes; 32: 1024 / 16 between groups of eight rows.
+TP_DEVICE u64 tp_wgmma_tile(const char* p) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (tp_shared_address(p) >> 4 & 0x3fffu); }
+/// What this thread stored into shared memory is seen by other threads' wgmma, once they have waited for it.
+TP_DEVICE void tp_wgmma_stored() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/// Before the first product of a group: registers are as they should be.
+TP_DEVICE void tp_wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+TP_DEVICE void tp_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+/// Until at most `kLeft` of the groups are under way: the others' tiles are free, and with 0 the sums are there.
+template <int kLeft>
+TP_DEVICE void tp_wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+}
+#define TP_NUMBERS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define TP_NUMBERS_64 TP_NUMBERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TP_NUMBERS_128 TP_NUMBERS_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define TP_SUMS_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define TP_SUMS_32(i) TP_SUMS_8(i), TP_SUMS_8(i + 8), TP_SUMS_8(i + 16), TP_SUMS_8(i + 24)
+#define TP_SUMS_64(i) TP_SUMS_32(i), TP_SUMS_32(i + 32)
+#define TP_SUMS_128(i) TP_SUMS_64(i), TP_SUMS_64(i + 64)
+#define TP_WGMMA_OF(columns, type, registers, a_number, b_number)                                                                                   \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." #type "." #type " {" TP_NUMBERS_##registers "}, %" #a_number ", %" #b_number \
+                 ", 1, 1, 1, 0, 0;"                                                                                                                   \
+                 : TP_SUMS_##registers(0)                                                                                                             \
+                 : "l"(a), "l"(b))
+#define TP_WGMMA_OF_TYPES(columns, registers, a_number, b_number)                        \
+    if constexpr (kBf16) TP_WGMMA_OF(columns, bf16, registers, a_number, b_number); \
+    else TP_WGMMA_OF(columns, f16, registers, a_number, b_number)
+/// d[4 * j + e] of lane l of warp w: row 16 * w + l / 4 + e / 2 * 8, column 8 * j + l % 4 * 2 + e % 2 of the product of tiles a and b.
+template <int kColumns, bool kBf16>
+TP_DEVICE void tp_wgmma(float (&d)[kColumns / 2], u64 a, u64 b) {
+    if constexpr (kColumns == 64) {
+        TP_WGMMA_OF_TYPES(64, 32, 32, 33);
+    } else if constexpr (kColumns == 128) {
+        TP_WGMMA_OF_TYPES(128, 64, 64, 65);
+    } else {
+        static_assert(kColumns == 256, "");
+        TP_WGMMA_OF_TYPES(256, 128, 128, 129);
+    }
+}
+#endif
 #endif

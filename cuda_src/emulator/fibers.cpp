@@ -58,6 +58,13 @@ struct Fiber {
     int source = 0;
     WarpFunction call = nullptr;
     void* pointer = nullptr;
+    struct Product {
+        ProductFunction function;
+        float* d;
+        u64 a, b;
+    };
+    std::vector<Product> products;      // begun and not waited for
+    std::vector<size_t> product_groups;  // the ends of those that are committed
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
 #endif
@@ -106,6 +113,20 @@ class Block {
         fibers_[running_].call = function;
         fibers_[running_].pointer = pointer;
         collective(Collective::kCall, ~0u, 0, 0);
+    }
+    void product_begin(const Fiber::Product& product) { fibers_[running_].products.push_back(product); }
+    void product_commit() { fibers_[running_].product_groups.push_back(fibers_[running_].products.size()); }
+    void product_wait(size_t groups_left) {
+        Fiber& f = fibers_[running_];
+        if (f.product_groups.size() <= groups_left) return;
+        const size_t groups = f.product_groups.size() - groups_left, end = f.product_groups[groups - 1];
+        for (size_t i = 0; i < end; ++i) {
+            const Fiber::Product& p = f.products[i];
+            p.function(p.d, reinterpret_cast<const char*>(p.a), reinterpret_cast<const char*>(p.b), static_cast<int>(running_ % 128));
+        }
+        f.products.erase(f.products.begin(), f.products.begin() + static_cast<std::ptrdiff_t>(end));
+        f.product_groups.erase(f.product_groups.begin(), f.product_groups.begin() + static_cast<std::ptrdiff_t>(groups));
+        for (size_t& group : f.product_groups) group -= end;
     }
     float collective(Collective op, u32 mask, float value, int source) {
         Fiber& f = fibers_[running_];
@@ -291,6 +312,8 @@ bool Block::run(const Kernel& kernel, Dim3 grid, Dim3 block, Dim3 index, size_t 
         for (int k = 1; k <= 6; ++k) frame[-k] = nullptr;
         f.sp = frame - 6;
         f.state = State::kReady;
+        f.products.clear();
+        f.product_groups.clear();
     }
     enter(0);
 #if defined(__SANITIZE_ADDRESS__)
@@ -325,6 +348,9 @@ const Kernel* find_kernel(const char* name, int compute_capability) {
 void sync_block() { block_of_thread().sync_block(); }
 float warp_float(Collective op, u32 mask, float value, int source) { return block_of_thread().collective(op, mask, value, source); }
 void warp_call(WarpFunction function, void* lane) { block_of_thread().call(function, lane); }
+void product_begin(ProductFunction function, float* d, u64 a, u64 b) { block_of_thread().product_begin({function, d, a, b}); }
+void product_commit() { block_of_thread().product_commit(); }
+void product_wait(int groups_left) { block_of_thread().product_wait(static_cast<size_t>(groups_left)); }
 u32 warp_ballot(u32 mask, bool predicate) {
     // Lanes' predicates as distinct powers of two, exact in a float sum of 24 bits at a time.
     const unsigned lane = current.linear & 31;

@@ -53,6 +53,12 @@ u32 warp_ballot(u32 mask, bool predicate);
 /// Every lane hands in a pointer; the last to arrive calls `function` with those of all 32 lanes.
 using WarpFunction = void (*)(void* const (&lanes)[32]);
 void warp_call(WarpFunction function, void* lane);
+/// A lane's part of a warpgroup's product, computed as late as it may be: when the lane waits for its group. A tile that was given back
+/// before then, or a sum that was read, is wrong here too.
+using ProductFunction = void (*)(float* d, const char* a, const char* b, int thread);
+void product_begin(ProductFunction function, float* d, u64 a, u64 b);
+void product_commit();
+void product_wait(int groups_left);
 
 using Entry = void (*)(const void* args);
 struct Kernel {
@@ -247,6 +253,45 @@ static inline void tp_ldmatrix_x4_trans(u32 (&r)[4], const void* row) {
         for (int i = 0; i < 2; ++i) std::memcpy(&half[i], lane.rows[m][at % 4 * 2 + i] + at / 4 * 2, 2);
         r[m] = half[0] | static_cast<u32>(half[1]) << 16;
     }
+}
+// Warpgroups: see tp.h. A tile's name is its address; as on a GPU, bits 4 to 6 of an address within it are exchanged by bits 7 to 9.
+#define TP_WGMMA (TP_ARCH == 900)
+namespace tp_emulator {
+template <int kColumns, float (*kUp)(u16)>
+inline void wgmma_lane(float* d, const char* a, const char* b, int thread) {
+    auto row = [](const char* tile, int r, float (&to)[16]) {
+        for (int k = 0; k < 16; ++k) {
+            u64 at = reinterpret_cast<u64>(tile) + static_cast<u64>(r / 8 * 1024 + r % 8 * 128 + k * 2);
+            at ^= (at >> 7 & 7) << 4;
+            u16 h;
+            std::memcpy(&h, reinterpret_cast<const char*>(at), 2);
+            to[k] = kUp(h);
+        }
+    };
+    float rows[2][16], column[16];
+    for (int e = 0; e < 2; ++e) row(a, thread / 32 * 16 + thread % 32 / 4 + e * 8, rows[e]);
+    for (int i = 0; i < kColumns / 4; ++i) {
+        row(b, i / 2 * 8 + thread % 4 * 2 + i % 2, column);
+        for (int e = 0; e < 2; ++e) {
+            float sum = 0;
+            for (int k = 0; k < 16; ++k) sum += rows[e][k] * column[k];
+            d[i / 2 * 4 + e * 2 + i % 2] += sum;
+        }
+    }
+}
+}  // namespace tp_emulator
+static inline char* tp_align_tile(char* p) { return p + (0 - reinterpret_cast<u64>(p)) % 1024; }
+static inline u64 tp_wgmma_tile(const char* p) { return reinterpret_cast<u64>(p); }
+static inline void tp_wgmma_stored() {}
+static inline void tp_wgmma_fence() {}
+static inline void tp_wgmma_commit() { tp_emulator::product_commit(); }
+template <int kLeft>
+static inline void tp_wgmma_wait() {
+    tp_emulator::product_wait(kLeft);
+}
+template <int kColumns, bool kBf16>
+static inline void tp_wgmma(float (&d)[kColumns / 2], u64 a, u64 b) {
+    tp_emulator::product_begin(tp_emulator::wgmma_lane<kColumns, kBf16 ? tp_bf16_to_float : tp_half_to_float>, d, a, b);
 }
 /// Two halves: x * y + z, rounded once.
 static inline u32 tp_half2_fma(u32 x, u32 y, u32 z) {

@@ -153,12 +153,14 @@ Device::Device(const Driver& driver_in, int rank_in, int ordinal_in) : driver(dr
         if (this->image.empty())
             this->image =
                 (image.ptx ? "compute_" : "sm_") + std::to_string(image.major * 10 + image.minor) + (image.feature_a ? "a" : "") + (image.ptx ? " (PTX)" : "");
+        wgmma = image.feature_a && image.major == 9;
     };
     if (name.rfind("Emulated", 0) == 0) {
         Handle module = nullptr;
         TP_CUDA(driver, rank, cuModuleLoadData, &module, "");
         modules_.push_back(module);
         image = "emulated";
+        wgmma = cc == 900;
         return;
     }
     for (int want = minor; want >= 0; --want)

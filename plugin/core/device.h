@@ -140,6 +140,8 @@ class Device {
     const Driver& driver;
     const int rank, ordinal;
     int cc = 0, n_sm = 0;  // cc as in __CUDA_ARCH__
+    bool wgmma = false;    // its kernels are those of sm_90a
+    Arch arch() const { return {cc, n_sm, wgmma}; }
     std::string name;
     std::string image;  // which of the embedded kernels run here: "sm_90", or "compute_80 (PTX)"
     Handle stream = nullptr;

@@ -130,7 +130,7 @@ std::string Group::stage_times() const {
 
 bool Group::supports(const abi::Host& host, const void* operation) const {
     std::vector<Arch> archs;
-    for (const auto& device : devices_) archs.push_back({device->cc, device->n_sm});
+    for (const auto& device : devices_) archs.push_back(device->arch());
     return can_lower(read_operation(host, operation), archs);
 }
 

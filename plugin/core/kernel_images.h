@@ -4,7 +4,7 @@
 namespace ggml_tp {
 
 struct KernelImage {
-    int major, minor, feature_a;  // feature_a: sm_90a and its like, for that very architecture only
+    int major, minor, feature_a;  // feature_a: compiled for sm_90a and its like, for that very architecture only
     int ptx;
     const char* module;  // the source file's stem
     const unsigned char* data;

@@ -413,7 +413,7 @@ void Memory::transfer_planes(Stored& tensor, i64 begin, char* data, i64 bytes, b
                 args.n_fields = format.n_fields;
                 args.block_bytes = format.block_bytes;
                 args.to_host = to_host;
-                const Launch launch = repack_launch(args, {device.cc, device.n_sm});
+                const Launch launch = repack_launch(args, device.arch());
                 // Reading: shards are laid over one another in the staging, so that each rank only fills in what it owns.
                 TP_CUDA(device.driver, r, cuMemcpyHtoDAsync, staging_[r], host, static_cast<size_t>(to - from), device.stream);
                 device.launch(device.function(launch.kernel), launch, &args);

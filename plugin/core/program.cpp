@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "copy.h"
 #include "elementwise.h"
@@ -17,6 +18,7 @@
 #include "mul_tile_id.h"
 #include "mul_vec.h"
 #include "mul_vec_id.h"
+#include "mul_wgmma.h"
 #include "norm.h"
 #include "persist.h"
 #include "quantize.h"
@@ -48,7 +50,7 @@ RankLaunch make(const Launch& launch, const Args& args) {
 bool is_empty(const View& v) { return v.ne[0] * v.ne[1] * v.ne[2] * v.ne[3] == 0; }
 
 /// Activations in scratch, in the form that a product wants them.
-enum class Prepared { kNone, kInt8, kHalf, kBf16 };
+enum class Prepared { kNone, kInt8, kHalf, kBf16, kHalfPanels, kBf16Panels };
 
 /// What one op needs on one rank: its tensors as that rank sees them.
 struct Site {
@@ -158,6 +160,16 @@ bool lower_quantize(const Site& s, Lowered& out, QuantizeArgs& prepare) {
     return true;
 }
 
+/// A product of many columns on tensor cores, and before it its activations as halves.
+void lower_tiles(const Site& s, Lowered& out, const MulMatArgs& args, const QuantizeArgs& prepare) {
+    const MulTileArgs tile{args.w, args.y, prepare.xq, s.w.k, args.x.ne[1]};
+    const bool bf16 = args.w.type == kBF16, wgmma = mul_wgmma_can(args, s.arch);
+    out.scratch_bytes = wgmma ? panel_bytes(tile.m, tile.k) : tile.m * tile.k * 2;
+    const Prepared before = std::exchange(out.prepared, wgmma ? (bf16 ? Prepared::kBf16Panels : Prepared::kHalfPanels) : bf16 ? Prepared::kBf16 : Prepared::kHalf);
+    if (s.prepared != out.prepared && before != out.prepared) out.add(wgmma ? halve_panels_launch(prepare, bf16, s.arch) : halve_launch(prepare, bf16, s.arch), prepare);
+    out.add(wgmma ? mul_wgmma_launch(tile, s.arch) : mul_tile_launch(tile, s.arch), tile);
+}
+
 void lower_mul_mat(const Site& s, Lowered& out) {
     const Tensor &w = s.graph->tensors[s.t->src[0]], &x = s.graph->tensors[s.t->src[1]];
     if (!find_weight_format(w.type) || w.ne[2] == 0 || w.ne[3] == 0 || x.ne[2] % w.ne[2] || x.ne[3] % w.ne[3]) {
@@ -179,29 +191,16 @@ void lower_mul_mat(const Site& s, Lowered& out) {
         out.add(fill_launch({s.y, 0.0f}, s.arch), FillArgs{s.y, 0.0f});
         return;
     }
-    const i64 rows = args.x.ne[1] * args.x.ne[2] * args.x.ne[3];
     const bool vec = mul_vec_can(args);
     QuantizeArgs prepare{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
-    if (!vec && mul_tile_can(args, s.arch)) {
-        const MulTileArgs tile{args.w, args.y, prepare.xq, s.w.k, args.x.ne[1]};
-        out.scratch_bytes = rows * s.w.k * 2;
-        out.prepared = w.type == kBF16 ? Prepared::kBf16 : Prepared::kHalf;
-        if (s.prepared != out.prepared) out.add(halve_launch(prepare, w.type == kBF16, s.arch), prepare);
-        out.add(mul_tile_launch(tile, s.arch), tile);
-        return;
-    }
+    if (!vec && mul_tile_can(args, s.arch)) return lower_tiles(s, out, args, prepare);
     if (!vec && halve_weights_can(args, s.arch)) {
-        out.scratch_bytes = rows * s.w.k * 2;
-        out.prepared = Prepared::kHalf;
-        if (s.prepared != out.prepared) out.add(halve_launch(prepare, false, s.arch), prepare);
         const i64 step = halved_rows(args.w);
         out.partial_bytes = step * s.w.k * 2;
         for (i64 row = 0; row < args.w.n; row += step) {
             const HalveWeightsArgs weights{args.w, reinterpret_cast<char*>(s.partials), row, std::min(step, args.w.n - row)};
-            const MulMatArgs part = halved(args, weights.out, row, weights.rows);
-            const MulTileArgs tile{part.w, part.y, prepare.xq, s.w.k, args.x.ne[1]};
             out.add(halve_weights_launch(weights, s.arch), weights);
-            out.add(mul_tile_launch(tile, s.arch), tile);
+            lower_tiles(s, out, halved(args, weights.out, row, weights.rows), prepare);
         }
         return;
     }
@@ -909,7 +908,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                             v.type = unit == 4 ? kF32 : kF16;
                             const i64 ne[4] = {foreign.size() / unit, t.bytes / step.extent.period_bytes, 1, 1};
                             for (int d = 0; d < 4; ++d) v.ne[d] = ne[d], v.nb[d] = d == 0 ? unit : step.extent.period_bytes;
-                            zero[side].launches[r] = make(fill_launch({v, 0.0f}, {context.devices[r]->cc, context.devices[r]->n_sm}), FillArgs{v, 0.0f});
+                            zero[side].launches[r] = make(fill_launch({v, 0.0f}, context.devices[r]->arch()), FillArgs{v, 0.0f});
                         }
                     }
                     for (ProgramStep& z : zero) program->steps.push_back(std::move(z));
@@ -934,7 +933,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 site.graph = &graph;
                 site.t = &t;
                 site.rank = r;
-                site.arch = {context.devices[r]->cc, context.devices[r]->n_sm};
+                site.arch = context.devices[r]->arch();
                 site.scratch = context.scratch.pointer(r);
                 site.partials = site.scratch + static_cast<u64>(pass ? scratch_bytes : 0);
                 site.fault = reinterpret_cast<u32*>(context.faults[r]);
@@ -998,7 +997,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
         if (pass == 0) context.scratch.grow(scratch_bytes + partial_bytes);
     }
     std::vector<Arch> archs;
-    for (const auto& device : context.devices) archs.push_back({device->cc, device->n_sm});
+    for (const auto& device : context.devices) archs.push_back(device->arch());
     fuse(program->steps, archs);
     if (context.stream) persist(*program, context.devices, *context.stream, context.faults);
     for (ProgramStep& step : program->steps) {

@@ -1,0 +1,128 @@
+// MUL_MAT of many columns on sm_90a: warpgroup products (wgmma) of tiles in shared memory. One warpgroup brings the tiles, stage after
+// stage of a ring: columns of x, which lie in memory as the tiles that wgmma reads (half_panels), as bulk copies; weights through its
+// registers, several steps of loads ahead, as strips expanded to halves. Two warpgroups multiply, 64 rows of w each. While they do (1024
+// cycles a step of 128 x 256, 512 of 128 x 128), expanding the next step's weights costs about 200 instructions a warp of the first: it is
+// hidden, and weights are never anywhere as halves but here.
+// grid: (m / kColumns, n / 128), block: 384, the ring dynamic.
+#include "mul_wgmma.h"
+
+#include "tile_piece.h"
+
+#if TP_WGMMA
+
+namespace ggml_tp {
+
+/// Steps of weights whose loads are under way: as many as 96 registers hold.
+template <int kType>
+constexpr int kStepsAhead = kType == kQ4_0 || kType == kQ4_K ? 4 : kType == kQ8_0 || kType == kF16 || kType == kBF16 ? 3 : 2;
+
+/// Matrix `matrix` of a.w times the columns, of which there are `n_columns`.
+template <int kType, int kColumns, class Args, class Columns>
+TP_DEVICE void mul_wgmma(const Args& a, i64 matrix, const Columns& columns) {
+    constexpr int kStages = wide_stages(kColumns), kAhead = kStepsAhead<kType>;
+    constexpr int kStrips = kWideRows * 2 / 128;  // of a thread and step
+    constexpr u32 kWBytes = kWideRows * 128, kStageBytes = wide_stage_bytes(kColumns);
+    TP_DYN_SHARED(char, dynamic);
+    __shared__ TpBarrier full[kStages], empty[kStages];
+    char* const ring = tp_align_tile(dynamic);
+    const int thread = threadIdx.x, lane = thread % 32, group = thread / 128;
+    const i64 row0 = (i64)blockIdx.y * kWideRows, steps = (a.k + kTileStep - 1) / kTileStep;
+    if (thread == 0) {
+        for (int s = 0; s < kStages; ++s) {
+            tp_barrier_init(&full[s], 1 + 4);  // whoever announces the bytes of x, the warps that store w
+            tp_barrier_init(&empty[s], 8);     // the warps that multiply
+        }
+        tp_barrier_init_fence();
+    }
+    __syncthreads();
+    if (group == 2) {
+        const int panels = columns.panels(kColumns), t = thread - 256;
+        const char *plane[kStrips][4], *x = a.xh + columns.panel() * steps * kPanelBytes;
+        for (int s = 0; s < kStrips; ++s) {
+            const i64 row = row0 + s * 64 + t / 2 < a.w.n ? row0 + s * 64 + t / 2 : a.w.n - 1;
+            for (int f = 0; f < 4; ++f) plane[s][f] = a.w.plane[f] + matrix * a.w.nb2[f] + row * a.w.row_stride[f];
+        }
+        Strip<kType> strip[kAhead][kStrips];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i)
+#pragma unroll
+            for (int s = 0; s < kStrips; ++s) load_strip<kType>(strip[i][s], plane[s], i, t % 2, a.k);
+        int stage = 0, phase = 1;  // a barrier's phase before the first counts as ended
+        for (i64 step0 = 0; step0 < steps; step0 += kAhead) {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const i64 step = step0 + i;
+                if (step >= steps) break;
+                tp_barrier_wait(&empty[stage], phase);
+                char *const w_tile = ring + (u32)stage * kStageBytes, *const x_tile = w_tile + kWBytes;
+                if (t == 0) {
+                    tp_barrier_expect(&full[stage], (u32)panels * kPanelBytes);
+                    for (int p = 0; p < panels; ++p) tp_bulk_load(x_tile + p * kPanelBytes, x + (p * steps + step) * kPanelBytes, kPanelBytes, &full[stage]);
+                }
+#pragma unroll
+                for (int s = 0; s < kStrips; ++s) {
+                    const int row = s * 64 + t / 2;
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        u32 halves[8];
+                        strip[i][s].run(step, t % 2, r, halves);
+                        const int chunk = Strip<kType>::place(t % 2, r) / 8;
+                        char* const to = w_tile + row * 128;
+                        *(TpInt4*)(to + (chunk ^ row % 8) * 16) = {(int)halves[0], (int)halves[1], (int)halves[2], (int)halves[3]};
+                        *(TpInt4*)(to + ((chunk + 1) ^ row % 8) * 16) = {(int)halves[4], (int)halves[5], (int)halves[6], (int)halves[7]};
+                    }
+                    load_strip<kType>(strip[i][s], plane[s], step + kAhead, t % 2, a.k);  // beyond the end: zeros
+                }
+                tp_wgmma_stored();
+                __syncwarp();
+                if (lane == 0) tp_barrier_arrive(&full[stage]);
+                if (++stage == kStages) stage = 0, phase ^= 1;
+            }
+        }
+        return;
+    }
+    float acc[kColumns / 2];
+    for (int i = 0; i < kColumns / 2; ++i) acc[i] = 0.0f;
+    int stage = 0, phase = 0, before = 0;
+    for (i64 step = 0; step < steps; ++step) {
+        tp_barrier_wait(&full[stage], phase);
+        const char *const x_tile = ring + (u32)stage * kStageBytes + kWBytes, *const w_tile = ring + (u32)stage * kStageBytes + group * kPanelBytes;
+        tp_wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kTileStep; k += 16) tp_wgmma<kColumns, kType == kBF16>(acc, tp_wgmma_tile(w_tile + k * 2), tp_wgmma_tile(x_tile + k * 2));
+        tp_wgmma_commit();
+        tp_wgmma_wait<1>();  // the step before: its stage is free
+        if (step > 0 && lane == 0) tp_barrier_arrive(&empty[before]);
+        before = stage;
+        if (++stage == kStages) stage = 0, phase ^= 1;
+    }
+    tp_wgmma_wait<0>();
+    const i64 row = row0 + thread / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const i64 column = j * 8 + lane % 4 * 2 + e;
+            if (!columns.has(column)) continue;
+            char* const y = columns.y(row, column);
+            if (row < a.w.n) *(float*)y = acc[j * 4 + e];
+            if (row + 8 < a.w.n) *(float*)(y + 8 * a.y.nb[0]) = acc[j * 4 + 2 + e];
+        }
+}
+
+}  // namespace ggml_tp
+
+#define MUL_WGMMA_OF(name, type, columns) \
+    TP_KERNEL(mul_wgmma_##name##_##columns, MulTileArgs, 384) { ggml_tp::mul_wgmma<type, columns>(args, 0, ggml_tp::TileColumns{args, (i64)blockIdx.x * columns}); }
+#define MUL_WGMMA(name, type)     \
+    MUL_WGMMA_OF(name, type, 128) \
+    MUL_WGMMA_OF(name, type, 256)
+
+MUL_WGMMA(q4_0, ggml_tp::kQ4_0)
+MUL_WGMMA(q8_0, ggml_tp::kQ8_0)
+MUL_WGMMA(q4_K, ggml_tp::kQ4_K)
+MUL_WGMMA(q6_K, ggml_tp::kQ6_K)
+MUL_WGMMA(f16, ggml_tp::kF16)
+MUL_WGMMA(bf16, ggml_tp::kBF16)
+
+#endif
