@@ -101,6 +101,10 @@ struct MulVecArgs {
 };
 constexpr int kVecRows = 4;  // rows of one matrix that a block computes
 
+// How a product wants its activations: int8 (QuantizeArgs), or panels of halves (mul_wgmma.h).
+enum ActivationForm : i32 { kInt8Rows = 0, kHalfPanels = 1, kBf16Panels = 2 };
+constexpr int kPanelRows = 128, kPanelBytes = kPanelRows * 128;  // rows of 64 halves along k, swizzled as wgmma reads them
+
 // x F32 [k_end - k_begin, rows...] -> int8 [rows][k] and float2 [rows][k/32], zero outside [k_begin, k_end); k is a multiple of 32.
 struct QuantizeArgs {  // half_x writes halves to xq: [rows][k], and no xd
     View x;
@@ -115,6 +119,14 @@ struct MulTileArgs {
     View y;
     const char* xh;
     i64 k, m;
+};
+
+// The same for up to three matrices of one type that are multiplied by the same x, as panels (half_panels in quantize.cu).
+struct MulWideArgs {
+    MulVecPart part[3];
+    const char* xh;
+    i64 k, m;
+    i32 n_parts, pad;
 };
 
 // Rows [row_begin, row_begin + rows) of w as f16 [rows, k]; k a multiple of 8.
@@ -141,19 +153,21 @@ struct NormArgs {
     i32 has_weight;
     float eps;
 };  // F32, rows along ne0; weight broadcast
-// s = a + b (has_b), y = s / sqrt(mean(s^2) + eps) * weight (has_weight), and y as int8 (xq not null), all rows of ne0; F32, 16-byte aligned.
+// s = a + b (has_b), y = s / sqrt(mean(s^2) + eps) * weight (has_weight), and y as int8 or panels (xq not null), all rows of ne0; F32, 16-byte aligned.
 struct FusedNormArgs {
     View a, b, sum, y, weight;
     char *xq, *xd;
     i32 has_b, has_weight;
     float eps;
-    i32 pad;
+    ActivationForm form;  // of xq
 };
-// A GLU whose result is written as F32 and as int8: rows of k, zero outside of [k_begin, k_begin + glu.y.ne[0]).
+// A GLU whose result is written as F32 and as int8, or panels: rows of k, zero outside of [k_begin, k_begin + glu.y.ne[0]).
 struct FusedGluArgs {
     GluArgs glu;
     char *xq, *xd;
     i64 k, k_begin;
+    ActivationForm form;
+    i32 pad;
 };
 enum RopeSections : i32 { kNoSections = 0, kSideBySide = 1, kInterleaved = 2, kVision = 3 };
 struct RopeArgs {

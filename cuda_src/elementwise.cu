@@ -108,21 +108,23 @@ TP_KERNEL(glu_swiglu_oai, GluArgs, 256) {
 GLU(swiglu_clamp, silu(fminf(a, args.limit)) * clamp(b, -args.limit, args.limit))
 
 // Four elements a thread; grid: (rows, elements / 1024).
-#define FUSED_GLU(name, expression)                                                                                 \
-    TP_KERNEL(fused_glu_##name, FusedGluArgs, 256) {                                                                \
-        const GluArgs& g = args.glu;                                                                                \
-        const i64 k = args.k, at = ((i64)blockIdx.y * blockDim.x + threadIdx.x) * 4, i = at - args.k_begin;         \
-        const Index row = row_index(blockIdx.x, g.y.ne);                                                            \
-        float v[4] = {};                                                                                            \
-        if (i >= 0 && i < g.y.ne[0]) {                                                                              \
-            const float *pa = (const float*)element_at(g.a, row) + i, *pb = (const float*)element_at(g.b, row) + i; \
-            for (int e = 0; e < 4; ++e) {                                                                           \
-                const float a = pa[e], b = pb[e];                                                                   \
-                v[e] = expression;                                                                                  \
-            }                                                                                                       \
-            for (int e = 0; e < 4; ++e) ((float*)element_at(g.y, row))[i + e] = v[e];                               \
-        }                                                                                                           \
-        quantize_four(v, at, at < k, args.xq + blockIdx.x * k, args.xd + blockIdx.x * (k / 32) * 8);                \
+#define FUSED_GLU(name, expression)                                                             \
+    TP_KERNEL(fused_glu_##name, FusedGluArgs, 256) {                                            \
+        const GluArgs& g = args.glu;                                                            \
+        const i64 at = ((i64)blockIdx.y * blockDim.x + threadIdx.x) * 4, i = at - args.k_begin; \
+        const Index row = row_index(blockIdx.x, g.y.ne);                                        \
+        float v[4] = {};                                                                        \
+        if (i >= 0 && i < g.y.ne[0]) {                                                          \
+            float va[4], vb[4];                                                                 \
+            load_four(element_at(g.a, row) + i * 4, va);                                        \
+            load_four(element_at(g.b, row) + i * 4, vb);                                        \
+            for (int e = 0; e < 4; ++e) {                                                       \
+                const float a = va[e], b = vb[e];                                               \
+                v[e] = expression;                                                              \
+            }                                                                                   \
+            store_four(element_at(g.y, row) + i * 4, v);                                        \
+        }                                                                                       \
+        leave_four(args.form, v, at, at < args.k, args.xq, args.xd, blockIdx.x, args.k);        \
     }
 FUSED_GLU(swiglu, silu(a) * b)
 FUSED_GLU(geglu, gelu(a) * b)

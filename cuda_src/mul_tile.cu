@@ -20,7 +20,8 @@ TP_DEVICE void mul_tile(const Args& a, i64 matrix, const Columns& columns) {
     TP_DYN_SHARED(u16, shared);
     u16 *w_stage[2] = {shared, shared + kRows * kTileStride}, *x_stage[2] = {shared + 2 * kRows * kTileStride, shared + (2 * kRows + kColumns) * kTileStride};
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const i64 row0 = (i64)blockIdx.x * kRows, steps = (a.k + kTileStep - 1) / kTileStep;
+    const i64 row0 = (i64)blockIdx.x * kRows;
+    const u32 steps = (u32)((a.k + kTileStep - 1) / kTileStep);
     constexpr int kMostStrips = kStrips > 0 ? kStrips : 1;
     Strip<kType> strip[kMostStrips];
     TpInt4 words[kWords];
@@ -30,7 +31,7 @@ TP_DEVICE void mul_tile(const Args& a, i64 matrix, const Columns& columns) {
         const i64 column = (s * kTileThreads + thread) / 8;
         x[s] = columns.has(column) ? a.xh + columns.x_row(column) * a.k * 2 : nullptr;
     }
-    auto fetch = [&](i64 step) {
+    auto fetch = [&](u32 step) {
 #pragma unroll
         for (int s = 0; s < kMostStrips; ++s) {
             const int i = s * kTileThreads + thread;
@@ -43,11 +44,11 @@ TP_DEVICE void mul_tile(const Args& a, i64 matrix, const Columns& columns) {
 #pragma unroll
         for (int s = 0; s < kWords; ++s) {
             const int i = s * kTileThreads + thread;
-            const i64 at = step * kTileStep + i % 8 * 8;
+            const u32 at = step * kTileStep + (u32)(i % 8 * 8);
             words[s] = x[s] && at < a.k ? *(const TpInt4*)(x[s] + at * 2) : TpInt4{0, 0, 0, 0};
         }
     };
-    auto keep = [&](i64 step) {
+    auto keep = [&](u32 step) {
         const int stage = (int)(step % 2);
 #pragma unroll
         for (int s = 0; s < kMostStrips; ++s) {
@@ -75,7 +76,7 @@ TP_DEVICE void mul_tile(const Args& a, i64 matrix, const Columns& columns) {
     fetch(0);
     keep(0);
     __syncthreads();
-    for (i64 step = 0; step < steps; ++step) {
+    for (u32 step = 0; step < steps; ++step) {
         const int stage = (int)(step % 2);
         if (step + 1 < steps) fetch(step + 1);
 #pragma unroll
@@ -116,7 +117,7 @@ TP_DEVICE void mul_tile(const Args& a, i64 matrix, const Columns& columns) {
 
 template <int kType, int kRows, int kColumns>
 TP_DEVICE void mul_tile_columns(const MulTileArgs& a) {
-    mul_tile<kType, kRows, kColumns>(a, 0, TileColumns{a, (i64)blockIdx.y * kColumns});
+    mul_tile<kType, kRows, kColumns>(a, 0, TileColumns{a.y, a.m, (i64)blockIdx.y * kColumns});
 }
 /// The grid is for the worst case: blocks without a tile leave.
 template <int kType, int kRows, int kColumns>

@@ -3,7 +3,7 @@
 // registers, several steps of loads ahead, as strips expanded to halves. Two warpgroups multiply, 64 rows of w each. While they do (1024
 // cycles a step of 128 x 256, 512 of 128 x 128), expanding the next step's weights costs about 200 instructions a warp of the first: it is
 // hidden, and weights are never anywhere as halves but here.
-// grid: (m / kColumns, n / 128), block: 384, the ring dynamic.
+// grid: (m / kColumns, n / 128 of all matrices), block: 512 for 128 columns, 384 for 256, the ring dynamic.
 #include "mul_wgmma.h"
 
 #include "tile_piece.h"
@@ -12,21 +12,17 @@
 
 namespace ggml_tp {
 
-/// Steps of weights whose loads are under way: as many as 96 registers hold.
-template <int kType>
-constexpr int kStepsAhead = kType == kQ4_0 || kType == kQ4_K ? 4 : kType == kQ8_0 || kType == kF16 || kType == kBF16 ? 3 : 2;
-
-/// Matrix `matrix` of a.w times the columns, of which there are `n_columns`.
-template <int kType, int kColumns, class Args, class Columns>
-TP_DEVICE void mul_wgmma(const Args& a, i64 matrix, const Columns& columns) {
-    constexpr int kStages = wide_stages(kColumns), kAhead = kStepsAhead<kType>;
+/// Rows [row0, row0 + 128) of a matrix times the columns. xh: the activations as panels; row_bytes: between rows of y.
+template <int kType, int kColumns, class Columns>
+TP_DEVICE void mul_wgmma(const Matrix& w, i64 matrix, i64 row0, const char* xh, i64 row_bytes, const Columns& columns) {
+    constexpr int kStages = wide_stages(kColumns), kProducers = wide_producers(kColumns), kAhead = 2 / kProducers;
     constexpr int kStrips = kWideRows * 2 / 128;  // of a thread and step
     constexpr u32 kWBytes = kWideRows * 128, kStageBytes = wide_stage_bytes(kColumns);
     TP_DYN_SHARED(char, dynamic);
     __shared__ TpBarrier full[kStages], empty[kStages];
     char* const ring = tp_align_tile(dynamic);
     const int thread = threadIdx.x, lane = thread % 32, group = thread / 128;
-    const i64 row0 = (i64)blockIdx.y * kWideRows, steps = (a.k + kTileStep - 1) / kTileStep;
+    const u32 steps = (u32)((w.k + kTileStep - 1) / kTileStep);
     if (thread == 0) {
         for (int s = 0; s < kStages; ++s) {
             tp_barrier_init(&full[s], 1 + 4);  // whoever announces the bytes of x, the warps that store w
@@ -35,29 +31,32 @@ TP_DEVICE void mul_wgmma(const Args& a, i64 matrix, const Columns& columns) {
         tp_barrier_init_fence();
     }
     __syncthreads();
-    if (group == 2) {
-        const int panels = columns.panels(kColumns), t = thread - 256;
-        const char *plane[kStrips][4], *x = a.xh + columns.panel() * steps * kPanelBytes;
+    if (group >= 2) {
+        const int panels = columns.panels(kColumns), t = thread % 128;
+        const char *plane[kStrips][4], *x = xh + columns.panel() * (i64)steps * kPanelBytes;
         for (int s = 0; s < kStrips; ++s) {
-            const i64 row = row0 + s * 64 + t / 2 < a.w.n ? row0 + s * 64 + t / 2 : a.w.n - 1;
-            for (int f = 0; f < 4; ++f) plane[s][f] = a.w.plane[f] + matrix * a.w.nb2[f] + row * a.w.row_stride[f];
+            const i64 row = row0 + s * 64 + t / 2 < w.n ? row0 + s * 64 + t / 2 : w.n - 1;
+            for (int f = 0; f < 4; ++f) plane[s][f] = w.plane[f] + matrix * w.nb2[f] + row * w.row_stride[f];
         }
+        const int first = group - 2;  // of several, each takes every so many steps
         Strip<kType> strip[kAhead][kStrips];
 #pragma unroll
         for (int i = 0; i < kAhead; ++i)
 #pragma unroll
-            for (int s = 0; s < kStrips; ++s) load_strip<kType>(strip[i][s], plane[s], i, t % 2, a.k);
-        int stage = 0, phase = 1;  // a barrier's phase before the first counts as ended
-        for (i64 step0 = 0; step0 < steps; step0 += kAhead) {
+            for (int s = 0; s < kStrips; ++s) load_strip<kType>(strip[i][s], plane[s], (u32)(first + i * kProducers), t % 2, w.k);
+        int stage = first, phase = 1;  // a barrier's phase before the first counts as ended
+        for (u32 step0 = (u32)first; step0 < steps; step0 += kAhead * kProducers) {
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
-                const i64 step = step0 + i;
+                const u32 step = step0 + (u32)(i * kProducers);
                 if (step >= steps) break;
                 tp_barrier_wait(&empty[stage], phase);
                 char *const w_tile = ring + (u32)stage * kStageBytes, *const x_tile = w_tile + kWBytes;
                 if (t == 0) {
                     tp_barrier_expect(&full[stage], (u32)panels * kPanelBytes);
-                    for (int p = 0; p < panels; ++p) tp_bulk_load(x_tile + p * kPanelBytes, x + (p * steps + step) * kPanelBytes, kPanelBytes, &full[stage]);
+                    tp_bulk_load(x_tile, x + (i64)step * kPanelBytes, kPanelBytes, &full[stage]);
+                    if (kColumns > kPanelRows && panels > 1)
+                        tp_bulk_load(x_tile + kPanelBytes, x + ((i64)steps + step) * kPanelBytes, kPanelBytes, &full[stage]);
                 }
 #pragma unroll
                 for (int s = 0; s < kStrips; ++s) {
@@ -71,12 +70,15 @@ TP_DEVICE void mul_wgmma(const Args& a, i64 matrix, const Columns& columns) {
                         *(TpInt4*)(to + (chunk ^ row % 8) * 16) = {(int)halves[0], (int)halves[1], (int)halves[2], (int)halves[3]};
                         *(TpInt4*)(to + ((chunk + 1) ^ row % 8) * 16) = {(int)halves[4], (int)halves[5], (int)halves[6], (int)halves[7]};
                     }
-                    load_strip<kType>(strip[i][s], plane[s], step + kAhead, t % 2, a.k);  // beyond the end: zeros
                 }
+                // It waits for loads too, so the next ones begin behind it: they have a step's time.
                 tp_wgmma_stored();
                 __syncwarp();
                 if (lane == 0) tp_barrier_arrive(&full[stage]);
-                if (++stage == kStages) stage = 0, phase ^= 1;
+#pragma unroll
+                for (int s = 0; s < kStrips; ++s) load_strip<kType>(strip[i][s], plane[s], step + kAhead * kProducers, t % 2, w.k);  // beyond the end: zeros
+                stage += kProducers;
+                if (stage >= kStages) stage -= kStages, phase ^= 1;
             }
         }
         return;
@@ -84,9 +86,9 @@ TP_DEVICE void mul_wgmma(const Args& a, i64 matrix, const Columns& columns) {
     float acc[kColumns / 2];
     for (int i = 0; i < kColumns / 2; ++i) acc[i] = 0.0f;
     int stage = 0, phase = 0, before = 0;
-    for (i64 step = 0; step < steps; ++step) {
+    for (u32 step = 0; step < steps; ++step) {
         tp_barrier_wait(&full[stage], phase);
-        const char *const x_tile = ring + (u32)stage * kStageBytes + kWBytes, *const w_tile = ring + (u32)stage * kStageBytes + group * kPanelBytes;
+        const char *const x_tile = ring + (u32)stage * kStageBytes + kWBytes, *const w_tile = ring + (u32)stage * kStageBytes + group * 8192;
         tp_wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kTileStep; k += 16) tp_wgmma<kColumns, kType == kBF16>(acc, tp_wgmma_tile(w_tile + k * 2), tp_wgmma_tile(x_tile + k * 2));
@@ -105,15 +107,28 @@ TP_DEVICE void mul_wgmma(const Args& a, i64 matrix, const Columns& columns) {
             const i64 column = j * 8 + lane % 4 * 2 + e;
             if (!columns.has(column)) continue;
             char* const y = columns.y(row, column);
-            if (row < a.w.n) *(float*)y = acc[j * 4 + e];
-            if (row + 8 < a.w.n) *(float*)(y + 8 * a.y.nb[0]) = acc[j * 4 + 2 + e];
+            if (row < w.n) *(float*)y = acc[j * 4 + e];
+            if (row + 8 < w.n) *(float*)(y + 8 * row_bytes) = acc[j * 4 + 2 + e];
         }
+}
+
+/// Tiles of rows are counted through the matrices.
+template <int kType, int kColumns>
+TP_DEVICE void mul_wgmma_columns(const MulWideArgs& a) {
+    u32 tile = blockIdx.y, part = 0;
+    while (part + 1 < (u32)a.n_parts) {
+        const u32 tiles = (u32)((a.part[part].w.n + kWideRows - 1) / kWideRows);
+        if (tile < tiles) break;
+        tile -= tiles, ++part;
+    }
+    const View& y = a.part[part].y;
+    mul_wgmma<kType, kColumns>(a.part[part].w, 0, (i64)tile * kWideRows, a.xh, y.nb[0], TileColumns{y, a.m, (i64)blockIdx.x * kColumns});
 }
 
 }  // namespace ggml_tp
 
 #define MUL_WGMMA_OF(name, type, columns) \
-    TP_KERNEL(mul_wgmma_##name##_##columns, MulTileArgs, 384) { ggml_tp::mul_wgmma<type, columns>(args, 0, ggml_tp::TileColumns{args, (i64)blockIdx.x * columns}); }
+    TP_KERNEL(mul_wgmma_##name##_##columns, MulWideArgs, ggml_tp::wide_threads(columns)) { ggml_tp::mul_wgmma_columns<type, columns>(args); }
 #define MUL_WGMMA(name, type)     \
     MUL_WGMMA_OF(name, type, 128) \
     MUL_WGMMA_OF(name, type, 256)

@@ -76,20 +76,6 @@ TP_KERNEL(layer_norm, NormArgs, 256) {
     write_row(args, row, mean, 1.0f / sqrtf(variance + args.eps));
 }
 
-namespace ggml_tp {
-namespace {
-
-TP_DEVICE void load_four(const char* p, float (&v)[4]) {
-    const TpInt4 w = *(const TpInt4*)p;
-    v[0] = __int_as_float(w.x), v[1] = __int_as_float(w.y), v[2] = __int_as_float(w.z), v[3] = __int_as_float(w.w);
-}
-TP_DEVICE void store_four(char* p, const float (&v)[4]) {
-    *(TpInt4*)p = {__float_as_int(v[0]), __float_as_int(v[1]), __float_as_int(v[2]), __float_as_int(v[3])};
-}
-
-}  // namespace
-}  // namespace ggml_tp
-
 // The row stays in registers between the sum of squares and the result.
 TP_KERNEL(fused_norm, FusedNormArgs, 1024) {
     constexpr int kSteps = 4;
@@ -121,6 +107,6 @@ TP_KERNEL(fused_norm, FusedNormArgs, 1024) {
         if (inside && args.has_weight) load_four(args.weight.data + i * 4, weight);
         for (int e = 0; e < 4; ++e) v[j][e] *= scale * weight[e];
         if (inside) store_four(y + i * 4, v[j]);
-        if (args.xq) quantize_four(v[j], i, inside, args.xq + blockIdx.x * n, args.xd + blockIdx.x * (n / 32) * 8);
+        if (args.xq) leave_four(args.form, v[j], i, inside, args.xq, args.xd, blockIdx.x, n);
     }
 }

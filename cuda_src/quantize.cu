@@ -1,5 +1,6 @@
 // Activations to int8, one scale per 32 elements: a warp per block of 32. grid: (k / 32 / 4, rows), block: 32 x 4.
 #include "index.h"
+#include "quantize_group.h"
 
 TP_KERNEL(quantize_x, QuantizeArgs, 128) {
     const i64 block = (i64)blockIdx.x * 4 + threadIdx.y, row = blockIdx.y, k = block * 32 + threadIdx.x;
@@ -39,31 +40,27 @@ TP_DEVICE void halve(const ggml_tp::QuantizeArgs& args) {
 TP_KERNEL(half_x, QuantizeArgs, 128) { halve<false>(args); }
 TP_KERNEL(bf16_x, QuantizeArgs, 128) { halve<true>(args); }
 
-// The same as panels for wgmma (mul_wgmma.h): [rows / 64][k / 64] of 64 rows x 128 bytes, whose 16-byte chunk c of row r lies at c ^ r % 8.
-// Zero beyond k and beyond the last row. A chunk, eight elements, a thread. grid: (k / 1024, rows rounded out to 64), block: 128.
+// The same as panels (quantize_group.h), zero up to a multiple of 64 elements; rows beyond the last are nobody's. Eight elements, a chunk, a
+// thread. grid: (k / 1024, rows), block: 128.
 template <bool kBf16>
 TP_DEVICE void halve_panels(const ggml_tp::QuantizeArgs& args) {
-    const i64 chunk = (i64)blockIdx.x * 128 + threadIdx.x, step = chunk / 8, steps = (args.k + 63) / 64, k = chunk * 8;
-    if (step >= steps) return;
-    const u32 row = blockIdx.y, n1 = (u32)args.x.ne[1], n2 = (u32)args.x.ne[2];
+    const u32 k = (blockIdx.x * 128 + threadIdx.x) * 8, row = blockIdx.y, n1 = (u32)args.x.ne[1], n2 = (u32)args.x.ne[2];
+    if (k >= (args.k + 63) / 64 * 64) return;
     const char* x = args.x.data + row % n1 * args.x.nb[1] + row / n1 % n2 * args.x.nb[2] + row / (n1 * n2) * args.x.nb[3];
     float v[8] = {};
-    if (row < n1 * n2 * (u32)args.x.ne[3]) {
-        if (args.x.nb[0] == 4 && k >= args.k_begin && k + 8 <= args.k_end && ((u64)x + (u64)(k - args.k_begin) * 4) % 16 == 0) {
-            for (int i = 0; i < 2; ++i) {
-                const TpInt4 words = *(const TpInt4*)(x + (k - args.k_begin) * 4 + i * 16);
-                v[4 * i] = __int_as_float(words.x), v[4 * i + 1] = __int_as_float(words.y);
-                v[4 * i + 2] = __int_as_float(words.z), v[4 * i + 3] = __int_as_float(words.w);
-            }
-        } else {
-            for (int i = 0; i < 8; ++i)
-                if (k + i >= args.k_begin && k + i < args.k_end) v[i] = *(const float*)(x + (k + i - args.k_begin) * args.x.nb[0]);
+    if (args.x.nb[0] == 4 && k >= args.k_begin && k + 8 <= args.k_end && ((u64)x + (u64)(k - args.k_begin) * 4) % 16 == 0) {
+        for (int i = 0; i < 2; ++i) {
+            const TpInt4 words = *(const TpInt4*)(x + (k - args.k_begin) * 4 + i * 16);
+            v[4 * i] = __int_as_float(words.x), v[4 * i + 1] = __int_as_float(words.y);
+            v[4 * i + 2] = __int_as_float(words.z), v[4 * i + 3] = __int_as_float(words.w);
         }
+    } else {
+        for (int i = 0; i < 8; ++i)
+            if (k + i >= args.k_begin && k + i < args.k_end) v[i] = *(const float*)(x + (k + i - args.k_begin) * args.x.nb[0]);
     }
     u32 words[4] = {};
     for (int i = 0; i < 8; ++i) words[i / 2] |= (u32)(kBf16 ? tp_float_to_bf16(v[i]) : tp_float_to_half(v[i])) << 16 * (i % 2);
-    char* out = args.xq + ((row / 64 * steps + step) * 64 + row % 64) * 128 + ((u32)chunk % 8 ^ row % 8) * 16;
-    *(TpInt4*)out = {(int)words[0], (int)words[1], (int)words[2], (int)words[3]};
+    *(TpInt4*)(args.xq + ggml_tp::panel_byte(row, k, (u32)args.k)) = {(int)words[0], (int)words[1], (int)words[2], (int)words[3]};
 }
 TP_KERNEL(half_panels, QuantizeArgs, 128) { halve_panels<false>(args); }
 TP_KERNEL(bf16_panels, QuantizeArgs, 128) { halve_panels<true>(args); }

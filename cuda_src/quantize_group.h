@@ -1,9 +1,17 @@
 // Activations to int8 by the kernel that computes them: a thread holds four neighbouring elements, eight threads a block of 32.
-// The same arithmetic as quantize.cu, bit for bit.
+// The same arithmetic as quantize.cu, bit for bit. Or to panels of halves, as half_panels there.
 #pragma once
 #include "tp.h"
 
 namespace ggml_tp {
+
+TP_DEVICE void load_four(const char* p, float (&v)[4]) {
+    const TpInt4 w = *(const TpInt4*)p;
+    v[0] = __int_as_float(w.x), v[1] = __int_as_float(w.y), v[2] = __int_as_float(w.z), v[3] = __int_as_float(w.w);
+}
+TP_DEVICE void store_four(char* p, const float (&v)[4]) {
+    *(TpInt4*)p = {__float_as_int(v[0]), __float_as_int(v[1]), __float_as_int(v[2]), __float_as_int(v[3])};
+}
 
 /// Element `at` (a multiple of 4) of a row and the three after it; all 32 lanes of a warp call it. Lanes beyond the row (`inside` false) hold
 /// zeros and write nothing. xq: the row's int8, xd: its {scale, scale * sum} per 32.
@@ -29,6 +37,23 @@ TP_DEVICE void quantize_four(const float (&v)[4], i64 at, bool inside, char* xq,
         out[0] = d;
         out[1] = d * sum;
     }
+}
+
+/// Byte of element `at` of a row within panels [rows / 128][k / 64] of 128 rows x 128 bytes, whose 16-byte chunk c of row r lies at c ^ r % 8.
+TP_DEVICE i64 panel_byte(u32 row, u32 at, u32 k) {
+    const u32 steps = (k + 63) / 64;
+    return (i64)(row / kPanelRows * steps + at / 64) * kPanelBytes + (row % kPanelRows * 128 + (at / 8 % 8 ^ row % 8) * 16 + at % 8 * 2);
+}
+
+/// What a product reads of a row: four elements as int8 or as halves, whatever its form. All 32 lanes call it, as above.
+TP_DEVICE void leave_four(ActivationForm form, const float (&v)[4], i64 at, bool inside, char* xq, char* xd, u32 row, i64 k) {
+    if (form == kInt8Rows) return quantize_four(v, at, inside, xq + row * k, xd + row * (k / 32) * 8);
+    if (!inside) return;
+    u32 words[2] = {};
+    for (int i = 0; i < 4; ++i) words[i / 2] |= (u32)(form == kBf16Panels ? tp_float_to_bf16(v[i]) : tp_float_to_half(v[i])) << 16 * (i % 2);
+    u32* const out = (u32*)(xq + panel_byte(row, (u32)at, (u32)k));
+    out[0] = words[0];
+    out[1] = words[1];
 }
 
 }  // namespace ggml_tp

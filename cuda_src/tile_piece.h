@@ -34,80 +34,80 @@ template <>
 struct Strip<kQ4_0> {
     TpInt4 q;
     u16 d;
-    TP_MEMBER void load(const char* const* plane, i64 step, int u, bool ok) {
-        q = words_or_zero(plane[0] + (step * 2 + u) * 16, ok);
-        d = ok ? *(const u16*)(plane[1] + (step * 2 + u) * 2) : (u16)0;
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
+        q = words_or_zero(plane[0] + (step * 2 + (u32)u) * 16, ok);
+        d = ok ? *(const u16*)(plane[1] + (step * 2 + (u32)u) * 2) : (u16)0;
     }
-    TP_MEMBER void run(i64, int, int r, u32 (&out)[8]) const { expand(low(q, 4 * r), 8.0f, tp_half_to_float(d), 0.0f, out); }
+    TP_MEMBER void run(u32, int, int r, u32 (&out)[8]) const { expand(low(q, 4 * r), 8.0f, tp_half_to_float(d), 0.0f, out); }
     static TP_MEMBER int place(int u, int r) { return u * 32 + r * 16; }
-    static TP_MEMBER i64 end(i64 step, int u) { return step * 64 + u * 32 + 32; }
+    static TP_MEMBER u32 end(u32 step, int u) { return step * 64 + (u32)u * 32 + 32; }
 };
 template <>
 struct Strip<kQ8_0> {
     TpInt4 q[2];
     u16 d;
-    TP_MEMBER void load(const char* const* plane, i64 step, int u, bool ok) {
-        for (int r = 0; r < 2; ++r) q[r] = words_or_zero(plane[0] + (step * 2 + u) * 32 + r * 16, ok);
-        d = ok ? *(const u16*)(plane[1] + (step * 2 + u) * 2) : (u16)0;
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
+        for (int r = 0; r < 2; ++r) q[r] = words_or_zero(plane[0] + ((step * 2 + (u32)u) * 32 + (u32)r * 16), ok);
+        d = ok ? *(const u16*)(plane[1] + (step * 2 + (u32)u) * 2) : (u16)0;
     }
-    TP_MEMBER void run(i64, int, int r, u32 (&out)[8]) const {
+    TP_MEMBER void run(u32, int, int r, u32 (&out)[8]) const {
         const int flip = (int)0x80808080u;  // signed to offset 128
         expand({q[r].x ^ flip, q[r].y ^ flip, q[r].z ^ flip, q[r].w ^ flip}, 128.0f, tp_half_to_float(d), 0.0f, out);
     }
     static TP_MEMBER int place(int u, int r) { return u * 32 + r * 16; }
-    static TP_MEMBER i64 end(i64 step, int u) { return step * 64 + u * 32 + 32; }
+    static TP_MEMBER u32 end(u32 step, int u) { return step * 64 + (u32)u * 32 + 32; }
 };
 template <>
 struct Strip<kQ4_K> {
     TpInt4 q;
     u32 scales[3], dm;  // as in tp_q4_k_scale; d and dmin
-    TP_MEMBER void load(const char* const* plane, i64 step, int u, bool ok) {
-        q = words_or_zero(plane[0] + (step * 2 + u) * 16, ok);
-        const i64 b = step / 4;
-        for (int i = 0; i < 3; ++i) scales[i] = ok ? *(const u32*)(plane[1] + b * 12 + i * 4) : 0u;
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
+        q = words_or_zero(plane[0] + (step * 2 + (u32)u) * 16, ok);
+        const u32 b = step / 4;
+        for (int i = 0; i < 3; ++i) scales[i] = ok ? *(const u32*)(plane[1] + (b * 12 + (u32)i * 4)) : 0u;
         dm = ok ? *(const u32*)(plane[2] + b * 4) : 0u;
     }
-    TP_MEMBER void run(i64 step, int, int r, u32 (&out)[8]) const {
+    TP_MEMBER void run(u32 step, int, int r, u32 (&out)[8]) const {
         const int j = (int)(step % 4) * 2 + r, at = j % 4 * 8;
         const u32 s = scales[0] >> at, m = scales[1] >> at, high = scales[2] >> at;
         const u32 scale = j < 4 ? s & 63 : (high & 15) | (s >> 6 & 3) << 4, min = j < 4 ? m & 63 : (high >> 4 & 15) | (m >> 6 & 3) << 4;
         expand(low(q, 4 * r), 0.0f, tp_half_to_float((u16)dm) * (float)scale, -tp_half_to_float((u16)(dm >> 16)) * (float)min, out);
     }
     static TP_MEMBER int place(int u, int r) { return r * 32 + u * 16; }
-    static TP_MEMBER i64 end(i64 step, int) { return step * 64 + 64; }
+    static TP_MEMBER u32 end(u32 step, int) { return step * 64 + 64; }
 };
 // 128 weights share 64 bytes of low nibbles: an even step takes the low ones, an odd step the high ones.
 template <>
 struct Strip<kQ6_K> {
     TpInt4 q[2], top[2];
     u16 d, scales;  // two signed bytes
-    TP_MEMBER void load(const char* const* plane, i64 step, int u, bool ok) {
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
         for (int r = 0; r < 2; ++r) {
-            q[r] = words_or_zero(plane[0] + step / 2 * 64 + u * 32 + r * 16, ok);
-            top[r] = words_or_zero(plane[1] + step / 2 * 32 + r * 16, ok);
+            q[r] = words_or_zero(plane[0] + (step / 2 * 64 + (u32)(u * 32 + r * 16)), ok);
+            top[r] = words_or_zero(plane[1] + (step / 2 * 32 + (u32)r * 16), ok);
         }
         d = ok ? *(const u16*)(plane[3] + step / 4 * 2) : (u16)0;
-        scales = ok ? *(const u16*)(plane[2] + step * 4 + u * 2) : (u16)0;
+        scales = ok ? *(const u16*)(plane[2] + (step * 4 + (u32)u * 2)) : (u16)0;
     }
-    TP_MEMBER void run(i64 step, int u, int r, u32 (&out)[8]) const {
+    TP_MEMBER void run(u32 step, int u, int r, u32 (&out)[8]) const {
         const int odd = (int)(step % 2), shift = (u + 2 * odd) * 2;
         const TpInt4 l = low(q[r], 4 * odd), &h = top[r];
         auto six = [&](int a, int b) { return a | (b >> shift & 0x03030303) << 4; };
         expand({six(l.x, h.x), six(l.y, h.y), six(l.z, h.z), six(l.w, h.w)}, 32.0f, tp_half_to_float(d) * (float)(s8)(scales >> 8 * r), 0.0f, out);
     }
     static TP_MEMBER int place(int u, int r) { return u * 32 + r * 16; }
-    static TP_MEMBER i64 end(i64 step, int) { return step * 64 + 64; }
+    static TP_MEMBER u32 end(u32 step, int) { return step * 64 + 64; }
 };
 /// F16 and BF16: the words as they are.
 struct HalfStrip {
     TpInt4 q[4];
-    TP_MEMBER void load_halves(const char* const* plane, i64 step, int u, i64 k) {
+    TP_MEMBER void load_halves(const char* const* plane, u32 step, int u, i64 k) {
         for (int i = 0; i < 4; ++i) {
-            const i64 at = step * 64 + u * 32 + i * 8;
+            const u32 at = step * 64 + (u32)(u * 32 + i * 8);
             q[i] = words_or_zero(plane[0] + at * 2, at < k);
         }
     }
-    TP_MEMBER void run(i64, int, int r, u32 (&out)[8]) const {
+    TP_MEMBER void run(u32, int, int r, u32 (&out)[8]) const {
         for (int i = 0; i < 2; ++i) {
             const TpInt4& v = q[2 * r + i];
             out[4 * i] = (u32)v.x, out[4 * i + 1] = (u32)v.y, out[4 * i + 2] = (u32)v.z, out[4 * i + 3] = (u32)v.w;
@@ -122,21 +122,21 @@ struct Strip<kBF16> : HalfStrip {};
 
 /// Loads whatever of a strip lies within k.
 template <int kType>
-TP_DEVICE void load_strip(Strip<kType>& strip, const char* const* plane, i64 step, int u, i64 k) {
+TP_DEVICE void load_strip(Strip<kType>& strip, const char* const* plane, u32 step, int u, i64 k) {
     if constexpr (kType == kF16 || kType == kBF16) strip.load_halves(plane, step, u, k);
     else strip.load(plane, step, u, Strip<kType>::end(step, u) <= k);
 }
 
 /// Which columns of x a block multiplies, and where its results go.
 struct TileColumns {
-    const MulTileArgs& a;
-    i64 column0 = 0;
-    TP_MEMBER bool has(i64 column) const { return column0 + column < a.m; }
-    /// Of `columns` columns as panels of 64: the first one's number, and how many there are.
-    TP_MEMBER i64 panel() const { return column0 / 64; }
-    TP_MEMBER int panels(int columns) const { return (int)((a.m - column0 < columns ? a.m - column0 : columns) + 63) / 64; }
+    const View& to;
+    i64 m, column0;
+    TP_MEMBER bool has(i64 column) const { return column0 + column < m; }
+    /// Of `columns` columns as panels of 128: the first one's number, and how many there are.
+    TP_MEMBER i64 panel() const { return column0 / 128; }
+    TP_MEMBER int panels(int columns) const { return (int)((m - column0 < columns ? m - column0 : columns) + 127) / 128; }
     TP_MEMBER i64 x_row(i64 column) const { return column0 + column; }
-    TP_MEMBER char* y(i64 row, i64 column) const { return a.y.data + row * a.y.nb[0] + (column0 + column) * a.y.nb[1]; }
+    TP_MEMBER char* y(i64 row, i64 column) const { return to.data + row * to.nb[0] + (column0 + column) * to.nb[1]; }
 };
 /// Of one expert: the entries (token * n_used + slot) of one tile of its list.
 struct TileEntries {

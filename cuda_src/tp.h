@@ -232,19 +232,24 @@ template <int kLeft>
 TP_DEVICE void tp_wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
-#define TP_NUMBERS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define TP_NUMBERS_64 TP_NUMBERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define TP_NUMBERS_128 TP_NUMBERS_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define TP_NUMBERS_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define TP_NUMBERS_64 \
+    TP_NUMBERS_32     \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TP_NUMBERS_128 \
+    TP_NUMBERS_64      \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define TP_SUMS_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define TP_SUMS_32(i) TP_SUMS_8(i), TP_SUMS_8(i + 8), TP_SUMS_8(i + 16), TP_SUMS_8(i + 24)
 #define TP_SUMS_64(i) TP_SUMS_32(i), TP_SUMS_32(i + 32)
 #define TP_SUMS_128(i) TP_SUMS_64(i), TP_SUMS_64(i + 64)
-#define TP_WGMMA_OF(columns, type, registers, a_number, b_number)                                                                                   \
+#define TP_WGMMA_OF(columns, type, registers, a_number, b_number)                                                                                     \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." #type "." #type " {" TP_NUMBERS_##registers "}, %" #a_number ", %" #b_number \
-                 ", 1, 1, 1, 0, 0;"                                                                                                                   \
+                                                                                                                     ", 1, 1, 1, 0, 0;"               \
                  : TP_SUMS_##registers(0)                                                                                                             \
                  : "l"(a), "l"(b))
-#define TP_WGMMA_OF_TYPES(columns, registers, a_number, b_number)                        \
+#define TP_WGMMA_OF_TYPES(columns, registers, a_number, b_number)                   \
     if constexpr (kBf16) TP_WGMMA_OF(columns, bf16, registers, a_number, b_number); \
     else TP_WGMMA_OF(columns, f16, registers, a_number, b_number)
 /// d[4 * j + e] of lane l of warp w: row 16 * w + l / 4 + e / 2 * 8, column 8 * j + l % 4 * 2 + e % 2 of the product of tiles a and b.

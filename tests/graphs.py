@@ -192,6 +192,26 @@ def case(name: str, type_: int | None = F32) -> Callable[[Build], Build]:
     return add
 
 
+def three_products(g: Case, type_: int, k: int, m: int) -> Any:
+    """Q, K and V of different widths, side by side in one row."""
+    x = g.leaf(F32, k, m)
+    q, key, v = (
+        g.lib.ggml_mul_mat(g.c, g.leaf(type_, k, n, scale=k**-0.5, name=f"blk.0.attn_{name}.weight"), x) for name, n in (("q", 200), ("k", 96), ("v", 72))
+    )
+    return g.lib.ggml_concat(g.c, g.lib.ggml_concat(g.c, q, key, 0), v, 0)
+
+
+def feed_forward(g: Case, type_: int, k: int, n: int, m: int) -> Any:
+    """Norm, gate and up, GLU, down: what is fused around the products."""
+
+    def weight(name: str, *ne: int) -> Any:
+        return g.leaf(type_, *ne, scale=ne[0] ** -0.5, name=f"blk.0.ffn_{name}.weight")
+
+    x = g.lib.ggml_rms_norm(g.c, g.leaf(F32, k, m), 1e-5)
+    gate, up = (g.lib.ggml_mul_mat(g.c, weight(name, k, n), x) for name in ("gate", "up"))
+    return g.lib.ggml_mul_mat(g.c, weight("down", n, k), g.lib.ggml_glu_split(g.c, gate, up, 2))
+
+
 def _mul_mats() -> None:
     for t in NAMES:
         for m in (1, 2, 3, 8, 11, 17, 70):
@@ -202,6 +222,14 @@ def _mul_mats() -> None:
                 case(f"mul_mat {NAMES[t]} {name} m{m}")(
                     lambda g, t=t, m=m, name=name: g.lib.ggml_mul_mat(g.c, g.leaf(t, 512, 192, scale=1 / 22, name=f"blk.0.{name}.weight"), g.leaf(F32, 512, m))
                 )
+        # No multiples of a tile: rows, columns, and where blocks allow it k.
+        k = {F16: 328, BF16: 328, Q4_0: 288, Q8_0: 288}.get(t, 768)
+        for name in ("attn_q", "attn_output"):
+            case(f"mul_mat {NAMES[t]} {name} {k}x200 m300")(
+                lambda g, t=t, k=k, name=name: g.lib.ggml_mul_mat(g.c, g.leaf(t, k, 200, scale=1 / 18, name=f"blk.0.{name}.weight"), g.leaf(F32, k, 300))
+            )
+        case(f"mul_mat {NAMES[t]} of a feed-forward network m150")(lambda g, t=t: feed_forward(g, t, 256, 512, 150))
+        case(f"mul_mat {NAMES[t]}, three of one input m150")(lambda g, t=t: three_products(g, t, 256, 150))
         case(f"mul_mat {NAMES[t]} broadcast")(lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 16, 2, 1, scale=1 / 16), g.leaf(F32, 256, 3, 4, 2)))
         case(f"get_rows {NAMES[t]}")(lambda g, t=t: g.lib.ggml_get_rows(g.c, g.leaf(t, 256, 9), g.indices(8, 0, 3, 3)))
         case(f"get_rows of a matrix in planes {NAMES[t]}")(

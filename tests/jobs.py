@@ -346,6 +346,18 @@ def run_cases(names: list[str], on_device: bool, library: str | None = None) -> 
     return out
 
 
+def programs(names: list[str]) -> dict[str, str]:
+    """Of each case of graphs.CASES: its program's text."""
+    ggml = graphs.Ggml(_with_plugin().path, True)
+    out = {}
+    for name in names:
+        case = graphs.Case(ggml)
+        case.run(graphs.CASES[name][0](case))
+        out[name] = Inspection(LIBRARY).text("program")
+    ggml.close()
+    return out
+
+
 def refuse_cases(table: str) -> dict[str, tuple[bool, int, int]]:
     """Of each bad graph: whether it is claimed, its status, and the status of a good graph after it."""
     host = _with_plugin()

@@ -43,9 +43,8 @@ def reference(workers):
     return workers.run(jobs.run_cases, {}, names=CASES, on_device=False)
 
 
-@pytest.mark.parametrize(("arch", "ranks"), SETTINGS)
-def test_ops(workers, reference, arch, ranks):
-    results = workers.run(jobs.run_cases, emulated(ranks, arch), names=CASES, on_device=True)
+def check(workers, reference, arch, ranks, names):
+    results = workers.run(jobs.run_cases, emulated(ranks, arch), names=names, on_device=True)
     wrong = []
     for name, (claimed, status, value) in results.items():
         expected = reference[name][2]
@@ -54,6 +53,29 @@ def test_ops(workers, reference, arch, ranks):
         if not claimed or status != 0 or not np.array_equal(finite, np.isfinite(value)) or error > tolerance(name):
             wrong.append(f"{name}: claimed {claimed}, status {status}, NMSE {error:.2e}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(("arch", "ranks"), SETTINGS)
+def test_ops(workers, reference, arch, ranks):
+    check(workers, reference, arch, ranks, CASES)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_products_of_warpgroups(workers, reference, ranks):
+    """sm_90's own instructions, for products of more columns than mul_tile takes there."""
+    check(workers, reference, "sm_90", ranks, [name for name in CASES if re.search(r"^mul_mat .* m(70|130|150|300)$", name)])
+
+
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
+def test_warpgroups_take_what_they_can(workers):
+    """Q, K and V are one launch, so are gate and up; norm and GLU leave what the products read, whose weights have their own type's kernel."""
+    names = ["mul_mat Q4_0, three of one input m150", "mul_mat BF16 of a feed-forward network m150", "mul_mat Q4_K attn_q m33"]
+    three, network, few = workers.run(jobs.programs, emulated(1, "sm_90"), names=names).values()
+    assert [three.count(kernel) for kernel in ("half_panels<", "mul_wgmma_q4_0_", "mul_tile_")] == [1, 1, 0], three
+    assert [network.count(kernel) for kernel in ("bf16_panels<", "mul_wgmma_bf16_", "fused_norm<", "fused_glu_swiglu<")] == [0, 2, 1, 1], network
+    assert "mul_tile_q4_K_small<" in few and "mul_wgmma" not in few, few
+    for text in workers.run(jobs.programs, emulated(1, "sm_86"), names=names).values():
+        assert "mul_tile_" in text and "mul_wgmma" not in text, text
 
 
 # TEST_STDERR: a process of its own, started while pytest captures, so that its lines are seen.

@@ -63,7 +63,7 @@ struct Fiber {
         float* d;
         u64 a, b;
     };
-    std::vector<Product> products;      // begun and not waited for
+    std::vector<Product> products;       // begun and not waited for
     std::vector<size_t> product_groups;  // the ends of those that are committed
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;

@@ -259,7 +259,7 @@ static inline void tp_ldmatrix_x4_trans(u32 (&r)[4], const void* row) {
 namespace tp_emulator {
 template <int kColumns, float (*kUp)(u16)>
 inline void wgmma_lane(float* d, const char* a, const char* b, int thread) {
-    auto row = [](const char* tile, int r, float (&to)[16]) {
+    auto row = [](const char* tile, int r, float(&to)[16]) {
         for (int k = 0; k < 16; ++k) {
             u64 at = reinterpret_cast<u64>(tile) + static_cast<u64>(r / 8 * 1024 + r % 8 * 128 + k * 2);
             at ^= (at >> 7 & 7) << 4;
@@ -291,7 +291,7 @@ static inline void tp_wgmma_wait() {
 }
 template <int kColumns, bool kBf16>
 static inline void tp_wgmma(float (&d)[kColumns / 2], u64 a, u64 b) {
-    tp_emulator::product_begin(tp_emulator::wgmma_lane<kColumns, kBf16 ? tp_bf16_to_float : tp_half_to_float>, d, a, b);
+    tp_emulator::product_begin(tp_emulator::wgmma_lane < kColumns, kBf16 ? tp_bf16_to_float : tp_half_to_float >, d, a, b);
 }
 /// Two halves: x * y + z, rounded once.
 static inline u32 tp_half2_fma(u32 x, u32 y, u32 z) {

@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "chain.h"
 #include "elementwise.h"
 #include "flash_attn.h"
 #include "mul_vec.h"
 #include "mul_vec_id.h"
+#include "mul_wgmma.h"
 #include "norm.h"
 #include "rope.h"
 
@@ -94,13 +96,15 @@ bool apart(const View& a, const View& b) {
 }
 bool same_or_apart(const View& a, const View& b) { return same_view(a, b) || apart(a, b); }
 
+/// Products of the same activations side by side: join(args, more) adds the second's, launch(args, arch) is both's.
+template <class Args, bool (*join)(Args&, const Args&), Launch (*launch)(const Args&, Arch)>
 bool join_products(RankLaunch& a, const RankLaunch& b, Arch arch) {
-    MulVecArgs args = args_of<MulVecArgs>(a);
-    const MulVecArgs more = args_of<MulVecArgs>(b);
+    Args args = args_of<Args>(a);
+    const Args more = args_of<Args>(b);
     for (int i = 0; i < args.n_parts; ++i)
         for (int j = 0; j < more.n_parts; ++j)
             if (!apart(args.part[i].y, more.part[j].y)) return false;
-    return mul_vec_join(args, more) && replace(a, mul_vec_launch(args, arch), args);
+    return join(args, more) && replace(a, launch(args, arch), args);
 }
 
 /// Norms: a row of the residual stream is summed, normalised, weighted and quantised in one go.
@@ -134,7 +138,17 @@ bool norm_then_weight(RankLaunch& a, const RankLaunch& b, Arch arch) {
     norm.has_weight = 1;
     return replace(a, fused_norm_launch(norm, arch), norm);
 }
-/// What a kernel that ends in int8 activations needs: the whole of k, rows in the quantised order.
+/// The form that a kernel brings activations into; -1: it is no such kernel.
+int form_of(const char* kernel) {
+    static constexpr std::pair<const char*, ActivationForm> kForms[] = {{"quantize_x", kInt8Rows}, {"half_panels", kHalfPanels}, {"bf16_panels", kBf16Panels}};
+    for (const auto& [name, form] : kForms)
+        if (std::strcmp(kernel, name) == 0) return form;
+    return -1;
+}
+/// A panel's rows end in whole steps of 64; what lies beyond k is zero, which only half_panels writes.
+bool can_leave(const RankLaunch& quantize, i64 k) { return form_of(quantize.launch.kernel) == kInt8Rows || k % 64 == 0; }
+
+/// What a kernel that ends in int8 activations, or panels, needs: the whole of k, rows in the quantised order.
 bool quantizes(const QuantizeArgs& q, const View& y, i64 k, i64 rows) {
     return q.x.data == y.data && q.k_begin == 0 && q.k_end == q.k && q.k == k && q.x.ne[0] == k && q.x.ne[1] * q.x.ne[2] * q.x.ne[3] == rows &&
            q.x.nb[0] == 4 && (rows == 1 || q.x.nb[1] == k * 4);
@@ -142,7 +156,8 @@ bool quantizes(const QuantizeArgs& q, const View& y, i64 k, i64 rows) {
 bool norm_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
     FusedNormArgs norm = norm_of(a);
     const QuantizeArgs q = args_of<QuantizeArgs>(b);
-    if (norm.xq || !quantizes(q, norm.y, norm.y.ne[0], norm.y.ne[1] * norm.y.ne[2] * norm.y.ne[3])) return false;
+    if (norm.xq || !can_leave(b, q.k) || !quantizes(q, norm.y, norm.y.ne[0], norm.y.ne[1] * norm.y.ne[2] * norm.y.ne[3])) return false;
+    norm.form = static_cast<ActivationForm>(form_of(b.launch.kernel));
     norm.xq = q.xq;
     norm.xd = q.xd;
     return replace(a, fused_norm_launch(norm, arch), norm);
@@ -154,7 +169,8 @@ bool glu_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
     const View& y = glu.glu.y;
     // A row for each of a token's experts, or one for each token; the shard's part of a row of blocks.
     if (!same_view(q.x, y) && !quantizes(q, y, y.ne[0], y.ne[1] * y.ne[2] * y.ne[3])) return false;
-    if (q.k_end - q.k_begin != y.ne[0]) return false;
+    if (q.k_end - q.k_begin != y.ne[0] || !can_leave(b, q.k)) return false;
+    glu.form = static_cast<ActivationForm>(form_of(b.launch.kernel));
     glu.k = q.k;
     glu.k_begin = q.k_begin;
     glu.xq = q.xq;
@@ -327,10 +343,12 @@ bool chain_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
 
 bool is_mul_vec_id(const char* kernel) { return std::strncmp(kernel, "mul_vec_id_", 11) == 0; }
 bool is_mul_vec(const char* kernel) { return std::strncmp(kernel, "mul_vec_", 8) == 0 && !is_mul_vec_id(kernel); }
+bool is_mul_wgmma(const char* kernel) { return std::strncmp(kernel, "mul_wgmma_", 10) == 0; }
 bool is_add(const char* kernel) { return std::strcmp(kernel, "binary_add") == 0; }
 bool is_mul(const char* kernel) { return std::strcmp(kernel, "binary_mul") == 0; }
 bool is_norm(const char* kernel) { return std::strcmp(kernel, "rms_norm") == 0 || std::strcmp(kernel, "fused_norm") == 0; }
 bool is_glu(const char* kernel) { return std::strncmp(kernel, "glu_", 4) == 0; }
+bool makes_form(const char* kernel) { return form_of(kernel) >= 0; }
 bool is_quantize(const char* kernel) { return std::strcmp(kernel, "quantize_x") == 0; }
 bool is_combine(const char* kernel) { return std::strcmp(kernel, "flash_combine") == 0; }
 bool is_rope(const char* kernel) { return std::strncmp(kernel, "rope_", 5) == 0; }
@@ -342,12 +360,19 @@ struct Merge {
     bool (*join)(RankLaunch& a, const RankLaunch& b, Arch arch);  // false: a may be changed and is thrown away
 };
 constexpr Merge kMerges[] = {
-    {is_mul_vec, is_mul_vec, join_products},      {is_add, is_norm, sum_then_norm},
-    {is_norm, is_mul, norm_then_weight},          {is_norm, is_quantize, norm_then_quantize},
-    {is_glu, is_quantize, glu_then_quantize},     {is_combine, is_quantize, attention_then_quantize},
-    {is_rope, is_rope, rope_then_rope},           {is_rope, is_set_rows, rope_then_store},
-    {is_mul_vec_id, is_mul_vec_id, join_experts}, {is_mul_vec_id, is_mul, experts_then_weights},
-    {is_mul_vec_id, is_add, experts_then_sum},    {is_link, is_link, chain_links},
+    {is_mul_vec, is_mul_vec, join_products<MulVecArgs, mul_vec_join, mul_vec_launch>},
+    {is_mul_wgmma, is_mul_wgmma, join_products<MulWideArgs, mul_wide_join, mul_wgmma_launch>},
+    {is_add, is_norm, sum_then_norm},
+    {is_norm, is_mul, norm_then_weight},
+    {is_norm, makes_form, norm_then_quantize},
+    {is_glu, makes_form, glu_then_quantize},
+    {is_combine, is_quantize, attention_then_quantize},
+    {is_rope, is_rope, rope_then_rope},
+    {is_rope, is_set_rows, rope_then_store},
+    {is_mul_vec_id, is_mul_vec_id, join_experts},
+    {is_mul_vec_id, is_mul, experts_then_weights},
+    {is_mul_vec_id, is_add, experts_then_sum},
+    {is_link, is_link, chain_links},
     {is_chain, is_quantize, chain_then_quantize},
 };
 

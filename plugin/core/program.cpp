@@ -165,9 +165,14 @@ void lower_tiles(const Site& s, Lowered& out, const MulMatArgs& args, const Quan
     const MulTileArgs tile{args.w, args.y, prepare.xq, s.w.k, args.x.ne[1]};
     const bool bf16 = args.w.type == kBF16, wgmma = mul_wgmma_can(args, s.arch);
     out.scratch_bytes = wgmma ? panel_bytes(tile.m, tile.k) : tile.m * tile.k * 2;
-    const Prepared before = std::exchange(out.prepared, wgmma ? (bf16 ? Prepared::kBf16Panels : Prepared::kHalfPanels) : bf16 ? Prepared::kBf16 : Prepared::kHalf);
-    if (s.prepared != out.prepared && before != out.prepared) out.add(wgmma ? halve_panels_launch(prepare, bf16, s.arch) : halve_launch(prepare, bf16, s.arch), prepare);
-    out.add(wgmma ? mul_wgmma_launch(tile, s.arch) : mul_tile_launch(tile, s.arch), tile);
+    const Prepared before = std::exchange(out.prepared, wgmma  ? (bf16 ? Prepared::kBf16Panels : Prepared::kHalfPanels)
+                                                        : bf16 ? Prepared::kBf16
+                                                               : Prepared::kHalf);
+    if (s.prepared != out.prepared && before != out.prepared)
+        out.add(wgmma ? halve_panels_launch(prepare, bf16, s.arch) : halve_launch(prepare, bf16, s.arch), prepare);
+    if (!wgmma) return out.add(mul_tile_launch(tile, s.arch), tile);
+    const MulWideArgs wide = mul_wide_args(tile);
+    out.add(mul_wgmma_launch(wide, s.arch), wide);
 }
 
 void lower_mul_mat(const Site& s, Lowered& out) {
