@@ -442,8 +442,27 @@ struct StreamBinary {
 struct StreamCombine {
     FlashCombineArgs args;
 };
+// What an attention does with its token's own query, key and value heads, as a product has left them: it turns the queries, and the block that
+// has the token's cell writes key and value into the cache. Query and key as turned go to q_y and k_y too, for
+// whoever else may read them (null: what this attention writes lies there).
+struct StreamOwnToken {
+    struct Cache {  // F16 rows
+        char* data;
+        const char* row;               // its number, I64 or I32
+        i64 row_bytes, n_rows, first;  // first: the row that the attention's cell 0 is
+        i32 row_type, pad;
+    };
+    const float *q, *k, *v;
+    float *q_y, *k_y;
+    const float* table;  // of StreamTurns; null: there is nothing of this here
+    Cache k_cache, v_cache;
+    u32* fault;  // a row outside of a cache
+    i32 n_dims, n_offs, neox, pad;
+};
 struct StreamFlash {
     FlashSplitArgs args;
+    StreamOwnToken own;
+    View y;  // where one piece is all cells (args.n_splits = 1): F32 [d, n_head], and no combination follows
     i32 n_units, pad;
 };
 enum StreamKind : i32 {

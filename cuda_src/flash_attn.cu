@@ -1,8 +1,10 @@
-// FLASH_ATTN_EXT. flash_split and flash_combine, below, do the usual cache; flash_attn does the rest: a warp per (token, head, stream); each lane scores its own cell of 32, then all lanes gather V over dv.
+// FLASH_ATTN_EXT. flash_split (before sm_80) or flash_columns, and flash_combine, below, do the usual cache; flash_attn does the rest: a warp
+// per (token, head, stream); each lane scores its own cell of 32, then all lanes gather V over dv.
 // Online soft max in f32; sums run in the order of cells, so results do not depend on the launch. grid: (n_tok, n_head, ns).
 #include "flash_attn.h"
 
 #include "element.h"
+#include "flash_columns.h"
 #include "flash_piece.h"
 #include "index.h"
 
@@ -68,6 +70,7 @@ TP_KERNEL(flash_attn, FlashAttnArgs, 32) {
         if (j * 32 + lane < dv) *(float*)(y + (j * 32 + lane) * args.y.nb[0]) = acc[j] * scale;
 }
 
+#if TP_ARCH < 800
 #define FLASH_SPLIT(heads)                                                                                                                      \
     TP_KERNEL(flash_split_##heads, FlashSplitArgs, 32 * ggml_tp::kFlashWarps) {                                                                 \
         __shared__ float merged[ggml_tp::kFlashWarps / 2 * heads * (2 + 256)];                                                                  \
@@ -78,6 +81,25 @@ FLASH_SPLIT(1)
 FLASH_SPLIT(2)
 FLASH_SPLIT(4)
 FLASH_SPLIT(8)
+#endif
+#if TP_ARCH >= 800
+namespace ggml_tp {
+template <int kD>
+TP_DEVICE void flash_columns_block(const FlashSplitArgs& args) {
+    TP_DYN_SHARED(float, merged);
+    const FlashAttnArgs& a = args.a;
+    const i64 stream = (u32)blockIdx.z / (u32)a.q.ne[1], token = (u32)blockIdx.z % (u32)a.q.ne[1];
+    flash_columns<kD, kFlashWarps, kD <= 128>(args, heads_of_unit(args, blockIdx.y), blockIdx.x, token, stream, (int)threadIdx.x, merged,
+                                              QueriesInMemory{a, token, stream}, PieceResults{args, blockIdx.x, token, stream}, [] { __syncthreads(); });
+}
+}  // namespace ggml_tp
+#define FLASH_COLUMNS(d) \
+    TP_KERNEL(flash_columns_##d, FlashSplitArgs, 128) { ggml_tp::flash_columns_block<d>(args); }
+FLASH_COLUMNS(64)
+FLASH_COLUMNS(128)
+FLASH_COLUMNS(192)
+FLASH_COLUMNS(256)
+#endif
 
 // grid: (n_head, n_tok, ns), a thread per element of a head.
 TP_KERNEL(flash_combine, FlashCombineArgs, 256) {

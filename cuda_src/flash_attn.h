@@ -4,9 +4,13 @@
 
 namespace ggml_tp {
 
-constexpr int kFlashHeads = 8;        // query heads of one KV head that a block takes along
-constexpr int kFlashWarps = 4;        // of a block
-constexpr i64 kFlashLeastCells = 32;  // of a piece: less is all merging
+constexpr int kFlashHeads = 8;                                   // query heads of one KV head that a block takes along
+constexpr int kFlashWarps = 4;                                   // of a block
+constexpr i64 kFlashLeastCells = 32;                             // of a piece: less is all merging
+constexpr i32 kColumnsArch = 800;                                // tensor cores take halves into f32 (flash_columns.h); older cards have flash_split_unit
+constexpr int kColumnsStep = 16;                                 // cells of a step of a warp there
+constexpr int kColumnsRun = 64;                                  // cells whose mask a warp looks at together, at most
+constexpr int columns_blocks(i64 d) { return d <= 64 ? 4 : 2; }  // of a multiprocessor there: what its registers hold
 
 inline Launch flash_attn_launch(const FlashAttnArgs& a, Arch) {
     Launch out;
@@ -22,26 +26,34 @@ inline Launch flash_attn_launch(const FlashAttnArgs& a, Arch) {
 
 /// Whether the split kernel can: an F16 cache in 16-byte words, K and V of one head size up to 256.
 inline bool flash_split_can(const FlashAttnArgs& a) {
-    auto words = [](const View& v) { return v.type == kF16 && v.nb[0] == 2 && v.nb[1] % 16 == 0 && v.nb[2] % 16 == 0 && v.nb[3] % 16 == 0; };
+    auto words = [](const View& v) {
+        const bool whole = v.nb[1] % 16 == 0 && v.nb[2] % 16 == 0 && v.nb[3] % 16 == 0;
+        return v.type == kF16 && v.nb[0] == 2 && whole && v.nb[1] < 1 << 28 && v.ne[1] < 1 << 30;  // 16 rows are addressed, and cells counted, in 32 bits
+    };
     if (!words(a.k) || !words(a.v) || a.q.ne[0] != a.v.ne[0] || a.q.ne[0] % 8 || a.q.ne[0] > 256 || a.q.nb[0] != 4 || a.y.nb[0] != 4) return false;
     return !a.has_mask || (a.mask.type == kF16 && a.mask.ne[2] == 1);
 }
 
-/// Divides the cells so that there are about four blocks a multiprocessor, where there are cells enough. The division depends on the
+/// Floats of shared memory in which the warps of a unit of flash_columns.h meet.
+constexpr int flash_columns_floats(int warps, int heads, int d) { return warps * heads * (2 + d); }
+
+/// Divides the cells so that there are as many blocks as run at a time, where there are cells enough. The division depends on the
 /// shapes and the device alone, so results repeat.
 inline FlashSplitArgs flash_split_args(const FlashAttnArgs& a, Arch arch) {
     FlashSplitArgs s{};
     s.a = a;
     s.group_heads = kFlashHeads;
     s.head_groups = (a.gqa_ratio + s.group_heads - 1) / s.group_heads;
-    const i64 cells = a.k.ne[1], blocks = a.k.ne[2] * s.head_groups * a.q.ne[1] * a.q.ne[3], want = (i64)arch.n_sm * 4;
+    const bool columns = arch.cc >= kColumnsArch;
+    const i64 cells = a.k.ne[1], blocks = a.k.ne[2] * s.head_groups * a.q.ne[1] * a.q.ne[3], want = (i64)arch.n_sm * (columns ? columns_blocks(a.q.ne[0]) : 4);
+    const i64 least = columns ? kFlashWarps * kColumnsStep : kFlashLeastCells, unit = columns ? kColumnsStep : 8;
     i64 splits = blocks > 0 ? want / blocks : 1;
-    const i64 most = (cells + kFlashLeastCells - 1) / kFlashLeastCells;
+    const i64 most = (cells + least - 1) / least;
     splits = splits > most ? most : splits;
     splits = splits > 64 ? 64 : splits < 1 ? 1 : splits;
     i64 each = splits ? (cells + splits - 1) / splits : cells;
-    each = (each + 7) / 8 * 8;
-    s.cells = (i32)(each ? each : 8);
+    each = (each + unit - 1) / unit * unit;
+    s.cells = (i32)(each ? each : unit);
     s.n_splits = (i32)((cells + s.cells - 1) / s.cells);
     if (s.n_splits < 1) s.n_splits = 1;
     return s;
@@ -50,12 +62,18 @@ inline FlashSplitArgs flash_split_args(const FlashAttnArgs& a, Arch arch) {
 inline i64 flash_split_acc(const FlashSplitArgs& s) { return s.a.q.ne[1] * s.a.q.ne[2] * s.a.q.ne[3] * s.n_splits * s.a.v.ne[0]; }
 inline i64 flash_split_meta(const FlashSplitArgs& s) { return s.a.q.ne[1] * s.a.q.ne[2] * s.a.q.ne[3] * s.n_splits * 2; }
 
-inline Launch flash_split_launch(const FlashSplitArgs& s, Arch) {
+inline Launch flash_split_launch(const FlashSplitArgs& s, Arch arch) {
     Launch out;
     const i64 y = s.a.k.ne[2] * s.head_groups, z = s.a.q.ne[1] * s.a.q.ne[3];
     if (!flash_split_can(s.a) || y > 65535 || z > 65535) return out;
     const i64 heads = s.a.gqa_ratio < kFlashHeads ? s.a.gqa_ratio : kFlashHeads;
-    out.kernel = heads <= 1 ? "flash_split_1" : heads <= 2 ? "flash_split_2" : heads <= 4 ? "flash_split_4" : "flash_split_8";
+    const int d = (int)s.a.q.ne[0];
+    if (arch.cc >= kColumnsArch) {
+        out.kernel = d <= 64 ? "flash_columns_64" : d <= 128 ? "flash_columns_128" : d <= 192 ? "flash_columns_192" : "flash_columns_256";
+        out.shared_bytes = (u32)flash_columns_floats(kFlashWarps, (int)heads, d) * 4;
+    } else {
+        out.kernel = heads <= 1 ? "flash_split_1" : heads <= 2 ? "flash_split_2" : heads <= 4 ? "flash_split_4" : "flash_split_8";
+    }
     out.grid[0] = (u32)s.n_splits;
     out.grid[1] = (u32)y;
     out.grid[2] = (u32)z;

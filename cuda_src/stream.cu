@@ -11,6 +11,7 @@
 #include "stream.h"
 
 #include "elementwise.h"
+#include "flash_columns.h"
 #include "flash_piece.h"
 #include "get_row.h"
 #include "rope_pair.h"
@@ -27,6 +28,7 @@ constexpr int kInFlight = 2;  // tiles on their way: more would queue the activa
 // Cycles between tiles that are fetched ahead of their stage: while a stage hands over to the next, a full stream makes its stores and loads
 // wait in line (447 -> 466 tokens/s, llama 8B Q4_0, H200; from 1000 to 8000 alike).
 constexpr u64 kEarlyPause = 4000;
+constexpr int kAheadCells = 512;     // of the cache, that a block asks for ahead
 constexpr u32 kPollsPerLook = 1024;  // at the clock
 
 struct Shared {
@@ -40,6 +42,15 @@ struct Shared {
     u32 late, stage_now;
 };
 static_assert(kStreamSlots * kStreamSlotBytes + sizeof(Shared) <= kStreamShared, "shared memory");
+
+// The parts of this kernel are functions that are called: inlined into one, their invariants took the registers of each other's loops
+// (docs/decisions.md). They find shared memory by themselves, as addresses that are passed would be generic ones.
+TP_DEVICE char* ring_of() {
+    TP_DYN_SHARED(char, ring);
+    return ring;
+}
+TP_DEVICE Shared& shared_of() { return *(Shared*)(ring_of() + kStreamSlots * kStreamSlotBytes); }
+TP_DEVICE const StreamStage& stage_at(int at) { return *(const StreamStage*)shared_of().stage[at]; }
 
 /// A position in a ring of n, and the parity of its phase.
 template <int n>
@@ -77,9 +88,12 @@ TP_DEVICE const StreamProduct& fetch_product(const StreamStage& stage, char* to,
 
 // ---- the warp that streams weights. What does not change from tile to tile is in registers, not read from the product for each copy again
 // (docs/decisions.md).
-TP_DEVICE void stream_weights(const StreamArgs& args, Shared& s, char* ring) {
+TP_OUTLINE void stream_weights(const StreamArgs& args) {
+    Shared& s = shared_of();
+    char* ring = ring_of();
     constexpr int kCopies = 8;  // of a tile: four planes, two halves
     Turn<kStreamSlots> slot, ahead;
+    const u64 once = tp_read_once();
     int issued = 0, landed = 0;
     for (int i = args.first_product, next; i < args.n_stages; i = next) {
         const StreamProduct& p = fetch_product(args.stages[i], s.streamed, next);
@@ -114,7 +128,8 @@ TP_DEVICE void stream_weights(const StreamArgs& args, Shared& s, char* ring) {
                 tp_barrier_expect(&s.full[slot.at], (u32)rows * all_bytes);
 #pragma unroll
                 for (int c = 0; c < kCopies; ++c)
-                    if (c < n_copies) tp_bulk_load(to[c] + slot.at * kStreamSlotBytes, from[c] + (i64)row * bytes[c], (u32)rows * bytes[c], &s.full[slot.at]);
+                    if (c < n_copies)
+                        tp_bulk_load_once(to[c] + slot.at * kStreamSlotBytes, from[c] + (i64)row * bytes[c], (u32)rows * bytes[c], &s.full[slot.at], once);
                 slot.next();
             }
             tile -= tiles;
@@ -138,7 +153,8 @@ TP_DEVICE float activated(int op, float x) {
 }
 
 // ---- the warp that stores
-TP_DEVICE void store_results(const StreamArgs& args, Shared& s) {
+TP_OUTLINE void store_results(const StreamArgs& args) {
+    Shared& s = shared_of();
     const int lane = threadIdx.x % 32;
     Turn<kOuts> out;
     for (int i = args.first_product, next; i < args.n_stages; i = next) {
@@ -151,8 +167,7 @@ TP_DEVICE void store_results(const StreamArgs& args, Shared& s) {
             float v = 0;
             if (lane < p.rows)
                 for (int g = 0; g < p.k_groups; ++g) v += s.out[out.at][g * p.rows + lane];
-            __syncwarp();
-            if (lane == 0) tp_barrier_arrive(&s.out_empty[out.at]);
+            tp_barrier_arrive(&s.out_empty[out.at]);
             out.next();
             if (p.glu) {
                 const int half = p.rows / 2;
@@ -181,6 +196,9 @@ TP_DEVICE void store_results(const StreamArgs& args, Shared& s) {
 struct Walk {
     Turn<kStreamSlots> slot;
     Turn<kOuts> out;
+    // In one register across calls.
+    TP_MEMBER u32 packed() const { return (u32)(slot.at | slot.parity << 8 | out.at << 16 | out.parity << 24); }
+    static TP_MEMBER Walk of(u32 v) { return {{(int)(v & 255), (int)(v >> 8 & 255)}, {(int)(v >> 16 & 255), (int)(v >> 24)}}; }
 };
 
 TP_DEVICE void load_eight(const float* from, float (&v)[8]) {
@@ -226,12 +244,14 @@ TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int first, i64 fro
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
         const float inverse = most > 0 ? 127.0f / most : 0.0f;
-        int words[2] = {};
-        float sum = 0;
-        for (int i = 0; i < 8; ++i) {
-            const float q = rintf(v[j][i] * inverse);
-            sum += q;
-            words[i / 4] |= ((int)q & 255) << 8 * (i % 4);
+        // Added to 1.5 * 2^23 a float is rounded to an integer, its low byte the int8: conversions would be a quarter as fast.
+        int bits[8];
+        for (int i = 0; i < 8; ++i) bits[i] = __float_as_int(tp_mul_rounded(v[j][i], inverse) + 12582912.0f);
+        int words[2], sum = 0;
+        for (int i = 0; i < 2; ++i) {
+            words[i] = (int)tp_byte_perm(tp_byte_perm((u32)bits[4 * i], (u32)bits[4 * i + 1], 0x0040),
+                                         tp_byte_perm((u32)bits[4 * i + 2], (u32)bits[4 * i + 3], 0x0040), 0x5410);
+            sum = tp_dp4a(words[i], 0x01010101, sum);
         }
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
@@ -241,14 +261,16 @@ TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int first, i64 fro
         if (at % 32 == 0) {
             const float d = most / 127.0f;
             s.xd[at / 32 * 2] = d;
-            s.xd[at / 32 * 2 + 1] = d * sum;
+            s.xd[at / 32 * 2 + 1] = d * (float)sum;
         }
     }
     return squares;
 }
 
 /// The input of a product, as int8 in shared memory, without the norm's 1 / root mean square: that is returned, and scales the results.
-TP_DEVICE float take_input(const StreamProduct& p, Shared& s) {
+TP_OUTLINE float take_input(int at) {
+    const StreamProduct& p = *(const StreamProduct*)stage_at(at).body;
+    Shared& s = shared_of();
     const int thread = threadIdx.x;
     const i64 share = ((p.k + gridDim.x - 1) / gridDim.x + 7) / 8 * 8, from = blockIdx.x * share, to = from + share;
     if (p.input != kInputNorm) {
@@ -273,7 +295,11 @@ TP_DEVICE float take_input(const StreamProduct& p, Shared& s) {
 
 /// All tiles of a product. A warp takes two rows at a time, so that their loads, products and sums overlap.
 template <int kType, int kPieces>
-TP_DEVICE void multiply(const StreamProduct& p, Shared& s, const char* ring, Walk& walk, float scale) {
+TP_OUTLINE u32 multiply(int at_stage, u32 packed_walk, float scale) {
+    Walk walk = Walk::of(packed_walk);
+    const StreamProduct& p = *(const StreamProduct*)stage_at(at_stage).body;
+    Shared& s = shared_of();
+    const char* ring = ring_of();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pieces = p.k / 32;
     const int row_groups = kStreamWarps / p.k_groups, group = warp / row_groups, first_row = warp % row_groups;
     TpInt4 x0[kPieces], x1[kPieces];
@@ -318,25 +344,135 @@ TP_DEVICE void multiply(const StreamProduct& p, Shared& s, const char* ring, Wal
             if (lane == 0) s.out[walk.out.at][group * rows + row] = sum;
             if (lane == 0 && two) s.out[walk.out.at][group * rows + other] = sum_of_other;
         }
-        __syncwarp();
-        if (lane == 0) {
-            tp_barrier_arrive(&s.empty[walk.slot.at]);
-            tp_barrier_arrive(&s.out_full[walk.out.at]);
-        }
+        tp_barrier_arrive(&s.empty[walk.slot.at]);
+        tp_barrier_arrive(&s.out_full[walk.out.at]);
         walk.slot.next();
         walk.out.next();
     }
+    return walk.packed();
 }
 
 template <int kType>
-TP_DEVICE void multiply(const StreamProduct& p, Shared& s, const char* ring, Walk& walk, float scale) {
-    if (p.pieces_each == 1) multiply<kType, 1>(p, s, ring, walk, scale);
-    else if (p.pieces_each == 2) multiply<kType, 2>(p, s, ring, walk, scale);
-    else multiply<kType, 4>(p, s, ring, walk, scale);
+TP_DEVICE u32 multiply(int pieces_each, int at, u32 walk, float scale) {
+    return pieces_each == 1   ? multiply<kType, 1>(at, walk, scale)
+           : pieces_each == 2 ? multiply<kType, 2>(at, walk, scale)
+                              : multiply<kType, 4>(at, walk, scale);
+}
+
+/// The token's own heads of a unit: see StreamOwnToken. queries: as halves [heads.n][d], scaled.
+TP_DEVICE void turn_own(const StreamFlash& f, const UnitHeads& heads, int split, u16* queries) {
+    const StreamOwnToken& own = f.own;
+    const int d = (int)f.args.a.q.ne[0], half = d / 2, thread = threadIdx.x;
+    // Where a cache's row begins for this head; null: another piece's. A cell that the attention does not see is the first piece's.
+    auto row_of = [&](const StreamOwnToken::Cache& cache) -> u16* {
+        const i64 row = cache.row_type == kI64 ? *(const i64*)cache.row : (i64) * (const i32*)cache.row;
+        if (row < 0 || row >= cache.n_rows) {
+            atomicExch(own.fault, (u32)kFaultKvCell);
+            return nullptr;
+        }
+        const i64 cell = row - cache.first, piece = cell < 0 ? 0 : (u32)cell / (u32)f.args.cells;
+        return (piece < f.args.n_splits ? piece : 0) == split ? (u16*)(cache.data + row * cache.row_bytes) + heads.kv_head * d : nullptr;
+    };
+    constexpr int kPairs = 2;  // a thread's at a time: 4 heads of 128 and their key at once
+    const int n = (heads.n + 1) * half;
+    u16 *k_to = nullptr, *v_to = nullptr;
+    for (int first = 0; first < n; first += kPairs * kMultiply) {
+        int head_of[kPairs], at[kPairs], other[kPairs];
+        float a[kPairs], b[kPairs], cosine[kPairs], sine[kPairs];
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j) {
+            const int i = first + j * kMultiply + thread, h = i / half, pair = i - h * half;
+            head_of[j] = i < n && (h == heads.n || heads.mine(h)) ? h : -1;
+            at[j] = 2 * pair, other[j] = at[j] + 1;
+            cosine[j] = 1, sine[j] = 0;
+            if (head_of[j] < 0) continue;
+            if (at[j] >= own.n_offs && at[j] < own.n_offs + own.n_dims) {
+                const int turned = pair - own.n_offs / 2;
+                if (own.neox) at[j] = own.n_offs + turned, other[j] = at[j] + own.n_dims / 2;
+                cosine[j] = own.table[2 * turned], sine[j] = own.table[2 * turned + 1];
+            }
+            const float* x = h == heads.n ? own.k + heads.kv_head * d : own.q + (heads.first + h) * d;
+            a[j] = x[at[j]], b[j] = x[other[j]];
+        }
+        if (first == 0) k_to = row_of(own.k_cache), v_to = row_of(own.v_cache);
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j) {
+            const int h = head_of[j];
+            if (h < 0) continue;
+            const float turned_a = a[j] * cosine[j] - b[j] * sine[j], turned_b = a[j] * sine[j] + b[j] * cosine[j];
+            float* y = h == heads.n ? own.k_y : own.q_y;
+            if (y && split == 0) {
+                y += (h == heads.n ? heads.kv_head : heads.first + h) * d;
+                y[at[j]] = turned_a, y[other[j]] = turned_b;
+            }
+            if (h < heads.n) {
+                const float scale = f.args.a.scale;
+                queries[h * d + at[j]] = tp_float_to_half(turned_a * scale), queries[h * d + other[j]] = tp_float_to_half(turned_b * scale);
+            } else if (k_to) {
+                k_to[at[j]] = tp_float_to_half(turned_a), k_to[other[j]] = tp_float_to_half(turned_b);
+            }
+        }
+    }
+    if (v_to)
+        for (int i = thread; i < d; i += kMultiply) v_to[i] = tp_float_to_half(own.v[heads.kv_head * d + i]);
+}
+
+struct QueriesShared {
+    const u16* from;
+    int d;
+    TP_MEMBER TpInt4 eight(const UnitHeads&, int h, int at) const { return *(const TpInt4*)(from + h * d + at); }
+};
+/// What flash_combine will add up, or, where one piece has all cells, what it would say.
+struct StreamResults {
+    const StreamFlash& f;
+    int split;
+    TP_MEMBER void put(i64 head, int i, float most, float sum, float acc) const {
+        const FlashAttnArgs& a = f.args.a;
+        if (f.args.n_splits > 1) {
+            PieceResults{f.args, split, 0, 0}.put(head, i, most, sum, acc);
+            return;
+        }
+        float scale = 1.0f;
+        if (a.has_sinks) {
+            const float sink = *(const float*)(a.sinks.data + (head + a.head_offset) * a.sinks.nb[0]), top = fmaxf(most, sink);
+            scale = most > -INFINITY ? expf(most - top) : 0.0f;
+            sum = sum * scale + expf(sink - top);
+        }
+        *(float*)(f.y.data + i * 4 + head * f.y.nb[1]) = sum > 0 ? acc * scale / sum : 0.0f;
+    }
+};
+
+template <int kD>
+TP_OUTLINE void attend(int at) {
+    const StreamFlash& f = *(const StreamFlash*)stage_at(at).body;
+    Shared& s = shared_of();
+    const FlashSplitArgs& args = f.args;
+    const int d = (int)args.a.q.ne[0], thread = threadIdx.x;
+    u16* queries = (u16*)s.x;
+    float* merged = (float*)(s.x + kStreamQueryBytes);
+    for (u32 unit = blockIdx.x; unit < (u32)(f.n_units * args.n_splits); unit += gridDim.x) {
+        const u32 head = unit / (u32)args.n_splits;
+        const int split = (int)(unit - head * (u32)args.n_splits);
+        const UnitHeads heads = heads_of_unit(args, head);
+        if (f.own.table) {
+            turn_own(f, heads, split, queries);
+        } else {
+            for (int i = 8 * thread; i < heads.n * d; i += 8 * kMultiply) {
+                const int h = i / d;
+                if (heads.mine(h)) *(TpInt4*)(queries + i) = QueriesInMemory{args.a, 0, 0}.eight(heads, h, i - h * d);
+            }
+        }
+        sync_multiplying();
+        const QueriesShared from{queries, d};
+        const StreamResults to{f, split};
+        flash_columns<kD, kStreamWarps, false>(args, heads, split, 0, 0, thread, merged, from, to, sync_multiplying);
+        sync_multiplying();  // the next unit writes there
+    }
 }
 
 /// A stage that is no product: elements, rows or units of all blocks' threads.
-TP_DEVICE void do_stage(const StreamStage& stage, Shared& s) {
+TP_OUTLINE void do_stage(int stage_slot) {
+    const StreamStage& stage = stage_at(stage_slot);
     const char* body = stage.body;
     const int thread = threadIdx.x, lane = thread % 32;
     const i64 first = (i64)blockIdx.x * kMultiply + thread, step = (i64)gridDim.x * kMultiply;
@@ -400,12 +536,10 @@ TP_DEVICE void do_stage(const StreamStage& stage, Shared& s) {
             break;
         }
         case kStreamFlash: {
-            const StreamFlash& f = *(const StreamFlash*)body;
-            float* merged = (float*)s.x;
-            for (int unit = blockIdx.x; unit < f.n_units * f.args.n_splits; unit += gridDim.x) {
-                const int split = unit % f.args.n_splits, head = unit / f.args.n_splits;
-                flash_split_unit<1, 4, kStreamWarps, true>(f.args, split, head, 0, thread, f.args.group_heads, merged, sync_multiplying);
-            }
+            const i64 d = ((const StreamFlash*)body)->args.a.q.ne[0];
+            if (d <= 64) attend<64>(stage_slot);
+            else if (d <= 128) attend<128>(stage_slot);
+            else attend<256>(stage_slot);
             break;
         }
         case kStreamCombine: {  // a warp for 32 elements of a head
@@ -419,6 +553,30 @@ TP_DEVICE void do_stage(const StreamStage& stage, Shared& s) {
             break;
         }
         default: break;
+    }
+}
+
+/// What a stage reads that no stage writes goes into the L2 while its block still waits: norms' weights, what the cache has of other tokens.
+TP_DEVICE void fetch_ahead(const StreamStage& stage) {
+    const int thread = threadIdx.x;
+    if (stage.kind == kStreamProduct) {
+        const StreamProduct& p = *(const StreamProduct*)stage.body;
+        const int line = (int)blockIdx.x + (int)gridDim.x * (thread - 32);  // the first warp's other lanes would hold up the one that waits
+        if (p.input == kInputNorm && p.weight && thread >= 32 && line < p.k / 32) tp_prefetch((const char*)p.weight + line * 128);
+    } else if (stage.kind == kStreamFlash) {
+        const StreamFlash& f = *(const StreamFlash*)stage.body;
+        const FlashAttnArgs& a = f.args.a;
+        if ((int)blockIdx.x >= f.n_units * f.args.n_splits) return;
+        const u32 unit = blockIdx.x / (u32)f.args.n_splits, split = blockIdx.x - unit * (u32)f.args.n_splits;
+        const i64 kv_head = unit / (u32)f.args.head_groups, first = (i64)split * f.args.cells;
+        const int bytes = (int)a.q.ne[0] * 2;
+        for (int i = thread; i < kAheadCells; i += kMultiply) {
+            if (i >= f.args.cells || first + i >= a.k.ne[1]) break;
+            for (int at = 0; at < bytes; at += 128) {
+                tp_prefetch(a.k.data + kv_head * a.k.nb[2] + (first + i) * a.k.nb[1] + at);
+                tp_prefetch(a.v.data + kv_head * a.v.nb[2] + (first + i) * a.v.nb[1] + at);
+            }
+        }
     }
 }
 
@@ -437,10 +595,11 @@ TP_DEVICE void wait_for(const u32* counter, u32 target, const StreamArgs& args, 
     atomicExch(args.fault, (u32)kFaultLatePeer);
 }
 
-TP_DEVICE void multiply_and_more(const StreamArgs& args, Shared& s, const char* ring) {
+TP_DEVICE void multiply_and_more(const StreamArgs& args) {
+    Shared& s = shared_of();
     const int thread = threadIdx.x;
     constexpr int kWords = kStreamStageBytes / 16;
-    Walk walk;
+    u32 walk = Walk{}.packed();
     float scale = 1.0f;
     u32 pushed_before = 0;
     if (thread == 0) pushed_before = args.state->pushed_before;
@@ -458,6 +617,7 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args, Shared& s, const char* 
     for (int i = 0; i < args.n_stages; ++i) {
         mark(i, kTimeBegin);
         const StreamStage& stage = *(const StreamStage*)s.stage[i % 3];
+        fetch_ahead(stage);
         if (thread == 0 && stage.wait == 1) wait_for<false>(&args.state->arrived, (u32)i * gridDim.x, args, s);
         if (thread == 0 && stage.wait == 2) wait_for<true>(&args.state->pushed, pushed_before + (u32)(stage.pushes * args.blocks_of_all), args, s);
         tp_copy_wait();
@@ -466,7 +626,7 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args, Shared& s, const char* 
         mark(i, kTimeWaited);
         if (thread == 0) tp_poke(&s.stage_now, (u32)i);
         if (stage.kind != kStreamProduct) {
-            do_stage(stage, s);
+            do_stage(i % 3);
             sync_multiplying();
             if (thread == 0) arrive(args, nullptr);
             mark(i, kTimeInput);
@@ -474,12 +634,12 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args, Shared& s, const char* 
             continue;
         }
         const StreamProduct& p = *(const StreamProduct*)stage.body;
-        if (p.input != kInputKept) scale = take_input(p, s);
+        if (p.input != kInputKept) scale = take_input(i % 3);
         mark(i, kTimeInput);
-        if (p.type == kQ4_0) multiply<kQ4_0>(p, s, ring, walk, scale);
-        else if (p.type == kQ8_0) multiply<kQ8_0>(p, s, ring, walk, scale);
-        else if (p.type == kQ4_K) multiply<kQ4_K>(p, s, ring, walk, scale);
-        else multiply<kQ6_K>(p, s, ring, walk, scale);
+        if (p.type == kQ4_0) walk = multiply<kQ4_0>(p.pieces_each, i % 3, walk, scale);
+        else if (p.type == kQ8_0) walk = multiply<kQ8_0>(p.pieces_each, i % 3, walk, scale);
+        else if (p.type == kQ4_K) walk = multiply<kQ4_K>(p.pieces_each, i % 3, walk, scale);
+        else walk = multiply<kQ6_K>(p.pieces_each, i % 3, walk, scale);
         mark(i, kTimeDone);
         if ((int)blockIdx.x >= p.n_tiles) {  // nothing for the storing warp; what take_input wrote counts all the same
             sync_multiplying();
@@ -494,19 +654,18 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args, Shared& s, const char* 
 TP_KERNEL_COOPERATIVE(stream, StreamArgs, 320) {
     using namespace ggml_tp;
     static_assert(kStreamThreads == 320, "the launch bound above");
-    TP_DYN_SHARED(char, ring);
-    Shared& s = *(Shared*)(ring + kStreamSlots * kStreamSlotBytes);
+    Shared& s = shared_of();
     const int thread = threadIdx.x;
     if (thread == 0) {
-        for (int i = 0; i < kStreamSlots; ++i) tp_barrier_init(&s.full[i], 1), tp_barrier_init(&s.empty[i], kStreamWarps);
-        for (int i = 0; i < kOuts; ++i) tp_barrier_init(&s.out_full[i], kStreamWarps), tp_barrier_init(&s.out_empty[i], 1);
+        for (int i = 0; i < kStreamSlots; ++i) tp_barrier_init(&s.full[i], 1), tp_barrier_init(&s.empty[i], kMultiply);
+        for (int i = 0; i < kOuts; ++i) tp_barrier_init(&s.out_full[i], kMultiply), tp_barrier_init(&s.out_empty[i], 32);
         s.late = 0, s.stage_now = 0;
         tp_barrier_init_fence();
     }
     __syncthreads();
-    if (thread < kMultiply) multiply_and_more(args, s, ring);
-    else if (thread < kMultiply + 32) stream_weights(args, s, ring);
-    else store_results(args, s);
+    if (thread < kMultiply) multiply_and_more(args);
+    else if (thread < kMultiply + 32) stream_weights(args);
+    else store_results(args);
     __syncthreads();
     // The last block to end leaves the counters as the next launch wants them: nobody waits on them any more.
     if (thread == 0 && tp_count(&args.state->done) == gridDim.x - 1) {

@@ -1,16 +1,17 @@
 // The persistent decode kernel of sm_90 and later (stream.cu): its shape, and which products fit it. Host side and device side.
 #pragma once
+#include "flash_attn.h"
 #include "launch.h"
 #include "weight_format.h"
 
 namespace ggml_tp {
 
-constexpr i32 kStreamArch = 900;                         // bulk copies and mbarriers
-constexpr int kStreamThreads = 32 * (kStreamWarps + 2);  // and a warp that streams weights, a warp that stores results
-constexpr int kStreamMostRows = 32;                      // of a tile: a lane of the storing warp each
-constexpr int kStreamInputBytes = kStreamMostK * 5 / 4;  // int8, and {scale, scale * sum} per 32
-constexpr int kStreamMostPieces = 4;                     // 16-byte pieces of the input that a lane keeps in registers
-constexpr int kStreamFlashHeads = kStreamWarps;          // most query heads of a unit: a warp each; more code than that did not fit the instruction cache
+constexpr i32 kStreamArch = 900;                          // bulk copies and mbarriers
+constexpr int kStreamThreads = 32 * (kStreamWarps + 2);   // and a warp that streams weights, a warp that stores results
+constexpr int kStreamMostRows = 32;                       // of a tile: a lane of the storing warp each
+constexpr int kStreamQueryBytes = kFlashHeads * 256 * 2;  // an attention's queries as halves, in front of where its warps meet
+constexpr int kStreamInputBytes = kStreamMostK * 5 / 4;   // int8, and {scale, scale * sum} per 32
+constexpr int kStreamMostPieces = 4;                      // 16-byte pieces of the input that a lane keeps in registers
 constexpr u32 kStreamShared = kStreamSlots * kStreamSlotBytes + kStreamInputBytes + 3 * kStreamStageBytes + 2304;
 static_assert(kStreamShared <= 227 * 1024, "what a block of sm_90 may have");
 

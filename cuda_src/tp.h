@@ -50,7 +50,8 @@ using ggml_tp::u64;
     extern __shared__ __align__(16) char tp_dynamic_shared[]; \
     T* name = (T*)tp_dynamic_shared
 #define TP_DEVICE __device__ __forceinline__
-#define TP_MEMBER __device__ __forceinline__  // of a struct
+#define TP_OUTLINE static __device__ __noinline__  // registers of its own, and its code once
+#define TP_MEMBER __device__ __forceinline__       // of a struct
 
 /// Programmatic dependent launch (sm_90): this grid was started before the one ahead of it had ended, and waits for it here; the one
 /// behind may start now. Elsewhere grids follow each other and this is nothing.
@@ -69,6 +70,8 @@ TP_DEVICE TpInt4 tp_load_stream(const char* p) {
 #endif
     return v;
 }
+/// Brings a line of 128 bytes into the L2.
+TP_DEVICE void tp_prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 TP_DEVICE u64 tp_nanoseconds() {
     u64 t;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
@@ -152,6 +155,17 @@ TP_DEVICE void tp_barrier_wait(TpBarrier* b, int parity) {
 TP_DEVICE void tp_bulk_load(void* to, const char* from, u32 bytes, TpBarrier* b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(tp_shared_address(to)), "l"(from), "r"(bytes),
                  "r"(tp_shared_address(b))
+                 : "memory");
+}
+/// The same of bytes that nobody reads again soon: they leave the L2 first. once: tp_read_once().
+TP_DEVICE u64 tp_read_once() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+TP_DEVICE void tp_bulk_load_once(void* to, const char* from, u32 bytes, TpBarrier* b, u64 once) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(tp_shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(tp_shared_address(b)), "l"(once)
                  : "memory");
 }
 /// Sixteen bytes to shared memory, without waiting; tp_copy_wait waits for all that this thread has begun.

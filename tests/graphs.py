@@ -359,10 +359,13 @@ def _attention() -> None:
     case("soft_max, sinks")(lambda g: soft_max(g, mask=F32, sinks=True))
 
     def flash(g: Case, d: int = 64, n_kv: int = 96, n_tokens: int = 3, heads: int = 6, kv_heads: int = 2, max_bias: float = 0.0, softcap: float = 0.0,
-              sinks: bool = False, mask: bool = True, type_: int = F16, streams: int = 1, type_v: int | None = None) -> Any:  # fmt: skip
+              sinks: bool = False, mask: bool = True, type_: int = F16, streams: int = 1, type_v: int | None = None,
+              closed: tuple[int, int] = (0, 0)) -> Any:  # fmt: skip
+        """`closed`: cells that no token sees, beyond what is causal."""
         q = g.leaf(F32, d, n_tokens, heads, streams)
         k, v = g.leaf(type_, d, n_kv, kv_heads, streams), g.leaf(type_ if type_v is None else type_v, d, n_kv, kv_heads, streams)
-        values = np.broadcast_to(causal(n_kv, n_tokens), (streams, 1, n_tokens, n_kv))
+        values = np.broadcast_to(causal(n_kv, n_tokens), (streams, 1, n_tokens, n_kv)).copy()
+        values[..., closed[0] : closed[1]] = -np.inf
         m = g.leaf(F16, n_kv, n_tokens, 1, streams, values=values) if mask else g.null
         out = g.lib.ggml_flash_attn_ext(g.c, q, k, v, m, d**-0.5, max_bias, softcap)
         if sinks:
@@ -400,6 +403,8 @@ def _attention() -> None:
     case("flash_attn, 70 tokens, ALiBi, softcap, sinks")(lambda g: flash(g, n_tokens=70, n_kv=128, max_bias=8.0, softcap=20.0, sinks=True))
     case("flash_attn, 130 tokens, two streams")(lambda g: flash(g, n_tokens=130, n_kv=160, streams=2))
     case("flash_attn 1 token, many cells")(lambda g: flash(g, d=128, n_tokens=1, n_kv=1536))
+    case("flash_attn 1 token, cells of others between")(lambda g: flash(g, d=128, n_tokens=1, n_kv=1536, closed=(33, 1301)))
+    case("flash_attn, 20 heads of one KV head")(lambda g: flash(g, heads=20, kv_heads=1))
     case("flash_attn, odd number of cells")(lambda g: flash(g, n_kv=101))
     case("flash_attn, no mask")(lambda g: flash(g, mask=False))
     case("flash_attn, ALiBi")(lambda g: flash(g, max_bias=8.0))

@@ -87,6 +87,7 @@ bool run(const Kernel& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_byte
 #define __shared__ static thread_local  // one block at a time per OS thread
 #define __align__(n) alignas(n)
 #define TP_DEVICE static inline
+#define TP_OUTLINE static __attribute__((noinline))
 #define TP_MEMBER inline
 #define threadIdx (tp_emulator::current.thread)
 #define blockIdx (tp_emulator::current.block)
@@ -137,6 +138,9 @@ static inline void tp_bulk_load(void* to, const char* from, u32 bytes, TpBarrier
     std::memcpy(to, from, bytes);
     tp_emulator::barrier_arrive(b, 0, static_cast<int>(bytes), 0);
 }
+static inline void tp_prefetch(const void*) {}
+static inline u64 tp_read_once() { return 0; }
+static inline void tp_bulk_load_once(void* to, const char* from, u32 bytes, TpBarrier* b, u64) { tp_bulk_load(to, from, bytes, b); }
 static inline void tp_copy_async(void* to, const void* from) { std::memcpy(to, from, 16); }
 static inline void tp_copy_wait() {}
 template <int kThreads>

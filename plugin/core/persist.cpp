@@ -13,17 +13,18 @@
 namespace ggml_tp {
 namespace {
 
-constexpr int kAttributeCooperative = 95;  // CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
-constexpr int kAttributeSharedOptIn = 97;  // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-constexpr i64 kLeastCells = 16;            // of a piece of attention: less is all merging
-constexpr i64 kMostElems = 1 << 17;        // of an element-wise stage: more is no token's work
-constexpr size_t kLeastProducts = 2;       // of a run: one alone gains nothing over its own launch
+constexpr int kAttributeCooperative = 95;                 // CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
+constexpr int kAttributeSharedOptIn = 97;                 // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+constexpr i64 kLeastCells = kStreamWarps * kColumnsStep;  // of a piece of attention: a step for every warp
+constexpr i64 kWholeCells = kStreamWarps * kColumnsRun;   // up to here one piece: to combine pieces costs more than four steps of its warps
+constexpr i64 kMostElems = 1 << 17;                       // of an element-wise stage: more is no token's work
+constexpr size_t kLeastProducts = 2;                      // of a run: one alone gains nothing over its own launch
 constexpr i64 kAlign = 256;
 i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 
 // StreamMemory::Rank::vectors. A norm reads its residual and what is added to it in every block, while fast blocks store results already,
 // maybe where the host's allocator has put them: over the inputs, which are dead by then. So norms read copies that are nobody else's.
-enum Vector { kSum0, kSum1, kAdded0, kAdded1, kImportA, kImportB, kTurned0, kTurned1, kTables, kVectors };
+enum Vector { kSum0, kSum1, kAdded0, kAdded1, kImportA, kImportB, kTurned0, kTurned1, kTurned2, kTables, kVectors };
 constexpr i64 kMostTables = 4, kTableFloats = kStreamMostK / kMostTables;  // kinds of rope in one program
 
 template <class T>
@@ -92,6 +93,10 @@ struct Recipe {
 bool is_vector(const View& v, i64 n) {
     return v.type == kF32 && v.ne[0] == n && v.ne[1] * v.ne[2] * v.ne[3] == 1 && v.nb[0] == 4 && reinterpret_cast<u64>(v.data) % 16 == 0;
 }
+/// n elements side by side, whatever the dimensions.
+bool is_packed(const View& v, i64 n) {
+    return v.type == kF32 && v.nb[0] == 4 && v.ne[0] * v.ne[1] == n && v.ne[2] * v.ne[3] == 1 && (v.ne[1] == 1 || v.nb[1] == v.ne[0] * 4);
+}
 bool named(const RankLaunch& l, const char* prefix) { return l.launch.kernel && std::strncmp(l.launch.kernel, prefix, std::strlen(prefix)) == 0; }
 
 /// One rank's reading of a run of steps. add() is called with the steps in order; false: this step ends the run (and this object is of no
@@ -107,7 +112,7 @@ class RankRun {
         if (named(l, "quantize_x")) return add_quantize(args_of<QuantizeArgs>(l));
         if (named(l, "fused_glu_")) return add_glu(l);
         if (named(l, "mul_vec_") && l.args.size() == sizeof(MulVecArgs)) return add_product(args_of<MulVecArgs>(l));
-        if (named(l, "flash_split_")) return add_flash(args_of<FlashSplitArgs>(l));
+        if (named(l, "flash_columns_")) return add_flash(args_of<FlashSplitArgs>(l));
         if (named(l, "flash_combine")) return add_combine(args_of<FlashCombineArgs>(l));
         if (named(l, "rope_")) return add_rope(l);
         if (named(l, "set_rows")) return add_set_rows(args_of<SetRowsArgs>(l));
@@ -130,6 +135,7 @@ class RankRun {
         stages.push_back(std::move(d));
         return true;
     }
+    bool pending = false;   // an attention waits for its combination: no place to end a run at
     i64 scratch_bytes = 0;  // of attention's pieces; offsets into it stand in the drafts until set_scratch
     void set_scratch(DevicePtr base) {
         for (Draft& d : stages) {
@@ -140,7 +146,8 @@ class RankRun {
                 move(acc), move(meta);
                 f.args.acc = const_cast<float*>(acc), f.args.meta = const_cast<float*>(meta);
                 d.set(f);
-                d.writes = {span_of(acc, flash_split_acc(f.args) * 4), span_of(meta, flash_split_meta(f.args) * 4)};
+                d.writes.push_back(span_of(acc, flash_split_acc(f.args) * 4));
+                d.writes.push_back(span_of(meta, flash_split_meta(f.args) * 4));
             } else if (d.kind == kStreamCombine) {
                 StreamCombine c = d.get<StreamCombine>();
                 move(c.args.acc), move(c.args.meta);
@@ -270,13 +277,13 @@ class RankRun {
     /// Reads the copy of a residual or of a product's result instead, where there is one. Hosts add them in either order.
     bool take_copy(const float*& from, i64 k) {
         if (!from) return false;
-        const float* copy = last_sum_.host == from ? last_sum_.copy : copy_of_output(from, k, next_added_, kAdded0);
+        const float* copy = last_sum_.host == from ? last_sum_.copy : copy_of_output(from, k, next_added_, kAdded0, 2);
         if (copy) from = copy;
         return copy != nullptr;
     }
-    /// A copy of what the last product or all_reduce wrote to y, made by its stage in one of two vectors by turns; null when some other stage
+    /// A copy of what the last product or all_reduce wrote to y, made by its stage in one of n_vectors by turns; null when some other stage
     /// wrote it.
-    float* copy_of_output(const float* y, i64 n, int& turn, int vectors) {
+    float* copy_of_output(const float* y, i64 n, int& turn, int vectors, int n_vectors) {
         const Span wanted = span_of(y, n * 4);
         float* copy = memory_->vectors[vectors + turn];
         for (size_t i = stages.size(); i-- > 0;) {
@@ -299,7 +306,7 @@ class RankRun {
             }
             if (!made) return nullptr;
             d.writes.push_back(span_of(copy, n * 4));
-            turn ^= 1;
+            turn = (turn + 1) % n_vectors;
             return copy;
         }
         return nullptr;
@@ -308,24 +315,72 @@ class RankRun {
         const FlashAttnArgs& a = f.a;
         const i64 cells = a.k.ne[1];
         if (a.q.ne[1] != 1 || a.q.ne[3] != 1 || cells <= 0) return false;
-        f.group_heads = 1;
-        while (f.group_heads < a.gqa_ratio && f.group_heads < kStreamFlashHeads) f.group_heads *= 2;
-        f.head_groups = (a.gqa_ratio + f.group_heads - 1) / f.group_heads;
-        static_assert(kStreamWarps / 2 * (2 + 256) * 4 <= kStreamInputBytes, "where warps meet");
+        const auto d = static_cast<int>(a.q.ne[0]);
+        const int meet_bytes = flash_columns_floats(kStreamWarps, std::min(a.gqa_ratio, f.group_heads), d) * 4;
+        if (kStreamQueryBytes + meet_bytes > kStreamInputBytes) return false;
         const i64 units = a.k.ne[2] * f.head_groups;
-        const i64 splits = std::clamp<i64>(memory_->n_blocks / std::max<i64>(units, 1), 1, (cells + kLeastCells - 1) / kLeastCells);
-        f.cells = static_cast<i32>(round_up((cells + splits - 1) / splits, 8));
+        const i64 most = cells <= kWholeCells ? 1 : (cells + kLeastCells - 1) / kLeastCells;
+        const i64 splits = std::clamp<i64>(memory_->n_blocks / std::max<i64>(units, 1), 1, most);
+        f.cells = static_cast<i32>(round_up((cells + splits - 1) / splits, kColumnsStep));
         f.n_splits = static_cast<i32>((cells + f.cells - 1) / f.cells);
         // Offsets for now; a later attention of the run uses the same scratch.
         const i64 acc_bytes = round_up(flash_split_acc(f) * 4, kAlign), meta_bytes = round_up(flash_split_meta(f) * 4, kAlign);
         f.acc = nullptr;
         f.meta = reinterpret_cast<float*>(acc_bytes);
         scratch_bytes = std::max(scratch_bytes, acc_bytes + meta_bytes);
-        Draft out = Draft::of(kStreamFlash, StreamFlash{f, static_cast<i32>(units), 0});
-        out.reads = {span_of(a.q), span_of(a.k), span_of(a.v)};
+        StreamFlash stage{};
+        stage.args = f;
+        stage.n_units = static_cast<i32>(units);
+        Draft out = Draft::of(kStreamFlash, stage);
+        out.reads = {span_of(a.k), span_of(a.v)};
+        if (take_own_token(stage, out)) stages.pop_back();
+        else out.reads.push_back(span_of(a.q));
         if (a.has_mask) out.reads.push_back(span_of(a.mask));
+        out.set(stage);
         stages.push_back(std::move(out));
+        pending = true;
         kept_ = nullptr;  // its warps meet in the same shared memory
+        return true;
+    }
+    /// Whether the attention can do what the stage before it does, which turns its queries and keys and stores its keys and values: one hand-over
+    /// less a layer. What it reads must not lie where it, or the same stage of another block, writes.
+    bool take_own_token(StreamFlash& f, Draft& out) {
+        if (stages.empty() || stages.back().kind != kStreamRopeStore || f.args.head_groups != 1) return false;
+        const FlashAttnArgs& a = f.args.a;
+        const StreamRope ropes = stages.back().get<StreamRope>();
+        const RopeStoreArgs& r = ropes.args;
+        if (r.n_ropes != 2 || r.n_stores != 2 || r.stored_rope < 0 || ropes.table[0] != ropes.table[1]) return false;
+        const RopeArgs &k = r.rope[r.stored_rope], &q = r.rope[1 - r.stored_rope];
+        const i64 d = a.q.ne[0], k_heads = a.k.ne[2], q_heads = a.q.ne[2];
+        if (k_heads == 0) return true;  // a rank without heads has the stages of the others
+        auto heads = [d](const View& v, i64 n) { return is_packed(v, d * n) && v.ne[0] == d; };
+        if (!heads(q.x, q_heads) || !heads(q.y, q_heads) || !heads(k.x, k_heads) || !heads(k.y, k_heads)) return false;
+        if (a.q.data != q.y.data || (q_heads > 1 && a.q.nb[2] != d * 4) || q.n_dims != k.n_dims || q.n_offs != k.n_offs || q.neox != k.neox) return false;
+        StreamOwnToken& own = f.own;
+        auto cache = [&](const SetRowsArgs& store, const View& seen, StreamOwnToken::Cache& to) {
+            const View& y = store.y;
+            const i64 from = seen.data - y.data;
+            if (y.type != kF16 || y.nb[0] != 2 || store.row_period || y.ne[0] != d * k_heads || seen.ne[0] != d || seen.ne[2] != k_heads ||
+                (k_heads > 1 && seen.nb[2] != d * 2) || seen.nb[1] != y.nb[1] || y.nb[1] <= 0 || from % y.nb[1])
+                return false;
+            if (store.idx.type != kI64 && store.idx.type != kI32) return false;
+            to = {y.data, store.idx.data, y.nb[1], store.n_rows, from / y.nb[1], store.idx.type, 0};
+            own.fault = store.fault;
+            return true;
+        };
+        const SetRowsArgs& v = r.store[1];
+        if (!is_packed(v.x, d * k_heads) || !cache(r.store[0], a.k, own.k_cache) || !cache(v, a.v, own.v_cache)) return false;
+        own.q = reinterpret_cast<const float*>(q.x.data), own.k = reinterpret_cast<const float*>(k.x.data), own.v = reinterpret_cast<const float*>(v.x.data);
+        own.q_y = reinterpret_cast<float*>(q.y.data), own.k_y = reinterpret_cast<float*>(k.y.data);
+        if (const float* copy = copy_of_output(own.v, d * k_heads, next_turned_, kTurned0, 3)) own.v = copy;
+        const Draft& before = stages.back();
+        const std::vector<Span> inputs = {span_of(own.q, d * q_heads * 4), span_of(own.k, d * k_heads * 4), span_of(own.v, d * k_heads * 4)};
+        if (meet(inputs, before.writes)) return false;
+        own.table = ropes.table[0];
+        own.n_dims = q.n_dims, own.n_offs = q.n_offs, own.neox = q.neox;
+        out.reads.insert(out.reads.end(), before.reads.begin(), before.reads.end());
+        out.reads.insert(out.reads.end(), inputs.begin(), inputs.end());
+        out.writes = before.writes;
         return true;
     }
     bool add_combine(FlashCombineArgs c) {
@@ -338,10 +393,26 @@ class RankRun {
             r.input = kInputPlain, r.a = reinterpret_cast<const float*>(c.y.data), r.k = k;
             if (!bind(c.xq, r)) return false;
         }
+        Draft& flash = stages.back();
+        StreamFlash whole = flash.get<StreamFlash>();
+        // One piece is the result, unless that lies where another block may still read what it needs.
+        if (f.n_splits == 1 && !meet({span_of(c.y)}, flash.reads)) {
+            whole.y = c.y;
+            // The host's allocator gives it what nobody reads any more: the turned keys, once they are in the cache.
+            const i64 d = f.a.q.ne[0];
+            if (whole.own.k_y && meet({span_of(c.y)}, {span_of(whole.own.k_y, d * f.a.k.ne[2] * 4)})) whole.own.k_y = nullptr;
+            if (whole.own.q_y && meet({span_of(c.y)}, {span_of(whole.own.q_y, d * f.a.q.ne[2] * 4)})) whole.own.q_y = nullptr;
+            whole.args.a.sinks = c.sinks, whole.args.a.has_sinks = c.has_sinks, whole.args.a.head_offset = c.head_offset;
+            flash.set(whole);
+            flash.writes.push_back(span_of(c.y));
+            pending = false;
+            return true;
+        }
         c.acc = f.acc, c.meta = f.meta, c.n_splits = f.n_splits, c.xq = c.xd = nullptr;
         Draft d = Draft::of(kStreamCombine, StreamCombine{c});
         d.writes = {span_of(c.y)};
         stages.push_back(std::move(d));
+        pending = false;
         return true;
     }
     /// Where the turns of this rope stand, the same in all layers; null: too many kinds.
@@ -378,7 +449,7 @@ class RankRun {
             // K's result may lie where Q's input was: with a copy of the input both can be turned at once.
             const i64 n = x.ne[0] * x.ne[1];
             if (x.type == kF32 && x.nb[0] == 4 && x.nb[1] == x.ne[0] * 4)
-                if (float* copy = copy_of_output(reinterpret_cast<const float*>(x.data), n, next_turned_, kTurned0)) x.data = reinterpret_cast<char*>(copy);
+                if (float* copy = copy_of_output(reinterpret_cast<const float*>(x.data), n, next_turned_, kTurned0, 3)) x.data = reinterpret_cast<char*>(copy);
             s.table[i] = table_of(a.rope[i]);
             if (!s.table[i]) return false;
             d.reads.push_back(span_of(x));
@@ -484,6 +555,7 @@ Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMe
     const int n = static_cast<int>(memory.ranks.size());
     for (int r = 0; r < n; ++r) run.ranks.emplace_back(memory.ranks[static_cast<size_t>(r)], n);
     run.end = begin;
+    size_t whole = begin;  // where the run may end
     for (size_t i = begin; i < std::min(most, steps.size()); ++i) {
         const ProgramStep& step = steps[i];
         bool ok = true;
@@ -508,7 +580,9 @@ Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMe
         while (run.stages.size() < now) run.stages.push_back({step.label, 0});
         if (reduces) run.stages.back().pushes = run.n_pushes;
         run.end = i + 1;
+        if (std::none_of(run.ranks.begin(), run.ranks.end(), [](const RankRun& r) { return r.pending; })) whole = run.end;
     }
+    if (whole < run.end) return make_run(steps, begin, memory, pushes_before, whole);
     for (const Draft& d : run.ranks.empty() ? std::vector<Draft>{} : run.ranks[0].stages) run.n_products += d.kind == kStreamProduct;
     return run;
 }

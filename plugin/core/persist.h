@@ -18,7 +18,7 @@ class StreamMemory {
     struct Rank {
         DeviceBlock block;
         StreamState* state = nullptr;
-        float* vectors[9] = {};  // kStreamMostK floats each: see persist.cpp
+        float* vectors[10] = {};  // kStreamMostK floats each: see persist.cpp
         float* inbox[2] = {};    // [n_ranks][elems of the all_reduce]
         u32 n_blocks = 0;        // of a launch
     };

@@ -1,0 +1,265 @@
+// Attention of few tokens over a piece of the cache on tensor cores (sm_80 and later), for flash_attn.cu and stream.cu: up to eight query heads
+// of one KV head are the rows of Q·K and the columns of V·P, so a cell's K and V are read once for all of them, straight from memory into
+// fragments. Both products may take the elements they sum over in any order, and the rows of V·P lie anywhere: that is chosen so that each
+// lane's sixteen bytes are whole fragments (mma.m16n8k16, g = lane / 4, t = lane % 4):
+//   Q·K: row g is head g, column g cell g. A lane's eight halves of 32 neighbours, from 8 * t on, are two steps along k.
+//   V·P: cells 2t, 2t + 1, 2t + 8 and 2t + 9 of 16 are what a lane holds of Q·K, and what it loads of V: eight rows of V·P from 8 * g on.
+// Q, K and V are halves, P two of them, sums f32. With FMAs a cell took four times the instructions for four heads (docs/decisions.md).
+#pragma once
+#include "element.h"
+#include "flash_attn.h"
+
+#if TP_ARCH >= 800
+
+namespace ggml_tp {
+
+TP_DEVICE u32 half2_of(float low, float high) { return (u32)tp_float_to_half(low) | (u32)tp_float_to_half(high) << 16; }
+TP_DEVICE float high_half(u32 w) { return tp_half_to_float((u16)(w >> 16)); }
+TP_DEVICE float low_half(u32 w) { return tp_half_to_float((u16)(w & 0xffff)); }
+
+/// The steps of a warp that have a cell to see: runs of `run` cells, of which warps take turns. Cells with a mask of -inf for this token (empty,
+/// another sequence's, the future) need not be read; 16 of them at a time are left out.
+struct OpenSteps {
+    const char* mask;  // of the token; null: every cell counts
+    int first, end, stride, run;
+    u32 ahead, words, open = 0;  // masks of two cells a lane: the next run's, this one's; its open steps
+    int base = 0;
+
+    TP_MEMBER u32 load(int from) const {
+        const int at = 2 * (threadIdx.x % 32);
+        const int cell = from + at;
+        if (at >= run || cell >= end) return 0xfc00fc00u;
+        if (!mask) return cell + 1 < end ? 0u : 0xfc000000u;
+        const u32 low = *(const u16*)(mask + (i64)cell * 2), high = cell + 1 < end ? *(const u16*)(mask + (i64)cell * 2 + 2) : 0xfc00u;
+        return low | high << 16;
+    }
+    TP_MEMBER void begin() { ahead = load(first); }
+    /// The first cell of the next step, or -1; pairs: the masks of cells 2t, 2t + 1 and 2t + 8, 2t + 9. The same for all lanes.
+    TP_MEMBER int next(u32 (&pairs)[2]) {
+        while (!open) {
+            if (first >= end) return -1;
+            base = first;
+            words = ahead;
+            first += stride;
+            ahead = load(first);
+            const u32 lanes = __ballot_sync(0xffffffffu, words != 0xfc00fc00u);
+            for (int s = 0; s < kColumnsRun / kColumnsStep; ++s) open |= (lanes >> 8 * s & 0xff ? 1u : 0u) << s;
+        }
+        int s = 0;
+        while (!(open >> s & 1)) ++s;
+        open &= open - 1;
+        const int from = 8 * s + threadIdx.x % 4;
+        pairs[0] = __shfl_sync(0xffffffffu, words, from);
+        pairs[1] = __shfl_sync(0xffffffffu, words, from + 4);
+        return base + s * kColumnsStep;
+    }
+};
+
+/// The query heads of a unit, of which `n`: those of one KV head. A rank may have some of them only.
+struct UnitHeads {
+    int n;
+    i64 kv_head, first;  // of the KV heads here; local number of the first query head, which may be below 0
+    i64 n_local;
+    TP_MEMBER bool mine(int h) const { return h < n && first + h >= 0 && first + h < n_local; }
+};
+TP_DEVICE UnitHeads heads_of_unit(const FlashSplitArgs& args, u32 unit) {
+    const FlashAttnArgs& a = args.a;
+    const u32 kv_head = unit / (u32)args.head_groups;
+    const int first_of_group = (int)(unit - kv_head * (u32)args.head_groups) * args.group_heads, left = a.gqa_ratio - first_of_group;
+    return {left < args.group_heads ? left : args.group_heads, kv_head, (kv_head + a.kv_head_offset) * (i64)a.gqa_ratio + first_of_group - a.head_offset,
+            a.q.ne[2]};
+}
+
+/// Queries as an op in front has left them: F32, to be scaled.
+struct QueriesInMemory {
+    const FlashAttnArgs& a;
+    i64 token, stream;
+    TP_MEMBER TpInt4 eight(const UnitHeads& heads, int h, int at) const {
+        const float* from = (const float*)(a.q.data + token * a.q.nb[1] + (heads.first + h) * a.q.nb[2] + stream * a.q.nb[3]) + at;
+        auto pair = [&](int i) { return (int)half2_of(from[i] * a.scale, from[i + 1] * a.scale); };
+        return {pair(0), pair(2), pair(4), pair(6)};
+    }
+};
+/// A piece's sums, for flash_combine.
+struct PieceResults {
+    const FlashSplitArgs& args;
+    i64 split, token, stream;
+    TP_MEMBER void put(i64 head, int i, float most, float sum, float acc) const {
+        const View& q = args.a.q;
+        const i64 at = ((stream * q.ne[1] + token) * q.ne[2] + head) * args.n_splits + split;
+        args.acc[at * q.ne[0] + i] = acc;
+        if (i == 0) args.meta[at * 2] = most, args.meta[at * 2 + 1] = sum;
+    }
+};
+
+/// kAhead: a step's V is loaded with its K, K while the step before is worked on, and queries are kept, where there are registers for them.
+/// Piece `split` of the cells for `heads` and one token of one stream, by kWarps warps. kD: head size rounded up to a multiple of 64.
+/// merged: flash_columns_floats floats of shared memory. sync: a barrier of the block's threads.
+template <int kD, int kWarps, bool kAhead, class Queries, class Results, class Sync>
+TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads, int split, i64 token, i64 stream, int thread, float* merged,
+                             const Queries& queries, const Results& results, Sync sync) {
+    constexpr int kChunks = kD / 32, kBlocks = kD / 64;  // of K, of V
+    const FlashAttnArgs& a = args.a;
+    const int d = (int)a.q.ne[0], lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+    auto of_stream = [&](const View& x) { return x.ne[3] > 1 ? (i64)((u32)stream % (u32)x.ne[3]) * x.nb[3] : 0; };
+    const char* k = a.k.data + heads.kv_head * a.k.nb[2] + of_stream(a.k) + t * 16;
+    const char* v = a.v.data + heads.kv_head * a.v.nb[2] + of_stream(a.v) + g * 16;
+    const int n_cells = (int)a.k.ne[1], begin = split * args.cells, end = n_cells - begin < args.cells ? n_cells : begin + args.cells;
+    const float slope = alibi_slope(a.max_bias, (i32)(heads.first + g + a.head_offset), a.n_head_global);
+
+    OpenSteps steps;
+    // One mask for all heads: with one per head the launcher takes the plain kernel.
+    steps.mask = a.has_mask ? a.mask.data + token * a.mask.nb[1] + of_stream(a.mask) : nullptr;
+    const int share = (end - begin + kWarps * kColumnsStep - 1) / (kWarps * kColumnsStep) * kColumnsStep;
+    steps.run = share < kColumnsRun ? share : kColumnsRun;
+    steps.first = begin + warp * steps.run;
+    steps.end = end;
+    steps.stride = kWarps * steps.run;
+    steps.begin();
+
+    auto load_q = [&](int c) { return heads.mine(g) && c * 32 + t * 8 < d ? queries.eight(heads, g, c * 32 + t * 8) : TpInt4{0, 0, 0, 0}; };
+    TpInt4 q[kAhead ? kChunks : 1];
+    if constexpr (kAhead)
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) q[c] = load_q(c);
+    float most = -INFINITY, sum = 0, out[kBlocks][4][4] = {};  // most, sum: of head g; out: rows 64 b + 8 g + 2 w + i / 2, head 2t + i % 2
+    TpInt4 kf[2][kChunks], vf[kBlocks][4];
+    float score[2][4];
+    u32 pairs[2] = {}, next_pairs[2];
+    const u32 k_row = (u32)a.k.nb[1], v_row = (u32)a.v.nb[1];
+    auto load_k = [&](int cell, int c) {
+        const char* from = k + cell * a.k.nb[1];
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+            kf[j][c] = cell + j * 8 + g < end && c * 32 + t * 8 < d ? *(const TpInt4*)(from + (u32)(j * 8 + g) * k_row + c * 64) : TpInt4{0, 0, 0, 0};
+    };
+    auto load_v = [&](int cell, int b) {
+        const char* from = v + cell * a.v.nb[1];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int at = 2 * t + i % 2 + i / 2 * 8;
+            vf[b][i] = cell + at < end && b * 64 + g * 8 < d ? *(const TpInt4*)(from + (u32)at * v_row + b * 128) : TpInt4{0, 0, 0, 0};
+        }
+    };
+    // What is here once would be 150 instructions more twice: in stream.cu a layer's code comes from the L2, once a layer.
+    for (int cell = -1, next_cell;; cell = next_cell, pairs[0] = next_pairs[0], pairs[1] = next_pairs[1]) {
+        if (cell >= 0) {
+            if constexpr (kAhead)
+#pragma unroll
+                for (int b = 0; b < kBlocks; ++b) load_v(cell, b);
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) score[j][i] = 0;
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) {
+                if constexpr (!kAhead) load_k(cell, c);
+                const TpInt4 qc = kAhead ? q[kAhead ? c : 0] : load_q(c);
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const u32 low[4] = {(u32)qc.x, 0u, (u32)qc.y, 0u}, high[4] = {(u32)qc.z, 0u, (u32)qc.w, 0u};
+                    const u32 first[2] = {(u32)kf[j][c].x, (u32)kf[j][c].y}, second[2] = {(u32)kf[j][c].z, (u32)kf[j][c].w};
+                    tp_mma_f16(score[j], low, first);
+                    tp_mma_f16(score[j], high, second);
+                }
+            }
+        }
+        next_cell = steps.next(next_pairs);
+        if (next_cell >= 0) {
+            if constexpr (kAhead)
+#pragma unroll
+                for (int c = 0; c < kChunks; ++c) load_k(next_cell, c);
+        }
+        if (cell < 0) {
+            if (next_cell < 0) break;
+            continue;
+        }
+        float next_most = most;
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float s = score[j][i];
+                if (a.logit_softcap != 0.0f) s = a.logit_softcap * tanhf(s);
+                s += slope * (i ? high_half(pairs[j]) : low_half(pairs[j]));
+                score[j][i] = s;
+                next_most = fmaxf(next_most, s);
+            }
+        next_most = fmaxf(next_most, __shfl_xor_sync(0xffffffffu, next_most, 1));
+        next_most = fmaxf(next_most, __shfl_xor_sync(0xffffffffu, next_most, 2));
+        if (__ballot_sync(0xffffffffu, next_most > most)) {
+            const float keep = most > -INFINITY ? expf(most - next_most) : 0.0f;
+            most = next_most;
+            sum *= keep;
+            const float first = __shfl_sync(0xffffffffu, keep, 8 * t), second = __shfl_sync(0xffffffffu, keep, 8 * t + 4);  // of heads 2t, 2t + 1
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+                for (int w = 0; w < 4; ++w) out[b][w][0] *= first, out[b][w][2] *= first, out[b][w][1] *= second, out[b][w][3] *= second;
+        }
+        const float base = most == -INFINITY ? 0.0f : most;  // while all are masked, every exponential is 0
+        float p[2][2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) sum += p[j][i] = expf(score[j][i] - base);
+        // Each probability as two halves that add up to it: rounded to one, the next int8 rounding would go the other way for one activation
+        // in a hundred whenever a cache is divided otherwise, by ranks or pieces (NMSE of logits 1e-4 instead of 1e-13).
+        u32 pf[2], rest[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            pf[j] = half2_of(p[j][0], p[j][1]);
+            rest[j] = half2_of(p[j][0] - low_half(pf[j]), p[j][1] - high_half(pf[j]));
+        }
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+            if constexpr (!kAhead) load_v(cell, b);
+            u32 words[4][4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                words[i][0] = (u32)vf[b][i].x, words[i][1] = (u32)vf[b][i].y, words[i][2] = (u32)vf[b][i].z, words[i][3] = (u32)vf[b][i].w;
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                const u32 vt[4] = {tp_byte_perm(words[0][w], words[1][w], 0x5410), tp_byte_perm(words[0][w], words[1][w], 0x7632),
+                                   tp_byte_perm(words[2][w], words[3][w], 0x5410), tp_byte_perm(words[2][w], words[3][w], 0x7632)};
+                tp_mma_f16(out[b][w], vt, pf);
+                tp_mma_f16(out[b][w], vt, rest);
+            }
+        }
+        if (next_cell < 0) break;
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    // Every warp's sums into shared memory; then a thread adds up an element of all warps, in their order.
+    const int stride_head = 2 + d, stride_warp = heads.n * stride_head;
+    float* to = merged + warp * stride_warp;
+    if (t == 0 && g < heads.n) to[g * stride_head] = most, to[g * stride_head + 1] = sum;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+        for (int w = 0; w < 4; ++w)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int at = b * 64 + g * 8 + 2 * w + i / 2, h = 2 * t + i % 2;
+                if (at < d && h < heads.n) to[h * stride_head + 2 + at] = out[b][w][i];
+            }
+    sync();
+    for (u32 e = (u32)thread; e < (u32)(heads.n * d); e += kWarps * 32) {
+        const int h = (int)(e / (u32)d), i = (int)e - h * d;
+        if (!heads.mine(h)) continue;
+        const float* from = merged + h * stride_head;
+        float all_most = -INFINITY, all_sum = 0, all = 0;
+        for (int w = 0; w < kWarps; ++w) all_most = fmaxf(all_most, from[w * stride_warp]);
+        for (int w = 0; w < kWarps; ++w) {
+            const float* of_warp = from + w * stride_warp;
+            const float keep = of_warp[0] > -INFINITY ? expf(of_warp[0] - all_most) : 0.0f;
+            all_sum += of_warp[1] * keep;
+            all += of_warp[2 + i] * keep;
+        }
+        results.put(heads.first + h, i, all_most, all_sum, all);
+    }
+}
+
+}  // namespace ggml_tp
+
+#endif
