@@ -129,6 +129,15 @@ struct MulWideArgs {
     i32 n_parts, pad;
 };
 
+// The same for few columns (mul_few.cu). k is divided in n_pieces of `chunks` times 128, whose sums, [n_pieces][m][n_rows], sum_few adds up
+// where there is more than one. n_rows: of all parts.
+struct MulFewArgs {
+    MulWideArgs wide;
+    float* sums;
+    i64 n_rows;
+    i32 n_pieces, chunks;
+};
+
 // Rows [row_begin, row_begin + rows) of w as f16 [rows, k]; k a multiple of 8.
 struct HalveWeightsArgs {
     Matrix w;

@@ -168,11 +168,6 @@ TP_DEVICE void tp_bulk_load_once(void* to, const char* from, u32 bytes, TpBarrie
                  "l"(from), "r"(bytes), "r"(tp_shared_address(b)), "l"(once)
                  : "memory");
 }
-/// Sixteen bytes to shared memory, without waiting; tp_copy_wait waits for all that this thread has begun.
-TP_DEVICE void tp_copy_async(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(tp_shared_address(to)), "l"(from) : "memory");
-}
-TP_DEVICE void tp_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 /// A barrier of the first `threads` threads of a block.
 template <int kThreads>
 TP_DEVICE void tp_sync_some() {
@@ -203,6 +198,17 @@ TP_DEVICE u32 tp_peek(u32* p) { return atomicOr(p, 0u); }
 TP_DEVICE void tp_poke(u32* p, u32 v) { atomicExch(p, v); }
 #endif
 #if __CUDA_ARCH__ >= 800
+/// Sixteen bytes to shared memory, without waiting; tp_copy_wait waits for all that this thread has begun.
+TP_DEVICE void tp_copy_async(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(tp_shared_address(to)), "l"(from) : "memory");
+}
+/// Ends a group of them; tp_copy_wait_but<n> waits for all groups but the last n.
+TP_DEVICE void tp_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int n>
+TP_DEVICE void tp_copy_wait_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+}
+TP_DEVICE void tp_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 TP_DEVICE void tp_mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

@@ -142,6 +142,9 @@ static inline void tp_prefetch(const void*) {}
 static inline u64 tp_read_once() { return 0; }
 static inline void tp_bulk_load_once(void* to, const char* from, u32 bytes, TpBarrier* b, u64) { tp_bulk_load(to, from, bytes, b); }
 static inline void tp_copy_async(void* to, const void* from) { std::memcpy(to, from, 16); }
+static inline void tp_copy_commit() {}
+template <int n>
+static inline void tp_copy_wait_but() {}
 static inline void tp_copy_wait() {}
 template <int kThreads>
 static inline void tp_sync_some() {

@@ -7,6 +7,7 @@
 #include "chain.h"
 #include "elementwise.h"
 #include "flash_attn.h"
+#include "mul_few.h"
 #include "mul_vec.h"
 #include "mul_vec_id.h"
 #include "mul_wgmma.h"
@@ -96,14 +97,17 @@ bool apart(const View& a, const View& b) {
 }
 bool same_or_apart(const View& a, const View& b) { return same_view(a, b) || apart(a, b); }
 
+const MulVecArgs& parts_of(const MulVecArgs& a) { return a; }
+const MulWideArgs& parts_of(const MulWideArgs& a) { return a; }
+const MulWideArgs& parts_of(const MulFewArgs& a) { return a.wide; }
 /// Products of the same activations side by side: join(args, more) adds the second's, launch(args, arch) is both's.
 template <class Args, bool (*join)(Args&, const Args&), Launch (*launch)(const Args&, Arch)>
 bool join_products(RankLaunch& a, const RankLaunch& b, Arch arch) {
     Args args = args_of<Args>(a);
     const Args more = args_of<Args>(b);
-    for (int i = 0; i < args.n_parts; ++i)
-        for (int j = 0; j < more.n_parts; ++j)
-            if (!apart(args.part[i].y, more.part[j].y)) return false;
+    for (int i = 0; i < parts_of(args).n_parts; ++i)
+        for (int j = 0; j < parts_of(more).n_parts; ++j)
+            if (!apart(parts_of(args).part[i].y, parts_of(more).part[j].y)) return false;
     return join(args, more) && replace(a, launch(args, arch), args);
 }
 
@@ -343,6 +347,7 @@ bool chain_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
 
 bool is_mul_vec_id(const char* kernel) { return std::strncmp(kernel, "mul_vec_id_", 11) == 0; }
 bool is_mul_vec(const char* kernel) { return std::strncmp(kernel, "mul_vec_", 8) == 0 && !is_mul_vec_id(kernel); }
+bool is_mul_few(const char* kernel) { return std::strncmp(kernel, "mul_few_", 8) == 0; }
 bool is_mul_wgmma(const char* kernel) { return std::strncmp(kernel, "mul_wgmma_", 10) == 0; }
 bool is_add(const char* kernel) { return std::strcmp(kernel, "binary_add") == 0; }
 bool is_mul(const char* kernel) { return std::strcmp(kernel, "binary_mul") == 0; }
@@ -361,6 +366,7 @@ struct Merge {
 };
 constexpr Merge kMerges[] = {
     {is_mul_vec, is_mul_vec, join_products<MulVecArgs, mul_vec_join, mul_vec_launch>},
+    {is_mul_few, is_mul_few, join_products<MulFewArgs, mul_few_join, mul_few_launch>},
     {is_mul_wgmma, is_mul_wgmma, join_products<MulWideArgs, mul_wide_join, mul_wgmma_launch>},
     {is_add, is_norm, sum_then_norm},
     {is_norm, is_mul, norm_then_weight},
@@ -395,6 +401,24 @@ bool try_merge(ProgramStep& a, const ProgramStep& b, const std::vector<Arch>& ar
     return false;
 }
 
+/// Products of few columns are divided along k when it is known what shares their launch; the sums of the pieces are a step behind it.
+bool divide_products(ProgramStep& step, ProgramStep& sums, const std::vector<Arch>& archs) {
+    bool any = false;
+    if (step.kind != ProgramStep::kLaunch) return false;
+    sums.kind = ProgramStep::kLaunch;
+    sums.label = "sum of " + step.label;
+    sums.launches.resize(step.launches.size());
+    for (size_t r = 0; r < step.launches.size(); ++r) {
+        RankLaunch& launch = step.launches[r];
+        if (!launch.launch.kernel || !is_mul_few(launch.launch.kernel)) continue;
+        MulFewArgs args = args_of<MulFewArgs>(launch);
+        few_divide(args, archs[r]);
+        replace(launch, mul_few_launch(args, archs[r]), args);
+        if (args.n_pieces > 1) any |= replace(sums.launches[r], sum_few_launch(args, archs[r]), args);
+    }
+    return any;
+}
+
 }  // namespace
 
 void fuse(std::vector<ProgramStep>& steps, const std::vector<Arch>& archs) {
@@ -403,7 +427,13 @@ void fuse(std::vector<ProgramStep>& steps, const std::vector<Arch>& archs) {
         out.push_back(std::move(step));
         while (out.size() > 1 && try_merge(out[out.size() - 2], out.back(), archs)) out.pop_back();
     }
-    steps = std::move(out);
+    steps.clear();
+    for (ProgramStep& step : out) {
+        ProgramStep sums;
+        const bool divided = divide_products(step, sums, archs);
+        steps.push_back(std::move(step));
+        if (divided) steps.push_back(std::move(sums));
+    }
 }
 
 }  // namespace ggml_tp

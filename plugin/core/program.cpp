@@ -18,6 +18,7 @@
 #include "mul_tile_id.h"
 #include "mul_vec.h"
 #include "mul_vec_id.h"
+#include "mul_few.h"
 #include "mul_wgmma.h"
 #include "norm.h"
 #include "persist.h"
@@ -163,14 +164,19 @@ bool lower_quantize(const Site& s, Lowered& out, QuantizeArgs& prepare) {
 /// A product of many columns on tensor cores, and before it its activations as halves.
 void lower_tiles(const Site& s, Lowered& out, const MulMatArgs& args, const QuantizeArgs& prepare) {
     const MulTileArgs tile{args.w, args.y, prepare.xq, s.w.k, args.x.ne[1]};
-    const bool bf16 = args.w.type == kBF16, wgmma = mul_wgmma_can(args, s.arch);
-    out.scratch_bytes = wgmma ? panel_bytes(tile.m, tile.k) : tile.m * tile.k * 2;
-    const Prepared before = std::exchange(out.prepared, wgmma  ? (bf16 ? Prepared::kBf16Panels : Prepared::kHalfPanels)
+    const bool bf16 = args.w.type == kBF16, few = mul_few_can(args, s.arch), panels = few || mul_wgmma_can(args, s.arch);
+    out.scratch_bytes = panels ? panel_bytes(tile.m, tile.k) : tile.m * tile.k * 2;
+    const Prepared before = std::exchange(out.prepared, panels ? (bf16 ? Prepared::kBf16Panels : Prepared::kHalfPanels)
                                                         : bf16 ? Prepared::kBf16
                                                                : Prepared::kHalf);
     if (s.prepared != out.prepared && before != out.prepared)
-        out.add(wgmma ? halve_panels_launch(prepare, bf16, s.arch) : halve_launch(prepare, bf16, s.arch), prepare);
-    if (!wgmma) return out.add(mul_tile_launch(tile, s.arch), tile);
+        out.add(panels ? halve_panels_launch(prepare, bf16, s.arch) : halve_launch(prepare, bf16, s.arch), prepare);
+    if (few) {
+        const MulFewArgs product = mul_few_args(tile, reinterpret_cast<char*>(s.partials + static_cast<u64>(out.partial_bytes)));
+        out.partial_bytes += few_sums_bytes(tile.m, s.arch);
+        return out.add(mul_few_launch(product, s.arch), product);
+    }
+    if (!panels) return out.add(mul_tile_launch(tile, s.arch), tile);
     const MulWideArgs wide = mul_wide_args(tile);
     out.add(mul_wgmma_launch(wide, s.arch), wide);
 }
@@ -196,7 +202,7 @@ void lower_mul_mat(const Site& s, Lowered& out) {
         out.add(fill_launch({s.y, 0.0f}, s.arch), FillArgs{s.y, 0.0f});
         return;
     }
-    const bool vec = mul_vec_can(args);
+    const bool vec = mul_vec_can(args) && (args.x.ne[1] <= kFewLeast || !mul_few_can(args, s.arch));
     QuantizeArgs prepare{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
     if (!vec && mul_tile_can(args, s.arch)) return lower_tiles(s, out, args, prepare);
     if (!vec && halve_weights_can(args, s.arch)) {
