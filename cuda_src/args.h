@@ -356,6 +356,16 @@ struct MulTileIdArgs {
     i64 k;
     i32 n_used, x_per_slot;
 };
+// The rows of x that each tile of entries multiplies, as a panel: [tiles][k / 64] of `columns` rows, see half_panels.
+struct HalveEntriesArgs {
+    View x;  // F32 [k_end - k_begin, n_used or 1, n_tokens]
+    char* xh;
+    const i32* entries;
+    const ExpertTile* tiles;
+    const i32* n_tiles;
+    i64 k, k_begin, k_end;
+    i32 n_used, x_per_slot, columns, pad;
+};
 constexpr int kVecSlots = 16;  // of a token, a warp each
 // Few tokens: up to two products (gate, up) of the same x and ids. And, when `scaled`, of one product what follows the experts:
 // products = y * weights, sum[0] = products of slots 0 and 1, sum[i] = sum[i - 1] + products of slot i + 1, for n_sums of them.

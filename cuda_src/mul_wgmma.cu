@@ -3,7 +3,7 @@
 // registers, several steps of loads ahead, as strips expanded to halves. Two warpgroups multiply, 64 rows of w each. While they do (1024
 // cycles a step of 128 x 256, 512 of 128 x 128), expanding the next step's weights costs about 200 instructions a warp of the first: it is
 // hidden, and weights are never anywhere as halves but here.
-// grid: (m / kColumns, n / 128 of all matrices), block: 512 for 128 columns, 384 for 256, the ring dynamic.
+// grid: (m / kColumns, n / 128 of all matrices), of experts (n / 128, tiles); block: 512, for 256 columns 384; the ring dynamic.
 #include "mul_wgmma.h"
 
 #include "tile_piece.h"
@@ -17,7 +17,7 @@ template <int kType, int kColumns, class Columns>
 TP_DEVICE void mul_wgmma(const Matrix& w, i64 matrix, i64 row0, const char* xh, i64 row_bytes, const Columns& columns) {
     constexpr int kStages = wide_stages(kColumns), kProducers = wide_producers(kColumns), kAhead = 2 / kProducers;
     constexpr int kStrips = kWideRows * 2 / 128;  // of a thread and step
-    constexpr u32 kWBytes = kWideRows * 128, kStageBytes = wide_stage_bytes(kColumns);
+    constexpr u32 kPanel = panel_columns_bytes(kColumns), kWBytes = kWideRows * 128, kStageBytes = wide_stage_bytes(kColumns);
     TP_DYN_SHARED(char, dynamic);
     __shared__ TpBarrier full[kStages], empty[kStages];
     char* const ring = tp_align_tile(dynamic);
@@ -33,7 +33,7 @@ TP_DEVICE void mul_wgmma(const Matrix& w, i64 matrix, i64 row0, const char* xh, 
     __syncthreads();
     if (group >= 2) {
         const int panels = columns.panels(kColumns), t = thread % 128;
-        const char *plane[kStrips][4], *x = xh + columns.panel() * (i64)steps * kPanelBytes;
+        const char *plane[kStrips][4], *x = xh + columns.panel() * (i64)steps * kPanel;
         for (int s = 0; s < kStrips; ++s) {
             const i64 row = row0 + s * 64 + t / 2 < w.n ? row0 + s * 64 + t / 2 : w.n - 1;
             for (int f = 0; f < 4; ++f) plane[s][f] = w.plane[f] + matrix * w.nb2[f] + row * w.row_stride[f];
@@ -53,8 +53,8 @@ TP_DEVICE void mul_wgmma(const Matrix& w, i64 matrix, i64 row0, const char* xh, 
                 tp_barrier_wait(&empty[stage], phase);
                 char *const w_tile = ring + (u32)stage * kStageBytes, *const x_tile = w_tile + kWBytes;
                 if (t == 0) {
-                    tp_barrier_expect(&full[stage], (u32)panels * kPanelBytes);
-                    tp_bulk_load(x_tile, x + (i64)step * kPanelBytes, kPanelBytes, &full[stage]);
+                    tp_barrier_expect(&full[stage], (u32)panels * kPanel);
+                    tp_bulk_load(x_tile, x + (i64)step * kPanel, kPanel, &full[stage]);
                     if (kColumns > kPanelRows && panels > 1)
                         tp_bulk_load(x_tile + kPanelBytes, x + ((i64)steps + step) * kPanelBytes, kPanelBytes, &full[stage]);
                 }
@@ -125,13 +125,26 @@ TP_DEVICE void mul_wgmma_columns(const MulWideArgs& a) {
     mul_wgmma<kType, kColumns>(a.part[part].w, 0, (i64)tile * kWideRows, a.xh, y.nb[0], TileColumns{y, a.m, (i64)blockIdx.x * kColumns});
 }
 
+/// The grid is for the worst case: blocks without a tile leave.
+template <int kType, int kColumns>
+TP_DEVICE void mul_wgmma_entries(const MulTileIdArgs& a) {
+    if ((i32)blockIdx.y >= *a.n_tiles) return;
+    const ExpertTile& tile = a.tiles[blockIdx.y];
+    mul_wgmma<kType, kColumns>(a.w, tile.expert, (i64)blockIdx.x * kWideRows, a.xh, a.y.nb[0],
+                               TileEntries{a, a.entries + tile.first, tile.count, (i64)blockIdx.y});
+}
+
 }  // namespace ggml_tp
 
 #define MUL_WGMMA_OF(name, type, columns) \
     TP_KERNEL(mul_wgmma_##name##_##columns, MulWideArgs, ggml_tp::wide_threads(columns)) { ggml_tp::mul_wgmma_columns<type, columns>(args); }
-#define MUL_WGMMA(name, type)     \
-    MUL_WGMMA_OF(name, type, 128) \
-    MUL_WGMMA_OF(name, type, 256)
+#define MUL_WGMMA_ID_OF(name, type, columns) \
+    TP_KERNEL(mul_wgmma_id_##name##_##columns, MulTileIdArgs, ggml_tp::wide_threads(columns)) { ggml_tp::mul_wgmma_entries<type, columns>(args); }
+#define MUL_WGMMA(name, type)       \
+    MUL_WGMMA_OF(name, type, 128)   \
+    MUL_WGMMA_OF(name, type, 256)   \
+    MUL_WGMMA_ID_OF(name, type, 64) \
+    MUL_WGMMA_ID_OF(name, type, 128)
 
 MUL_WGMMA(q4_0, ggml_tp::kQ4_0)
 MUL_WGMMA(q8_0, ggml_tp::kQ8_0)

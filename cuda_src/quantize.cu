@@ -40,13 +40,9 @@ TP_DEVICE void halve(const ggml_tp::QuantizeArgs& args) {
 TP_KERNEL(half_x, QuantizeArgs, 128) { halve<false>(args); }
 TP_KERNEL(bf16_x, QuantizeArgs, 128) { halve<true>(args); }
 
-// The same as panels (quantize_group.h), zero up to a multiple of 64 elements; rows beyond the last are nobody's. Eight elements, a chunk, a
-// thread. grid: (k / 1024, rows), block: 128.
-template <bool kBf16>
-TP_DEVICE void halve_panels(const ggml_tp::QuantizeArgs& args) {
-    const u32 k = (blockIdx.x * 128 + threadIdx.x) * 8, row = blockIdx.y, n1 = (u32)args.x.ne[1], n2 = (u32)args.x.ne[2];
-    if (k >= (args.k + 63) / 64 * 64) return;
-    const char* x = args.x.data + row % n1 * args.x.nb[1] + row / n1 % n2 * args.x.nb[2] + row / (n1 * n2) * args.x.nb[3];
+/// Elements [k, k + 8) of a row as halves, zero outside of [k_begin, k_end); `args` as in QuantizeArgs.
+template <bool kBf16, class Args>
+TP_DEVICE TpInt4 eight_halves(const Args& args, const char* x, i64 k) {
     float v[8] = {};
     if (args.x.nb[0] == 4 && k >= args.k_begin && k + 8 <= args.k_end && ((u64)x + (u64)(k - args.k_begin) * 4) % 16 == 0) {
         for (int i = 0; i < 2; ++i) {
@@ -60,7 +56,31 @@ TP_DEVICE void halve_panels(const ggml_tp::QuantizeArgs& args) {
     }
     u32 words[4] = {};
     for (int i = 0; i < 8; ++i) words[i / 2] |= (u32)(kBf16 ? tp_float_to_bf16(v[i]) : tp_float_to_half(v[i])) << 16 * (i % 2);
-    *(TpInt4*)(args.xq + ggml_tp::panel_byte(row, k, (u32)args.k)) = {(int)words[0], (int)words[1], (int)words[2], (int)words[3]};
+    return {(int)words[0], (int)words[1], (int)words[2], (int)words[3]};
+}
+// The same as panels (quantize_group.h), zero up to a multiple of 64 elements; rows beyond the last are nobody's. Eight elements, a chunk, a
+// thread. grid: (k / 1024, rows), block: 128.
+template <bool kBf16>
+TP_DEVICE void halve_panels(const ggml_tp::QuantizeArgs& args) {
+    const u32 k = (blockIdx.x * 128 + threadIdx.x) * 8, row = blockIdx.y, n1 = (u32)args.x.ne[1], n2 = (u32)args.x.ne[2];
+    if (k >= (args.k + 63) / 64 * 64) return;
+    const char* x = args.x.data + row % n1 * args.x.nb[1] + row / n1 % n2 * args.x.nb[2] + row / (n1 * n2) * args.x.nb[3];
+    *(TpInt4*)(args.xq + ggml_tp::panel_byte(row, k, (u32)args.k)) = eight_halves<kBf16>(args, x, k);
+}
+// A tile's entries' rows as its panel. 16 rows a block; grid: (tiles that there may be, columns / 16), block: 256.
+template <bool kBf16>
+TP_DEVICE void halve_entries(const ggml_tp::HalveEntriesArgs& args) {
+    if ((i32)blockIdx.x >= *args.n_tiles) return;
+    const ggml_tp::ExpertTile& tile = args.tiles[blockIdx.x];
+    const u32 rows = (u32)args.columns, steps = (u32)((args.k + 63) / 64);
+    for (u32 r = blockIdx.y * 16; r < blockIdx.y * 16 + 16 && (i32)r < tile.count; ++r) {
+        const u32 entry = (u32)args.entries[tile.first + (i32)r], token = entry / (u32)args.n_used, slot = args.x_per_slot ? entry % (u32)args.n_used : 0;
+        const char* x = args.x.data + slot * args.x.nb[1] + token * args.x.nb[2];
+        for (u32 k = threadIdx.x * 8; k < steps * 64; k += 2048)
+            *(TpInt4*)(args.xh + (i64)blockIdx.x * steps * rows * 128 + ggml_tp::panel_byte(r, k, (u32)args.k, rows)) = eight_halves<kBf16>(args, x, k);
+    }
 }
 TP_KERNEL(half_panels, QuantizeArgs, 128) { halve_panels<false>(args); }
 TP_KERNEL(bf16_panels, QuantizeArgs, 128) { halve_panels<true>(args); }
+TP_KERNEL(half_entries, HalveEntriesArgs, 256) { halve_entries<false>(args); }
+TP_KERNEL(bf16_entries, HalveEntriesArgs, 256) { halve_entries<true>(args); }

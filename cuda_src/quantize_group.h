@@ -39,10 +39,10 @@ TP_DEVICE void quantize_four(const float (&v)[4], i64 at, bool inside, char* xq,
     }
 }
 
-/// Byte of element `at` of a row within panels [rows / 128][k / 64] of 128 rows x 128 bytes, whose 16-byte chunk c of row r lies at c ^ r % 8.
-TP_DEVICE i64 panel_byte(u32 row, u32 at, u32 k) {
+/// Byte of element `at` of a row within panels [rows / 128][k / 64] of 128 rows (or other so many) x 128 bytes, whose 16-byte chunk c of row r lies at c ^ r % 8.
+TP_DEVICE i64 panel_byte(u32 row, u32 at, u32 k, u32 rows = kPanelRows) {
     const u32 steps = (k + 63) / 64;
-    return (i64)(row / kPanelRows * steps + at / 64) * kPanelBytes + (row % kPanelRows * 128 + (at / 8 % 8 ^ row % 8) * 16 + at % 8 * 2);
+    return (i64)(row / rows * steps + at / 64) * rows * 128 + (row % rows * 128 + (at / 8 % 8 ^ row % 8) * 16 + at % 8 * 2);
 }
 
 /// What a product reads of a row: four elements as int8 or as halves, whatever its form. All 32 lanes call it, as above.

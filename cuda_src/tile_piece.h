@@ -132,9 +132,9 @@ struct TileColumns {
     const View& to;
     i64 m, column0;
     TP_MEMBER bool has(i64 column) const { return column0 + column < m; }
-    /// Of `columns` columns as panels of 128: the first one's number, and how many there are.
-    TP_MEMBER i64 panel() const { return column0 / 128; }
-    TP_MEMBER int panels(int columns) const { return (int)((m - column0 < columns ? m - column0 : columns) + 127) / 128; }
+    /// Of `columns` columns as panels: the first one's number, and how many there are.
+    TP_MEMBER i64 panel() const { return column0 / kPanelRows; }
+    TP_MEMBER int panels(int columns) const { return (int)((m - column0 < columns ? m - column0 : columns) + kPanelRows - 1) / kPanelRows; }
     TP_MEMBER i64 x_row(i64 column) const { return column0 + column; }
     TP_MEMBER char* y(i64 row, i64 column) const { return to.data + row * to.nb[0] + (column0 + column) * to.nb[1]; }
 };
@@ -142,7 +142,9 @@ struct TileColumns {
 struct TileEntries {
     const MulTileIdArgs& a;
     const i32* entry;
-    i64 count;
+    i64 count, tile = 0;
+    TP_MEMBER i64 panel() const { return tile; }
+    TP_MEMBER int panels(int) const { return 1; }
     TP_MEMBER bool has(i64 column) const { return column < count; }
     TP_MEMBER i64 x_row(i64 column) const { return a.x_per_slot ? entry[column] : (u32)entry[column] / (u32)a.n_used; }
     TP_MEMBER char* y(i64 row, i64 column) const {

@@ -62,18 +62,18 @@ def test_ops(workers, reference, arch, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_products_of_warpgroups(workers, reference, ranks):
-    """sm_90's own instructions, for products of more columns than mul_tile takes there."""
-    check(workers, reference, "sm_90", ranks, [name for name in CASES if re.search(r"^mul_mat .* m(70|130|150|300)$", name)])
+    """sm_90's own instructions, for all products of more columns than mul_vec takes, and those of many experts' tokens."""
+    check(workers, reference, "sm_90", ranks, [name for name in CASES if re.search(r"^mul_mat (Q5_K .* m33|.* m(130|150|300))$|^mul_mat_id .*(130|many) tokens", name)])
 
 
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
 def test_warpgroups_take_what_they_can(workers):
     """Q, K and V are one launch, so are gate and up; norm and GLU leave what the products read, whose weights have their own type's kernel."""
-    names = ["mul_mat Q4_0, three of one input m150", "mul_mat BF16 of a feed-forward network m150", "mul_mat Q4_K attn_q m33"]
-    three, network, few = workers.run(jobs.programs, emulated(1, "sm_90"), names=names).values()
+    names = ["mul_mat Q4_0, three of one input m150", "mul_mat BF16 of a feed-forward network m150", "mul_mat_id Q4_K, many tokens of few experts"]
+    three, network, experts = workers.run(jobs.programs, emulated(1, "sm_90"), names=names).values()
     assert [three.count(kernel) for kernel in ("half_panels<", "mul_wgmma_q4_0_", "mul_tile_")] == [1, 1, 0], three
     assert [network.count(kernel) for kernel in ("bf16_panels<", "mul_wgmma_bf16_", "fused_norm<", "fused_glu_swiglu<")] == [0, 2, 1, 1], network
-    assert "mul_tile_q4_K_small<" in few and "mul_wgmma" not in few, few
+    assert "half_entries<" in experts and "mul_wgmma_id_q4_K_128<" in experts, experts
     for text in workers.run(jobs.programs, emulated(1, "sm_86"), names=names).values():
         assert "mul_tile_" in text and "mul_wgmma" not in text, text
 

@@ -51,7 +51,7 @@ RankLaunch make(const Launch& launch, const Args& args) {
 bool is_empty(const View& v) { return v.ne[0] * v.ne[1] * v.ne[2] * v.ne[3] == 0; }
 
 /// Activations in scratch, in the form that a product wants them.
-enum class Prepared { kNone, kInt8, kHalf, kBf16, kHalfPanels, kBf16Panels };
+enum class Prepared { kNone, kInt8, kHalf, kBf16, kHalfPanels, kBf16Panels, kHalfEntries, kBf16Entries };
 
 /// What one op needs on one rank: its tensors as that rank sees them.
 struct Site {
@@ -253,6 +253,16 @@ void lower_expert_tiles(const Site& s, Lowered& out, const MulIdArgs& args, cons
     tile.k = args.w.k;
     tile.n_used = static_cast<i32>(args.y.ne[1]);
     tile.x_per_slot = args.x.ne[1] > 1;
+    const bool bf16 = args.w.type == kBF16;
+    if (s.arch.wgmma) {
+        const i64 tiles = most_tiles(entries, args.w.ne2, columns);
+        const HalveEntriesArgs halve{args.x,       prepare.xq, group.entries, group.tiles,     group.n_tiles, args.w.k,
+                                     args.k_begin, args.k_end, tile.n_used,   tile.x_per_slot, columns,       0};
+        out.scratch_bytes = tile_panels_bytes(tiles, columns, args.w.k);
+        out.prepared = bf16 ? Prepared::kBf16Entries : Prepared::kHalfEntries;
+        if (!s.grouped || s.prepared != out.prepared) out.add(halve_entries_launch(halve, tiles, bf16, s.arch), halve);
+        return out.add(mul_wgmma_id_launch(tile, columns, s.arch), tile);
+    }
     out.scratch_bytes = args.x.ne[1] * args.x.ne[2] * args.w.k * 2;
     out.prepared = args.w.type == kBF16 ? Prepared::kBf16 : Prepared::kHalf;
     if (s.prepared != out.prepared) out.add(halve_launch(prepare, args.w.type == kBF16, s.arch), prepare);
