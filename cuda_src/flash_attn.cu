@@ -7,6 +7,7 @@
 #include "flash_columns.h"
 #include "flash_piece.h"
 #include "index.h"
+#include "quantize_group.h"
 
 constexpr int kMaxHead = 576, kLaneValues = kMaxHead / 32;
 
@@ -110,8 +111,10 @@ TP_KERNEL(flash_combine, FlashCombineArgs, 256) {
     if (!args.xq) return;
     // A warp is a block of 32: the arithmetic of quantize.cu.
     const i64 row = stream * args.y.ne[2] + token, k = dv * args.y.ne[1], i = head * dv + threadIdx.x;
-    const float d = tp_warp_max(fabsf(y)) / 127.0f, q = d > 0 ? rintf(y / d) : 0.0f, q_sum = tp_warp_sum(q);
-    ((s8*)args.xq)[row * k + i] = (s8)(int)q;
+    const Int8Scale scale(tp_warp_max(fabsf(y)));
+    const s8 q = (s8)(scale.bits(y) & 255);
+    const float q_sum = tp_warp_sum((float)q), d = scale.d;
+    ((s8*)args.xq)[row * k + i] = q;
     if (threadIdx.x % 32 == 0) {
         float* out = (float*)args.xd + (row * (k / 32) + i / 32) * 2;
         out[0] = d;

@@ -9,10 +9,10 @@ TP_KERNEL(quantize_x, QuantizeArgs, 128) {
     float v = 0;
     if (k >= args.k_begin && k < args.k_end)
         v = ggml_tp::tp_load(args.x.type, args.x.data + (k - args.k_begin) * args.x.nb[0] + i1 * args.x.nb[1] + i2 * args.x.nb[2] + i3 * args.x.nb[3]);
-    const float d = tp_warp_max(fabsf(v)) / 127.0f;
-    const float q = d > 0 ? rintf(v / d) : 0.0f;
-    const float sum = tp_warp_sum(q);
-    ((s8*)args.xq)[row * args.k + k] = (s8)(int)q;
+    const ggml_tp::Int8Scale scale(tp_warp_max(fabsf(v)));
+    const s8 q = (s8)(scale.bits(v) & 255);
+    const float sum = tp_warp_sum((float)q), d = scale.d;
+    ((s8*)args.xq)[row * args.k + k] = q;
     if (threadIdx.x == 0) {
         float* out = (float*)args.xd + (row * (args.k / 32) + block) * 2;
         out[0] = d;

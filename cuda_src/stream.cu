@@ -14,6 +14,7 @@
 #include "flash_columns.h"
 #include "flash_piece.h"
 #include "get_row.h"
+#include "quantize_group.h"
 #include "rope_pair.h"
 #include "vec_piece.h"
 
@@ -243,14 +244,11 @@ TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int first, i64 fro
         for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(v[j][i]));
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-        const float inverse = most > 0 ? 127.0f / most : 0.0f;
-        // Added to 1.5 * 2^23 a float is rounded to an integer, its low byte the int8: conversions would be a quarter as fast.
-        int bits[8];
-        for (int i = 0; i < 8; ++i) bits[i] = __float_as_int(tp_mul_rounded(v[j][i], inverse) + 12582912.0f);
+        const Int8Scale scale(most);
         int words[2], sum = 0;
         for (int i = 0; i < 2; ++i) {
-            words[i] = (int)tp_byte_perm(tp_byte_perm((u32)bits[4 * i], (u32)bits[4 * i + 1], 0x0040),
-                                         tp_byte_perm((u32)bits[4 * i + 2], (u32)bits[4 * i + 3], 0x0040), 0x5410);
+            const float* four = v[j] + 4 * i;
+            words[i] = four_bytes(scale.bits(four[0]), scale.bits(four[1]), scale.bits(four[2]), scale.bits(four[3]));
             sum = tp_dp4a(words[i], 0x01010101, sum);
         }
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
@@ -259,9 +257,8 @@ TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int first, i64 fro
         *(int*)(s.x + at) = words[0];
         *(int*)(s.x + at + 4) = words[1];
         if (at % 32 == 0) {
-            const float d = most / 127.0f;
-            s.xd[at / 32 * 2] = d;
-            s.xd[at / 32 * 2 + 1] = d * (float)sum;
+            s.xd[at / 32 * 2] = scale.d;
+            s.xd[at / 32 * 2 + 1] = scale.d * (float)sum;
         }
     }
     return squares;
