@@ -295,6 +295,7 @@ static inline void tp_wgmma_commit() { tp_emulator::product_commit(); }
 template <int kLeft>
 static inline void tp_wgmma_wait() {
     tp_emulator::product_wait(kLeft);
+    __syncwarp();  // .sync.aligned: a warp's lanes have waited when one has
 }
 template <int kColumns, bool kBf16>
 static inline void tp_wgmma(float (&d)[kColumns / 2], u64 a, u64 b) {
