@@ -129,10 +129,9 @@ TP_DEVICE void mul_tile_entries(const MulTileIdArgs& a) {
 
 }  // namespace ggml_tp
 
-#define MUL_TILE(name, type)                                                                                \
-    TP_KERNEL(mul_tile_##name, MulTileArgs, 256) { ggml_tp::mul_tile_columns<type, 128, 128>(args); }       \
-    TP_KERNEL(mul_tile_##name##_small, MulTileArgs, 256) { ggml_tp::mul_tile_columns<type, 64, 64>(args); } \
-    TP_KERNEL(mul_tile_id_##name, MulTileIdArgs, 256) { ggml_tp::mul_tile_entries<type, 128, 128>(args); }  \
+#define MUL_TILE(name, type)                                                                               \
+    TP_KERNEL(mul_tile_##name, MulTileArgs, 256) { ggml_tp::mul_tile_columns<type, 128, 128>(args); }      \
+    TP_KERNEL(mul_tile_id_##name, MulTileIdArgs, 256) { ggml_tp::mul_tile_entries<type, 128, 128>(args); } \
     TP_KERNEL(mul_tile_id_##name##_small, MulTileIdArgs, 256) { ggml_tp::mul_tile_entries<type, 64, 64>(args); }
 
 MUL_TILE(q4_0, ggml_tp::kQ4_0)

@@ -23,18 +23,16 @@ inline bool mul_tile_can(const MulMatArgs& a, Arch arch) {
 inline Launch mul_tile_launch(const MulTileArgs& a, Arch) {
     struct Row {
         i32 type;
-        const char *large, *small;
+        const char* kernel;
     };
     static constexpr Row kRows[] = {
-        {kQ4_0, "mul_tile_q4_0", "mul_tile_q4_0_small"}, {kQ8_0, "mul_tile_q8_0", "mul_tile_q8_0_small"}, {kQ4_K, "mul_tile_q4_K", "mul_tile_q4_K_small"},
-        {kQ6_K, "mul_tile_q6_K", "mul_tile_q6_K_small"}, {kF16, "mul_tile_f16", "mul_tile_f16_small"},    {kBF16, "mul_tile_bf16", "mul_tile_bf16_small"},
+        {kQ4_0, "mul_tile_q4_0"}, {kQ8_0, "mul_tile_q8_0"}, {kQ4_K, "mul_tile_q4_K"},
+        {kQ6_K, "mul_tile_q6_K"}, {kF16, "mul_tile_f16"},   {kBF16, "mul_tile_bf16"},
     };
     Launch out;
-    // Small tiles where large ones would leave most multiprocessors idle.
-    const bool small = a.m <= 64;
-    const int rows = small ? 64 : 128, columns = small ? 64 : 128;
+    constexpr int rows = 128, columns = 128;
     for (const Row& row : kRows)
-        if (row.type == a.w.type) out.kernel = small ? row.small : row.large;
+        if (row.type == a.w.type) out.kernel = row.kernel;
     const i64 y = (a.m + columns - 1) / columns;
     if (y > 65535) return {};
     out.grid[0] = (u32)((a.w.n + rows - 1) / rows);

@@ -230,7 +230,9 @@ def _mul_mats() -> None:
             )
         case(f"mul_mat {NAMES[t]} of a feed-forward network m150")(lambda g, t=t: feed_forward(g, t, 256, 512, 150))
         case(f"mul_mat {NAMES[t]}, three of one input m150")(lambda g, t=t: three_products(g, t, 256, 150))
-        case(f"mul_mat {NAMES[t]} 2304x150, k in pieces, m12")(lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 2304, 150, scale=1 / 48), g.leaf(F32, 2304, 12)))
+        case(f"mul_mat {NAMES[t]} 2304x150, k in pieces, m12")(
+            lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 2304, 150, scale=1 / 48), g.leaf(F32, 2304, 12))
+        )
         case(f"mul_mat {NAMES[t]} of a feed-forward network m40")(lambda g, t=t: feed_forward(g, t, 768, 1280, 40))
         case(f"mul_mat {NAMES[t]}, three of one input m20")(lambda g, t=t: three_products(g, t, 1280, 20))
         case(f"mul_mat {NAMES[t]} broadcast")(lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 16, 2, 1, scale=1 / 16), g.leaf(F32, 256, 3, 4, 2)))

@@ -19,8 +19,8 @@ class StreamMemory {
         DeviceBlock block;
         StreamState* state = nullptr;
         float* vectors[10] = {};  // kStreamMostK floats each: see persist.cpp
-        float* inbox[2] = {};    // [n_ranks][elems of the all_reduce]
-        u32 n_blocks = 0;        // of a launch
+        float* inbox[2] = {};     // [n_ranks][elems of the all_reduce]
+        u32 n_blocks = 0;         // of a launch
     };
     std::vector<Rank> ranks;
     const bool peers;  // several ranks, and all of them can be reached
