@@ -160,7 +160,8 @@ u64 graph_key(const Graph& graph) {
                 for (const Range& range : t.stored->sharding.segment(s).ranges) hash.mix(static_cast<u64>(range.begin)), hash.mix(static_cast<u64>(range.end));
             if (t.stored->extent) {
                 hash.mix(static_cast<u64>(t.stored->extent->period_bytes));
-                for (const Range& range : t.stored->extent->ranges) hash.mix(static_cast<u64>(range.begin)), hash.mix(static_cast<u64>(range.end));
+                for (int s = 0; s < t.stored->extent->n_segments(); ++s)
+                    for (const Range& range : t.stored->extent->segment(s)) hash.mix(static_cast<u64>(range.begin)), hash.mix(static_cast<u64>(range.end));
             }
         } else if (t.buffer) {
             for (const DevicePtr memory : t.buffer->compute) hash.mix(memory);
