@@ -254,7 +254,7 @@ class Demands {
             case Op::RMS_NORM:
             case Op::NORM:
             case Op::L2_NORM:
-                if (on_root->axis > 0) demand(root.src[0], *on_root);
+                if (on_root->axis > 0 || is_whole(on_root->ranges, root.ne[0])) demand(root.src[0], *on_root);  // else along what must be whole
                 break;
             case Op::UNARY:
             case Op::SCALE: demand(root.src[0], *on_root); break;

@@ -328,8 +328,7 @@ constexpr Row kRules[] = {
 /// What every rank has whole is not divided.
 Sharding as_it_lies(Sharding s, const Tensor& t) {
     if (s.kind != Sharding::kSharded || s.n_segments() != 1) return s;
-    const i64 n = t.ne[s.axis];
-    return std::all_of(s.ranges.begin(), s.ranges.end(), [&](const Range& range) { return range == Range{0, n}; }) ? replicated() : s;
+    return is_whole(s.ranges, t.ne[s.axis]) ? replicated() : s;
 }
 
 Rule rule_of(Op op) {
@@ -497,11 +496,10 @@ void Propagation::step(int node) {
         State next{d.output.kind, d.parts};
         if (d.output.kind == Sharding::kSharded && d.parts.empty()) {
             const auto extent = extent_of(d.output, t.strided());
-            auto is_all = [&](const Range& range) { return range == Range{0, extent->period_bytes}; };
             if (!extent || root.bytes % extent->period_bytes) {
                 d = everywhere(*this, t);
                 next = {};
-            } else if (std::all_of(extent->ranges.begin(), extent->ranges.end(), is_all)) {  // the only KV head, which every rank has
+            } else if (is_whole(extent->ranges, extent->period_bytes)) {  // the only KV head, which every rank has
                 d.output = replicated();
                 next = {};
             } else {

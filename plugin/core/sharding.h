@@ -71,5 +71,7 @@ Ranges divide(i64 total, i64 grain, int n_ranks, const std::vector<double>& spli
 /// Ranges scaled by a factor, and moved.
 Ranges scaled(const Ranges& ranges, i64 factor);
 Ranges moved(const Ranges& ranges, i64 by);
+/// Whether every rank has all n.
+bool is_whole(const Ranges& ranges, i64 n);
 
 }  // namespace ggml_tp
