@@ -276,9 +276,10 @@ struct ReduceArgs {
 // Recurrences over tokens whose state is a matrix per head and sequence: recurrent.cu has the formulas and what src is for each.
 struct RecurrentArgs {
     View src[7];
-    float *y, *state;  // f32, packed: y [state rows, n_head, n_tokens, n_seqs], state [n, state rows, n_head, n_seqs, snapshots]
-    i64 n, rows, n_head, n_tokens, n_seqs;
-    i64 snapshots;  // the states after the last so many tokens, latest first
+    float *y, *state;  // f32, of this rank's first head, packed: y [state rows, n_head, n_tokens, n_seqs], state [n, state rows, n_head, n_seqs, snapshots]
+    i64 n, rows, n_head, n_tokens, n_seqs;                      // n_head: this rank's, whose first is head_begin of all
+    i64 n_head_global, head_begin, n_group[2], group_begin[2];  // groups of heads that share B, C, or Q, K: of the sources with even and odd number
+    i64 snapshots;                                              // the states after the last so many tokens, latest first
     float scale;
     i32 pad;
 };

@@ -32,18 +32,18 @@ TP_DEVICE void walk(const RecurrentArgs& args, Load load, Place place, Step step
     for_lanes(args.n, [&](int j, i64 i) { state.v[j] = load(i); });
     for (i64 t = 0; t < args.n_tokens; ++t) {
         const float y = tp_warp_sum(step(t, state));
-        if (threadIdx.x == 0) args.y[((seq * args.n_tokens + t) * args.n_head + head) * args.rows + row] = y;
+        if (threadIdx.x == 0) args.y[((seq * args.n_tokens + t) * args.n_head_global + head) * args.rows + row] = y;
         const i64 slot = args.n_tokens - 1 - t;
         if (slot >= args.snapshots) continue;
-        float* to = args.state + ((slot * args.n_seqs + seq) * args.n_head + head) * args.rows * args.n;
+        float* to = args.state + ((slot * args.n_seqs + seq) * args.n_head_global + head) * args.rows * args.n;
         for_lanes(args.n, [&](int j, i64 i) { to[place(i)] = state.v[j]; });
     }
 }
-/// The same where all sequences' tokens are one axis and states are packed, [n * n * n_head, n_seqs]: step(token, state).
+/// The same where all sequences' tokens are one axis and a sequence's state is packed, [n * n * n_head, n_seqs]: step(token, state).
 template <class Place, class Step>
 TP_DEVICE void walk_packed(const RecurrentArgs& args, const View& states, Place place, Step step) {
     const i64 head = blockIdx.y, seq = blockIdx.z;
-    const float* from = (const float*)states.data + (seq * args.n_head + head) * args.n * args.n;
+    const float* from = (const float*)(states.data + seq * states.nb[1]) + head * args.n * args.n;
     walk(args, [&](i64 i) { return from[place(i)]; }, place, [&](i64 t, Lanes& state) { return step(seq * args.n_tokens + t, state); });
 }
 TP_DEVICE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
@@ -57,7 +57,8 @@ using namespace ggml_tp;
 // B and C [d_state, n_group, n_tokens, n_seqs], the states' numbers [n_seqs].
 TP_KERNEL(ssm_scan, RecurrentArgs, 32) {
     const View *src = args.src, &x = src[1], &dt = src[2], &a = src[3], &b = src[4], &c = src[5];
-    const i64 row = blockIdx.x, head = blockIdx.y, seq = blockIdx.z, group = head / (args.n_head / b.ne[1]);
+    const i64 row = blockIdx.x, head = blockIdx.y, seq = blockIdx.z,
+              group = (args.head_begin + head) / (args.n_head_global / args.n_group[0]) - args.group_begin[0];
     const i64 number = *(const i32*)(src[6].data + seq * src[6].nb[0]);
     walk(
         args, [&](i64 i) { return at(src[0], i, row, head, number); }, [&](i64 i) { return row * args.n + i; },
@@ -78,7 +79,9 @@ TP_KERNEL(ssm_scan, RecurrentArgs, 32) {
 TP_KERNEL(gated_delta_net, RecurrentArgs, 32) {
     const View *src = args.src, &q = src[0], &k = src[1], &v = src[2], &g = src[3];
     const i64 row = blockIdx.x, head = blockIdx.y, seq = blockIdx.z;
-    const i64 q_head = head % q.ne[1], k_head = head % k.ne[1], q_seq = seq / (v.ne[3] / q.ne[3]), k_seq = seq / (v.ne[3] / k.ne[3]);
+    const i64 q_head = (args.head_begin + head) % args.n_group[0] - args.group_begin[0],
+              k_head = (args.head_begin + head) % args.n_group[1] - args.group_begin[1];
+    const i64 q_seq = seq / (v.ne[3] / q.ne[3]), k_seq = seq / (v.ne[3] / k.ne[3]);
     // The state of a sequence is packed, whatever the shape that it comes in.
     const float* from = (const float*)(src[5].data + seq * src[5].nb[3]) + (head * args.n + row) * args.n;
     walk(
@@ -99,7 +102,7 @@ TP_KERNEL(gated_delta_net, RecurrentArgs, 32) {
         });
 }
 
-// The three below: [n, n_head, all tokens], packed states [n * n * n_head, n_seqs].
+// The three below: [n, n_head, all tokens], states [n * n * n_head, n_seqs].
 // src: k, v, q, g, state. A row here is a column in memory.
 TP_KERNEL(gated_linear_attn, RecurrentArgs, 32) {
     const View* src = args.src;

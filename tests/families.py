@@ -66,6 +66,7 @@ class Family:
     scaled: Mapping[str, float] = field(default_factory=dict)  # tensors by pattern, whose random values would be too large
     job: str = "run_model"  # of jobs.py
     cost: tuple[int, int] | None = None  # all_reduces and all_gathers of one token; None: two reduces a layer
+    beyond: tuple[int, int] | None = None  # groups of a norm, and how often it is gathered for where there are more ranks than these
 
 
 # What a host takes if it is there, and most families do not have.
@@ -98,19 +99,19 @@ FAMILIES: dict[str, Family] = {
         "attention.key_length": 64, "attention.value_length": 32, "attention.key_length_mla": None, "attention.value_length_mla": None}),
     "deepseek2-fused": Family("deepseek2", EXPERTS | SHARED | LATENT | {"leading_dense_block_count": 1}, joined=GATE_UP),
     "llama4": Family("llama4", EXPERTS | {"block_count": 4, "interleave_moe_layer_step": 2, "expert_used_count": 1}),
-    "qwen3next": Family("qwen3next", EXPERTS | SHARED | ssm(256, 32, 8, 4) | {"full_attention_interval": 2}, without="ssm_in", cost=(3, 0)),
-    "qwen35": Family("qwen35", ssm(256, 32, 8, 4) | {"full_attention_interval": 2, "rope.dimension_sections": [4, 6, 6, 0]}, cost=(3, 0)),
+    "qwen3next": Family("qwen3next", EXPERTS | SHARED | ssm(256, 32, 8, 4) | {"full_attention_interval": 2}, without="ssm_in"),
+    "qwen35": Family("qwen35", ssm(256, 32, 8, 4) | {"full_attention_interval": 2, "rope.dimension_sections": [4, 6, 6, 0]}),
     "qwen35moe": Family("qwen35moe", EXPERTS | SHARED | ssm(256, 32, 8, 4) | {"full_attention_interval": 2,
-        "rope.dimension_sections": [4, 6, 6, 0]}, cost=(3, 0)),
-    "mamba": Family("mamba", ssm(512, 16, 16, 0), cost=(0, 0)),
-    "mamba2": Family("mamba2", ssm(512, 32, 16, 2), cost=(0, 0)),
-    "jamba": Family("jamba", EXPERTS | ssm(512, 16, 16, 0) | {"attention.head_count_kv": [0, 4]}, cost=(3, 0)),
-    "falcon-h1": Family("falcon-h1", ssm(512, 32, 16, 2), cost=(4, 0)),
+        "rope.dimension_sections": [4, 6, 6, 0]}),
+    "mamba": Family("mamba", ssm(512, 16, 16, 0), cost=(4, 0)),
+    "mamba2": Family("mamba2", ssm(512, 32, 16, 2), cost=(2, 0), beyond=(2, 2)),
+    "jamba": Family("jamba", EXPERTS | ssm(512, 16, 16, 0) | {"attention.head_count_kv": [0, 4]}, cost=(5, 0)),
+    "falcon-h1": Family("falcon-h1", ssm(512, 32, 16, 2), beyond=(2, 2)),
     "granitehybrid": Family("granitehybrid", ssm(512, 32, 16, 2) | {"attention.head_count_kv": [0, 4], "embedding_scale": 12.0, "residual_scale": 0.22,
-        "attention.scale": 0.0156, "logit_scale": 8.0}, cost=(3, 0)),
+        "attention.scale": 0.0156, "logit_scale": 8.0}, beyond=(2, 1)),
     "nemotron_h": Family("nemotron_h", ssm(512, 32, 16, 2) | {"block_count": 3, "attention.head_count_kv": [0, 4, 0],
-        "feed_forward_length": [0, 0, 768]}, cost=(2, 0)),
-    "lfm2": Family("lfm2", {"attention.head_count_kv": [0, 4], "shortconv.l_cache": 3}, cost=(3, 0)),
+        "feed_forward_length": [0, 0, 768]}, cost=(3, 0), beyond=(2, 1)),
+    "lfm2": Family("lfm2", {"attention.head_count_kv": [0, 4], "shortconv.l_cache": 3}),
     # Attention is not scaled, 22 layers amplify, of few gates the topmost 5 % are next to none: unscaled and with an ffn of 96, the host's CPU
     # differs from itself by an NMSE of 8e-3 with another batch size.
     "gemma3n": Family("gemma3n", {"block_count": 22, "embedding_length": 64, "attention.head_count": 8, "attention.head_count_kv": 1,
@@ -131,11 +132,11 @@ FAMILIES: dict[str, Family] = {
     "exaone4": Family("exaone4", {"attention.sliding_window": 32}),
     "minimax-m2": Family("minimax-m2", EXPERTS | {"expert_gating_func": SIGMOID}, cost=(4, 4)),
     "rwkv6": Family("rwkv6", {"attention.head_count": 0, "attention.head_count_kv": 0, "wkv.head_size": 32, "time_mix_extra_dim": 32,
-        "time_decay_extra_dim": 64}, optional=r".*\.bias", cost=(0, 0)),
+        "time_decay_extra_dim": 64}, optional=r".*\.bias"),
     "rwkv7": Family("rwkv7", {"attention.head_count": 0, "attention.head_count_kv": 0, "wkv.head_size": 32, "attention.decay_lora_rank": 32,
-        "attention.iclr_lora_rank": 32, "attention.value_residual_mix_lora_rank": 32, "attention.gate_lora_rank": 64}, optional=r".*\.bias", cost=(0, 0)),
+        "attention.iclr_lora_rank": 32, "attention.value_residual_mix_lora_rank": 32, "attention.gate_lora_rank": 64}, optional=r".*\.bias"),
     "kimi-linear": Family("kimi-linear", EXPERTS | SHARED | LATENT | {"leading_dense_block_count": 1, "attention.head_count_kv": [0, 1],
-        "ssm.conv_kernel": 4, "kda.head_dim": 32, "expert_gating_func": SIGMOID}, cost=(4, 3)),
+        "ssm.conv_kernel": 4, "kda.head_dim": 32, "expert_gating_func": SIGMOID}),
     "bert": Family("bert", {"tokenizer.ggml.token_type_count": 2, "attention.causal": False, "pooling_type": 0}, optional=r".*\.bias",
         without="cls.*", job="embed"),
     "t5": Family("t5", {"attention.relative_buckets_count": 8, "attention.head_count_kv": 8, "decoder_start_token_id": 1}, scaled={"attn_q": 0.3},

@@ -139,9 +139,9 @@ def test_kernels_of_other_architectures(workers, models, arch, family, quant, ra
     check(workers, models, family, quant, ranks, arch=arch)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_several_sequences(workers, models, ranks):
-    model = models("llama", "F16")
+@pytest.mark.parametrize(("family", "ranks"), [("llama", 2), ("llama", 3), ("mamba2", 2), ("qwen35", 3), ("rwkv7", 2)])
+def test_several_sequences(workers, models, family, ranks):
+    model = models(family, "F16")
     reference = workers.run(jobs.sequences, {}, model=model, on_device=False)
     assert nmse(workers.run(jobs.sequences, emulated(ranks), model=model, on_device=True), reference) <= TOLERANCE["F16"]
 
@@ -183,8 +183,9 @@ def test_runs_are_bit_identical(workers, models):
     assert np.array_equal(a["prompt_logits"], b["prompt_logits"])
 
 
-def test_state_of_four_ranks_restores_into_two(workers, models):
-    model = models("llama", "F16")
+@pytest.mark.parametrize("family", ["llama", "mamba2", "qwen35"])
+def test_state_of_four_ranks_restores_into_two(workers, models, family):
+    model = models(family, "F16")
     state = workers.run(jobs.save_state, emulated(4), model=model, prompt=PROMPT)
     restored = workers.run(jobs.restore_state, emulated(2), model=model, state=state, token=5, position=len(PROMPT))
     reference = workers.run(jobs.run_model, {}, model=model, prompt=[*PROMPT, 5], n=1, on_device=False)["logits"][0]

@@ -302,8 +302,10 @@ const char* role_name(Role role) {
         case Role::kWhole: return "whole";
         case Role::kColumn: return "column";
         case Role::kSegments: return "segments";
+        case Role::kMixer: return "mixer";
         case Role::kRow: return "row";
         case Role::kKvCache: return "cache";
+        case Role::kState: return "state";
     }
     return "";
 }

@@ -79,6 +79,44 @@ class Reader {
     std::unordered_map<const void*, int> ids_;
 };
 
+bool is_contiguous(const Tensor& t) {
+    i64 nb = t.unit_bytes();
+    for (int d = 0; d < 4; ++d) {
+        if (t.ne[d] != 1 && t.nb[d] != nb) return false;
+        nb *= t.ne[d];
+    }
+    return t.unit_elems() == 1;
+}
+void reshape(Tensor& t, const i64 (&ne)[4]) {
+    i64 nb = t.unit_bytes();
+    for (int d = 0; d < 4; ++d) t.ne[d] = ne[d], t.nb[d] = nb, nb *= ne[d];
+}
+
+/// A copy into a stored tensor that is written as one row of all sequences' states is one of a row for each of them: elements go over in the same
+/// order, and rows are what is divided among ranks. What it reads is given the same shape, as a view of its own.
+void in_rows(Graph& graph, int id) {
+    const Tensor copy = graph.tensors[static_cast<size_t>(id)], from = graph.tensors[static_cast<size_t>(copy.src[0])];
+    if (!copy.stored || !is_contiguous(copy)) return;
+    const auto is_flat = [](const Tensor& t) { return t.ne[1] * t.ne[2] * t.ne[3] == 1; };
+    if (!is_flat(from)) {
+        if (is_flat(copy)) reshape(graph.tensors[static_cast<size_t>(id)], from.ne);
+        return;
+    }
+    const i64 row = copy.stored->ne[0];
+    if (!is_flat(copy) || copy.ne[0] % row || copy.ne[0] == row || !is_contiguous(from)) return;
+    const i64 rows[4] = {row, copy.ne[0] / row, 1, 1};
+    reshape(graph.tensors[static_cast<size_t>(id)], rows);
+    Tensor view = from;
+    view.id = static_cast<int>(graph.tensors.size());
+    view.op = abi::Op::VIEW;
+    view.is_node = false;
+    std::fill(view.src, view.src + 10, -1);
+    view.src[0] = from.id;
+    reshape(view, rows);
+    graph.tensors[static_cast<size_t>(id)].src[0] = view.id;
+    graph.tensors.push_back(view);
+}
+
 constexpr int kLookAhead = 48;  // nodes, views counted; Q, K and V with biases and head norms span about 20
 
 struct Hash {
@@ -106,6 +144,7 @@ Graph read_graph(const abi::Host& host, void* cgraph, BufferOf buffer_of, void* 
         if (t.is_view_op() || t.elems() == 0 || !host.is_computed(abi::TensorRef(host, ref.node(i)))) continue;
         if (!t.buffer) throw Error(t.name + " is to be computed here but lies in another backend's buffer; the graph is refused");
         reader.graph_.nodes.push_back(id);
+        if (t.op == abi::Op::CPY) in_rows(reader.graph_, id);
     }
     return std::move(reader.graph_);
 }
@@ -160,7 +199,8 @@ u64 graph_key(const Graph& graph) {
                 for (const Range& range : t.stored->sharding.segment(s).ranges) hash.mix(static_cast<u64>(range.begin)), hash.mix(static_cast<u64>(range.end));
             if (t.stored->extent) {
                 hash.mix(static_cast<u64>(t.stored->extent->period_bytes));
-                for (const Range& range : t.stored->extent->ranges) hash.mix(static_cast<u64>(range.begin)), hash.mix(static_cast<u64>(range.end));
+                for (int s = 0; s < t.stored->extent->n_segments(); ++s)
+                    for (const Range& range : t.stored->extent->segment(s)) hash.mix(static_cast<u64>(range.begin)), hash.mix(static_cast<u64>(range.end));
             }
         } else if (t.buffer) {
             for (const DevicePtr memory : t.buffer->compute) hash.mix(memory);

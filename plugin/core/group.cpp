@@ -384,6 +384,8 @@ std::unique_ptr<Program> Group::build(const Graph& graph, u64 key) {
         memory->reshard(*tensor.buffer, tensor, sharding, extent);
         ++counters.weights_resharded;
     });
+    for (int id : graph.nodes)  // what a graph has written a later re-shard must keep
+        if (Stored* written = graph.tensors[static_cast<size_t>(id)].stored) written->pristine = false;
     schedule(plan, graph);
     verify(plan, graph);
     // Other programs hold the addresses of shards that were laid out anew; their keys no longer match, so they are never replayed.

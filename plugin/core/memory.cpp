@@ -52,7 +52,23 @@ i64 PlaneLayout::n_rows() const {
 i64 Stored::local_bytes(int rank) const {
     if (format) return planes[rank].bytes;
     if (!extent) return bytes;
-    return bytes / extent->period_bytes * extent->ranges[rank].size();
+    return bytes / extent->period_bytes * local_period(rank);
+}
+
+i64 Stored::local_period(int rank) const {
+    i64 sum = 0;
+    for (int s = 0; s < extent->n_segments(); ++s) sum += extent->segment(s)[static_cast<size_t>(rank)].size();
+    return sum;
+}
+
+i64 Stored::local_offset(int rank, i64 at) const {
+    i64 before = 0;
+    for (int s = 0; s < extent->n_segments(); ++s) {
+        const Range& own = extent->segment(s)[static_cast<size_t>(rank)];
+        if (own.begin <= at && at < own.end) return before + at - own.begin;
+        before += own.size();
+    }
+    return -1;
 }
 
 std::string Stored::to_text(int n_ranks) const {
@@ -65,7 +81,10 @@ std::string Stored::to_text(int n_ranks) const {
             lies = *elements;
         } else {  // cut inside of an element: bytes say it
             out = "sharded by bytes of " + std::to_string(extent->period_bytes);
-            for (const Range& range : extent->ranges) out += " [" + std::to_string(range.begin) + "," + std::to_string(range.end) + ")";
+            for (int s = 0; s < extent->n_segments(); ++s) {
+                if (s) out += " |";
+                for (const Range& range : extent->segment(s)) out += " [" + std::to_string(range.begin) + "," + std::to_string(range.end) + ")";
+            }
         }
     }
     if (out.empty()) out = lies.to_text();
@@ -81,7 +100,8 @@ void guess_layout(Stored& tensor, int n_ranks, const std::vector<double>& split)
         if (tensor.ne[d] > 1) n_dims = d + 1;
     const WeightFormat* format = find_weight_format(tensor.type);
     Sharding guess = guess_sharding(tensor.role, tensor.ne, n_dims, n_ranks, split);
-    const bool is_matrix = (tensor.role == Role::kColumn || tensor.role == Role::kSegments || tensor.role == Role::kRow || tensor.role == Role::kWhole) &&
+    const bool is_matrix = (tensor.role == Role::kColumn || tensor.role == Role::kSegments || tensor.role == Role::kMixer || tensor.role == Role::kRow ||
+                            tensor.role == Role::kWhole) &&
                            (n_dims == 2 || n_dims == 3) && format;
     if (is_matrix) {
         tensor.format = format;
@@ -285,7 +305,7 @@ void Memory::give_back_shards(Buffer& buffer, Stored& tensor) {
 void Memory::account(const Stored& tensor, int sign) {
     for (int r = 0; r < n_ranks() && !tensor.shard.empty(); ++r) {
         if (!tensor.shard[r]) continue;
-        u64& counter = tensor.role == Role::kKvCache ? kv_bytes_[r] : weight_bytes_[r];
+        u64& counter = tensor.role == Role::kKvCache || tensor.role == Role::kState ? kv_bytes_[r] : weight_bytes_[r];
         counter += static_cast<u64>(sign * tensor.local_bytes(r));
     }
 }
@@ -359,13 +379,16 @@ std::vector<Memory::Piece> Memory::pieces(const Stored& tensor, i64 begin, i64 b
     const i64 period = tensor.extent->period_bytes;
     for (i64 p = begin / period; p * period < begin + bytes; ++p) {
         const i64 from = std::max(begin - p * period, i64{0}), to = std::min(begin + bytes - p * period, period);
-        i64 done = from;
-        for (int r = 0; r < n_ranks(); ++r) {
-            const Range& own = tensor.extent->ranges[r];
-            const i64 lo = std::max(all_owners ? from : done, own.begin), hi = std::min(to, own.end);
-            if (hi <= lo) continue;
-            out.push_back({r, tensor.shard[r] + static_cast<u64>(p * own.size() + lo - own.begin), p * period + lo - begin, hi - lo});
-            done = std::max(done, hi);
+        for (int s = 0; s < tensor.extent->n_segments(); ++s) {
+            i64 done = from;
+            for (int r = 0; r < n_ranks(); ++r) {
+                const Range& own = tensor.extent->segment(s)[static_cast<size_t>(r)];
+                const i64 lo = std::max(all_owners ? from : done, own.begin), hi = std::min(to, own.end);
+                if (hi <= lo) continue;
+                const i64 at = p * tensor.local_period(r) + tensor.local_offset(r, lo);
+                out.push_back({r, tensor.shard[r] + static_cast<u64>(at), p * period + lo - begin, hi - lo});
+                done = std::max(done, hi);
+            }
         }
     }
     return out;

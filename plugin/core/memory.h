@@ -47,7 +47,10 @@ struct Stored {
 
     bool is_sharded() const { return format ? sharding.kind == Sharding::kSharded : extent.has_value(); }
     i64 local_bytes(int rank) const;
-    i64 local_period(int rank) const { return extent->ranges[rank].size(); }
+    /// Bytes of one period on this rank: its segments side by side.
+    i64 local_period(int rank) const;
+    /// Where byte `at` of a period lies in this rank's; -1: not there.
+    i64 local_offset(int rank, i64 at) const;
     /// How it lies, and its bytes on every rank.
     std::string to_text(int n_ranks) const;
 };

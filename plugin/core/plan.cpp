@@ -4,6 +4,7 @@
 #include <cstring>
 #include <set>
 
+#include "recurrence.h"
 #include "rules.h"
 
 namespace ggml_tp {
@@ -11,26 +12,38 @@ namespace {
 
 using abi::Op;
 
-/// Walks backwards from each attention to the weights, biases and caches that feed it, and asks for whole heads.
+/// Walks backwards from each attention and each recurrent op to the weights, biases and caches that feed it, and asks for whole heads.
 class Demands {
   public:
     Demands(const Graph& graph, int n_ranks, const std::vector<double>& split) : graph_(graph), n_ranks_(n_ranks), split_(split) {
+        bool has_states = false;
         for (int id : graph.nodes) {
             const Tensor& t = graph.tensors[id];
             if (t.op == Op::FLASH_ATTN_EXT) attention(t.src[0], t.src[1], t.src[2]);
             if (t.op == Op::SOFT_MAX) unfused(t);
             if (t.op == Op::GLU) gate_and_up(t);
+            if (recurrence_of(t.op)) recurrent(t);
+            has_states |= recurrence_of(t.op) != nullptr;
         }
+        for (int id : graph.nodes)  // the only thing between two products: LFM2
+            if (at(id).op == Op::SSM_CONV && !has_states) convolution(at(id));
+        for (auto& [conv, parts] : channels_) states_of(at(conv), parts);
         for (auto& [root, parts] : parts_) side_by_side(at(root), parts);
     }
     std::vector<Want> wants;
 
   private:
-    struct Part {
+    struct RowPart {
         Ranges ranges;
         i64 size;
     };
     const Tensor& at(int id) const { return graph_.tensors[id]; }
+
+    /// Several readers may ask for the same.
+    void want(Stored* stored, const Sharding& sharding, const std::optional<Extent>& extent) {
+        const auto same = [&](const Want& w) { return w.stored == stored && w.sharding == sharding && w.extent == extent; };
+        if (std::none_of(wants.begin(), wants.end(), same)) wants.push_back({stored, sharding, extent});
+    }
 
     void attention(int q, int k, int v) {
         const HeadPartition heads = divide_heads(at(q).ne[2], at(k).ne[2], n_ranks_, split_);
@@ -48,6 +61,74 @@ class Demands {
             const Tensor& t = at(id);
             if (t.op == Op::MUL_MAT && t.src[1] >= 0 && at(t.src[1]).root == soft_max.id) return attention(at(product).src[1], at(product).src[0], t.src[0]);
         }
+    }
+
+    // Heads with a state: what comes in, the state, and what their results meet on the way out (gates).
+    void recurrent(const Tensor& t) {
+        const RecurrentHeads heads(graph_, t);
+        const Ranges ranges = heads.divide(n_ranks_, split_);
+        for (int i = 0; i < 7 && t.src[i] >= 0; ++i)
+            if (const auto need = heads.needs(i, ranges); need && need->kind == Sharding::kSharded) demand(t.src[i], *need);
+        follow(t.id, heads.parts(ranges).front());
+    }
+
+    void convolution(const Tensor& t) {
+        const Sharding channels = sharded(0, divide_channels(t.ne[0], n_ranks_, split_));
+        demand(t.id, channels);
+        if (const auto extent = extent_of(channels, t.strided())) follow(t.id, {{0, t.bytes}, *extent});
+    }
+
+    /// From a divided result on to its readers: what is combined with it element by element is wanted as it is divided.
+    void follow(int id, const Part& part) {
+        for (const auto& [node, i] : readers_of(id)) {
+            const Tensor &t = at(node), &s = at(t.src[i]);
+            if (s.offset < part.bytes.begin || s.offset + s.bytes > part.bytes.end) continue;
+            const auto lies = sharding_of(part.extent, s.strided());
+            if (!lies || !std::equal(t.ne, t.ne + 4, s.ne) || t.stored || t.root != t.id) continue;
+            switch (t.op) {
+                case Op::RMS_NORM:
+                case Op::NORM:
+                case Op::L2_NORM:
+                    if (lies->axis == 0) continue;
+                    break;
+                case Op::ADD:
+                case Op::SUB:
+                case Op::MUL:
+                case Op::GLU:
+                    if (const int other = t.src[1 - i]; other >= 0 && std::equal(t.ne, t.ne + 4, at(other).ne)) demand(other, *lies);
+                    break;
+                case Op::UNARY:
+                case Op::SCALE:
+                case Op::CONT: break;
+                default: continue;
+            }
+            if (const auto extent = extent_of(*lies, t.strided())) follow(t.id, {{0, t.bytes}, *extent});
+        }
+    }
+    /// Nodes that read a root, and as which source; of all roots once, when the first is asked for.
+    const std::vector<std::pair<int, int>>& readers_of(int root) {
+        if (readers_.empty()) {
+            readers_.resize(graph_.tensors.size());
+            for (int id : graph_.nodes)
+                for (int i = 0; i < 10; ++i)
+                    if (at(id).src[i] >= 0) readers_[static_cast<size_t>(at(at(id).src[i]).root)].push_back({id, i});
+        }
+        return readers_[static_cast<size_t>(root)];
+    }
+
+    /// What a convolution over tokens reads: the states of before and, behind them, values whose axes are exchanged. Both null: unknown.
+    struct Conv {
+        const Tensor *states = nullptr, *values = nullptr;
+    };
+    Conv conv_of(const Tensor& t) const {
+        const Tensor& window = at(at(t.src[0]).root);
+        if (window.id != t.src[0] || window.op != Op::CONCAT || window.params[0] != 0) return {};
+        return {&at(window.src[0]), &at(window.src[1])};
+    }
+    // The states of a convolution are divided as its channels are, in segments where these are.
+    void states_of(const Tensor& conv, std::vector<RowPart>& parts) {
+        if (const auto ranges = whole_row(parts, conv.ne[0]))
+            demand(conv_of(conv).states->id, sharded(1, ranges->front(), {ranges->begin() + 1, ranges->end()}));
     }
 
     // Both of a GLU in one product's row, in halves or as views: each half is divided as the product that reads the GLU is.
@@ -74,13 +155,17 @@ class Demands {
     void part(const Tensor& root, const Ranges& ranges, i64 size) {
         if (!root.is_node || root.stored) return;
         switch (root.op) {
-            case Op::MUL_MAT:
-            case Op::MUL_MAT_ID: {
-                std::vector<Part>& parts = parts_[root.id];
-                const auto same = [&](const Part& other) { return other.ranges == ranges; };
-                if (std::none_of(parts.begin(), parts.end(), same)) parts.push_back({ranges, size});
+            case Op::SSM_CONV: {
+                const Tensor* values = conv_of(root).values;
+                if (!values || values->nb[1] != 4 || at(values->root).nb[0] != 4) break;
+                keep(channels_[root.id], ranges, size);
+                part(at(values->root), moved(ranges, values->offset % at(values->root).nb[1] / 4), size);
                 break;
             }
+            case Op::MUL_MAT:
+            case Op::MUL_MAT_ID:
+            case Op::GET_ROWS: keep(parts_[root.id], ranges, size); break;
+            case Op::UNARY:
             case Op::ADD:
             case Op::MUL:
             case Op::CLAMP:
@@ -94,21 +179,34 @@ class Demands {
         }
     }
 
-    void side_by_side(const Tensor& product, std::vector<Part>& parts) {
-        const Tensor& weight = at(product.src[0]);
-        Stored* w = weight.stored;
-        if (!w || !w->format || weight.offset != 0 || w->confirmed) return;
-        auto begin = [](const Part& part) { return part.ranges.front().begin; };
-        std::sort(parts.begin(), parts.end(), [&](const Part& a, const Part& b) { return begin(a) < begin(b); });
+    static void keep(std::vector<RowPart>& parts, const Ranges& ranges, i64 size) {
+        const auto same = [&](const RowPart& other) { return other.ranges == ranges; };
+        if (std::none_of(parts.begin(), parts.end(), same)) parts.push_back({ranges, size});
+    }
+    /// The ranges of parts in their order, when they are all of a row of n elements.
+    static std::optional<std::vector<Ranges>> whole_row(std::vector<RowPart>& parts, i64 n) {
+        auto begin = [](const RowPart& part) { return part.ranges.front().begin; };
+        std::sort(parts.begin(), parts.end(), [&](const RowPart& a, const RowPart& b) { return begin(a) < begin(b); });
+        std::vector<Ranges> out;
         i64 next = 0;
-        for (const Part& part : parts) {
-            if (begin(part) != next) return;
+        for (const RowPart& part : parts) {
+            if (begin(part) != next) return std::nullopt;
             next += part.size;
+            out.push_back(part.ranges);
         }
-        if (next != product.ne[0]) return;
-        Sharding wanted = sharded(1, parts.front().ranges);
-        for (size_t i = 1; i < parts.size(); ++i) wanted.rest.push_back(parts[i].ranges);
-        if (w->sharding != wanted) wants.push_back({w, wanted, std::nullopt});
+        return next == n ? std::optional(out) : std::nullopt;
+    }
+
+    /// A weight whose product's row has several things, or a cache whose row has the states of several convolutions.
+    void side_by_side(const Tensor& root, std::vector<RowPart>& parts) {
+        const Tensor& weight = at(root.src[0]);
+        Stored* w = weight.stored;
+        const auto ranges = whole_row(parts, root.ne[0]);
+        if (!w || !ranges) return;
+        if (root.op == Op::GET_ROWS) return demand(weight.id, sharded(0, ranges->front(), {ranges->begin() + 1, ranges->end()}));
+        if (!w->format || weight.offset != 0 || w->confirmed) return;
+        const Sharding wanted = sharded(1, ranges->front(), {ranges->begin() + 1, ranges->end()});
+        if (w->sharding != wanted) want(w, wanted, std::nullopt);
     }
 
     /// Where a view of less than a row of its root lies within that row.
@@ -139,9 +237,10 @@ class Demands {
                 if (on_root->axis == 2) demand(root.src[1], *on_root);  // a matrix for each head
                 if (on_root->axis == 0 && root.src[0] >= 0)
                     if (Stored* w = at(root.src[0]).stored; w && w->format && at(root.src[0]).offset == 0 && !w->confirmed)
-                        if (w->sharding != sharded(1, on_root->ranges)) wants.push_back({w, sharded(1, on_root->ranges), std::nullopt});
+                        if (w->sharding != sharded(1, on_root->ranges, on_root->rest)) want(w, sharded(1, on_root->ranges, on_root->rest), std::nullopt);
                 break;
             case Op::ADD:
+            case Op::SUB:
             case Op::MUL:
                 demand(root.src[0], *on_root);
                 if (at(root.src[1]).ne[on_root->axis] == root.ne[on_root->axis]) demand(root.src[1], *on_root);
@@ -154,7 +253,23 @@ class Demands {
             case Op::ROPE:
             case Op::RMS_NORM:
             case Op::NORM:
+            case Op::L2_NORM:
+                if (on_root->axis > 0 || is_whole(on_root->ranges, root.ne[0])) demand(root.src[0], *on_root);  // else along what must be whole
+                break;
+            case Op::UNARY:
             case Op::SCALE: demand(root.src[0], *on_root); break;
+            case Op::REPEAT:
+                if (at(root.src[0]).ne[on_root->axis] == root.ne[on_root->axis]) demand(root.src[0], *on_root);
+                break;
+            case Op::GET_ROWS:
+                if (on_root->axis == 0 && at(root.src[0]).stored) demand(root.src[0], *on_root);
+                break;
+            case Op::SSM_CONV:
+                if (const Conv conv = conv_of(root); conv.values && on_root->axis == 0) {
+                    demand(conv.values->id, sharded(1, on_root->ranges, on_root->rest));
+                    demand(conv.states->id, sharded(1, on_root->ranges, on_root->rest));
+                }
+                break;
             case Op::CONT:
             case Op::CPY:
             case Op::DUP:
@@ -166,9 +281,9 @@ class Demands {
 
     void demand_stored(const Tensor& t, const Extent& extent) {
         Stored* stored = t.stored;
-        if (!stored->format && !stored->confirmed && stored->extent != extent && stored->bytes % extent.period_bytes == 0)
-            wants.push_back({stored, replicated(), extent});
+        if (!stored->format && !stored->confirmed && stored->extent != extent && stored->bytes % extent.period_bytes == 0) want(stored, replicated(), extent);
         // What is written into a cache is divided in the same proportion.
+        if (stored->role != Role::kKvCache) return;
         for (int id : graph_.nodes) {
             const Tensor& writer = at(id);
             if (writer.stored != stored || (writer.op != Op::SET_ROWS && writer.op != Op::CPY)) continue;
@@ -198,7 +313,9 @@ class Demands {
     const Graph& graph_;
     int n_ranks_;
     const std::vector<double>& split_;
-    std::map<int, std::vector<Part>> parts_;  // by root: a product whose row has several things side by side
+    std::map<int, std::vector<RowPart>> parts_;     // by root, a product or rows of a cache: several things side by side in a row
+    std::map<int, std::vector<RowPart>> channels_;  // by convolution
+    std::vector<std::vector<std::pair<int, int>>> readers_;
 };
 
 }  // namespace
@@ -232,10 +349,11 @@ std::string Plan::to_text(const Graph& graph) const {
             out += " " + t.name + ": " + step.output.to_text() + "\n";
         } else {
             out += step.kind == PlanStep::kAllReduce ? "  all_reduce " : "  all_gather ";
-            out += t.name + " (" + std::to_string(t.bytes) + " bytes, f32): " + step.reason + "\n";
+            out += t.name + " (" + std::to_string(step.kind == PlanStep::kAllReduce ? t.bytes : step.part.bytes.size()) + " bytes, f32): " + step.reason + "\n";
         }
     }
-    for (const Survivor& s : survivors) out += std::string(s.extent.is_partial ? "  stays partial: " : "  stays sharded: ") + graph.tensors[s.root].name + "\n";
+    for (const Survivor& s : survivors)
+        out += std::string(s.part.extent.is_partial ? "  stays partial: " : "  stays sharded: ") + graph.tensors[s.root].name + "\n";
     return out;
 }
 
@@ -303,7 +421,7 @@ void verify(const Plan& plan, const Graph& graph) {
     }
     // A Partial that a later node of the graph wrote over is nobody's; what the host can still read must be settled, or known for what it is.
     for (const Plan::Survivor& s : plan.survivors)
-        if (is_partial[s.root] != s.extent.is_partial)
+        if (is_partial[s.root] != s.part.extent.is_partial)
             throw Error("the plan leaves " + graph.tensors[s.root].name + " as a Partial (a bug; please report the graph)");
 }
 

@@ -19,7 +19,7 @@ struct PlanStep {
     int tensor = 0;                // kCompute: the node; otherwise the root that is resharded in place
     std::vector<Sharding> inputs;  // kCompute: how each source is read, a restriction of how it lies
     Sharding output;               // kCompute
-    Extent extent;                 // kAllGather: who owns what before
+    Part part;                     // kAllGather: who owned what before
     std::string reason;            // of a reshard
 };
 
@@ -28,7 +28,7 @@ struct Plan {
     std::vector<PlanStep> steps;
     struct Survivor {
         int root;
-        Extent extent;
+        Part part;
     };
     std::vector<Survivor> survivors;  // roots that stay sharded or Partial after the graph: reads of them are gathered, or summed
 

@@ -23,6 +23,7 @@
 #include "norm.h"
 #include "persist.h"
 #include "quantize.h"
+#include "recurrence.h"
 #include "recurrent.h"
 #include "reduce.h"
 #include "rope.h"
@@ -121,7 +122,7 @@ View local_view(const Memory&, const Tensor& t, const Sharding& s, int rank) {
             start += offset_of(v, s, rank);
             v.ne[s.axis] = s.ranges[rank].size();
         }
-        v.data = base + start / period * local + start % period - t.stored->extent->ranges[rank].begin;
+        v.data = base + start / period * local + std::max(t.stored->local_offset(rank, start % period), i64{0});  // -1: it has nothing of this
         for (int d = 0; d < 4; ++d)
             if (v.nb[d] >= period) v.nb[d] = v.nb[d] / period * local;
         return v;
@@ -649,13 +650,23 @@ bool is_packed(const View& v) {
 void lower_recurrent(const Site& s, Lowered& out) {
     RecurrentArgs args{};
     std::copy(s.x, s.x + 7, args.src);
-    args.y = reinterpret_cast<float*>(s.y.data);
+    args.y = reinterpret_cast<float*>(s.y.data);  // of this rank's first head
     args.snapshots = 1;
     args.scale = 1.0f;
     const char* kernel = nullptr;
     int sources = 6;
-    const View* packed = nullptr;  // the state, where it must be
+    const View* packed = nullptr;  // the state, whose sequences must be
     const View* x = s.x;
+    const Recurrence& op = *recurrence_of(s.t->op);
+    for (int i = 0; i < 7 && s.t->src[i] >= 0; ++i) {
+        if (op.sources[i].lies == Recurrence::kWhole) continue;
+        const Tensor& source = s.graph->tensors[static_cast<size_t>(s.t->src[i])];
+        const i64 n = source.ne[op.sources[i].axis], begin = s.inputs[i].kind == Sharding::kSharded ? s.inputs[i].ranges[static_cast<size_t>(s.rank)].begin : 0;
+        if (i == op.values) args.n_head_global = n, args.head_begin = begin;
+        if (op.sources[i].lies == Recurrence::kGroups && n <= 0) out.ok = false;
+        if (op.sources[i].lies == Recurrence::kGroups) args.n_group[i % 2] = n, args.group_begin[i % 2] = begin;  // their two sources are neighbours
+    }
+    if (!out.ok) return;
     auto heads = [&](const View& v, const View& state) {  // v [n, n_head, all tokens], state [.., n_seqs]
         args.n = args.rows = v.ne[0];
         args.n_head = v.ne[1];
@@ -672,7 +683,7 @@ void lower_recurrent(const Site& s, Lowered& out) {
             args.n_tokens = x[1].ne[2];
             args.n_seqs = x[1].ne[3];
             args.snapshots = std::max(1, s.t->params[0]);  // 0 in hosts from before there were several
-            if (x[6].type != kI32 || x[4].ne[1] == 0 || args.n_head % x[4].ne[1]) out.ok = false;
+            if (x[6].type != kI32 || args.n_head_global % args.n_group[0] || args.n_group[0] != args.n_group[1]) out.ok = false;
             break;
         case Op::GATED_DELTA_NET:
             kernel = "gated_delta_net";
@@ -682,7 +693,7 @@ void lower_recurrent(const Site& s, Lowered& out) {
             args.n_seqs = x[2].ne[3];
             args.snapshots = std::max(1, s.t->params[0]);
             args.scale = 1.0f / std::sqrt(static_cast<float>(args.n));
-            if (x[0].ne[3] == 0 || x[1].ne[3] == 0 || x[0].ne[1] == 0 || x[1].ne[1] == 0 || x[2].ne[3] % x[0].ne[3] || x[2].ne[3] % x[1].ne[3]) out.ok = false;
+            if (x[0].ne[3] == 0 || x[1].ne[3] == 0 || x[2].ne[3] % x[0].ne[3] || x[2].ne[3] % x[1].ne[3]) out.ok = false;
             if ((x[3].ne[0] != 1 && x[3].ne[0] != args.n) || x[5].nb[0] != 4) out.ok = false;
             break;
         case Op::GATED_LINEAR_ATTN:
@@ -701,8 +712,9 @@ void lower_recurrent(const Site& s, Lowered& out) {
             heads(x[3], x[6]);
             break;
     }
-    if (!is_packed(s.y) || (packed && !is_packed(*packed))) out.ok = false;
-    args.state = args.y + args.rows * args.n_head * args.n_tokens * args.n_seqs;
+    if (!is_packed(view_of(*s.t)) || (packed && packed->nb[0] != 4)) out.ok = false;
+    const i64 y_elems = args.rows * args.n_head_global * args.n_tokens * args.n_seqs, y_begin = args.head_begin * args.rows;
+    args.state = args.y - y_begin + y_elems + y_begin * args.n;
     out.add(recurrent_launch(kernel, args, sources, s.arch), args);
 }
 void lower_ssm_conv(const Site& s, Lowered& out) {
@@ -907,28 +919,29 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 last.x = -1;
                 if (step.kind == PlanStep::kAllGather) {
                     // Every byte but a rank's own becomes zero, then bit patterns are added as integers: exact, and rare enough.
-                    std::vector<ProgramStep> zero(static_cast<size_t>(step.extent.n_segments()) + 1);
+                    std::vector<ProgramStep> zero(static_cast<size_t>(step.part.extent.n_segments()) + 1);
                     for (ProgramStep& z : zero) z.label = "zero " + t.name, z.launches.resize(n);
-                    std::vector<i64> taken(step.extent.rest.size() + 1);
+                    std::vector<i64> taken(step.part.extent.rest.size() + 1);
                     for (int r = 0; r < n; ++r) {
                         i64 at = 0;
                         for (size_t side = 0; side < zero.size(); ++side) {
-                            Range own{step.extent.period_bytes, step.extent.period_bytes};
+                            Range own{step.part.extent.period_bytes, step.part.extent.period_bytes};
                             if (side + 1 < zero.size()) {
-                                const Range& held = step.extent.segment(static_cast<int>(side))[r];  // maybe with others: then it is the first one's
+                                const Range& held = step.part.extent.segment(static_cast<int>(side))[r];  // maybe with others: then it is the first one's
                                 own = {std::max(taken[side], i64{held.begin}), std::max(taken[side], i64{held.end})};
                                 taken[side] = own.end;
                             }
                             const Range foreign{at, own.begin};
                             at = own.end;
                             if (foreign.size() <= 0) continue;
-                            const i64 unit = (foreign.begin | foreign.end | step.extent.period_bytes) % 4 ? 2 : 4;  // halves may end within a word
+                            const i64 unit = (foreign.begin | foreign.end | step.part.extent.period_bytes) % 4 ? 2 : 4;  // halves may end within a word
                             if (foreign.begin % unit || foreign.size() % unit) throw Error(t.name + " cannot be gathered: its pieces are not whole halves");
                             View v{};
-                            v.data = reinterpret_cast<char*>(t.buffer->compute[r] + (t.address - t.buffer->base)) + foreign.begin;
+                            v.data = reinterpret_cast<char*>(t.buffer->compute[r] + (t.address - t.buffer->base) + static_cast<u64>(step.part.bytes.begin)) +
+                                     foreign.begin;
                             v.type = unit == 4 ? kF32 : kF16;
-                            const i64 ne[4] = {foreign.size() / unit, t.bytes / step.extent.period_bytes, 1, 1};
-                            for (int d = 0; d < 4; ++d) v.ne[d] = ne[d], v.nb[d] = d == 0 ? unit : step.extent.period_bytes;
+                            const i64 ne[4] = {foreign.size() / unit, step.part.bytes.size() / step.part.extent.period_bytes, 1, 1};
+                            for (int d = 0; d < 4; ++d) v.ne[d] = ne[d], v.nb[d] = d == 0 ? unit : step.part.extent.period_bytes;
                             zero[side].launches[r] = make(fill_launch({v, 0.0f}, context.devices[r]->arch()), FillArgs{v, 0.0f});
                         }
                     }
@@ -937,9 +950,10 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 ProgramStep reduce;
                 reduce.kind = ProgramStep::kAllReduce;
                 reduce.label = t.name;
-                reduce.elems = (t.bytes + 3) / 4;  // a last half has padding of the host's beside it, whose sum is nobody's
+                const Range bytes = step.kind == PlanStep::kAllGather ? step.part.bytes : Range{0, t.bytes};
+                reduce.elems = (bytes.size() + 3) / 4;  // a last half has padding of the host's beside it, whose sum is nobody's
                 reduce.wire = step.kind == PlanStep::kAllGather ? WireType::kI32 : WireType::kF32;
-                for (int r = 0; r < n; ++r) reduce.pointers.push_back(t.buffer->compute[r] + (t.address - t.buffer->base));
+                for (int r = 0; r < n; ++r) reduce.pointers.push_back(t.buffer->compute[r] + (t.address - t.buffer->base) + static_cast<u64>(bytes.begin));
                 program->steps.push_back(std::move(reduce));
                 continue;
             }
@@ -971,6 +985,12 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                     const bool planes = w.stored && w.stored->format;
                     site.w = planes ? context.memory.matrix(*w.stored, r, step.segment) : host_matrix(site.x[0]);
                     site.w_stored = planes ? w.stored : nullptr;
+                    if (planes) {  // matrices along another axis, as a host reshapes them
+                        const bool same = w.offset == 0 && w.ne[0] == w.stored->ne[0] && w.ne[1] == w.stored->ne[1];
+                        if (!same) throw Error("a part of " + w.stored->name + " is read, which lies repacked");
+                        site.w.ne2 = w.ne[2], site.w.ne3 = w.ne[3];
+                        for (int f = 0; f < w.stored->format->n_fields; ++f) site.w.nb3[f] = site.w.nb2[f] * w.ne[2];
+                    }
                     site.k_end = site.w.k;
                     if (planes && w.stored->sharding.kind == Sharding::kSharded && w.stored->sharding.axis == 0) {
                         const i64 stored_from = w.stored->planes[r].block_begin * w.stored->format->block_elems;
@@ -1045,7 +1065,8 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
         }
     for (const Plan::Survivor& s : plan.survivors) {
         const Tensor& root = graph.tensors[s.root];
-        program->survivors.push_back({root.buffer, {static_cast<i64>(root.address - root.buffer->base), root.bytes, s.extent}});
+        program->survivors.push_back(
+            {root.buffer, {static_cast<i64>(root.address - root.buffer->base) + s.part.bytes.begin, s.part.bytes.size(), s.part.extent}});
     }
     return program;
 }

@@ -1,5 +1,7 @@
 #include "rules.h"
 
+#include "recurrence.h"
+
 #include <algorithm>
 #include <cstring>
 
@@ -11,6 +13,7 @@ using abi::Op;
 struct Decision {
     std::vector<Sharding> inputs;
     Sharding output;
+    std::vector<Part> parts = {};  // of the result, where no Sharding of its shape says how it is divided
 };
 using Rule = Decision (*)(Propagation& p, const Tensor& t);
 
@@ -84,10 +87,11 @@ Decision element_wise(Propagation& p, const Tensor& t) {
 
 /// Shape-preserving copies; a copy that also regroups axes maps through the order of elements.
 Decision copies(Propagation& p, const Tensor& t) {
-    if (t.op == Op::CONT)
+    // Of a part (dt of Mamba-1, beside B and C) the rest has readers of its own: one all_reduce for all of them.
+    if (t.op == Op::CONT && p.at(t.src[0]).elems() == p.at(p.at(t.src[0]).root).elems())
         if (auto linear = passes_partial(p, t)) return *linear;
     const Tensor& x = p.at(t.src[0]);
-    Sharding s = p.source(t, 0);
+    Sharding s = p.segmented_source(t, 0);
     Decision d{{s, replicated()}, s};
     d.inputs.resize(static_cast<size_t>(n_sources(t)));
     if (s.kind == Sharding::kSharded && !std::equal(x.ne, x.ne + 4, t.ne)) {
@@ -204,7 +208,7 @@ Decision flash_attn(Propagation& p, const Tensor& t) {
 
 /// Side by side along one axis: a division of another one passes on, what is whole is cut to it.
 Decision concat(Propagation& p, const Tensor& t) {
-    const Sharding a = p.source(t, 0), b = p.source(t, 1);
+    const Sharding a = p.segmented_source(t, 0), b = p.segmented_source(t, 1);
     const Sharding& s = a.kind == Sharding::kSharded ? a : b;
     const bool alike = a == b || a.kind == Sharding::kReplicated || b.kind == Sharding::kReplicated;
     if (s.kind != Sharding::kSharded || !alike || s.axis == t.params[0]) return everywhere(p, t);
@@ -212,7 +216,7 @@ Decision concat(Propagation& p, const Tensor& t) {
 }
 
 Decision get_rows(Propagation& p, const Tensor& t) {
-    const Sharding s = p.source(t, 0);
+    const Sharding s = p.segmented_source(t, 0);
     if (p.source(t, 1).kind == Sharding::kSharded) return everywhere(p, t);
     if (s.kind == Sharding::kSharded && s.axis == 0 && !(p.at(t.src[0]).stored && p.at(t.src[0]).stored->format)) return {{s, replicated()}, s};
     return everywhere(p, t);
@@ -231,6 +235,46 @@ Decision set_rows(Propagation& p, const Tensor& t) {
     // Rows are divided: sources are taken as they lie, a rank skips the rows of others.
     if (!p.in_proportion(t, 0, *cache->extent) && p.source(t, 0).kind == Sharding::kSharded) p.gather(t, 0, "rows of the cache are divided otherwise");
     return {{replicated(), replicated()}, replicated()};
+}
+
+/// Whether each rank has all of `part` (or none is asked of it) where the tensor is divided as `s`.
+bool holds(const Sharding& s, const Sharding& part) {
+    if (s.kind == Sharding::kReplicated) return true;
+    if (s.kind != Sharding::kSharded || s.axis != part.axis || s.n_segments() != 1) return false;
+    for (size_t r = 0; r < s.ranges.size(); ++r)
+        if (part.ranges[r].size() && (part.ranges[r].begin < s.ranges[r].begin || part.ranges[r].end > s.ranges[r].end)) return false;
+    return true;
+}
+
+/// Heads do not see each other: each rank computes those whose values it has.
+Decision recurrent(Propagation& p, const Tensor& t) {
+    const Recurrence& op = *recurrence_of(t.op);
+    const RecurrentHeads heads(p.graph, t);
+    const Sharding values = p.source(t, op.values);
+    if (values.kind != Sharding::kSharded || values.axis != op.sources[op.values].axis) return everywhere(p, t);
+    Decision d{{}, heads.y(values.ranges), heads.parts(values.ranges)};
+    for (int i = 0; i < n_sources(t); ++i) {
+        const auto need = heads.needs(i, values.ranges);
+        if (!need) return everywhere(p, t);
+        if (!holds(p.source(t, i), *need)) p.gather(t, i, "its heads are divided otherwise");
+        d.inputs.push_back(*need);
+    }
+    return d;
+}
+
+/// Channels by channels: (taps + tokens, channels), (taps, channels) -> (channels, tokens).
+Decision ssm_conv(Propagation& p, const Tensor& t) {
+    const Sharding x = p.segmented_source(t, 0);
+    if (x.kind != Sharding::kSharded || x.axis != 1) return everywhere(p, t);
+    if (const Sharding w = p.segmented_source(t, 1); w.kind == Sharding::kSharded && w != x) return everywhere(p, t);
+    return {{x, x}, sharded(0, x.ranges, x.rest)};
+}
+
+/// Heads that several others share, each as often as these are: a division of an axis that is not repeated passes on.
+Decision repeat(Propagation& p, const Tensor& t) {
+    const Sharding s = p.source(t, 0);
+    if (s.kind != Sharding::kSharded || p.at(t.src[0]).ne[s.axis] != t.ne[s.axis]) return everywhere(p, t);
+    return {{s}, s};
 }
 
 struct Row {
@@ -272,7 +316,20 @@ constexpr Row kRules[] = {
     {Op::CONCAT, concat},
     {Op::GET_ROWS, get_rows},
     {Op::SET_ROWS, set_rows},
+    {Op::REPEAT, repeat},
+    {Op::SSM_CONV, ssm_conv},
+    {Op::SSM_SCAN, recurrent},
+    {Op::GATED_DELTA_NET, recurrent},
+    {Op::GATED_LINEAR_ATTN, recurrent},
+    {Op::RWKV_WKV6, recurrent},
+    {Op::RWKV_WKV7, recurrent},
 };
+
+/// What every rank has whole is not divided.
+Sharding as_it_lies(Sharding s, const Tensor& t) {
+    if (s.kind != Sharding::kSharded || s.n_segments() != 1) return s;
+    return is_whole(s.ranges, t.ne[s.axis]) ? replicated() : s;
+}
 
 Rule rule_of(Op op) {
     for (const Row& row : kRules)
@@ -308,7 +365,7 @@ Propagation::Propagation(const Graph& graph_in, int n_ranks_in, const std::vecto
         if (t.root != t.id || t.stored || !t.buffer || t.is_node) continue;
         for (const Residency& r : t.buffer->residency)
             if (static_cast<i64>(t.address - t.buffer->base) == r.offset && t.bytes == r.bytes)
-                states_[t.id] = {r.extent.is_partial ? Sharding::kPartial : Sharding::kSharded, r.extent};
+                states_[t.id] = {r.extent.is_partial ? Sharding::kPartial : Sharding::kSharded, {{{0, t.bytes}, r.extent}}};
     }
 }
 
@@ -336,14 +393,13 @@ bool Propagation::meets_partial(const Tensor& t) const {
     return will_be_partial(at(reader->src[other])) || meets_partial(*reader);
 }
 
-Propagation::State& Propagation::state_of(int root) { return states_[root]; }
-
 bool Propagation::in_proportion(const Tensor& t, int i, const Extent& cache) const {
     const State& state = states_[at(t.src[i]).root];
-    if (at(t.src[i]).stored || state.kind != Sharding::kSharded || !state.extent.rest.empty()) return false;
+    if (at(t.src[i]).stored || state.kind != Sharding::kSharded || state.parts.size() != 1 || !state.parts[0].extent.rest.empty()) return false;
+    const Extent& extent = state.parts[0].extent;
     for (size_t r = 0; r < cache.ranges.size(); ++r)
-        if (state.extent.ranges[r].begin * cache.period_bytes != cache.ranges[r].begin * state.extent.period_bytes ||
-            state.extent.ranges[r].end * cache.period_bytes != cache.ranges[r].end * state.extent.period_bytes)
+        if (extent.ranges[r].begin * cache.period_bytes != cache.ranges[r].begin * extent.period_bytes ||
+            extent.ranges[r].end * cache.period_bytes != cache.ranges[r].end * extent.period_bytes)
             return false;
     return true;
 }
@@ -381,12 +437,16 @@ Sharding Propagation::lies(const Tensor& t, int i) {
         if (!s.stored->extent) return replicated();
         const auto lies = sharding_of(*s.stored->extent, s.strided());
         if (!lies) want(s.stored, replicated(), std::nullopt);
-        return lies ? *lies : replicated();
+        return lies ? as_it_lies(*lies, s) : replicated();
     }
     const State& state = states_[s.root];
     if (state.kind == Sharding::kReplicated) return replicated();
-    const auto lies = sharding_of(state.extent, s.strided());
-    if (lies) return *lies;
+    for (const Part& part : state.parts) {
+        if (s.offset < part.bytes.begin || s.offset + s.bytes > part.bytes.end) continue;
+        Strided within = s.strided();
+        within.offset -= part.bytes.begin;
+        if (const auto lies = sharding_of(part.extent, within)) return as_it_lies(*lies, s);
+    }
     gather(t, i, "a view cuts across its division");
     return replicated();
 }
@@ -396,12 +456,17 @@ void Propagation::gather(const Tensor& t, int i, const std::string& reason) {
     if (s.stored) return want(s.stored, replicated(), std::nullopt);
     State& state = states_[s.root];
     if (state.kind != Sharding::kSharded) return;
-    // Segments that nothing asked for, by name alone, and that are not those of the graph: whole on every rank, there is nothing to gather.
+    // Segments or heads that nothing asked for, by name alone, and that are not those of the graph: whole on every rank, nothing is to be gathered.
     const Tensor& root = at(s.root);
     Stored* weight = root.op == Op::MUL_MAT || root.op == Op::MUL_MAT_ID ? at(root.src[0]).stored : nullptr;
-    if (weight && weight->role == Role::kSegments && !weight->confirmed) return want(weight, replicated(), std::nullopt);
-    result_.plan.steps.push_back({PlanStep::kAllGather, s.root, {}, {}, state.extent, reason});
-    state = {};
+    const bool by_name_alone = weight && (weight->role == Role::kSegments || weight->role == Role::kMixer) && !weight->confirmed;
+    if (by_name_alone) return want(weight, replicated(), std::nullopt);
+    gather_parts(s.root, reason);
+}
+
+void Propagation::gather_parts(int root, const std::string& reason) {
+    for (const Part& part : states_[root].parts) result_.plan.steps.push_back({PlanStep::kAllGather, root, {}, {}, part, reason});
+    states_[root] = {};
 }
 
 void Propagation::step(int node) {
@@ -418,9 +483,9 @@ void Propagation::step(int node) {
         // The storage says how it is written: a whole result is cut to it, another division is gathered first.
         const auto lies = sharding_of(*t.stored->extent, t.strided());
         if (!lies) return want(t.stored, replicated(), std::nullopt);
-        if (d.output != *lies) {
-            if (d.output.kind != Sharding::kReplicated || (t.op != Op::CPY && t.op != Op::DUP && t.op != Op::CONT))
-                return want(t.stored, replicated(), std::nullopt);
+        if (d.output != as_it_lies(*lies, t)) {
+            const bool copied = (t.op == Op::CPY || t.op == Op::DUP || t.op == Op::CONT) && std::equal(t.ne, t.ne + 4, at(t.src[0]).ne);
+            if (d.output.kind != Sharding::kReplicated || !copied) return want(t.stored, replicated(), std::nullopt);
             d.output = *lies;
             d.inputs[0] = *lies;
         }
@@ -428,26 +493,24 @@ void Propagation::step(int node) {
     const Tensor& root = at(t.root);
     if (!t.stored) {
         State& state = states_[t.root];
-        State next{d.output.kind, {}};
-        if (d.output.kind == Sharding::kSharded) {
+        State next{d.output.kind, d.parts};
+        if (d.output.kind == Sharding::kSharded && d.parts.empty()) {
             const auto extent = extent_of(d.output, t.strided());
-            auto is_all = [&](const Range& range) { return range == Range{0, extent->period_bytes}; };
             if (!extent || root.bytes % extent->period_bytes) {
                 d = everywhere(*this, t);
                 next = {};
-            } else if (std::all_of(extent->ranges.begin(), extent->ranges.end(), is_all)) {  // the only KV head, which every rank has
+            } else if (is_whole(extent->ranges, extent->period_bytes)) {  // the only KV head, which every rank has
                 d.output = replicated();
                 next = {};
             } else {
-                next.extent = *extent;
+                next.parts = {{{0, root.bytes}, *extent}};
             }
         }
         // Writing into a view leaves the rest of its root as it was: both must lie alike.
-        if (t.root != t.id && t.bytes != root.bytes && (state.kind != next.kind || state.extent != next.extent)) {
+        if (t.root != t.id && t.bytes != root.bytes && state != next) {
             d = everywhere(*this, t);
             if (state.kind == Sharding::kPartial) reduce(t.root, "part of it is overwritten");
-            if (state.kind == Sharding::kSharded)
-                result_.plan.steps.push_back({PlanStep::kAllGather, t.root, {}, {}, state.extent, "part of it is overwritten"});
+            if (state.kind == Sharding::kSharded) gather_parts(t.root, "part of it is overwritten");
             next = {};
         }
         states_[t.root] = next;
@@ -473,11 +536,11 @@ void Propagation::finish() {
     for (int root : alive) {
         // What was passed on lives on in a sum; a host that reads it all the same gets the summands added up then.
         if (states_[root].kind == Sharding::kPartial && passed_on_[root]) {
-            result_.plan.survivors.push_back({root, {0, {}, true}});
+            result_.plan.survivors.push_back({root, {{0, at(root).bytes}, {0, {}, true}}});
             continue;
         }
         if (states_[root].kind == Sharding::kPartial) reduce(root, "the host may read it");
-        if (states_[root].kind == Sharding::kSharded) result_.plan.survivors.push_back({root, states_[root].extent});
+        for (const Part& part : states_[root].parts) result_.plan.survivors.push_back({root, part});
     }
 }
 

@@ -37,10 +37,11 @@ class Propagation {
   private:
     struct State {
         Sharding::Kind kind = Sharding::kReplicated;
-        Extent extent;
+        std::vector<Part> parts;  // kSharded: of all its bytes
+        bool operator==(const State&) const = default;
     };
     void reduce(int root, const std::string& reason);
-    State& state_of(int root);
+    void gather_parts(int root, const std::string& reason);
     Sharding lies(const Tensor& t, int i);
     bool will_be_partial(const Tensor& t) const;
 

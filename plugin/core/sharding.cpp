@@ -28,6 +28,10 @@ Ranges moved(const Ranges& ranges, i64 by) {
     return out;
 }
 
+bool is_whole(const Ranges& ranges, i64 n) {
+    return std::all_of(ranges.begin(), ranges.end(), [&](const Range& range) { return range == Range{0, n}; });
+}
+
 Ranges divide(i64 total, i64 grain, int n_ranks, const std::vector<double>& split) {
     const i64 units = (total + grain - 1) / grain;
     double sum = 0, before = 0;

@@ -44,6 +44,13 @@ struct Extent {
     const Ranges& segment(int i) const { return i == 0 ? ranges : rest[static_cast<size_t>(i) - 1]; }
 };
 
+/// Bytes of a root allocation and how they are divided: all of them, or one of the results that an op puts one behind the other into a tensor.
+struct Part {
+    Range bytes;
+    Extent extent;
+    bool operator==(const Part&) const = default;
+};
+
 /// Shape and place of a tensor inside its root allocation (bytes from the root's first byte).
 struct Strided {
     i64 ne[4], nb[4];
@@ -64,5 +71,7 @@ Ranges divide(i64 total, i64 grain, int n_ranks, const std::vector<double>& spli
 /// Ranges scaled by a factor, and moved.
 Ranges scaled(const Ranges& ranges, i64 factor);
 Ranges moved(const Ranges& ranges, i64 by);
+/// Whether every rank has all n.
+bool is_whole(const Ranges& ranges, i64 n);
 
 }  // namespace ggml_tp

@@ -44,12 +44,46 @@ constexpr Row kRows[] = {
     {"attn_q_b.weight", Role::kColumn},
     {"attn_kv_b.weight", Role::kColumn},
     {"ffn_gate_up_exps.weight", Role::kSegments},
+    // Recurrent layers: what comes in of all heads (or channels), side by side where it is fused, and what goes out.
+    {"ssm_in.weight", Role::kMixer},
+    {"ssm_alpha.weight", Role::kMixer},
+    {"ssm_beta.weight", Role::kMixer},
+    {"ssm_ba.weight", Role::kWhole},
+    {"attn_gate.weight", Role::kMixer},
+    {"ssm_dt.weight", Role::kMixer},
+    {"ssm_f_b.weight", Role::kMixer},
+    {"ssm_g_b.weight", Role::kMixer},
+    {"ssm_f_a.weight", Role::kWhole},
+    {"ssm_g_a.weight", Role::kWhole},
+    {"ssm_x.weight", Role::kWhole},
+    {"shortconv.in_proj.weight", Role::kMixer},
+    {"shortconv.out_proj.weight", Role::kRow},
+    {"time_mix_receptance.weight", Role::kMixer},
+    {"time_mix_key.weight", Role::kMixer},
+    {"time_mix_value.weight", Role::kMixer},
+    {"time_mix_gate.weight", Role::kMixer},
+    {"time_mix_a2.weight", Role::kMixer},
+    {"time_mix_w2.weight", Role::kMixer},
+    {"time_mix_v2.weight", Role::kMixer},
+    {"time_mix_g2.weight", Role::kMixer},
+    {"time_mix_decay_w2.weight", Role::kMixer},
+    {"time_mix_output.weight", Role::kRow},
+    {"time_mix_w1.weight", Role::kWhole},
+    {"time_mix_decay_w1.weight", Role::kWhole},
+    {"time_mix_a1.weight", Role::kWhole},
+    {"time_mix_v1.weight", Role::kWhole},
+    {"time_mix_g1.weight", Role::kWhole},
+    {"channel_mix_receptance.weight", Role::kWhole},
+    {"channel_mix_key.weight", Role::kColumn},
+    {"channel_mix_value.weight", Role::kRow},
+    {"ssm_out.weight", Role::kRow},
 };
 
 }  // namespace
 
 Role role_of(std::string_view name) {
     if (name.starts_with("cache_k_l") || name.starts_with("cache_v_l")) return Role::kKvCache;
+    if (name.starts_with("cache_r_l") || name.starts_with("cache_s_l")) return Role::kState;
     if (name.starts_with("enc.") || name.starts_with("dec.")) name.remove_prefix(4);
     if (name.starts_with("blk.")) {
         const size_t dot = name.find('.', 4);
@@ -62,7 +96,8 @@ Role role_of(std::string_view name) {
 }
 
 Sharding guess_sharding(Role role, const i64 ne[4], int n_dims, int n_ranks, const std::vector<double>& split) {
-    if (n_ranks == 1 || role == Role::kReplicated || role == Role::kWhole) return replicated();
+    if (n_ranks == 1 || role == Role::kReplicated || role == Role::kWhole || role == Role::kState) return replicated();
+    if (role == Role::kMixer && n_dims > 2) return replicated();  // RWKV 6 mixes all of a token with the one before by such a weight
     if (role == Role::kSegments) {
         // Experts have two halves. Of Q, K and V, Q is mostly as wide as the input, K and V share the rest; where not, the first plan knows better.
         const i64 halves[] = {ne[1] / 2, ne[1] / 2}, heads[] = {ne[0], (ne[1] - ne[0]) / 2, (ne[1] - ne[0]) / 2};
@@ -78,7 +113,7 @@ Sharding guess_sharding(Role role, const i64 ne[4], int n_dims, int n_ranks, con
         return sharded(1, segments[0], {segments.begin() + 1, segments.end()});
     }
     int axis = 0;
-    if (role == Role::kColumn) axis = n_dims > 1 ? 1 : 0;
+    if (role == Role::kColumn || role == Role::kMixer) axis = n_dims > 1 ? 1 : 0;
     const i64 total = ne[axis];
     // Heads are not known yet: an even cut is right whenever the heads divide evenly; otherwise 64 is the commonest head's divisor. Experts have
     // none, and are narrow (192 at 5 ranks would leave two of them idle): 32, the commonest block.

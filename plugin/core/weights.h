@@ -12,8 +12,10 @@ enum class Role {
     kWhole,     // [k, n]: whole on every rank, in the layout that the products like to read (routers)
     kColumn,    // [k, n]: n is divided (Q, K, V, gate, up, vocabulary head); a bias [n] likewise
     kSegments,  // [k, n]: several matrices of columns side by side, each divided (fused Q, K and V; gate and up)
+    kMixer,     // [k, n]: n is divided as the heads of a recurrent layer are; whole where no graph asks for heads
     kRow,       // [k, n]: k is divided (attention output, down); its product is Partial
     kKvCache,   // [n_embd_gqa, cells, streams]: divided along a row of one cell
+    kState,     // [n, sequences] of a recurrent layer: whole until a graph says what heads it is of
 };
 
 /// The role of a tensor of this name.
