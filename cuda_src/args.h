@@ -138,7 +138,7 @@ struct MulFewArgs {
     i32 n_pieces, chunks;
 };
 
-// Rows [row_begin, row_begin + rows) of w as f16 [rows, k]; k a multiple of 8.
+// Rows [row_begin, row_begin + rows) of each matrix of w as f16 [matrices][rows][k]; k a multiple of 8.
 struct HalveWeightsArgs {
     Matrix w;
     char* out;
@@ -322,6 +322,20 @@ struct RepackArgs {
 struct ArgsortArgs {
     View x, y;  // y I32: the first y.ne[0] places of the order of x's rows
     i32 descending, pad;
+};
+// Rows longer than a block sorts, as runs that are sorted and then merged, several at a time. An entry is a key and its index, all of them
+// different. A row's runs of `run` elements have room for min(run, places) entries each: what lies behind is nobody's first.
+struct SortRunsArgs {
+    View x;
+    u64* to;  // [rows][sorted_entries], min(run, places) to a run
+    i64 row_begin, rows, places;
+    i32 descending, pad;
+};
+struct MergeRunsArgs {
+    View y;           // I32, written by the last pass: `to` is null then
+    const u64* from;  // as SortRunsArgs::to
+    u64* to;          // the same with runs of run * kMergeRuns
+    i64 row_begin, rows, n, places, run;
 };
 // y[:, j, t] = w[:, :, ids[j, t]]^T x[:, j or 0, t]   (ggml_mul_mat_id): slot j of token t is the work of expert ids[j, t].
 // xq, xd, k_begin and k_end as in MulMatArgs, rows of x counted slots first.

@@ -42,7 +42,7 @@ TP_DEVICE void mul_id_quantized(const MulIdArgs& a) {
 }
 
 template <int kType>
-TP_DEVICE void mul_id_float(const MulIdArgs& a) {
+TP_DEVICE void mul_id_elements(const MulIdArgs& a) {
     ExpertSite s;
     if (!expert_site(a, s)) return;
     const WeightRow w = tp_weight_row(a.w, s.row, s.expert, 0);
@@ -57,16 +57,39 @@ TP_DEVICE void mul_id_float(const MulIdArgs& a) {
 #define MUL_ID_QUANTIZED(name, type)                                                          \
     TP_KERNEL(mul_id_##name, MulIdArgs, 128) { ggml_tp::mul_id_quantized<type, true>(args); } \
     TP_KERNEL(mul_id_##name##_host, MulIdArgs, 128) { ggml_tp::mul_id_quantized<type, false>(args); }
-#define MUL_ID_FLOAT(name, type) \
-    TP_KERNEL(mul_id_##name, MulIdArgs, 128) { ggml_tp::mul_id_float<type>(args); }
+#define MUL_ID_ELEMENTS(name, type) \
+    TP_KERNEL(mul_id_##name, MulIdArgs, 128) { ggml_tp::mul_id_elements<type>(args); }
 
 MUL_ID_QUANTIZED(q4_0, ggml_tp::kQ4_0)
 MUL_ID_QUANTIZED(q8_0, ggml_tp::kQ8_0)
 MUL_ID_QUANTIZED(q4_K, ggml_tp::kQ4_K)
 MUL_ID_QUANTIZED(q6_K, ggml_tp::kQ6_K)
-MUL_ID_FLOAT(f32, ggml_tp::kF32)
-MUL_ID_FLOAT(f16, ggml_tp::kF16)
-MUL_ID_FLOAT(bf16, ggml_tp::kBF16)
+MUL_ID_ELEMENTS(f32, ggml_tp::kF32)
+MUL_ID_ELEMENTS(f16, ggml_tp::kF16)
+MUL_ID_ELEMENTS(bf16, ggml_tp::kBF16)
+MUL_ID_ELEMENTS(q4_1, ggml_tp::kQ4_1)
+MUL_ID_ELEMENTS(q5_0, ggml_tp::kQ5_0)
+MUL_ID_ELEMENTS(q5_1, ggml_tp::kQ5_1)
+MUL_ID_ELEMENTS(q8_1, ggml_tp::kQ8_1)
+MUL_ID_ELEMENTS(q2_K, ggml_tp::kQ2_K)
+MUL_ID_ELEMENTS(q3_K, ggml_tp::kQ3_K)
+MUL_ID_ELEMENTS(q5_K, ggml_tp::kQ5_K)
+MUL_ID_ELEMENTS(q8_K, ggml_tp::kQ8_K)
+MUL_ID_ELEMENTS(iq2_xxs, ggml_tp::kIQ2_XXS)
+MUL_ID_ELEMENTS(iq2_xs, ggml_tp::kIQ2_XS)
+MUL_ID_ELEMENTS(iq2_s, ggml_tp::kIQ2_S)
+MUL_ID_ELEMENTS(iq3_xxs, ggml_tp::kIQ3_XXS)
+MUL_ID_ELEMENTS(iq3_s, ggml_tp::kIQ3_S)
+MUL_ID_ELEMENTS(iq1_s, ggml_tp::kIQ1_S)
+MUL_ID_ELEMENTS(iq1_m, ggml_tp::kIQ1_M)
+MUL_ID_ELEMENTS(iq4_nl, ggml_tp::kIQ4_NL)
+MUL_ID_ELEMENTS(iq4_xs, ggml_tp::kIQ4_XS)
+MUL_ID_ELEMENTS(tq1_0, ggml_tp::kTQ1_0)
+MUL_ID_ELEMENTS(tq2_0, ggml_tp::kTQ2_0)
+MUL_ID_ELEMENTS(mxfp4, ggml_tp::kMXFP4)
+MUL_ID_ELEMENTS(nvfp4, ggml_tp::kNVFP4)
+MUL_ID_ELEMENTS(q1_0, ggml_tp::kQ1_0)
+MUL_ID_ELEMENTS(q2_0, ggml_tp::kQ2_0)
 
 // y[:, j, t] = a[:, j, t] + b[:, ids[j, t]]
 TP_KERNEL(add_id, AddIdArgs, 256) {

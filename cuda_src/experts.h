@@ -13,9 +13,16 @@ inline Launch mul_id_launch(const MulIdArgs& a, Arch) {
         const char *repacked, *host;
     };
     static constexpr Row kRows[] = {
-        {kQ4_0, "mul_id_q4_0", "mul_id_q4_0_host"}, {kQ8_0, "mul_id_q8_0", "mul_id_q8_0_host"}, {kQ4_K, "mul_id_q4_K", "mul_id_q4_K_host"},
-        {kQ6_K, "mul_id_q6_K", "mul_id_q6_K_host"}, {kF32, "mul_id_f32", "mul_id_f32"},         {kF16, "mul_id_f16", "mul_id_f16"},
-        {kBF16, "mul_id_bf16", "mul_id_bf16"},
+        {kQ4_0, "mul_id_q4_0", "mul_id_q4_0_host"},     {kQ8_0, "mul_id_q8_0", "mul_id_q8_0_host"},  {kQ4_K, "mul_id_q4_K", "mul_id_q4_K_host"},
+        {kQ6_K, "mul_id_q6_K", "mul_id_q6_K_host"},     {kF32, "mul_id_f32", "mul_id_f32"},          {kF16, "mul_id_f16", "mul_id_f16"},
+        {kBF16, "mul_id_bf16", "mul_id_bf16"},          {kQ4_1, "mul_id_q4_1", "mul_id_q4_1"},       {kQ5_0, "mul_id_q5_0", "mul_id_q5_0"},
+        {kQ5_1, "mul_id_q5_1", "mul_id_q5_1"},          {kQ8_1, "mul_id_q8_1", "mul_id_q8_1"},       {kQ2_K, "mul_id_q2_K", "mul_id_q2_K"},
+        {kQ3_K, "mul_id_q3_K", "mul_id_q3_K"},          {kQ5_K, "mul_id_q5_K", "mul_id_q5_K"},       {kQ8_K, "mul_id_q8_K", "mul_id_q8_K"},
+        {kIQ2_XXS, "mul_id_iq2_xxs", "mul_id_iq2_xxs"}, {kIQ2_XS, "mul_id_iq2_xs", "mul_id_iq2_xs"}, {kIQ2_S, "mul_id_iq2_s", "mul_id_iq2_s"},
+        {kIQ3_XXS, "mul_id_iq3_xxs", "mul_id_iq3_xxs"}, {kIQ3_S, "mul_id_iq3_s", "mul_id_iq3_s"},    {kIQ1_S, "mul_id_iq1_s", "mul_id_iq1_s"},
+        {kIQ1_M, "mul_id_iq1_m", "mul_id_iq1_m"},       {kIQ4_NL, "mul_id_iq4_nl", "mul_id_iq4_nl"}, {kIQ4_XS, "mul_id_iq4_xs", "mul_id_iq4_xs"},
+        {kTQ1_0, "mul_id_tq1_0", "mul_id_tq1_0"},       {kTQ2_0, "mul_id_tq2_0", "mul_id_tq2_0"},    {kMXFP4, "mul_id_mxfp4", "mul_id_mxfp4"},
+        {kNVFP4, "mul_id_nvfp4", "mul_id_nvfp4"},       {kQ1_0, "mul_id_q1_0", "mul_id_q1_0"},       {kQ2_0, "mul_id_q2_0", "mul_id_q2_0"},
     };
     Launch out;
     if (a.x.type != kF32 || a.y.type != kF32 || a.ids.type != kI32 || a.w.ne3 != 1 || a.y.ne[3] != 1) return out;

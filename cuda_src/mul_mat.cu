@@ -1,4 +1,4 @@
-// MUL_MAT: a warp computes one row of w against up to kCols columns of x; the weights are read once per column group.
+// MUL_MAT and OUT_PROD. MUL_MAT: a warp computes one row of w against up to kCols columns of x; the weights are read once per column group.
 // grid: (ceil(n / kRowsPerBlock), ceil(m / kCols), ne2 * ne3 of x), block: 32 x kRowsPerBlock.
 #include "dequantize.h"
 #include "index.h"
@@ -65,6 +65,20 @@ TP_DEVICE void mul_mat_elements(const MulMatArgs& a) {
 }
 
 }  // namespace ggml_tp
+
+// OUT_PROD: y[i, j] = sum over rows r of w[r][i] * x[j, r], a thread each, in the order of r. w.n counts the rows.
+TP_KERNEL(out_prod, MulMatArgs, 256) {
+    using namespace ggml_tp;
+    TP_FOR_EACH(i, tp_elems(args.y)) {
+        const Index4 at = tp_index(args.y.ne, i);
+        const char* x = args.x.data + at.i[1] * args.x.nb[0] + at.i[2] * args.x.nb[2] + at.i[3] * args.x.nb[3];
+        float sum = 0;
+        for (i64 r = 0; r < args.w.n; ++r)
+            sum += tp_weight_elem(args.w.type, tp_weight_row(args.w, r, at.i[2] / args.ratio2, at.i[3] / args.ratio3), at.i[0]) *
+                   tp_load(args.x.type, x + r * args.x.nb[1]);
+        *(float*)tp_at(args.y, at) = sum;
+    }
+}
 
 #define MUL_MAT_QUANTIZED(name, type)                                                                         \
     TP_KERNEL(mul_mat_##name##_1, MulMatArgs, 128) { ggml_tp::mul_mat_quantized<type, true, 1>(args); }       \

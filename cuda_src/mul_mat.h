@@ -1,6 +1,6 @@
 // Launch settings of mul_mat.cu.
 #pragma once
-#include "launch.h"
+#include "grid_stride.h"
 #include "weight_format.h"
 
 namespace ggml_tp {
@@ -59,6 +59,11 @@ inline Launch mul_mat_launch(const MulMatArgs& a, Arch) {
     out.block[0] = 32;
     out.block[1] = kRowsPerBlock;
     return out;
+}
+
+inline Launch out_prod_launch(const MulMatArgs& a, Arch arch) {
+    if (!is_float_type(a.x.type) || a.y.type != kF32) return {};
+    return per_element_launch("out_prod", a.y, arch);
 }
 
 }  // namespace ggml_tp

@@ -13,16 +13,24 @@ TP_DEVICE u32 sort_key(float v, bool descending) {
     return descending ? ~key : key;
 }
 
-/// The whole block, for one row of n elements `stride` bytes apart: the first `places` of the order go to y. keys: shared, n of them.
-TP_DEVICE void argsort_row(const char* x, i64 stride, i64 n, bool descending, char* y, i64 y_stride, i64 places, u32* keys) {
+/// The whole block, for one row of n elements `stride` bytes apart: put(place, i, key) for every element. keys: shared, n of them.
+template <class Put>
+TP_DEVICE void sort_row(const char* x, i64 stride, i64 n, bool descending, u32* keys, Put put) {
     for (i64 i = threadIdx.x; i < n; i += blockDim.x) keys[i] = sort_key(*(const float*)(x + i * stride), descending);
     __syncthreads();
     for (i64 i = threadIdx.x; i < n; i += blockDim.x) {
         const u32 key = keys[i];
         i64 place = 0;
         for (i64 j = 0; j < n; ++j) place += keys[j] < key || (keys[j] == key && j < i);
-        if (place < places) *(i32*)(y + place * y_stride) = (i32)i;
+        put(place, i, key);
     }
+}
+
+/// The first `places` of a row's order go to y.
+TP_DEVICE void argsort_row(const char* x, i64 stride, i64 n, bool descending, char* y, i64 y_stride, i64 places, u32* keys) {
+    sort_row(x, stride, n, descending, keys, [&](i64 place, i64 i, u32) {
+        if (place < places) *(i32*)(y + place * y_stride) = (i32)i;
+    });
 }
 
 }  // namespace ggml_tp

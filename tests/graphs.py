@@ -450,6 +450,13 @@ def _experts() -> None:
                 )
         case(f"mul_mat_id {NAMES[t]} more experts used than warps")(lambda g, t=t: mul_mat_id(g, t, 256, 37, 40, 18, 3, "blk.0.ffn_up_exps.weight"))
         case(f"mul_mat_id {NAMES[t]}, many tokens of few experts")(lambda g, t=t: mul_mat_id(g, t, 256, 200, 3, 2, 170, "blk.0.ffn_up_exps.weight"))
+    for t, name in ELEMENT_TYPES.items():
+        case(f"mul_mat_id {name} 256x37, 3 tokens")(lambda g, t=t: mul_mat_id(g, t, 256, 37, 5, 2, 3))
+        # Enough tokens that tensor cores multiply the experts' halves; cut inside a block at 3 ranks.
+        for role, n, x_rows, n_tokens in (("ffn_gate_exps", 96, 1, 2), ("ffn_up_exps", 96, 1, 33), ("ffn_down_exps", 70, 2, 33)):
+            case(f"mul_mat_id {name} {role}, {n_tokens} tokens")(
+                lambda g, t=t, m=n_tokens, role=role, n=n, x=x_rows: mul_mat_id(g, t, 768, n, 4, 2, m, f"blk.0.{role}.weight", x)
+            )
     case("mul_mat_id F16 of an odd length")(lambda g: mul_mat_id(g, F16, 90, 37, 5, 2, 3, "blk.0.ffn_down_exps.weight", 2))
     case("mul_mat F32 of a router")(
         lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(F32, 256, 37, scale=1 / 16, name="blk.0.ffn_gate_inp.weight"), g.leaf(F32, 256, 3))
@@ -460,6 +467,9 @@ def _experts() -> None:
                 lambda g, n=n, order=order: g.lib.ggml_argsort(g.c, g.leaf(F32, n, 3, 2, values=g.rng.permutation(n * 6)), order)
             )
 
+    for n, rows in ((1025, 520), (4097, 3), (40000, 2)):  # runs that are merged: two, in two goes, five, forty
+        case(f"argsort {n}, long", I32)(lambda g, n=n, r=rows: g.lib.ggml_argsort(g.c, g.leaf(F32, n, r, values=g.rng.permutation(n * r)), r % 2))
+
     def top_k(g: Case, n: int, k: int) -> Any:
         """Their order is free: the sum of the values."""
         x = g.leaf(F32, n, 5)
@@ -468,6 +478,8 @@ def _experts() -> None:
 
     case("top_k 8 of 128")(lambda g: top_k(g, 128, 8))
     case("top_k 40 of 1000")(lambda g: top_k(g, 1000, 40))
+    for n, k in ((1025, 1025), (5000, 40), (5000, 2048), (70001, 1), (70001, 1500)):
+        case(f"top_k {k} of {n}")(lambda g, n=n, k=k: top_k(g, n, k))
     case("top_k of all")(lambda g: top_k(g, 7, 7))
     for n in (1, 5, 64, 1000):
         case(f"sum_rows {n}")(lambda g, n=n: g.lib.ggml_sum_rows(g.c, g.leaf(F32, n, 3, 2)))
@@ -526,6 +538,11 @@ def _moves_and_sums() -> None:
     case("diag")(lambda g: g.lib.ggml_diag(g.c, g.leaf(F32, 37, 1, 3, 2)))
     case("diag_mask_inf")(lambda g: g.lib.ggml_diag_mask_inf(g.c, g.leaf(F32, 40, 33, 2), 5))
     case("out_prod")(lambda g: g.lib.ggml_out_prod(g.c, g.leaf(F32, 37, 19, 2), g.leaf(F32, 11, 19, 4)))
+    case("out_prod of transposed")(lambda g: g.lib.ggml_out_prod(g.c, g.leaf(F32, 37, 19, 2), g.lib.ggml_transpose(g.c, g.leaf(F32, 19, 11, 4))))
+    for t, name in {Q4_0: "Q4_0", Q8_0: "Q8_0", Q4_K: "Q4_K", Q6_K: "Q6_K", **ELEMENT_TYPES}.items():
+        case(f"out_prod {name}")(lambda g, t=t: g.lib.ggml_out_prod(g.c, g.leaf(t, 256, 19, 2), g.leaf(F32, 11, 19, 2)))
+    # As a LoRA's training has it: a weight that ranks divide is gathered.
+    case("out_prod of a weight")(lambda g: g.lib.ggml_out_prod(g.c, g.leaf(Q4_K, 256, 19, name="blk.0.attn_q.weight"), g.leaf(F32, 11, 19)))
 
 
 def _recurrences() -> None:

@@ -211,8 +211,11 @@ void lower_mul_mat(const Site& s, Lowered& out) {
         out.partial_bytes = step * s.w.k * 2;
         for (i64 row = 0; row < args.w.n; row += step) {
             const HalveWeightsArgs weights{args.w, reinterpret_cast<char*>(s.partials), row, std::min(step, args.w.n - row)};
+            MulMatArgs part = args;
+            part.w = halved(args.w, weights.out, weights.rows);
+            part.y = of_rows(args.y, row, weights.rows);
             out.add(halve_weights_launch(weights, s.arch), weights);
-            lower_tiles(s, out, halved(args, weights.out, row, weights.rows), prepare);
+            lower_tiles(s, out, part, prepare);
         }
         return;
     }
@@ -262,12 +265,23 @@ void lower_expert_tiles(const Site& s, Lowered& out, const MulIdArgs& args, cons
         out.scratch_bytes = tile_panels_bytes(tiles, columns, args.w.k);
         out.prepared = bf16 ? Prepared::kBf16Entries : Prepared::kHalfEntries;
         if (!s.grouped || s.prepared != out.prepared) out.add(halve_entries_launch(halve, tiles, bf16, s.arch), halve);
-        return out.add(mul_wgmma_id_launch(tile, columns, s.arch), tile);
+    } else {
+        out.scratch_bytes = args.x.ne[1] * args.x.ne[2] * args.w.k * 2;
+        out.prepared = bf16 ? Prepared::kBf16 : Prepared::kHalf;
+        if (s.prepared != out.prepared) out.add(halve_launch(prepare, bf16, s.arch), prepare);
     }
-    out.scratch_bytes = args.x.ne[1] * args.x.ne[2] * args.w.k * 2;
-    out.prepared = args.w.type == kBF16 ? Prepared::kBf16 : Prepared::kHalf;
-    if (s.prepared != out.prepared) out.add(halve_launch(prepare, args.w.type == kBF16, s.arch), prepare);
-    out.add(mul_tile_id_launch(tile, columns, s.arch), tile);
+    auto multiply = [&] { out.add(s.arch.wgmma ? mul_wgmma_id_launch(tile, columns, s.arch) : mul_tile_id_launch(tile, columns, s.arch), tile); };
+    if (mul_tile_id_can(args, s.arch)) return multiply();
+    const i64 step = halved_rows(args.w);
+    char* halves = place + round_up(out.partial_bytes, kScratchAlign);
+    out.partial_bytes = round_up(out.partial_bytes, kScratchAlign) + step * args.w.ne2 * args.w.k * 2;
+    for (i64 row = 0; row < args.w.n; row += step) {
+        const HalveWeightsArgs weights{args.w, halves, row, std::min(step, args.w.n - row)};
+        tile.w = halved(args.w, halves, weights.rows);
+        tile.y = of_rows(args.y, row, weights.rows);
+        out.add(halve_weights_launch(weights, s.arch), weights);
+        multiply();
+    }
 }
 
 void lower_mul_mat_id(const Site& s, Lowered& out) {
@@ -290,8 +304,8 @@ void lower_mul_mat_id(const Site& s, Lowered& out) {
     args.k_end = s.k_end;
     args.fault = s.fault;
     QuantizeArgs prepare{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
-    if (!mul_vec_id_can(args) && mul_tile_id_can(args, s.arch)) return lower_expert_tiles(s, out, args, prepare);
-    if (format->block_elems > 1) {
+    if (!mul_vec_id_can(args) && (mul_tile_id_can(args, s.arch) || halve_experts_can(args, s.arch))) return lower_expert_tiles(s, out, args, prepare);
+    if (mul_mat_needs_quantized_x(s.w, 1, s.arch)) {
         out.ok &= lower_quantize(s, out, prepare);
         args.xq = prepare.xq;
         args.xd = prepare.xd;
@@ -528,7 +542,20 @@ void lower_set_rows(const Site& s, Lowered& out) {
 }
 void lower_argsort(const Site& s, Lowered& out) {
     const ArgsortArgs args{s.x[0], s.y, s.t->op == Op::TOP_K || s.t->params[0] == 1, 0};  // ggml_sort_order: 0 ascending, 1 descending
-    out.add(argsort_launch(args, s.arch), args);
+    if (!sort_runs_can(args)) return out.add(argsort_launch(args, s.arch), args);
+    const i64 n = args.x.ne[0], places = args.y.ne[0], rows = n_rows(args.y), step = sorted_rows(args);
+    const i64 buffer = round_up(step * sorted_entries(n, kSortMost, places) * 8, kScratchAlign);
+    out.partial_bytes = 2 * buffer;
+    for (i64 row = 0; row < rows; row += step) {
+        const i64 these = std::min(step, rows - row);
+        u64 *from = reinterpret_cast<u64*>(s.partials), *to = reinterpret_cast<u64*>(s.partials + static_cast<u64>(buffer));
+        const SortRunsArgs sort{args.x, from, row, these, places, args.descending, 0};
+        out.add(sort_runs_launch(sort, s.arch), sort);
+        for (i64 run = kSortMost; run < n; run *= kMergeRuns, std::swap(from, to)) {
+            const MergeRunsArgs merge{args.y, from, run * kMergeRuns < n ? to : nullptr, row, these, n, places, run};
+            out.add(merge_runs_launch(merge, s.arch), merge);
+        }
+    }
 }
 void lower_sum_rows(const Site& s, Lowered& out) {
     const UnaryArgs args{s.x[0], s.y, 0, 0, 0, 0};
@@ -721,26 +748,22 @@ void lower_ssm_conv(const Site& s, Lowered& out) {
     const BinaryArgs args{s.x[0], s.x[1], s.y};
     out.add(s.t->op == Op::SSM_CONV ? ssm_conv_launch(args, s.arch) : solve_tri_launch(args, s.arch), args);
 }
-/// y[n, m] = sum over k of a[n, k] * b[m, k]: a product of both with their axes exchanged.
+/// y[n, m] = sum over k of a[n, k] * b[m, k].
 void lower_out_prod(const Site& s, Lowered& out) {
     const View &a = s.x[0], &b = s.x[1];
-    if (block_elems(a.type) != 1 || a.ne[2] == 0 || a.ne[3] == 0 || b.ne[2] % a.ne[2] || b.ne[3] % a.ne[3]) {
+    const WeightFormat* format = find_weight_format(a.type);
+    if (!format || (!s.w_stored && format->block_elems > 1 && a.nb[0] != format->block_bytes) || a.ne[2] == 0 || a.ne[3] == 0 || b.ne[2] % a.ne[2] ||
+        b.ne[3] % a.ne[3]) {
         out.ok = false;
         return;
     }
-    auto exchanged = [](View v) {
-        std::swap(v.ne[0], v.ne[1]);
-        std::swap(v.nb[0], v.nb[1]);
-        return v;
-    };
     MulMatArgs args{};
-    args.w = host_matrix(exchanged(a));
-    args.x = exchanged(b);
+    args.w = s.w;
+    args.x = b;
     args.y = s.y;
-    args.k_end = a.ne[1];
     args.ratio2 = static_cast<i32>(b.ne[2] / a.ne[2]);
     args.ratio3 = static_cast<i32>(b.ne[3] / a.ne[3]);
-    out.add(mul_mat_launch(args, s.arch), args);
+    out.add(out_prod_launch(args, s.arch), args);
 }
 void lower_indexer(const Site& s, Lowered& out) {
     const IndexerArgs args{s.x[0], s.x[2], s.x[3], s.y, host_matrix(s.x[1])};
