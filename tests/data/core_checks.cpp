@@ -200,7 +200,7 @@ void check_verifier() {
     Plan left = plan({makes_partial});
     left.survivors.push_back({2, {}});
     expect(!accepted(left, graph), "a Partial that the host can read is accepted");
-    left.survivors[0].extent.is_partial = true;
+    left.survivors[0].part.extent.is_partial = true;
     expect(accepted(left, graph), "a Partial that reads will sum is refused");
     Graph product = graph;
     product.tensors[2].op = abi::Op::MUL;
