@@ -444,18 +444,27 @@ struct StreamProduct {
     i32 row_bytes[4], slot_offset[4];
     i32 glu, input;  // glu: 1 + GluOp, or 0
     float eps;
-    i32 n_push;
+    i32 n_push;  // ranks; 0: nobody adds these sums up
+    i32 push;    // of the launch, from 1 on
+    i32 pad;
     const float *a, *b, *weight;   // b, weight: may be null
     float *sum, *sum_copy, *norm;  // written for others: s twice, its norm; may be null
     float* glu_y;
-    float* push[16];  // where this rank's partial sums go on every rank: the all_reduce behind this product
+    u64* inbox[16];  // where this rank's sums go on every rank instead of to y: the all_reduce behind this product
 };
-// y[i] = sum over ranks of inbox[rank][i], in rank order: the same bits on every rank.
+// y[i] = sum over ranks of inbox[rank][i], in rank order: the same bits on every rank. An inbox has words {sum, number of the push}, which
+// are stored and read whole: whoever finds the number that it waits for has the sum too, and no fence and no counter is between them. There
+// are two, by turns: a rank that pushes again has seen all of the last push, so everybody has read the one before (persist.cpp, waits_of).
 struct StreamReduce {
-    const float* inbox;  // [n_ranks][n_elems]
+    const u64* inbox;  // [n_ranks][n]
     float *y, *copy;
     i64 n;
-    i32 n_ranks, pad;
+    i32 n_ranks, push;
+};
+struct StreamCopy {
+    const float* from;
+    float* to;
+    i64 n;
 };
 // The turns of every pair of a token's heads, the same in all layers: {cos, sin} of pair i at table[2 * i].
 struct StreamTurns {
@@ -502,6 +511,7 @@ struct StreamFlash {
 enum StreamKind : i32 {
     kStreamProduct,
     kStreamReduce,
+    kStreamCopy,
     kStreamNormRows,
     kStreamBinary,
     kStreamTurns,
@@ -511,26 +521,24 @@ enum StreamKind : i32 {
     kStreamFlash,
     kStreamCombine,
 };
-// wait: 1: for all blocks of this rank to have done all stages before; 2: for all blocks of all ranks to have pushed as often as `pushes`.
 struct StreamStage {
-    i32 kind, wait, pushes, count;  // count: blocks of 256 of a kStreamRopeStore
-    i32 next_product;               // index of the next stage that is one, or n_stages: the streaming warp goes from one to the other
-    i32 pad[3];
-    alignas(16) char body[kStreamStageBytes - 32];
+    i32 kind, wait;    // wait: for all blocks of this rank to have done all stages before
+    i32 count;         // blocks of 256 of a kStreamRopeStore
+    i32 next_product;  // index of the next stage that is one, or n_stages: the streaming warp goes from one to the other
+    alignas(16) char body[kStreamStageBytes - 16];
 };
-// Device memory of one rank, zero at first: how many blocks have arrived at how many stages, how many have ended; and how many blocks of all
-// ranks have pushed, ever, of which `pushed_before` in launches before this one.
+// Device memory of one rank, zero at first: how many blocks have arrived at how many stages, how many have ended; and the pushes of all
+// launches before this one.
 struct StreamState {
-    u32 arrived, done, pushed, pushed_before;
-    u32 pad[28];
+    u32 arrived, done, pushed_before;
+    u32 pad[29];
 };
 struct StreamArgs {
     const StreamStage* stages;
     StreamState* state;
-    u32* pushed[16];  // StreamState::pushed of every rank
     u32* fault;
-    i32 n_stages, first_product, n_ranks, n_pushes;  // pushes of this launch
-    i32 blocks_of_all, pad;                          // over all ranks
+    i32 n_stages, first_product, n_pushes, pad;  // pushes of this launch
+    i64 inbox_words;                             // of one of the two inboxes
     u64 deadline_ns;
     u64* cycles;  // [n_stages][kStreamTimes]: of the multiprocessor of block 0, for whoever asks where a token's time goes
 };

@@ -6,7 +6,7 @@
 // Between stages blocks wait for each other on a counter in global memory. Who waits: thread 0, with an acquire, then a barrier of the
 // multiplying warps: what other blocks wrote before they arrived is seen by all threads after it. Who arrives: the last thread to know that
 // the block's stores of a stage are done (the storing warp after its last tile, else thread 0 behind a barrier), with a release.
-// With several ranks, products whose sums are partial store them into an inbox on every rank and count there; see StreamReduce.
+// With several ranks, products whose sums are partial store them into an inbox on every rank; see StreamReduce.
 // Each wait has a deadline; after it nobody waits any more: the results are not valid, and the fault says so.
 #include "stream.h"
 
@@ -41,6 +41,10 @@ struct Shared {
     float squares[kStreamWarps];
     TpBarrier full[kStreamSlots], empty[kStreamSlots], out_full[kOuts], out_empty[kOuts];
     u32 late, stage_now;
+    u32 pushed_before;
+    u32* fault;
+    i64 inbox_words;
+    u64 deadline_ns;
 };
 static_assert(kStreamSlots * kStreamSlotBytes + sizeof(Shared) <= kStreamShared, "shared memory");
 
@@ -139,11 +143,10 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
 }
 
 /// This block has done its part of a stage.
-TP_DEVICE void arrive(const StreamArgs& args, const StreamProduct* pushed) {
-    tp_signal(&args.state->arrived);
-    if (!pushed) return;
-    for (int r = 0; r < pushed->n_push; ++r) tp_signal_system(args.pushed[r]);
-}
+TP_DEVICE void arrive(const StreamArgs& args) { tp_signal(&args.state->arrived); }
+
+/// Where the inbox of a push begins, in words from the first inbox.
+TP_DEVICE i64 inbox_of(const Shared& s, u32 push) { return push % 2 ? s.inbox_words : 0; }
 
 TP_DEVICE float activated(int op, float x) {
     switch (op) {
@@ -183,12 +186,16 @@ TP_OUTLINE void store_results(const StreamArgs& args) {
             }
             const i64 at = row + lane;
             if (lane >= p.rows || at >= p.part[part].n) continue;
+            if (p.n_push) {
+                const u32 push = s.pushed_before + (u32)p.push;
+                for (int r = 0; r < p.n_push; ++r) tp_store_tagged(p.inbox[r] + inbox_of(s, push) + at, v, push);
+                continue;
+            }
             p.part[part].y[at] = v;
             if (p.part[part].copy) p.part[part].copy[at] = v;
-            for (int r = 0; r < p.n_push; ++r) p.push[r][at] = v;
         }
         __syncwarp();
-        if (lane == 0) arrive(args, &p);
+        if (lane == 0) arrive(args);
         if (lane == 0 && blockIdx.x == 0) args.cycles[i * kStreamTimes + kTimeStored] = tp_cycles();
     }
 }
@@ -467,6 +474,27 @@ TP_OUTLINE void attend(int at) {
     }
 }
 
+/// Until try_it, or the deadline: the results are not valid then.
+template <class TryIt>
+TP_DEVICE void wait_until(Shared& s, TryIt try_it) {
+    const u64 begin = tp_nanoseconds();
+    for (u32 polls = 1; !try_it(); ++polls) {
+        tp_spin();
+        if (polls % kPollsPerLook) continue;
+        if (tp_peek(&s.late)) return;
+        if (tp_nanoseconds() - begin <= s.deadline_ns) continue;
+        tp_poke(&s.late, 1);
+        atomicExch(s.fault, (u32)kFaultLatePeer);
+    }
+}
+
+/// What a rank has pushed to here.
+TP_DEVICE float sum_of(const u64* word, u32 push, Shared& s) {
+    u64 now = 0;
+    wait_until(s, [&] { return (u32)((now = tp_load_tagged(word)) >> 32) == push; });
+    return __int_as_float((int)(u32)now);
+}
+
 /// A stage that is no product: elements, rows or units of all blocks' threads.
 TP_OUTLINE void do_stage(int stage_slot) {
     const StreamStage& stage = stage_at(stage_slot);
@@ -476,12 +504,20 @@ TP_OUTLINE void do_stage(int stage_slot) {
     switch (stage.kind) {
         case kStreamReduce: {
             const StreamReduce& a = *(const StreamReduce*)body;
+            Shared& s = shared_of();
+            const u32 push = s.pushed_before + (u32)a.push;
+            const u64* inbox = a.inbox + inbox_of(s, push);
             for (i64 i = first; i < a.n; i += step) {
-                float sum = a.inbox[i];
-                for (int r = 1; r < a.n_ranks; ++r) sum += a.inbox[r * a.n + i];
+                float sum = sum_of(inbox + i, push, s);
+                for (int r = 1; r < a.n_ranks; ++r) sum += sum_of(inbox + r * a.n + i, push, s);
                 a.y[i] = sum;
                 if (a.copy) a.copy[i] = sum;
             }
+            break;
+        }
+        case kStreamCopy: {
+            const StreamCopy& a = *(const StreamCopy*)body;
+            for (i64 i = first; i < a.n; i += step) a.to[i] = a.from[i];
             break;
         }
         case kStreamNormRows: {  // a warp a row
@@ -577,29 +613,12 @@ TP_DEVICE void fetch_ahead(const StreamStage& stage) {
     }
 }
 
-/// Thread 0: until `counter` has passed `target`, or the deadline.
-template <bool kSystem>
-TP_DEVICE void wait_for(const u32* counter, u32 target, const StreamArgs& args, Shared& s) {
-    if (s.late) return;
-    const u64 begin = tp_nanoseconds();
-    for (u32 polls = 1;; ++polls) {
-        const u32 now = kSystem ? tp_read_signal_system(counter) : tp_read_signal(counter);
-        if ((i32)(now - target) >= 0) return;
-        if (polls % kPollsPerLook == 0 && tp_nanoseconds() - begin > args.deadline_ns) break;
-        tp_spin();
-    }
-    s.late = 1;
-    atomicExch(args.fault, (u32)kFaultLatePeer);
-}
-
 TP_DEVICE void multiply_and_more(const StreamArgs& args) {
     Shared& s = shared_of();
     const int thread = threadIdx.x;
     constexpr int kWords = kStreamStageBytes / 16;
     u32 walk = Walk{}.packed();
     float scale = 1.0f;
-    u32 pushed_before = 0;
-    if (thread == 0) pushed_before = args.state->pushed_before;
     // Stages come into shared memory two ahead: see fetch_product.
     auto fetch = [&](int stage) {
         if (thread < kWords && stage < args.n_stages) tp_copy_async((TpInt4*)s.stage[stage % 3] + thread, (const TpInt4*)(args.stages + stage) + thread);
@@ -615,8 +634,7 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args) {
         mark(i, kTimeBegin);
         const StreamStage& stage = *(const StreamStage*)s.stage[i % 3];
         fetch_ahead(stage);
-        if (thread == 0 && stage.wait == 1) wait_for<false>(&args.state->arrived, (u32)i * gridDim.x, args, s);
-        if (thread == 0 && stage.wait == 2) wait_for<true>(&args.state->pushed, pushed_before + (u32)(stage.pushes * args.blocks_of_all), args, s);
+        if (thread == 0 && stage.wait) wait_until(s, [&] { return (i32)(tp_read_signal(&args.state->arrived) - (u32)i * gridDim.x) >= 0; });
         tp_copy_wait();
         sync_multiplying();  // and nobody reads the stage before any more, and everybody sees the next
         fetch(i + 2);
@@ -625,7 +643,7 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args) {
         if (stage.kind != kStreamProduct) {
             do_stage(i % 3);
             sync_multiplying();
-            if (thread == 0) arrive(args, nullptr);
+            if (thread == 0) arrive(args);
             mark(i, kTimeInput);
             mark(i, kTimeDone);
             continue;
@@ -640,7 +658,7 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args) {
         mark(i, kTimeDone);
         if ((int)blockIdx.x >= p.n_tiles) {  // nothing for the storing warp; what take_input wrote counts all the same
             sync_multiplying();
-            if (thread == 0) arrive(args, &p);
+            if (thread == 0) arrive(args);
         }
     }
 }
@@ -657,6 +675,7 @@ TP_KERNEL_COOPERATIVE(stream, StreamArgs, 320) {
         for (int i = 0; i < kStreamSlots; ++i) tp_barrier_init(&s.full[i], 1), tp_barrier_init(&s.empty[i], kMultiply);
         for (int i = 0; i < kOuts; ++i) tp_barrier_init(&s.out_full[i], kMultiply), tp_barrier_init(&s.out_empty[i], 32);
         s.late = 0, s.stage_now = 0;
+        s.pushed_before = args.state->pushed_before, s.inbox_words = args.inbox_words, s.deadline_ns = args.deadline_ns, s.fault = args.fault;
         tp_barrier_init_fence();
     }
     __syncthreads();
@@ -668,7 +687,7 @@ TP_KERNEL_COOPERATIVE(stream, StreamArgs, 320) {
     if (thread == 0 && tp_count(&args.state->done) == gridDim.x - 1) {
         args.state->arrived = 0;
         args.state->done = 0;
-        args.state->pushed_before += (u32)(args.n_pushes * args.blocks_of_all);
+        args.state->pushed_before += (u32)args.n_pushes;
     }
 }
 

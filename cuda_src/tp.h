@@ -175,15 +175,18 @@ TP_DEVICE void tp_sync_some() {
 }
 /// Counters that blocks (and GPUs) wait for: what was written before an add is seen after a read of its result.
 TP_DEVICE void tp_signal(u32* p) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p) : "memory"); }
-TP_DEVICE void tp_signal_system(u32* p) { asm volatile("red.release.sys.global.add.u32 [%0], 1;" ::"l"(p) : "memory"); }
 TP_DEVICE u32 tp_read_signal(const u32* p) {
     u32 v;
     asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
 }
-TP_DEVICE u32 tp_read_signal_system(const u32* p) {
-    u32 v;
-    asm volatile("ld.acquire.sys.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+/// A word {value, tag} that another GPU reads while this one stores it: never half of it. Nothing else is ordered by it.
+TP_DEVICE void tp_store_tagged(u64* p, float value, u32 tag) {
+    asm volatile("{ .reg .b64 v; mov.b64 v, {%1, %2}; st.relaxed.sys.global.b64 [%0], v; }" ::"l"(p), "r"(__float_as_int(value)), "r"(tag) : "memory");
+}
+TP_DEVICE u64 tp_load_tagged(const u64* p) {
+    u64 v;
+    asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
     return v;
 }
 /// Adds one; returns what was there.

@@ -151,9 +151,13 @@ static inline void tp_sync_some() {
     tp_emulator::sync_some(kThreads);
 }
 static inline void tp_signal(u32* p) { tp_emulator::signal(p); }
-static inline void tp_signal_system(u32* p) { tp_emulator::signal(p); }
 static inline u32 tp_read_signal(const u32* p) { return tp_emulator::read_signal(p); }
-static inline u32 tp_read_signal_system(const u32* p) { return tp_emulator::read_signal(p); }
+static inline void tp_store_tagged(u64* p, float value, u32 tag) {
+    u32 bits;
+    std::memcpy(&bits, &value, 4);
+    __atomic_store_n(p, static_cast<u64>(tag) << 32 | bits, __ATOMIC_RELAXED);
+}
+static inline u64 tp_load_tagged(const u64* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 static inline u32 tp_count(u32* p) { return tp_emulator::count(p); }
 static inline u32 tp_peek(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 static inline void tp_poke(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }

@@ -77,7 +77,7 @@ struct Draft {
 };
 struct Stage {
     std::string label;
-    int pushes = 0;  // of the launch, up to and with the all_reduce that this stage waits for; 0: it waits for no peer
+    bool reduces = false;  // waits for what peers push
 };
 
 /// A token's activations on their way to a product: how its input comes about. Bound to the scratch memory that a launch of its own would
@@ -121,17 +121,19 @@ class RankRun {
         if (named(l, "binary_")) return add_binary(l);
         return false;
     }
-    /// The all_reduce of what the last stage, a product, has computed. inboxes: of every rank.
-    bool add_reduce(DevicePtr y, i64 elems, const std::vector<float*>& inboxes, int rank) {
+    /// The all_reduce of what the last stage, a product, has computed: push number `push` of the launch. inboxes: of every rank.
+    bool add_reduce(DevicePtr y, i64 elems, const std::vector<u64*>& inboxes, int rank, int push) {
         if (stages.empty() || stages.back().kind != kStreamProduct || elems > kStreamMostK) return false;
         StreamProduct p = stages.back().get<StreamProduct>();
         if (p.n_parts != 1 || p.glu || p.part[0].n != elems || reinterpret_cast<DevicePtr>(p.part[0].y) != y) return false;
         p.n_push = n_ranks_;
-        for (int r = 0; r < n_ranks_; ++r) p.push[r] = inboxes[static_cast<size_t>(r)] + rank * elems;
+        p.push = push;
+        for (int r = 0; r < n_ranks_; ++r) p.inbox[r] = inboxes[static_cast<size_t>(r)] + rank * elems;
         stages.back().set(p);
-        StreamReduce reduce{inboxes[static_cast<size_t>(rank)], p.part[0].y, nullptr, elems, n_ranks_, 0};
+        std::vector<Span>& writes = stages.back().writes;
+        writes.erase(std::remove_if(writes.begin(), writes.end(), [&](const Span& s) { return s.begin == y; }), writes.end());
+        StreamReduce reduce{inboxes[static_cast<size_t>(rank)], p.part[0].y, nullptr, elems, n_ranks_, push};
         Draft d = Draft::of(kStreamReduce, reduce);
-        d.reads = {span_of(reduce.inbox, elems * n_ranks_ * 4)};
         d.writes = {span_of(reduce.y, elems * 4)};
         stages.push_back(std::move(d));
         return true;
@@ -263,12 +265,12 @@ class RankRun {
         }
         auto import = [&](const float*& from, int vector) {
             if (!from || !meet({span_of(from, r.k * 4)}, d.writes)) return;
-            const StreamReduce copy{from, memory_->vectors[vector], nullptr, r.k, 1, 0};
-            Draft c = Draft::of(kStreamReduce, copy);
+            const StreamCopy copy{from, memory_->vectors[vector], r.k};
+            Draft c = Draft::of(kStreamCopy, copy);
             c.reads = {span_of(from, r.k * 4)};
-            c.writes = {span_of(copy.y, r.k * 4)};
+            c.writes = {span_of(copy.to, r.k * 4)};
             stages.push_back(std::move(c));
-            from = copy.y;
+            from = copy.to;
         };
         if (!own_a) import(p.a, kImportA);
         if (!own_b) import(p.b, kImportB);
@@ -551,7 +553,7 @@ struct Run {
     size_t n_products = 0;
 };
 
-Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMemory& memory, int pushes_before, size_t most) {
+Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMemory& memory, size_t most) {
     Run run;
     const int n = static_cast<int>(memory.ranks.size());
     for (int r = 0; r < n; ++r) run.ranks.emplace_back(memory.ranks[static_cast<size_t>(r)], n);
@@ -562,9 +564,10 @@ Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMe
         bool ok = true;
         if (step.kind == ProgramStep::kAllReduce) {
             ok = memory.peers && step.wire == WireType::kF32;
-            std::vector<float*> inboxes;
-            for (const auto& rank : memory.ranks) inboxes.push_back(rank.inbox[(pushes_before + run.n_pushes) % 2]);
-            for (int r = 0; ok && r < n; ++r) ok = run.ranks[static_cast<size_t>(r)].add_reduce(step.pointers[static_cast<size_t>(r)], step.elems, inboxes, r);
+            std::vector<u64*> inboxes;
+            for (const auto& rank : memory.ranks) inboxes.push_back(rank.inbox);
+            for (int r = 0; ok && r < n; ++r)
+                ok = run.ranks[static_cast<size_t>(r)].add_reduce(step.pointers[static_cast<size_t>(r)], step.elems, inboxes, r, run.n_pushes + 1);
         } else {
             for (int r = 0; ok && r < n; ++r) ok = run.ranks[static_cast<size_t>(r)].add(step.launches[static_cast<size_t>(r)]);
             // The same stages on every rank: they count arrivals alike.
@@ -573,17 +576,17 @@ Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMe
                 ok = a.size() == b.size() && (a.empty() || a.back().kind == b.back().kind);
             }
         }
-        if (!ok) return make_run(steps, begin, memory, pushes_before, i);
+        if (!ok) return make_run(steps, begin, memory, i);
         const size_t now = run.ranks[0].stages.size();
         const bool reduces = step.kind == ProgramStep::kAllReduce;
         run.n_pushes += reduces;
         if (run.stages.size() == now && now && step.label != run.stages.back().label) run.stages.back().label += ", " + step.label;
-        while (run.stages.size() < now) run.stages.push_back({step.label, 0});
-        if (reduces) run.stages.back().pushes = run.n_pushes;
+        while (run.stages.size() < now) run.stages.push_back({step.label, false});
+        if (reduces) run.stages.back().reduces = true;
         run.end = i + 1;
         if (std::none_of(run.ranks.begin(), run.ranks.end(), [](const RankRun& r) { return r.pending; })) whole = run.end;
     }
-    if (whole < run.end) return make_run(steps, begin, memory, pushes_before, whole);
+    if (whole < run.end) return make_run(steps, begin, memory, whole);
     for (const Draft& d : run.ranks.empty() ? std::vector<Draft>{} : run.ranks[0].stages) run.n_products += d.kind == kStreamProduct;
     return run;
 }
@@ -620,17 +623,21 @@ bool gains(const Run& run) {
     return false;
 }
 
-/// Who waits: a stage that reads what a stage before it wrote since the last wait, or writes what such a stage read or wrote.
-std::vector<i32> waits_of(const Run& run) {
-    std::vector<i32> waits(run.stages.size());
+/// Who waits: a stage that reads what a stage before it wrote since the last wait, or writes what such a stage read or wrote. And a product
+/// that pushes, when its rank has read an inbox since the last wait: so a peer that has all of this push knows that the push before is read
+/// by every block here, and may push into that one's inbox again.
+std::vector<bool> waits_of(const Run& run) {
+    std::vector<bool> waits(run.stages.size());
     std::vector<std::vector<Span>> reads(run.ranks.size()), writes(run.ranks.size());
+    bool inbox_read = false;
     for (size_t i = 0; i < run.stages.size(); ++i) {
-        bool wait = run.stages[i].pushes > 0;
+        bool wait = inbox_read && i + 1 < run.stages.size() && run.stages[i + 1].reduces;
         for (size_t r = 0; r < run.ranks.size(); ++r) {
             const Draft& d = run.ranks[r].stages[i];
             wait |= meet(d.reads, writes[r]) || meet(d.writes, writes[r]) || meet(d.writes, reads[r]);
         }
-        waits[i] = run.stages[i].pushes > 0 ? 2 : wait;
+        waits[i] = wait;
+        inbox_read = run.stages[i].reduces || (inbox_read && !wait);
         for (size_t r = 0; r < run.ranks.size(); ++r) {
             const Draft& d = run.ranks[r].stages[i];
             if (wait) reads[r].clear(), writes[r].clear();
@@ -641,24 +648,24 @@ std::vector<i32> waits_of(const Run& run) {
     return waits;
 }
 
-constexpr const char* kKindNames[] = {"product", "reduce", "norm rows", "binary", "turns", "rope and store", "set_rows", "get_rows", "attention", "combine"};
+constexpr const char* kKindNames[] = {"product", "reduce", "copy", "norm rows", "binary", "turns", "rope and store", "set_rows", "get_rows", "attention", "combine"};
 
 }  // namespace
 
-StreamMemory::StreamMemory(std::vector<std::unique_ptr<Device>>& devices, bool peers_in, double deadline) : peers(peers_in), deadline_s(deadline) {
-    const i64 n = static_cast<i64>(devices.size()), vector_bytes = kStreamMostK * 4;
+StreamMemory::StreamMemory(std::vector<std::unique_ptr<Device>>& devices, bool peers_in, double deadline)
+    : peers(peers_in), inbox_words(static_cast<i64>(devices.size()) * kStreamMostK), deadline_s(deadline) {
+    const i64 vector_bytes = kStreamMostK * 4;
     for (const auto& device : devices) {
         Rank rank;
         int sharing = 0;
         for (const auto& other : devices) sharing += other->ordinal == device->ordinal;
         rank.n_blocks = static_cast<u32>(std::max(device->n_sm / sharing, 1));
-        const i64 bytes = kAlign + (kVectors + (peers ? 2 * n : 0)) * vector_bytes;
-        rank.block = DeviceBlock(*device, static_cast<size_t>(bytes));
+        rank.bytes = static_cast<size_t>(kAlign + kVectors * vector_bytes + (peers ? 2 * inbox_words * 8 : 0));
+        rank.block = DeviceBlock(*device, rank.bytes);
         const DevicePtr base = rank.block.pointer();
         rank.state = reinterpret_cast<StreamState*>(base);
         for (int v = 0; v < kVectors; ++v) rank.vectors[v] = reinterpret_cast<float*>(base + static_cast<u64>(kAlign + v * vector_bytes));
-        for (int i = 0; peers && i < 2; ++i) rank.inbox[i] = reinterpret_cast<float*>(base + static_cast<u64>(kAlign + (kVectors + i * n) * vector_bytes));
-        blocks_of_all += rank.n_blocks;
+        if (peers) rank.inbox = reinterpret_cast<u64*>(base + static_cast<u64>(kAlign + kVectors * vector_bytes));
         ranks.push_back(std::move(rank));
     }
     reset();
@@ -668,7 +675,7 @@ void StreamMemory::reset() const {
     for (const Rank& rank : ranks) {
         const Device& device = *rank.block.device();
         device.make_current();
-        TP_CUDA(device.driver, device.rank, cuMemsetD8Async, rank.block.pointer(), 0, sizeof(StreamState), device.stream);
+        TP_CUDA(device.driver, device.rank, cuMemsetD8Async, rank.block.pointer(), 0, rank.bytes, device.stream);
         if (!device.wait(deadline_s)) throw Error("rank " + std::to_string(device.rank) + " did not clear its counters in time");
     }
 }
@@ -687,11 +694,10 @@ bool can_persist(const std::vector<std::unique_ptr<Device>>& devices) {
 void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, const StreamMemory& memory, const std::vector<DevicePtr>& faults) {
     std::vector<ProgramStep> out;
     const size_t n = devices.size();
-    int pushes = 0;
     for (size_t i = 0; i < program.steps.size();) {
-        Run run = make_run(program.steps, i, memory, pushes, program.steps.size());
+        Run run = make_run(program.steps, i, memory, program.steps.size());
         const size_t kept = end_of_kept_inputs(program.steps, i, run.end);
-        if (kept < run.end) run = make_run(program.steps, i, memory, pushes, kept);
+        if (kept < run.end) run = make_run(program.steps, i, memory, kept);
         if (run.n_products < kLeastProducts || !gains(run)) {
             out.push_back(std::move(program.steps[i++]));
             continue;
@@ -708,17 +714,15 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
             run.ranks[r].set_scratch(block.pointer() + static_cast<u64>(round_up(table_bytes[r], kAlign) + times_bytes));
             program.blocks.push_back(std::move(block));
         }
-        const std::vector<i32> waits = waits_of(run);
+        const std::vector<bool> waits = waits_of(run);
         for (size_t s = 0; s < run.stages.size(); ++s)
-            step.detail += std::string(waits[s] == 2 ? "  == "
-                                       : waits[s]    ? "  -- "
-                                                     : "     ") +
+            step.detail += std::string(run.stages[s].reduces ? "  == " : waits[s] ? "  -- " : "     ") +
                            kKindNames[run.ranks[0].stages[s].kind] + " " + run.stages[s].label + "\n";
         for (size_t r = 0; r < n; ++r) {
             std::vector<StreamStage> stages(run.stages.size());
             for (size_t s = 0; s < stages.size(); ++s) {
                 const Draft& d = run.ranks[r].stages[s];
-                stages[s].kind = d.kind, stages[s].wait = waits[s], stages[s].pushes = run.stages[s].pushes, stages[s].count = d.count;
+                stages[s].kind = d.kind, stages[s].wait = waits[s], stages[s].count = d.count;
                 std::memcpy(stages[s].body, d.body.data(), d.body.size());
             }
             i32 product = static_cast<i32>(stages.size());
@@ -733,14 +737,12 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
             StreamArgs args{};
             args.stages = reinterpret_cast<const StreamStage*>(tables[r]);
             args.state = memory.ranks[r].state;
-            for (size_t p = 0; p < n; ++p) args.pushed[p] = &memory.ranks[p].state->pushed;
             args.fault = reinterpret_cast<u32*>(faults[r]);
             args.cycles = reinterpret_cast<u64*>(tables[r] + static_cast<u64>(round_up(table_bytes[r], kAlign)));
             args.n_stages = static_cast<i32>(stages.size());
             args.first_product = product;
-            args.n_ranks = static_cast<i32>(n);
             args.n_pushes = run.n_pushes;
-            args.blocks_of_all = static_cast<i32>(memory.blocks_of_all);
+            args.inbox_words = memory.inbox_words;
             args.deadline_ns = static_cast<u64>(memory.deadline_s * 1e9);
             RankLaunch launch;
             launch.launch = stream_launch(memory.ranks[r].n_blocks);
@@ -749,7 +751,6 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
             step.launches.push_back(std::move(launch));
         }
         out.push_back(std::move(step));
-        pushes += run.n_pushes;
         i = run.end;
     }
     program.steps = std::move(out);

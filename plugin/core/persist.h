@@ -12,19 +12,20 @@ class StreamMemory {
     /// peers: every rank's memory can be stored to from every other rank's device. Throws Error when memory is short.
     StreamMemory(std::vector<std::unique_ptr<Device>>& devices, bool peers, double deadline_s);
 
-    /// After a failure: counters as at the start. No kernel may run.
+    /// After a failure: counters and inboxes as at the start. No kernel may run.
     void reset() const;
 
     struct Rank {
         DeviceBlock block;
+        size_t bytes = 0;
         StreamState* state = nullptr;
         float* vectors[10] = {};  // kStreamMostK floats each: see persist.cpp
-        float* inbox[2] = {};     // [n_ranks][elems of the all_reduce]
+        u64* inbox = nullptr;     // twice [n_ranks][kStreamMostK]: see StreamReduce
         u32 n_blocks = 0;         // of a launch
     };
     std::vector<Rank> ranks;
     const bool peers;  // several ranks, and all of them can be reached
-    u32 blocks_of_all = 0;
+    const i64 inbox_words;  // of one of the two
     const double deadline_s;
 };
 
