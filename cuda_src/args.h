@@ -439,7 +439,7 @@ enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2 };
 struct StreamProduct {
     StreamPart part[3];
     i32 n_parts, type, k, rows;
-    i32 k_groups, pieces_each;  // the warps are k_groups x row groups: a lane holds pieces_each pieces (32 elements) of the input
+    i32 k_groups, units_each;  // the warps are k_groups x row groups: a lane holds units_each units (32 elements or 64) of the input
     i32 n_tiles, n_planes;
     i32 row_bytes[4], slot_offset[4];
     i32 glu, input;  // glu: 1 + GluOp, or 0

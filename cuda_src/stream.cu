@@ -298,25 +298,27 @@ TP_OUTLINE float take_input(int at) {
 }
 
 /// All tiles of a product. A warp takes two rows at a time, so that their loads, products and sums overlap.
-template <int kType, int kPieces>
+template <int kType, int kUnits>
 TP_OUTLINE u32 multiply(int at_stage, u32 packed_walk, float scale) {
+    using U = Unit<kType>;
     Walk walk = Walk::of(packed_walk);
     const StreamProduct& p = *(const StreamProduct*)stage_at(at_stage).body;
     Shared& s = shared_of();
     const char* ring = ring_of();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pieces = p.k / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, units = p.k / U::kElems;
     const int row_groups = kStreamWarps / p.k_groups, group = warp / row_groups, first_row = warp % row_groups;
-    TpInt4 x0[kPieces], x1[kPieces];
-    float d0[kPieces], m0[kPieces], d1[kPieces], m1[kPieces];
+    TpInt4 x[kUnits][U::kWords];
+    Float2 d[kUnits][2];
 #pragma unroll
-    for (int j = 0; j < kPieces; ++j) {
-        const int piece = (group * kPieces + j) * 32 + lane;
-        const bool inside = piece < pieces;
-        const int a = inside ? (int)Piece<kType>::first(piece) : 0, b = inside ? (int)Piece<kType>::second(piece) : 0;
-        x0[j] = *(const TpInt4*)(s.x + a);
-        x1[j] = *(const TpInt4*)(s.x + b);
-        d0[j] = inside ? s.xd[a / 32 * 2] * scale : 0.0f, m0[j] = inside ? s.xd[a / 32 * 2 + 1] * scale : 0.0f;
-        d1[j] = inside ? s.xd[b / 32 * 2] * scale : 0.0f, m1[j] = inside ? s.xd[b / 32 * 2 + 1] * scale : 0.0f;
+    for (int j = 0; j < kUnits; ++j) {
+        const int unit = (group * kUnits + j) * 32 + lane;
+        const bool inside = unit < units;
+#pragma unroll
+        for (int w = 0; w < U::kWords; ++w) {
+            const int at = inside ? U::word(unit, w) : 0;
+            x[j][w] = *(const TpInt4*)(s.x + at);
+            if (w % (U::kWords / 2) == 0) d[j][w / (U::kWords / 2)] = {inside ? s.xd[at / 32 * 2] * scale : 0.0f, inside ? s.xd[at / 32 * 2 + 1] * scale : 0.0f};
+        }
     }
     const int rows = p.rows, n_tiles = p.n_tiles;
     int offset[4], stride[4];
@@ -334,14 +336,14 @@ TP_OUTLINE u32 multiply(int at_stage, u32 packed_walk, float scale) {
             for (int f = 0; f < 4; ++f) plane[f] = slot + offset[f] + row * stride[f], plane_of_other[f] = slot + offset[f] + other * stride[f];
             float sum = 0, sum_of_other = 0;
 #pragma unroll
-            for (int j = 0; j < kPieces; ++j) {
+            for (int j = 0; j < kUnits; ++j) {
                 // Beyond the end: any weights, times an input of zero. A branch here would keep the loads from going out together.
-                const int at = (group * kPieces + j) * 32 + lane, piece = at < pieces ? at : pieces - 1;
-                Piece<kType> w, w_of_other;
-                w.load((const char* const*)plane, piece, LoadShared());
-                w_of_other.load((const char* const*)plane_of_other, piece, LoadShared());
-                sum += w.dot(piece, x0[j], x1[j], {d0[j], m0[j]}, {d1[j], m1[j]});
-                sum_of_other += w_of_other.dot(piece, x0[j], x1[j], {d0[j], m0[j]}, {d1[j], m1[j]});
+                const int at = (group * kUnits + j) * 32 + lane, unit = at < units ? at : units - 1;
+                U w, w_of_other;
+                w.load((const char* const*)plane, unit, LoadShared());
+                w_of_other.load((const char* const*)plane_of_other, unit, LoadShared());
+                sum += w.dot_unit(unit, x[j], d[j][0], d[j][1]);
+                sum_of_other += w_of_other.dot_unit(unit, x[j], d[j][0], d[j][1]);
             }
             sum = tp_warp_sum(sum);
             sum_of_other = tp_warp_sum(sum_of_other);
@@ -357,10 +359,12 @@ TP_OUTLINE u32 multiply(int at_stage, u32 packed_walk, float scale) {
 }
 
 template <int kType>
-TP_DEVICE u32 multiply(int pieces_each, int at, u32 walk, float scale) {
-    return pieces_each == 1   ? multiply<kType, 1>(at, walk, scale)
-           : pieces_each == 2 ? multiply<kType, 2>(at, walk, scale)
-                              : multiply<kType, 4>(at, walk, scale);
+TP_DEVICE u32 multiply(int units_each, int at, u32 walk, float scale) {
+    static_assert(Unit<kType>::kElems == stream_unit(kType), "what stream_fit counts");
+    if (units_each == 1) return multiply<kType, 1>(at, walk, scale);
+    if constexpr (2 * Unit<kType>::kElems < kStreamMostElems)
+        if (units_each > 2) return multiply<kType, 4>(at, walk, scale);
+    return multiply<kType, 2>(at, walk, scale);
 }
 
 /// The token's own heads of a unit: see StreamOwnToken. queries: as halves [heads.n][d], scaled.
@@ -651,10 +655,10 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args) {
         const StreamProduct& p = *(const StreamProduct*)stage.body;
         if (p.input != kInputKept) scale = take_input(i % 3);
         mark(i, kTimeInput);
-        if (p.type == kQ4_0) walk = multiply<kQ4_0>(p.pieces_each, i % 3, walk, scale);
-        else if (p.type == kQ8_0) walk = multiply<kQ8_0>(p.pieces_each, i % 3, walk, scale);
-        else if (p.type == kQ4_K) walk = multiply<kQ4_K>(p.pieces_each, i % 3, walk, scale);
-        else walk = multiply<kQ6_K>(p.pieces_each, i % 3, walk, scale);
+        if (p.type == kQ4_0) walk = multiply<kQ4_0>(p.units_each, i % 3, walk, scale);
+        else if (p.type == kQ8_0) walk = multiply<kQ8_0>(p.units_each, i % 3, walk, scale);
+        else if (p.type == kQ4_K) walk = multiply<kQ4_K>(p.units_each, i % 3, walk, scale);
+        else walk = multiply<kQ6_K>(p.units_each, i % 3, walk, scale);
         mark(i, kTimeDone);
         if ((int)blockIdx.x >= p.n_tiles) {  // nothing for the storing warp; what take_input wrote counts all the same
             sync_multiplying();

@@ -11,12 +11,15 @@ constexpr int kStreamThreads = 32 * (kStreamWarps + 2);   // and a warp that str
 constexpr int kStreamMostRows = 32;                       // of a tile: a lane of the storing warp each
 constexpr int kStreamQueryBytes = kFlashHeads * 256 * 2;  // an attention's queries as halves, in front of where its warps meet
 constexpr int kStreamInputBytes = kStreamMostK * 5 / 4;   // int8, and {scale, scale * sum} per 32
-constexpr int kStreamMostPieces = 4;                      // 16-byte pieces of the input that a lane keeps in registers
+constexpr int kStreamMostElems = 128;                     // of the input, that a lane keeps in registers
 constexpr u32 kStreamShared = kStreamSlots * kStreamSlotBytes + kStreamInputBytes + 3 * kStreamStageBytes + 2304;
 static_assert(kStreamShared <= 227 * 1024, "what a block of sm_90 may have");
 
 /// Whether the kernel has this type's pieces.
 constexpr bool stream_can_type(i32 type) { return type == kQ4_0 || type == kQ8_0 || type == kQ4_K || type == kQ6_K; }
+
+/// Weights that a lane takes at a time (vec_piece.h, Unit).
+constexpr int stream_unit(i32 type) { return type == kQ4_K ? 64 : 32; }
 
 /// Fills in the tiles of a product of which parts, n_parts, type, k and glu are set. False: it does not fit the ring, or its rows do not
 /// begin at multiples of 16 bytes.
@@ -39,12 +42,13 @@ inline bool stream_fit(StreamProduct& p) {
     while (p.rows >= least && !fits()) p.rows /= 2;
     if (p.rows < least) return false;
     // As few groups along k as there are rows for all warps, and as a lane's registers allow: sums within a warp are cheapest.
-    auto pieces_each = [&] { return (p.k / 32 + 32 * p.k_groups - 1) / (32 * p.k_groups); };
+    const i32 unit = stream_unit(p.type);
+    auto units_each = [&] { return (p.k / unit + 32 * p.k_groups - 1) / (32 * p.k_groups); };
     p.k_groups = p.rows < kStreamWarps ? kStreamWarps / p.rows : 1;
-    while (p.k_groups < kStreamWarps && pieces_each() > kStreamMostPieces) p.k_groups *= 2;
-    const i32 each = pieces_each();
-    p.pieces_each = each <= 1 ? 1 : each <= 2 ? 2 : 4;
-    if (each > kStreamMostPieces) return false;
+    while (p.k_groups < kStreamWarps && units_each() * unit > kStreamMostElems) p.k_groups *= 2;
+    const i32 each = units_each();
+    p.units_each = each <= 1 ? 1 : each <= 2 ? 2 : 4;
+    if (each * unit > kStreamMostElems) return false;
     // Every copy is of whole 16 bytes from a multiple of 16: also the last tile's.
     const i32 step = p.glu ? p.rows / 2 : p.rows;
     p.n_tiles = 0;

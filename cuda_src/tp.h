@@ -117,6 +117,15 @@ TP_DEVICE int tp_dp4a(int a, int b, int c) {
     return c + (s8)a * (s8)b + (s8)(a >> 8) * (s8)(b >> 8) + (s8)(a >> 16) * (s8)(b >> 16) + (a >> 24) * (b >> 24);
 #endif
 }
+/// The same of unsigned bytes in a.
+TP_DEVICE int tp_dp4a_unsigned(u32 a, int b, int c) {
+#if __CUDA_ARCH__ >= 610
+    asm("dp4a.u32.s32 %0, %0, %1, %2;" : "+r"(a) : "r"(b), "r"(c));
+    return (int)a;
+#else
+    return c + (int)(a & 255) * (s8)b + (int)(a >> 8 & 255) * (s8)(b >> 8) + (int)(a >> 16 & 255) * (s8)(b >> 16) + (int)(a >> 24) * (b >> 24);
+#endif
+}
 /// Two halves: x * y + z, rounded once.
 TP_DEVICE u32 tp_half2_fma(u32 x, u32 y, u32 z) {
     u32 out;

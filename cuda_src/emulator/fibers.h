@@ -195,6 +195,10 @@ static inline int tp_dp4a(int a, int b, int c) {
     for (int i = 0; i < 32; i += 8) c += static_cast<s8>(a >> i) * static_cast<s8>(b >> i);
     return c;
 }
+static inline int tp_dp4a_unsigned(u32 a, int b, int c) {
+    for (int i = 0; i < 32; i += 8) c += static_cast<int>(a >> i & 255) * static_cast<s8>(b >> i);
+    return c;
+}
 
 // Tensor cores: fragments as in the PTX ISA's mma.m16n8k16. g = lane / 4, t = lane % 4; a: rows g, g + 8 at k 2t, 2t + 8; b: column g at
 // k 2t, 2t + 8; d: rows g, g + 8 at columns 2t, 2t + 1.
