@@ -499,8 +499,9 @@ struct StreamOwnToken {
     float *q_y, *k_y;
     const float* table;  // of StreamTurns; null: there is nothing of this here
     Cache k_cache, v_cache;
-    u32* fault;  // a row outside of a cache
-    i32 n_dims, n_offs, neox, pad;
+    u32* fault;        // a row outside of a cache
+    i32 n_dims, n_offs, neox;
+    u32 half_inverse;  // of half a head's size: 2^32 / it, rounded up
 };
 struct StreamFlash {
     FlashSplitArgs args;

@@ -74,31 +74,35 @@ TP_DEVICE UnitHeads heads_of_unit(const FlashSplitArgs& args, u32 unit) {
 struct QueriesInMemory {
     const FlashAttnArgs& a;
     i64 token, stream;
+    TP_MEMBER void prepare() const {}
     TP_MEMBER TpInt4 eight(const UnitHeads& heads, int h, int at) const {
         const float* from = (const float*)(a.q.data + token * a.q.nb[1] + (heads.first + h) * a.q.nb[2] + stream * a.q.nb[3]) + at;
         auto pair = [&](int i) { return (int)half2_of(from[i] * a.scale, from[i + 1] * a.scale); };
         return {pair(0), pair(2), pair(4), pair(6)};
     }
 };
-/// A piece's sums, for flash_combine.
+/// A piece's sums, for flash_combine: elements i and i + 1 (even i).
 struct PieceResults {
     const FlashSplitArgs& args;
     i64 split, token, stream;
-    TP_MEMBER void put(i64 head, int i, float most, float sum, float acc) const {
+    TP_MEMBER void put(i64 head, int i, float most, float sum, TpFloat2 acc) const {
         const View& q = args.a.q;
         const i64 at = ((stream * q.ne[1] + token) * q.ne[2] + head) * args.n_splits + split;
-        args.acc[at * q.ne[0] + i] = acc;
+        *(TpFloat2*)(args.acc + at * q.ne[0] + i) = acc;
         if (i == 0) args.meta[at * 2] = most, args.meta[at * 2 + 1] = sum;
     }
 };
 
 /// kAhead: a step's V is loaded with its K, K while the step before is worked on, and queries are kept, where there are registers for them.
 /// Piece `split` of the cells for `heads` and one token of one stream, by kWarps warps. kD: head size rounded up to a multiple of 64.
-/// merged: flash_columns_floats floats of shared memory. sync: a barrier of the block's threads.
+/// merged: flash_columns_floats floats of shared memory. sync: a barrier of the block's threads. queries.prepare(): while the first masks
+/// are on their way.
 template <int kD, int kWarps, bool kAhead, class Queries, class Results, class Sync>
 TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads, int split, i64 token, i64 stream, int thread, float* merged,
                              const Queries& queries, const Results& results, Sync sync) {
     constexpr int kChunks = kD / 32, kBlocks = kD / 64;  // of K, of V
+    constexpr int kChunksAtOnce = kAhead || kChunks < 4 ? kChunks : 4, kBlocksAtOnce = kAhead || kBlocks < 2 ? kBlocks : 2;  // 32 registers each
+    static_assert((kWarps & (kWarps - 1)) == 0 && kWarps <= 32, "a lane has a warp's sums at the end");
     const FlashAttnArgs& a = args.a;
     const int d = (int)a.q.ne[0], lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     auto of_stream = [&](const View& x) { return x.ne[3] > 1 ? (i64)((u32)stream % (u32)x.ne[3]) * x.nb[3] : 0; };
@@ -116,6 +120,7 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
     steps.end = end;
     steps.stride = kWarps * steps.run;
     steps.begin();
+    queries.prepare();
 
     auto load_q = [&](int c) { return heads.mine(g) && c * 32 + t * 8 < d ? queries.eight(heads, g, c * 32 + t * 8) : TpInt4{0, 0, 0, 0}; };
     TpInt4 q[kAhead ? kChunks : 1];
@@ -123,23 +128,22 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) q[c] = load_q(c);
     float most = -INFINITY, sum = 0, out[kBlocks][4][4] = {};  // most, sum: of head g; out: rows 64 b + 8 g + 2 w + i / 2, head 2t + i % 2
-    TpInt4 kf[2][kChunks], vf[kBlocks][4];
+    TpInt4 kf[2][kChunksAtOnce], vf[kBlocksAtOnce][4];
     float score[2][4];
     u32 pairs[2] = {}, next_pairs[2];
     const u32 k_row = (u32)a.k.nb[1], v_row = (u32)a.v.nb[1];
+    // Beyond the last cell: that one again, it counts nothing there. Beyond the head: its first elements, which meet a query of zero, or are not stored.
+    auto inside = [&](int cell, int at) { return (u32)(cell + at < end ? at : end - 1 - cell); };
+    auto load = [](const char* from) { return kAhead ? *(const TpInt4*)from : tp_load_in_order(from, true); };
     auto load_k = [&](int cell, int c) {
-        const char* from = k + cell * a.k.nb[1];
+        const char* from = k + cell * a.k.nb[1] + (c * 32 + t * 8 < d ? c * 64 : -t * 16);
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-            kf[j][c] = cell + j * 8 + g < end && c * 32 + t * 8 < d ? *(const TpInt4*)(from + (u32)(j * 8 + g) * k_row + c * 64) : TpInt4{0, 0, 0, 0};
+        for (int j = 0; j < 2; ++j) kf[j][c % kChunksAtOnce] = load(from + inside(cell, j * 8 + g) * k_row);
     };
     auto load_v = [&](int cell, int b) {
-        const char* from = v + cell * a.v.nb[1];
+        const char* from = v + cell * a.v.nb[1] + (b * 64 + g * 8 < d ? b * 128 : -g * 16);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int at = 2 * t + i % 2 + i / 2 * 8;
-            vf[b][i] = cell + at < end && b * 64 + g * 8 < d ? *(const TpInt4*)(from + (u32)at * v_row + b * 128) : TpInt4{0, 0, 0, 0};
-        }
+        for (int i = 0; i < 4; ++i) vf[b % kBlocksAtOnce][i] = load(from + inside(cell, 2 * t + i % 2 + i / 2 * 8) * v_row);
     };
     // What is here once would be 150 instructions more twice: in stream.cu a layer's code comes from the L2, once a layer.
     for (int cell = -1, next_cell;; cell = next_cell, pairs[0] = next_pairs[0], pairs[1] = next_pairs[1]) {
@@ -153,12 +157,16 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
                 for (int i = 0; i < 4; ++i) score[j][i] = 0;
 #pragma unroll
             for (int c = 0; c < kChunks; ++c) {
-                if constexpr (!kAhead) load_k(cell, c);
+                if constexpr (!kAhead)
+                    if (c % kChunksAtOnce == 0)
+#pragma unroll
+                        for (int i = 0; i < kChunksAtOnce; ++i) load_k(cell, c + i);
                 const TpInt4 qc = kAhead ? q[kAhead ? c : 0] : load_q(c);
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     const u32 low[4] = {(u32)qc.x, 0u, (u32)qc.y, 0u}, high[4] = {(u32)qc.z, 0u, (u32)qc.w, 0u};
-                    const u32 first[2] = {(u32)kf[j][c].x, (u32)kf[j][c].y}, second[2] = {(u32)kf[j][c].z, (u32)kf[j][c].w};
+                    const TpInt4& of_k = kf[j][c % kChunksAtOnce];
+                    const u32 first[2] = {(u32)of_k.x, (u32)of_k.y}, second[2] = {(u32)of_k.z, (u32)of_k.w};
                     tp_mma_f16(score[j], low, first);
                     tp_mma_f16(score[j], high, second);
                 }
@@ -174,6 +182,9 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
             if (next_cell < 0) break;
             continue;
         }
+        if constexpr (!kAhead)
+#pragma unroll
+            for (int b = 0; b < kBlocksAtOnce; ++b) load_v(cell, b);
         float next_most = most;
 #pragma unroll
         for (int j = 0; j < 2; ++j)
@@ -213,11 +224,16 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
         }
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-            if constexpr (!kAhead) load_v(cell, b);
+            if constexpr (!kAhead)
+                if (b && b % kBlocksAtOnce == 0)
+#pragma unroll
+                    for (int i = 0; i < kBlocksAtOnce; ++i) load_v(cell, b + i);
             u32 words[4][4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                words[i][0] = (u32)vf[b][i].x, words[i][1] = (u32)vf[b][i].y, words[i][2] = (u32)vf[b][i].z, words[i][3] = (u32)vf[b][i].w;
+            for (int i = 0; i < 4; ++i) {
+                const TpInt4& of_v = vf[b % kBlocksAtOnce][i];
+                words[i][0] = (u32)of_v.x, words[i][1] = (u32)of_v.y, words[i][2] = (u32)of_v.z, words[i][3] = (u32)of_v.w;
+            }
 #pragma unroll
             for (int w = 0; w < 4; ++w) {
                 const u32 vt[4] = {tp_byte_perm(words[0][w], words[1][w], 0x5410), tp_byte_perm(words[0][w], words[1][w], 0x7632),
@@ -230,7 +246,7 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
     }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    // Every warp's sums into shared memory; then a thread adds up an element of all warps, in their order.
+    // Every warp's sums into shared memory; then a thread adds up two elements of all warps, in their order, and a lane knows what a warp's count.
     const int stride_head = 2 + d, stride_warp = heads.n * stride_head;
     float* to = merged + warp * stride_warp;
     if (t == 0 && g < heads.n) to[g * stride_head] = most, to[g * stride_head + 1] = sum;
@@ -244,19 +260,26 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
                 if (at < d && h < heads.n) to[h * stride_head + 2 + at] = out[b][w][i];
             }
     sync();
-    for (u32 e = (u32)thread; e < (u32)(heads.n * d); e += kWarps * 32) {
-        const int h = (int)(e / (u32)d), i = (int)e - h * d;
-        if (!heads.mine(h)) continue;
+    for (int unit = warp; unit < heads.n * kBlocks; unit += kWarps) {
+        const int h = unit / kBlocks, i = unit % kBlocks * 64 + 2 * lane;
         const float* from = merged + h * stride_head;
-        float all_most = -INFINITY, all_sum = 0, all = 0;
-        for (int w = 0; w < kWarps; ++w) all_most = fmaxf(all_most, from[w * stride_warp]);
+        const float* of_lane = from + lane % kWarps * stride_warp;
+        float all_most = of_lane[0];
+#pragma unroll
+        for (int o = 1; o < kWarps; o *= 2) all_most = fmaxf(all_most, __shfl_xor_sync(0xffffffffu, all_most, o));
+        const float keep = expf(of_lane[0] - (all_most > -INFINITY ? all_most : 0.0f));
+        float all_sum = of_lane[1] * keep;
+#pragma unroll
+        for (int o = 1; o < kWarps; o *= 2) all_sum += __shfl_xor_sync(0xffffffffu, all_sum, o);
+        TpFloat2 all = {0, 0};
+#pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-            const float* of_warp = from + w * stride_warp;
-            const float keep = of_warp[0] > -INFINITY ? expf(of_warp[0] - all_most) : 0.0f;
-            all_sum += of_warp[1] * keep;
-            all += of_warp[2 + i] * keep;
+            const float share = __shfl_sync(0xffffffffu, keep, w);
+            if (i >= d) continue;
+            const TpFloat2 its = *(const TpFloat2*)(from + w * stride_warp + 2 + i);
+            all.x += its.x * share, all.y += its.y * share;
         }
-        results.put(heads.first + h, i, all_most, all_sum, all);
+        if (i < d && heads.mine(h)) results.put(heads.first + h, i, all_most, all_sum, all);
     }
 }
 

@@ -72,8 +72,8 @@ TP_DEVICE void mul_vec_quantized(const MulVecArgs& a) {
         for (int c = 0; c < kCols; ++c) {
             if (column0 + c >= a.x.ne[1]) break;
             const TpInt4 x0 = *(const TpInt4*)(a.xq + (column0 + c) * a.k + first), x1 = *(const TpInt4*)(a.xq + (column0 + c) * a.k + second);
-            const Float2* d = (const Float2*)a.xd + (column0 + c) * pieces;
-            const Float2 d0 = d[first / 32], d1 = d[second / 32];
+            const TpFloat2* d = (const TpFloat2*)a.xd + (column0 + c) * pieces;
+            const TpFloat2 d0 = d[first / 32], d1 = d[second / 32];
 #pragma unroll
             for (int r = 0; r < kVecRows; ++r) acc[r][c] += w[r].dot(p, x0, x1, d0, d1);
         }

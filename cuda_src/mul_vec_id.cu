@@ -35,7 +35,7 @@ TP_DEVICE void vec_id_dot(const MulVecIdArgs& a, const char* const (&plane)[kVec
     } else {
         const i64 pieces = a.k / 32, x_row = token * a.x.ne[1] + x_slot;
         const char* xq = a.xq + x_row * a.k;
-        const Float2* d = (const Float2*)a.xd + x_row * pieces;
+        const TpFloat2* d = (const TpFloat2*)a.xd + x_row * pieces;
 #pragma unroll 1
         for (i64 p = threadIdx.x; p < pieces; p += 32) {
             Piece<kType> w[kVecRows];
@@ -43,7 +43,7 @@ TP_DEVICE void vec_id_dot(const MulVecIdArgs& a, const char* const (&plane)[kVec
             for (int r = 0; r < kVecRows; ++r) w[r].load(plane[r], p, LoadStream());
             const i64 first = Piece<kType>::first(p), second = Piece<kType>::second(p);
             const TpInt4 x0 = *(const TpInt4*)(xq + first), x1 = *(const TpInt4*)(xq + second);
-            const Float2 d0 = d[first / 32], d1 = d[second / 32];
+            const TpFloat2 d0 = d[first / 32], d1 = d[second / 32];
 #pragma unroll
             for (int r = 0; r < kVecRows; ++r) acc[r] += w[r].dot(p, x0, x1, d0, d1);
         }

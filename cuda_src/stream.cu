@@ -209,8 +209,8 @@ struct Walk {
     static TP_MEMBER Walk of(u32 v) { return {{(int)(v & 255), (int)(v >> 8 & 255)}, {(int)(v >> 16 & 255), (int)(v >> 24)}}; }
 };
 
-TP_DEVICE void load_eight(const float* from, float (&v)[8]) {
-    const TpInt4 a = *(const TpInt4*)from, b = *(const TpInt4*)(from + 4);
+TP_DEVICE void load_eight(const float* from, bool inside, float (&v)[8]) {
+    const TpInt4 a = tp_load_in_order(from, inside), b = tp_load_in_order(from + 4, inside);
     v[0] = __int_as_float(a.x), v[1] = __int_as_float(a.y), v[2] = __int_as_float(a.z), v[3] = __int_as_float(a.w);
     v[4] = __int_as_float(b.x), v[5] = __int_as_float(b.y), v[6] = __int_as_float(b.z), v[7] = __int_as_float(b.w);
 }
@@ -219,33 +219,32 @@ TP_DEVICE void store_eight(float* to, const float (&v)[8]) {
     ((TpInt4*)to)[1] = {__float_as_int(v[4]), __float_as_int(v[5]), __float_as_int(v[6]), __float_as_int(v[7])};
 }
 
-/// Elements [first, first + kSteps * 8 * threads) of a product's input, a thread eight neighbours a step; all loads go out before any is
-/// used. Of what is written for others every block writes its share [from, to). Returns this thread's sum of squares.
+constexpr int kStep = 8 * kMultiply;  // elements of a step: eight neighbours a thread (sixteen: more lines a load, and slower by a quarter)
+
+/// Elements [first, first + kSteps * kStep) of a product's input; all loads go out before any is used. Of what is written for others every
+/// block writes its share [from, to). Returns this thread's sum of squares.
 template <int kSteps, bool kNorm>
 TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int first, i64 from, i64 to) {
     const int thread = threadIdx.x;
     float v[kSteps][8], more[kNorm ? kSteps : 1][8], weight[kNorm ? kSteps : 1][8], squares = 0;
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
-        const int at = first + (j * kMultiply + thread) * 8;
-        for (int i = 0; i < 8; ++i) v[j][i] = 0;
-        if (at < p.k) load_eight(p.a + at, v[j]);
-        if constexpr (kNorm) {
-            for (int i = 0; i < 8; ++i) more[j][i] = 0, weight[j][i] = 1;
-            if (at < p.k && p.b) load_eight(p.b + at, more[j]);
-            if (at < p.k && p.weight) load_eight(p.weight + at, weight[j]);
-        }
+        const int at = first + j * kStep + thread * 8;
+        load_eight(p.a + at, at < p.k, v[j]);
+        if constexpr (kNorm) load_eight(p.b + at, p.b && at < p.k, more[j]), load_eight(p.weight + at, p.weight && at < p.k, weight[j]);
     }
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
-        const int at = first + (j * kMultiply + thread) * 8;
+        const int at = first + j * kStep + thread * 8;
         if constexpr (kNorm) {
             for (int i = 0; i < 8; ++i) v[j][i] += more[j][i];
             if (at >= from && at < to && at < p.k) {
                 if (p.sum) store_eight(p.sum + at, v[j]);
                 if (p.sum_copy) store_eight(p.sum_copy + at, v[j]);
             }
-            for (int i = 0; i < 8; ++i) squares += v[j][i] * v[j][i], v[j][i] *= weight[j][i];
+            for (int i = 0; i < 8; ++i) squares += v[j][i] * v[j][i];
+            if (p.weight)
+                for (int i = 0; i < 8; ++i) v[j][i] *= weight[j][i];
         }
         float most = 0;
         for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(v[j][i]));
@@ -278,12 +277,14 @@ TP_OUTLINE float take_input(int at) {
     const int thread = threadIdx.x;
     const i64 share = ((p.k + gridDim.x - 1) / gridDim.x + 7) / 8 * 8, from = blockIdx.x * share, to = from + share;
     if (p.input != kInputNorm) {
-        for (int first = 0; first < p.k; first += 4 * kMultiply * 8) take_steps<4, false>(p, s, first, from, to);
+        if (p.k <= 2 * kStep) take_steps<2, false>(p, s, 0, from, to);
+        else
+            for (int first = 0; first < p.k; first += 4 * kStep) take_steps<4, false>(p, s, first, from, to);
         sync_multiplying();
         return 1.0f;
     }
     float squares = 0;
-    for (int first = 0; first < p.k; first += 2 * kMultiply * 8) squares += take_steps<2, true>(p, s, first, from, to);
+    for (int first = 0; first < p.k; first += 2 * kStep) squares += take_steps<2, true>(p, s, first, from, to);
     squares = tp_warp_sum(squares);
     if (thread % 32 == 0) s.squares[thread / 32] = squares;
     sync_multiplying();
@@ -308,7 +309,7 @@ TP_OUTLINE u32 multiply(int at_stage, u32 packed_walk, float scale) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, units = p.k / U::kElems;
     const int row_groups = kStreamWarps / p.k_groups, group = warp / row_groups, first_row = warp % row_groups;
     TpInt4 x[kUnits][U::kWords];
-    Float2 d[kUnits][2];
+    TpFloat2 d[kUnits][2];
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
         const int unit = (group * kUnits + j) * 32 + lane;
@@ -371,70 +372,83 @@ TP_DEVICE u32 multiply(int units_each, int at, u32 walk, float scale) {
 TP_DEVICE void turn_own(const StreamFlash& f, const UnitHeads& heads, int split, u16* queries) {
     const StreamOwnToken& own = f.own;
     const int d = (int)f.args.a.q.ne[0], half = d / 2, thread = threadIdx.x;
-    // Where a cache's row begins for this head; null: another piece's. A cell that the attention does not see is the first piece's.
-    auto row_of = [&](const StreamOwnToken::Cache& cache) -> u16* {
-        const i64 row = cache.row_type == kI64 ? *(const i64*)cache.row : (i64) * (const i32*)cache.row;
-        if (row < 0 || row >= cache.n_rows) {
-            atomicExch(own.fault, (u32)kFaultKvCell);
-            return nullptr;
-        }
-        const i64 cell = row - cache.first, piece = cell < 0 ? 0 : (u32)cell / (u32)f.args.cells;
-        return (piece < f.args.n_splits ? piece : 0) == split ? (u16*)(cache.data + row * cache.row_bytes) + heads.kv_head * d : nullptr;
-    };
-    constexpr int kPairs = 2;  // a thread's at a time: 4 heads of 128 and their key at once
-    const int n = (heads.n + 1) * half;
-    u16 *k_to = nullptr, *v_to = nullptr;
+    // Of the pairs of the query heads, of key and value a thread has kPairs at a time (4 heads of 128, their key and value at once).
+    constexpr int kPairs = 2;
+    const int n = (heads.n + 2) * half;
     for (int first = 0; first < n; first += kPairs * kMultiply) {
-        int head_of[kPairs], at[kPairs], other[kPairs];
+        int head[kPairs], at[kPairs], other[kPairs], row_low[kPairs], row_high[kPairs];
         float a[kPairs], b[kPairs], cosine[kPairs], sine[kPairs];
 #pragma unroll
         for (int j = 0; j < kPairs; ++j) {
-            const int i = first + j * kMultiply + thread, h = i / half, pair = i - h * half;
-            head_of[j] = i < n && (h == heads.n || heads.mine(h)) ? h : -1;
+            const int i = first + j * kMultiply + thread, h = (int)((u64)(u32)i * own.half_inverse >> 32), pair = i - h * half;
+            const bool query = h < heads.n, inside = i < n && (!query || heads.mine(h)), value = h > heads.n;
+            head[j] = inside ? h : -1;
             at[j] = 2 * pair, other[j] = at[j] + 1;
-            cosine[j] = 1, sine[j] = 0;
-            if (head_of[j] < 0) continue;
-            if (at[j] >= own.n_offs && at[j] < own.n_offs + own.n_dims) {
-                const int turned = pair - own.n_offs / 2;
-                if (own.neox) at[j] = own.n_offs + turned, other[j] = at[j] + own.n_dims / 2;
-                cosine[j] = own.table[2 * turned], sine[j] = own.table[2 * turned + 1];
-            }
-            const float* x = h == heads.n ? own.k + heads.kv_head * d : own.q + (heads.first + h) * d;
-            a[j] = x[at[j]], b[j] = x[other[j]];
+            const bool turns = !value && at[j] >= own.n_offs && at[j] < own.n_offs + own.n_dims;
+            const int turned = pair - own.n_offs / 2;
+            if (turns && own.neox) at[j] = own.n_offs + turned, other[j] = at[j] + own.n_dims / 2;
+            const float* x = query ? own.q + (heads.first + h) * d : (value ? own.v : own.k) + heads.kv_head * d;
+            const StreamOwnToken::Cache& cache = value ? own.v_cache : own.k_cache;
+            row_low[j] = tp_load_word_in_order(cache.row, inside && !query);
+            row_high[j] = tp_load_word_in_order(cache.row + 4, inside && !query && cache.row_type == kI64);
+            a[j] = __int_as_float(tp_load_word_in_order(x + at[j], inside)), b[j] = __int_as_float(tp_load_word_in_order(x + other[j], inside));
+            cosine[j] = __int_as_float(tp_load_word_in_order(own.table + 2 * turned, inside && turns));
+            sine[j] = __int_as_float(tp_load_word_in_order(own.table + 2 * turned + 1, inside && turns));
+            if (!turns) cosine[j] = 1;
         }
-        if (first == 0) k_to = row_of(own.k_cache), v_to = row_of(own.v_cache);
 #pragma unroll
         for (int j = 0; j < kPairs; ++j) {
-            const int h = head_of[j];
+            const int h = head[j];
             if (h < 0) continue;
             const float turned_a = a[j] * cosine[j] - b[j] * sine[j], turned_b = a[j] * sine[j] + b[j] * cosine[j];
-            float* y = h == heads.n ? own.k_y : own.q_y;
+            float* y = h < heads.n ? own.q_y : h == heads.n ? own.k_y : nullptr;
             if (y && split == 0) {
-                y += (h == heads.n ? heads.kv_head : heads.first + h) * d;
+                y += (h < heads.n ? heads.first + h : heads.kv_head) * d;
                 y[at[j]] = turned_a, y[other[j]] = turned_b;
             }
             if (h < heads.n) {
                 const float scale = f.args.a.scale;
                 queries[h * d + at[j]] = tp_float_to_half(turned_a * scale), queries[h * d + other[j]] = tp_float_to_half(turned_b * scale);
-            } else if (k_to) {
-                k_to[at[j]] = tp_float_to_half(turned_a), k_to[other[j]] = tp_float_to_half(turned_b);
+                continue;
             }
+            const StreamOwnToken::Cache& cache = h == heads.n ? own.k_cache : own.v_cache;
+            const i64 row = cache.row_type == kI64 ? (i64)((u64)(u32)row_high[j] << 32 | (u32)row_low[j]) : (i64)row_low[j];
+            if (row < 0 || row >= cache.n_rows) {
+                atomicExch(own.fault, (u32)kFaultKvCell);
+                continue;
+            }
+            // The piece that has the cell writes it; one that the attention does not see is the first piece's.
+            const i64 cell = row - cache.first, piece = f.args.n_splits == 1 || cell < 0 ? 0 : (u32)cell / (u32)f.args.cells;
+            if ((piece < f.args.n_splits ? piece : 0) != split) continue;
+            u16* to = (u16*)(cache.data + row * cache.row_bytes) + heads.kv_head * d;
+            to[at[j]] = tp_float_to_half(turned_a), to[other[j]] = tp_float_to_half(turned_b);
         }
     }
-    if (v_to)
-        for (int i = thread; i < d; i += kMultiply) v_to[i] = tp_float_to_half(own.v[heads.kv_head * d + i]);
 }
 
 struct QueriesShared {
-    const u16* from;
-    int d;
+    const StreamFlash& f;
+    const UnitHeads& heads;
+    int split, d;
+    u16* from;
+    TP_MEMBER void prepare() const {
+        if (f.own.table) {
+            turn_own(f, heads, split, from);
+        } else {
+            for (int i = 8 * (int)threadIdx.x; i < heads.n * d; i += 8 * kMultiply) {
+                const int h = i / d;
+                if (heads.mine(h)) *(TpInt4*)(from + i) = QueriesInMemory{f.args.a, 0, 0}.eight(heads, h, i - h * d);
+            }
+        }
+        sync_multiplying();
+    }
     TP_MEMBER TpInt4 eight(const UnitHeads&, int h, int at) const { return *(const TpInt4*)(from + h * d + at); }
 };
 /// What flash_combine will add up, or, where one piece has all cells, what it would say.
 struct StreamResults {
     const StreamFlash& f;
     int split;
-    TP_MEMBER void put(i64 head, int i, float most, float sum, float acc) const {
+    TP_MEMBER void put(i64 head, int i, float most, float sum, TpFloat2 acc) const {
         const FlashAttnArgs& a = f.args.a;
         if (f.args.n_splits > 1) {
             PieceResults{f.args, split, 0, 0}.put(head, i, most, sum, acc);
@@ -446,7 +460,8 @@ struct StreamResults {
             scale = most > -INFINITY ? expf(most - top) : 0.0f;
             sum = sum * scale + expf(sink - top);
         }
-        *(float*)(f.y.data + i * 4 + head * f.y.nb[1]) = sum > 0 ? acc * scale / sum : 0.0f;
+        scale = sum > 0 ? scale / sum : 0.0f;
+        *(TpFloat2*)(f.y.data + i * 4 + head * f.y.nb[1]) = {acc.x * scale, acc.y * scale};
     }
 };
 
@@ -462,16 +477,7 @@ TP_OUTLINE void attend(int at) {
         const u32 head = unit / (u32)args.n_splits;
         const int split = (int)(unit - head * (u32)args.n_splits);
         const UnitHeads heads = heads_of_unit(args, head);
-        if (f.own.table) {
-            turn_own(f, heads, split, queries);
-        } else {
-            for (int i = 8 * thread; i < heads.n * d; i += 8 * kMultiply) {
-                const int h = i / d;
-                if (heads.mine(h)) *(TpInt4*)(queries + i) = QueriesInMemory{args.a, 0, 0}.eight(heads, h, i - h * d);
-            }
-        }
-        sync_multiplying();
-        const QueriesShared from{queries, d};
+        const QueriesShared from{f, heads, split, d, queries};
         const StreamResults to{f, split};
         flash_columns<kD, kStreamWarps, false>(args, heads, split, 0, 0, thread, merged, from, to, sync_multiplying);
         sync_multiplying();  // the next unit writes there

@@ -7,10 +7,16 @@
 struct alignas(16) TpInt4 {
     int x, y, z, w;
 };
+/// The same of eight.
+struct alignas(8) TpFloat2 {
+    float x, y;
+};
 
 #ifdef TP_EMULATED
 #include "emulator/fibers.h"
 static inline TpInt4 tp_load_stream(const char* p) { return *(const TpInt4*)p; }
+static inline TpInt4 tp_load_in_order(const void* p, bool inside) { return inside ? *(const TpInt4*)p : TpInt4{0, 0, 0, 0}; }
+static inline int tp_load_word_in_order(const void* p, bool inside) { return inside ? *(const int*)p : 0; }
 static inline float tp_mul_rounded(float a, float b) {
     float product = a * b;
     asm("" : "+x"(product));
@@ -68,6 +74,21 @@ TP_DEVICE TpInt4 tp_load_stream(const char* p) {
 #else
     asm volatile("ld.global.nc.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
 #endif
+    return v;
+}
+/// Aligned words; zero where not `inside`. They go out in the order in which they are written, and before anything that waits for one of them:
+/// left to itself, the compiler puts loads where their values are used, one wait behind the other.
+TP_DEVICE TpInt4 tp_load_in_order(const void* p, bool inside) {
+    TpInt4 v;
+    asm volatile(
+        "{ .reg .pred q; setp.ne.s32 q, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; @q ld.global.v4.s32 {%0, %1, %2, %3}, [%4]; }"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "l"(p), "r"((int)inside));
+    return v;
+}
+TP_DEVICE int tp_load_word_in_order(const void* p, bool inside) {
+    int v;
+    asm volatile("{ .reg .pred q; setp.ne.s32 q, %2, 0; mov.b32 %0, 0; @q ld.global.s32 %0, [%1]; }" : "=&r"(v) : "l"(p), "r"((int)inside));
     return v;
 }
 /// Brings a line of 128 bytes into the L2.

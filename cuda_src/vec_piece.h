@@ -20,10 +20,6 @@ TP_DEVICE int sum16(const TpInt4& x) {
 template <int kType>
 struct Piece;
 
-struct Float2 {
-    float x, y;
-};
-
 template <>
 struct Piece<kQ4_0> {
     TpInt4 q;
@@ -35,7 +31,7 @@ struct Piece<kQ4_0> {
         q = load16(plane[0] + p * 16);
         d = tp_load_half(plane[1] + p * 2);
     }
-    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, Float2 d0, Float2) const {
+    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2) const {
         const int sum = dot16(nibbles(q, 4), x1, dot16(nibbles(q, 0), x0, 0));
         return d * ((float)sum * d0.x - 8.0f * d0.y);
     }
@@ -52,7 +48,7 @@ struct Piece<kQ8_0> {
         q1 = load16(plane[0] + p * 32 + 16);
         d = tp_load_half(plane[1] + p * 2);
     }
-    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, Float2 d0, Float2) const { return d * d0.x * (float)dot16(q1, x1, dot16(q0, x0, 0)); }
+    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2) const { return d * d0.x * (float)dot16(q1, x1, dot16(q0, x0, 0)); }
 };
 /// Scales and mins of sub-blocks 2 * pair and 2 * pair + 1, a byte each (above them lies anything). Twelve bytes of a block: scales 0-3, mins
 /// 0-3, then the low halves of 4-7 with their high bits above the first eight. No branch: a warp's lanes have all four pairs.
@@ -84,7 +80,7 @@ struct Piece<kQ4_K> {
         m0_ = p % 2 ? 0.0f : m * (float)(mins & 63);
         m1_ = p % 2 ? 0.0f : m * (float)(mins >> 8 & 63);
     }
-    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, Float2 d0, Float2 d1) const {
+    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
         return d0_ * d0.x * (float)dot16(nibbles(q, 0), x0, 0) + d1_ * d1.x * (float)dot16(nibbles(q, 4), x1, 0) - m0_ * d0.y - m1_ * d1.y;
     }
 };
@@ -108,7 +104,7 @@ struct Piece<kQ6_K> {
         s0 = d * (float)scales[0];
         s1 = d * (float)scales[4];
     }
-    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, Float2 d0, Float2 d1) const {
+    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
         return s0 * d0.x * (float)(dot16(q0, x0, 0) - 32 * sum16(x0)) + s1 * d1.x * (float)(dot16(q1, x1, 0) - 32 * sum16(x1));
     }
 };
@@ -119,7 +115,7 @@ template <int kType>
 struct Unit : Piece<kType> {
     static constexpr int kElems = 32, kWords = 2;
     static TP_MEMBER int word(int unit, int w) { return (int)(w ? Piece<kType>::second(unit) : Piece<kType>::first(unit)); }
-    TP_MEMBER float dot_unit(int unit, const TpInt4* x, Float2 d0, Float2 d1) const { return this->dot(unit, x[0], x[1], d0, d1); }
+    TP_MEMBER float dot_unit(int unit, const TpInt4* x, TpFloat2 d0, TpFloat2 d1) const { return this->dot(unit, x[0], x[1], d0, d1); }
 };
 // Both halves of two sub-blocks: their scales are unpacked once, and a scale's product with a sum of 32 (at most 3,840,480) stays an integer:
 // added to 1.5 * 2^23's bits it is a float. (As two pieces with branches: 1.7 times the instructions.)
@@ -138,7 +134,7 @@ struct Unit<kQ4_K> {
         six_bits((const u32*)(plane[1] + b * 12), unit % 4, scales, mins);
         dm = *(const u32*)(plane[2] + b * 4);
     }
-    TP_MEMBER float dot_unit(int, const TpInt4* x, Float2 d0, Float2 d1) const {
+    TP_MEMBER float dot_unit(int, const TpInt4* x, TpFloat2 d0, TpFloat2 d1) const {
         int low = 0, high = 0;  // high: of the upper nibbles where they are, 16 times the sum
 #pragma unroll
         for (int h = 0; h < 2; ++h) {

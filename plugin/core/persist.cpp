@@ -381,6 +381,7 @@ class RankRun {
         if (meet(inputs, before.writes)) return false;
         own.table = ropes.table[0];
         own.n_dims = q.n_dims, own.n_offs = q.n_offs, own.neox = q.neox;
+        own.half_inverse = static_cast<u32>(((i64{1} << 32) + d / 2 - 1) / (d / 2));
         out.reads.insert(out.reads.end(), before.reads.begin(), before.reads.end());
         out.reads.insert(out.reads.end(), inputs.begin(), inputs.end());
         out.writes = before.writes;
@@ -618,7 +619,7 @@ bool gains(const Run& run) {
     for (const Draft& d : run.ranks[0].stages) {
         if (d.kind != kStreamProduct) continue;
         const i32 type = d.get<StreamProduct>().type;
-        if (type == kQ4_0 || type == kQ8_0) return true;
+        if (type == kQ4_0 || type == kQ8_0 || type == kQ4_K) return true;
     }
     return false;
 }
