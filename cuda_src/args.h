@@ -429,8 +429,10 @@ constexpr int kStreamStageBytes = 1536;
 
 struct StreamPart {
     const char* plane[4];
-    float *y, *copy;  // copy: for a later stage of the stream, or null
-    i64 n;            // rows
+    float *y, *copy;    // copy: for a later stage of the stream, or null
+    const float* bias;  // added to what goes to y and copy, or null
+    float* raw;         // what it is added to, for whoever else reads it, or null
+    i64 n;              // rows
 };
 enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2 };
 // Up to three products of one quantised type and the same activations. A tile is `rows` rows of one part (glu: half of them of part 0, the

@@ -167,6 +167,9 @@ TP_OUTLINE void store_results(const StreamArgs& args) {
         for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
             i64 row;
             const int part = part_of(p, tile, row);
+            const i64 at = row + lane;
+            const float* const bias = p.part[part].bias;
+            const float added = bias && lane < p.rows && at < p.part[part].n ? bias[at] : 0.0f;  // on its way while the tile is multiplied
             tp_barrier_wait(&s.out_full[out.at], out.parity);
             float v = 0;
             if (lane < p.rows)
@@ -176,7 +179,6 @@ TP_OUTLINE void store_results(const StreamArgs& args) {
             if (p.glu) {
                 const int half = p.rows / 2;
                 const float up = __shfl_sync(0xffffffffu, v, lane + half < 32 ? lane + half : lane);
-                const i64 at = row + lane;
                 if (lane < half && at < p.part[0].n) {
                     p.part[0].y[at] = v;
                     p.part[1].y[at] = up;
@@ -184,13 +186,14 @@ TP_OUTLINE void store_results(const StreamArgs& args) {
                 }
                 continue;
             }
-            const i64 at = row + lane;
             if (lane >= p.rows || at >= p.part[part].n) continue;
             if (p.n_push) {
                 const u32 push = s.pushed_before + (u32)p.push;
                 for (int r = 0; r < p.n_push; ++r) tp_store_tagged(p.inbox[r] + inbox_of(s, push) + at, v, push);
                 continue;
             }
+            if (p.part[part].raw) p.part[part].raw[at] = v;
+            if (bias) v += added;
             p.part[part].y[at] = v;
             if (p.part[part].copy) p.part[part].copy[at] = v;
         }

@@ -269,14 +269,18 @@ def test_a_late_peer_fails_one_graph(workers, models, arch, quant):
 
 @pytest.mark.parametrize(
     ("family", "quant", "ranks"),
-    [("llama", "Q4_0", 1), ("llama", "Q4_0", 2), ("llama", "Q4_0", 4), ("llama", "Q8_0", 3), ("qwen2", "Q4_0", 2), ("qwen3", "Q8_0", 2)],
+    [("llama", "Q4_0", 1), ("llama", "Q4_0", 2), ("llama", "Q4_0", 4), ("llama", "Q8_0", 3), ("llama", "Q4_K", 1), ("llama", "Q4_K", 2), ("qwen2", "Q4_0", 2),
+     ("qwen3", "Q8_0", 2)],
 )  # fmt: skip
 def test_a_token_is_one_persistent_kernel(workers, models, family, quant, ranks):
     """sm_90: everything between embedding and logits, the all_reduces too, is one launch a rank."""
-    result = check(workers, models, family, quant, ranks, arch="sm_90")
+    whole_blocks = {"embedding_length": 512, "feed_forward_length": 1024, "attention__key_length": 64, "attention__value_length": 64}  # for two ranks
+    options = whole_blocks | {"rope__dimension_count": 64} if quant == "Q4_K" else {}
+    result = check(workers, models, family, quant, ranks, arch="sm_90", **options)
     assert result["counters"].last_kernel_launches == 1, result["program"]
     assert result["program"].startswith("stream of ")
     assert result["program"].count("  == reduce ") == (2 * N_LAYER if ranks > 1 else 0)
+    assert " binary " not in result["program"]  # biases and residuals are their products' and norms' work
 
 
 @pytest.mark.parametrize("off", ["GGML_TP_P2P", "GGML_TP_PERSIST"])
