@@ -138,6 +138,23 @@ class RankRun {
         stages.push_back(std::move(d));
         return true;
     }
+    /// What a product's blocks write of their input for others, and what they write at last, may lie in the same memory, when the host's
+    /// allocator gives a result what nobody reads any more: a slow block's norm would come to lie over a fast block's results.
+    void leave_out_dead() {
+        for (Draft& d : stages) {
+            if (d.kind != kStreamProduct) continue;
+            StreamProduct p = d.get<StreamProduct>();
+            std::vector<Span> results;
+            for (int i = 0; i < p.n_parts; ++i) {
+                results.push_back(span_of(p.part[i].y, p.part[i].n * 4));
+                if (p.part[i].raw) results.push_back(span_of(p.part[i].raw, p.part[i].n * 4));
+            }
+            if (p.glu) results.push_back(span_of(p.glu_y, p.part[0].n * 4));
+            for (float** written : {&p.sum, &p.norm})
+                if (*written && meet({span_of(*written, static_cast<i64>(p.k) * 4)}, results)) *written = nullptr;
+            d.set(p);
+        }
+    }
     bool pending = false;   // an attention waits for its combination: no place to end a run at
     i64 scratch_bytes = 0;  // of attention's pieces; offsets into it stand in the drafts until set_scratch
     void set_scratch(DevicePtr base) {
@@ -746,6 +763,7 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
         for (size_t r = 0; r < n; ++r) {
             DeviceBlock block(*devices[r], static_cast<size_t>(table_bytes[r] + times_bytes + run.ranks[r].scratch_bytes + kAlign));
             tables.push_back(block.pointer());
+            run.ranks[r].leave_out_dead();
             run.ranks[r].set_scratch(block.pointer() + static_cast<u64>(round_up(table_bytes[r], kAlign) + times_bytes));
             program.blocks.push_back(std::move(block));
         }
