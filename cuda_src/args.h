@@ -443,12 +443,12 @@ struct StreamProduct {
     i32 n_parts, type, k, rows;
     i32 k_groups, units_each;  // the warps are k_groups x row groups: a lane holds units_each units (32 elements or 64) of the input
     i32 n_tiles, n_planes;
+    i32 first_tile[3];  // of each part; beyond the last: n_tiles
     i32 row_bytes[4], slot_offset[4];
     i32 glu, input;  // glu: 1 + GluOp, or 0
     float eps;
     i32 n_push;  // ranks; 0: nobody adds these sums up
     i32 push;    // of the launch, from 1 on
-    i32 pad;
     const float *a, *b, *weight;   // b, weight: may be null
     float *sum, *sum_copy, *norm;  // written for others: s twice, its norm; may be null
     float* glu_y;

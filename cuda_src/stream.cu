@@ -70,14 +70,8 @@ TP_DEVICE void sync_multiplying() { tp_sync_some<kMultiply>(); }
 
 /// The part and first row of a tile.
 TP_DEVICE int part_of(const StreamProduct& p, int tile, i64& row) {
-    int part = 0;
-    while (part + 1 < p.n_parts && !p.glu) {
-        const int tiles = (int)((p.part[part].n + p.rows - 1) / p.rows);
-        if (tile < tiles) break;
-        tile -= tiles;
-        ++part;
-    }
-    row = (i64)tile * (p.glu ? p.rows / 2 : p.rows);
+    const int part = (tile >= p.first_tile[1]) + (tile >= p.first_tile[2]);
+    row = (i64)(tile - p.first_tile[part]) * (p.glu ? p.rows / 2 : p.rows);
     return part;
 }
 
@@ -375,8 +369,8 @@ TP_DEVICE u32 multiply(int units_each, int at, u32 walk, float scale) {
 TP_DEVICE void turn_own(const StreamFlash& f, const UnitHeads& heads, int split, u16* queries) {
     const StreamOwnToken& own = f.own;
     const int d = (int)f.args.a.q.ne[0], half = d / 2, thread = threadIdx.x;
-    // Of the pairs of the query heads, of key and value a thread has kPairs at a time (4 heads of 128, their key and value at once).
-    constexpr int kPairs = 2;
+    // Of the pairs of the query heads, of key and value a thread has kPairs at a time (8 heads of 128, their key and value at once).
+    constexpr int kPairs = 3;
     const int n = (heads.n + 2) * half;
     for (int first = 0; first < n; first += kPairs * kMultiply) {
         int head[kPairs], at[kPairs], other[kPairs], row_low[kPairs], row_high[kPairs];
@@ -652,7 +646,6 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args) {
         sync_multiplying();  // and nobody reads the stage before any more, and everybody sees the next
         fetch(i + 2);
         mark(i, kTimeWaited);
-        if (thread == 0) tp_poke(&s.stage_now, (u32)i);
         if (stage.kind != kStreamProduct) {
             do_stage(i % 3);
             sync_multiplying();
@@ -663,6 +656,7 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args) {
         }
         const StreamProduct& p = *(const StreamProduct*)stage.body;
         if (p.input != kInputKept) scale = take_input(i % 3);
+        if (thread == 0) tp_poke(&s.stage_now, (u32)i);  // not before: tiles at full speed would hold up the input
         mark(i, kTimeInput);
         if (p.type == kQ4_0) walk = multiply<kQ4_0>(p.units_each, i % 3, walk, scale);
         else if (p.type == kQ8_0) walk = multiply<kQ8_0>(p.units_each, i % 3, walk, scale);

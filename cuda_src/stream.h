@@ -52,11 +52,14 @@ inline bool stream_fit(StreamProduct& p) {
     // Every copy is of whole 16 bytes from a multiple of 16: also the last tile's.
     const i32 step = p.glu ? p.rows / 2 : p.rows;
     p.n_tiles = 0;
+    for (int i = 0; i < 3; ++i) p.first_tile[i] = 0;
     for (int i = 0; i < p.n_parts; ++i) {
         const i64 n = p.part[i].n;
         for (int f = 0; f < p.n_planes; ++f)
             if ((u64)p.part[i].plane[f] % 16 || step * p.row_bytes[f] % 16 || n % step * p.row_bytes[f] % 16) return false;
-        if (!p.glu || i == 0) p.n_tiles += (i32)((n + step - 1) / step);
+        if (p.glu && i > 0) continue;
+        p.n_tiles += (i32)((n + step - 1) / step);
+        for (int after = i + 1; after < 3; ++after) p.first_tile[after] = p.n_tiles;
     }
     return true;
 }
