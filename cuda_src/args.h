@@ -447,8 +447,8 @@ struct StreamProduct {
     i32 row_bytes[4], slot_offset[4];
     i32 glu, input;  // glu: 1 + GluOp, or 0
     float eps;
-    i32 n_push;  // ranks; 0: nobody adds these sums up
-    i32 push;    // of the launch, from 1 on
+    i32 n_push;                    // ranks; 0: nobody adds these sums up
+    i32 push;                      // of the launch, from 1 on
     const float *a, *b, *weight;   // b, weight: may be null
     float *sum, *sum_copy, *norm;  // written for others: s twice, its norm; may be null
     float* glu_y;
@@ -501,7 +501,7 @@ struct StreamOwnToken {
     float *q_y, *k_y;
     const float* table;  // of StreamTurns; null: there is nothing of this here
     Cache k_cache, v_cache;
-    u32* fault;        // a row outside of a cache
+    u32* fault;  // a row outside of a cache
     i32 n_dims, n_offs, neox;
     u32 half_inverse;  // of half a head's size: 2^32 / it, rounded up
 };

@@ -100,7 +100,7 @@ struct PieceResults {
 template <int kD, int kWarps, bool kAhead, class Queries, class Results, class Sync>
 TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads, int split, i64 token, i64 stream, int thread, float* merged,
                              const Queries& queries, const Results& results, Sync sync) {
-    constexpr int kChunks = kD / 32, kBlocks = kD / 64;  // of K, of V
+    constexpr int kChunks = kD / 32, kBlocks = kD / 64;                                                                      // of K, of V
     constexpr int kChunksAtOnce = kAhead || kChunks < 4 ? kChunks : 4, kBlocksAtOnce = kAhead || kBlocks < 2 ? kBlocks : 2;  // 32 registers each
     static_assert((kWarps & (kWarps - 1)) == 0 && kWarps <= 32, "a lane has a warp's sums at the end");
     const FlashAttnArgs& a = args.a;

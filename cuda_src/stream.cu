@@ -315,7 +315,8 @@ TP_OUTLINE u32 multiply(int at_stage, u32 packed_walk, float scale) {
         for (int w = 0; w < U::kWords; ++w) {
             const int at = inside ? U::word(unit, w) : 0;
             x[j][w] = *(const TpInt4*)(s.x + at);
-            if (w % (U::kWords / 2) == 0) d[j][w / (U::kWords / 2)] = {inside ? s.xd[at / 32 * 2] * scale : 0.0f, inside ? s.xd[at / 32 * 2 + 1] * scale : 0.0f};
+            if (w % (U::kWords / 2) == 0)
+                d[j][w / (U::kWords / 2)] = {inside ? s.xd[at / 32 * 2] * scale : 0.0f, inside ? s.xd[at / 32 * 2 + 1] * scale : 0.0f};
         }
     }
     const int rows = p.rows, n_tiles = p.n_tiles;

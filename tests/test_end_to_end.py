@@ -285,11 +285,12 @@ def test_a_token_is_one_persistent_kernel(workers, models, family, quant, ranks)
 
 @pytest.mark.parametrize("off", ["GGML_TP_P2P", "GGML_TP_PERSIST"])
 def test_without_peers_or_persistent_kernel_nccl_reduces(workers, models, off):
+    """And between two of its all_reduces there is too little for a persistent kernel."""
     arguments = {"model": models("llama", "Q4_0"), "prompt": PROMPT, "n": 4}
     whole = workers.run(jobs.run_model, emulated(2, "sm_90"), on_device=True, **arguments)
     parts = workers.run(jobs.run_model, emulated(2, "sm_90", **{off: "0"}), on_device=True, **arguments)
     assert parts["program"].count("all_reduce ") == 2 * N_LAYER
-    assert ("stream of " in parts["program"]) == (off == "GGML_TP_P2P")
+    assert "stream of " not in parts["program"]
     assert nmse(parts["logits"], whole["logits"]) < 1e-6
 
 

@@ -17,9 +17,10 @@ constexpr int kAttributeCooperative = 95;                 // CU_DEVICE_ATTRIBUTE
 constexpr int kAttributeSharedOptIn = 97;                 // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 constexpr i64 kLeastCells = kStreamWarps * kColumnsStep;  // of a piece of attention: a step for every warp
 constexpr i64 kWholeCells = kStreamWarps * kColumnsRun;   // up to here one piece: to combine pieces costs more than four steps of its warps
-constexpr i64 kMostCells = 8192;      // at 32768 a kernel per step is ahead (8B, Q4_0, one H100: 228 tokens/s, 200), at 256 behind (403, 448)
-constexpr i64 kMostElems = 1 << 17;   // of an element-wise stage: more is no token's work
-constexpr size_t kLeastProducts = 2;  // of a run: one alone gains nothing over its own launch
+constexpr i64 kMostCells = 8192;     // at 32768 a kernel per step is ahead (8B, Q4_0, one H100: 228 tokens/s, 200), at 256 behind (403, 448)
+constexpr i64 kMostElems = 1 << 17;  // of an element-wise stage: more is no token's work
+// Of a run, a dense layer's: two between the launches of experts lose (Qwen3-30B-A3B, Q4_K, H100: one rank 253 tokens/s without, 223; two 248, 218).
+constexpr size_t kLeastProducts = 4;
 constexpr i64 kAlign = 256;
 i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 
@@ -660,10 +661,10 @@ size_t end_of_kept_inputs(const std::vector<ProgramStep>& steps, size_t begin, s
     return end;
 }
 
-/// Where the persistent kernel was faster than a launch per step (tokens/s with it, without; docs/decisions.md). One H100, 8B: Q4_0 417, 377;
-/// Q8_0 272, 257; Q4_K 328 to 340, 345, and on an H200 a 72B shape in Q4_K 188, 230. Two H100, 70B, Q4_K: 86, 76. So: not for Q4_K, whose pieces take
-/// the most instructions, unless all_reduces become stores.
+/// Where the persistent kernel was faster than a launch per step (tokens/s with it, without; docs/decisions.md). One H100, 8B: Q4_0 444, 420;
+/// Q8_0 275, 269; Q4_K 395, 378, of 72B's shape 218, 209. A model of one of these has Q6_K as well.
 bool gains(const Run& run) {
+    if (run.n_products < kLeastProducts) return false;
     if (run.n_pushes > 0) return true;
     for (const Draft& d : run.ranks[0].stages)
         if (d.kind == kStreamFlash && d.get<StreamFlash>().args.a.k.ne[1] > kMostCells) return false;
@@ -700,7 +701,8 @@ std::vector<bool> waits_of(const Run& run) {
     return waits;
 }
 
-constexpr const char* kKindNames[] = {"product", "reduce", "copy", "norm rows", "binary", "turns", "rope and store", "set_rows", "get_rows", "attention", "combine"};
+constexpr const char* kKindNames[] = {"product",        "reduce",   "copy",     "norm rows", "binary", "turns",
+                                      "rope and store", "set_rows", "get_rows", "attention", "combine"};
 
 }  // namespace
 
@@ -750,7 +752,7 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
         Run run = make_run(program.steps, i, memory, program.steps.size());
         const size_t kept = end_of_kept_inputs(program.steps, i, run.end);
         if (kept < run.end) run = make_run(program.steps, i, memory, kept);
-        if (run.n_products < kLeastProducts || !gains(run)) {
+        if (!gains(run)) {
             out.push_back(std::move(program.steps[i++]));
             continue;
         }
@@ -769,7 +771,9 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
         }
         const std::vector<bool> waits = waits_of(run);
         for (size_t s = 0; s < run.stages.size(); ++s)
-            step.detail += std::string(run.stages[s].reduces ? "  == " : waits[s] ? "  -- " : "     ") +
+            step.detail += std::string(run.stages[s].reduces ? "  == "
+                                       : waits[s]            ? "  -- "
+                                                             : "     ") +
                            kKindNames[run.ranks[0].stages[s].kind] + " " + run.stages[s].label + "\n";
         for (size_t r = 0; r < n; ++r) {
             std::vector<StreamStage> stages(run.stages.size());

@@ -24,7 +24,7 @@ class StreamMemory {
         u32 n_blocks = 0;         // of a launch
     };
     std::vector<Rank> ranks;
-    const bool peers;  // several ranks, and all of them can be reached
+    const bool peers;       // several ranks, and all of them can be reached
     const i64 inbox_words;  // of one of the two
     const double deadline_s;
 };
