@@ -103,6 +103,11 @@ constexpr int kVecRows = 4;  // rows of one matrix that a block computes
 
 // How a product wants its activations: int8 (QuantizeArgs), or panels of halves (mul_wgmma.h).
 enum ActivationForm : i32 { kInt8Rows = 0, kHalfPanels = 1, kBf16Panels = 2 };
+// An activation as a half is a sixteenth of it: what some models have between their products passes the largest half, 65,504, and one infinity
+// makes a column of NaN. 1,048,064 does not pass it; steps below 0.001 are of 1e-6. A product gives it back in F32, exactly.
+constexpr float kHalved = 1.0f / 16;
+template <int kWeightType>
+constexpr float kUnhalved = kWeightType == kBF16 ? 1.0f : 1.0f / kHalved;  // bf16 weights take bf16 activations, as they are
 constexpr int kPanelRows = 128, kPanelBytes = kPanelRows * 128;  // rows of 64 halves along k, swizzled as wgmma reads them
 
 // x F32 [k_end - k_begin, rows...] -> int8 [rows][k] and float2 [rows][k/32], zero outside [k_begin, k_end); k is a multiple of 32.

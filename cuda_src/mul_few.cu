@@ -105,8 +105,9 @@ TP_DEVICE void mul_few(const MulFewArgs& a) {
             for (int e = 0; e < 4; ++e) {
                 const i64 row = row0 + warp * 32 + m * 16 + g + e / 2 * 8, column = n * 8 + 2 * t + e % 2;
                 if (row >= p.w.n || column >= a.wide.m) continue;
-                if (a.n_pieces > 1) a.sums[((i64)blockIdx.y * a.wide.m + column) * a.n_rows + before + row] = acc[m][n][e];
-                else *(float*)(p.y.data + row * p.y.nb[0] + column * p.y.nb[1]) = acc[m][n][e];
+                const float y = acc[m][n][e] * kUnhalved<kType>;
+                if (a.n_pieces > 1) a.sums[((i64)blockIdx.y * a.wide.m + column) * a.n_rows + before + row] = y;
+                else *(float*)(p.y.data + row * p.y.nb[0] + column * p.y.nb[1]) = y;
             }
 }
 

@@ -111,7 +111,7 @@ TP_DEVICE void mul_tile(const Args& a, i64 matrix, const Columns& columns) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const i64 row = row0 + warp_row + i * 16 + lane / 4 + e / 2 * 8, column = warp_column + j * 8 + lane % 4 * 2 + e % 2;
-                if (row < a.w.n && columns.has(column)) *(float*)columns.y(row, column) = acc[i][j][e];
+                if (row < a.w.n && columns.has(column)) *(float*)columns.y(row, column) = acc[i][j][e] * kUnhalved<kType>;
             }
 }
 

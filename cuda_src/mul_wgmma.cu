@@ -107,8 +107,8 @@ TP_DEVICE void mul_wgmma(const Matrix& w, i64 matrix, i64 row0, const char* xh, 
             const i64 column = j * 8 + lane % 4 * 2 + e;
             if (!columns.has(column)) continue;
             char* const y = columns.y(row, column);
-            if (row < w.n) *(float*)y = acc[j * 4 + e];
-            if (row + 8 < w.n) *(float*)(y + 8 * row_bytes) = acc[j * 4 + 2 + e];
+            if (row < w.n) *(float*)y = acc[j * 4 + e] * kUnhalved<kType>;
+            if (row + 8 < w.n) *(float*)(y + 8 * row_bytes) = acc[j * 4 + 2 + e] * kUnhalved<kType>;
         }
 }
 

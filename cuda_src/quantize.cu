@@ -31,7 +31,7 @@ TP_DEVICE void halve(const ggml_tp::QuantizeArgs& args) {
     for (int i = 0; i < 4; ++i) {
         const i64 at = k + i;
         const float v = at >= args.k_begin && at < args.k_end ? *(const float*)(x + (at - args.k_begin) * args.x.nb[0]) : 0.0f;
-        words[i / 2] |= (u32)(kBf16 ? tp_float_to_bf16(v) : tp_float_to_half(v)) << 16 * (i % 2);
+        words[i / 2] |= (u32)(kBf16 ? tp_float_to_bf16(v) : ggml_tp::activation_half(v)) << 16 * (i % 2);
     }
     u32* out = (u32*)(args.xq + (row * args.k + k) * 2);
     out[0] = words[0];
@@ -55,7 +55,7 @@ TP_DEVICE TpInt4 eight_halves(const Args& args, const char* x, i64 k) {
             if (k + i >= args.k_begin && k + i < args.k_end) v[i] = *(const float*)(x + (k + i - args.k_begin) * args.x.nb[0]);
     }
     u32 words[4] = {};
-    for (int i = 0; i < 8; ++i) words[i / 2] |= (u32)(kBf16 ? tp_float_to_bf16(v[i]) : tp_float_to_half(v[i])) << 16 * (i % 2);
+    for (int i = 0; i < 8; ++i) words[i / 2] |= (u32)(kBf16 ? tp_float_to_bf16(v[i]) : ggml_tp::activation_half(v[i])) << 16 * (i % 2);
     return {(int)words[0], (int)words[1], (int)words[2], (int)words[3]};
 }
 // The same as panels (quantize_group.h), zero up to a multiple of 64 elements; rows beyond the last are nobody's. Eight elements, a chunk, a

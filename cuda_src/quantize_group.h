@@ -43,6 +43,8 @@ TP_DEVICE void quantize_four(const float (&v)[4], i64 at, bool inside, char* xq,
     }
 }
 
+TP_DEVICE u16 activation_half(float v) { return tp_float_to_half(v * kHalved); }
+
 /// Byte of element `at` of a row within panels [rows / 128][k / 64] of 128 rows (or other so many) x 128 bytes, whose 16-byte chunk c of row r lies at c ^ r % 8.
 TP_DEVICE i64 panel_byte(u32 row, u32 at, u32 k, u32 rows = kPanelRows) {
     const u32 steps = (k + 63) / 64;
@@ -54,7 +56,7 @@ TP_DEVICE void leave_four(ActivationForm form, const float (&v)[4], i64 at, bool
     if (form == kInt8Rows) return quantize_four(v, at, inside, xq + row * k, xd + row * (k / 32) * 8);
     if (!inside) return;
     u32 words[2] = {};
-    for (int i = 0; i < 4; ++i) words[i / 2] |= (u32)(form == kBf16Panels ? tp_float_to_bf16(v[i]) : tp_float_to_half(v[i])) << 16 * (i % 2);
+    for (int i = 0; i < 4; ++i) words[i / 2] |= (u32)(form == kBf16Panels ? tp_float_to_bf16(v[i]) : activation_half(v[i])) << 16 * (i % 2);
     u32* const out = (u32*)(xq + panel_byte(row, (u32)at, (u32)k));
     out[0] = words[0];
     out[1] = words[1];

@@ -457,6 +457,12 @@ def _experts() -> None:
             case(f"mul_mat_id {name} {role}, {n_tokens} tokens")(
                 lambda g, t=t, m=n_tokens, role=role, n=n, x=x_rows: mul_mat_id(g, t, 768, n, 4, 2, m, f"blk.0.{role}.weight", x)
             )
+    for t in (Q8_0, Q4_K):
+        # Halves end at 65,504; the CPU makes halves of activations itself where weights are.
+        case(f"mul_mat {NAMES[t]} of large activations, 40 tokens")(lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 512, 64), g.leaf(F32, 512, 40, scale=1e5)))
+        case(f"mul_mat_id {NAMES[t]} of large activations, 40 tokens")(
+            lambda g, t=t: g.lib.ggml_mul_mat_id(g.c, g.leaf(t, 512, 64, 4), g.leaf(F32, 512, 1, 40, scale=1e5), expert_ids(g, 2, 40, 4))
+        )
     case("mul_mat_id F16 of an odd length")(lambda g: mul_mat_id(g, F16, 90, 37, 5, 2, 3, "blk.0.ffn_down_exps.weight", 2))
     case("mul_mat F32 of a router")(
         lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(F32, 256, 37, scale=1 / 16, name="blk.0.ffn_gate_inp.weight"), g.leaf(F32, 256, 3))
