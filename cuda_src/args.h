@@ -108,7 +108,7 @@ enum ActivationForm : i32 { kInt8Rows = 0, kHalfPanels = 1, kBf16Panels = 2 };
 constexpr float kHalved = 1.0f / 16;
 template <int kWeightType>
 constexpr float kUnhalved = kWeightType == kBF16 ? 1.0f : 1.0f / kHalved;  // bf16 weights take bf16 activations, as they are
-constexpr int kPanelRows = 128, kPanelBytes = kPanelRows * 128;  // rows of 64 halves along k, swizzled as wgmma reads them
+constexpr int kPanelRows = 128, kPanelBytes = kPanelRows * 128;            // rows of 64 halves along k, swizzled as wgmma reads them
 
 // x F32 [k_end - k_begin, rows...] -> int8 [rows][k] and float2 [rows][k/32], zero outside [k_begin, k_end); k is a multiple of 32.
 struct QuantizeArgs {  // half_x writes halves to xq: [rows][k], and no xd
