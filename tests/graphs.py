@@ -69,6 +69,7 @@ size_t ggml_backend_dev_count(void); void *ggml_backend_dev_get(size_t i); int g
 void *ggml_backend_dev_by_name(name_t name); void *ggml_backend_dev_init(void *dev, name_t params); void ggml_backend_free(void *backend);
 bool ggml_backend_dev_supports_op(void *dev, tensor op);
 void *ggml_backend_alloc_ctx_tensors(ctx c, void *backend); void ggml_backend_buffer_free(void *buffer);
+void ggml_backend_buffer_set_usage(void *buffer, int usage);
 void ggml_backend_tensor_set(tensor t, const void *data, size_t offset, size_t size);
 void ggml_backend_tensor_get(tensor t, void *data, size_t offset, size_t size);
 void ggml_backend_tensor_copy(tensor source, tensor target);

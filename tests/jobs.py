@@ -10,6 +10,7 @@ from typing import Any
 import families
 import graphs
 import numpy as np
+import random_graphs
 from ggml_tp import LIBRARY as INSTALLED
 from ggml_tp.host import N_GPU_LAYERS_OFFSET, SPLIT_TENSORS, Host, HostError
 from ggml_tp.inspection import REDUCES, Inspection
@@ -380,6 +381,16 @@ def product(type_: int, k: int, n: int, m: int, name: str, on_device: bool) -> t
         _cache["ggml", on_device] = graphs.Ggml(host.path, on_device)
     case = graphs.Case(_cache["ggml", on_device])
     return case.run(case.lib.ggml_mul_mat(case.c, case.leaf(type_, k, n, scale=k**-0.5, name=name), case.leaf(graphs.F32, k, m)))
+
+
+def random_graph(numbers: list[int], weight_types: list[int], reused: bool, floor: float, on_device: bool) -> tuple[list[str], dict[str, float]]:
+    """What is wrong with the graph that the numbers make, and its values' distances from NumPy's."""
+    host = _with_plugin() if on_device else _host()
+    if ("ggml", on_device) not in _cache:
+        _cache["ggml", on_device] = graphs.Ggml(host.path, on_device)
+    graph = random_graphs.RandomGraph(_cache["ggml", on_device], numbers, weight_types)
+    graph.grow()
+    return random_graphs.evaluate(graph, reused, floor)
 
 
 def passed_on(on_device: bool) -> tuple[np.ndarray, np.ndarray]:

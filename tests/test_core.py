@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from random import Random
 
 import jobs
 import pytest
 from conftest import emulated
 from ggml_tp.host import nmse
-from graphs import F16, NAMES, Q4_0, Q4_K, Q6_K, Q8_0
-from hypothesis import HealthCheck, given, settings
+from graphs import BF16, F16, F32, NAMES, Q4_0, Q4_K, Q6_K, Q8_0
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_build import ROOT, build
 
@@ -51,3 +52,31 @@ def test_products_of_any_shape(workers, type_, blocks, n, m, name, ranks):
     result = workers.run(jobs.product, emulated(ranks), on_device=True, **shape)
     assert result[0] == 0
     assert nmse(result[1], reference[1]) <= (1e-5 if NAMES[type_] == "F16" else 2e-3), shape  # one row of few outputs: larger than the mean
+
+
+# Ranks of random graphs, and what divides them; the tolerance is that of products whose activations become int8, or that are summed in another order.
+SPLITS = {"1": (1, {}), "2": (2, {}), "3": (3, {}), "4": (4, {}), "5": (5, {}), "16": (16, {}), "3 to 1": (2, {"GGML_TP_SPLIT": "3,1"})}
+TYPES = [([F32], 1e-5, 1e-4), ([F32, F16, BF16, Q4_0, Q8_0, Q4_K], 3e-3, 1e-1)]  # the last: the floor of mean squares
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    split=st.sampled_from(sorted(SPLITS)),
+    types=st.sampled_from(TYPES),
+    reused=st.booleans(),
+)
+@example(seed=26, split="3", types=TYPES[0], reused=True)  # V's heads that two ranks hold were summed twice by a product of V
+def test_random_graphs(workers, seed, split, types, reused):
+    """Each value of a graph of random ops, shapes, layouts, types and names, on ranks and on the host's CPU, against NumPy."""
+    random = Random(seed)  # lists of numbers that hypothesis draws itself are short and of small ones: graphs of few ops
+    numbers = [random.randrange(2**16) for _ in range(random.choice((20, 40, 80)))]
+    weight_types, tolerance, floor = types
+    ranks, more = SPLITS[split]
+    graph = {"numbers": numbers, "weight_types": weight_types, "floor": floor}
+    wrong, errors = workers.run(jobs.random_graph, emulated(ranks, **more), on_device=True, reused=reused, **graph)
+    assert not wrong, wrong
+    assert all(error <= tolerance for error in errors.values()), errors
+    # The host fuses norms with their weights and leaves out what is between: its CPU shows what nobody reads.
+    wrong, errors = workers.run(jobs.random_graph, {}, on_device=False, reused=True, **graph)
+    assert not wrong and all(error <= max(tolerance, 1e-4) for error in errors.values()), (wrong, errors)

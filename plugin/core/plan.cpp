@@ -411,6 +411,9 @@ void verify(const Plan& plan, const Graph& graph) {
         if (partial_sources && step.output.kind != Sharding::kPartial) refuse(step, "a Partial is read before its all_reduce");
         if (partial_sources && !may_pass_partial(t, partial_sources)) refuse(step, "an op that is not linear reads a Partial");
         if (step.output.kind == Sharding::kPartial && t.stored) refuse(step, "a Partial would be stored");
+        if (step.output.kind == Sharding::kPartial && !partial_sources)
+            for (const Sharding& input : step.inputs)
+                if (overlap(input)) refuse(step, "what two ranks hold would be summed twice");
         if (step.output.kind == Sharding::kSharded) {
             if (static_cast<int>(step.output.ranges.size()) != plan.n_ranks) refuse(step, "ranges are missing");
             for (int s = 0; s < step.output.n_segments(); ++s)

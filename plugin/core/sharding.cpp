@@ -28,6 +28,17 @@ Ranges moved(const Ranges& ranges, i64 by) {
     return out;
 }
 
+bool overlap(const Sharding& sharding) {
+    for (int s = 0; s < sharding.n_segments(); ++s) {
+        i64 end = 0;
+        for (const Range& range : sharding.segment(s).ranges) {
+            if (range.size() && range.begin < end) return true;
+            if (range.size()) end = range.end;
+        }
+    }
+    return false;
+}
+
 bool is_whole(const Ranges& ranges, i64 n) {
     return std::all_of(ranges.begin(), ranges.end(), [&](const Range& range) { return range == Range{0, n}; });
 }

@@ -197,6 +197,9 @@ void check_verifier() {
     expect(!accepted(plan({makes_partial, compute(3, {partial()}, partial())}), graph), "a norm passes a Partial on");
     expect(!accepted(plan({compute(2, {replicated(), replicated()}, sharded(0, {{0, 8}, {8, 17}})), norm}), graph), "a range outside the tensor is accepted");
     expect(!accepted(plan({compute(2, {replicated(), replicated()}, sharded(0, {{0, 16}})), norm}), graph), "ranges for too few ranks are accepted");
+    const auto sum_of = [&](Ranges ranges) { return plan({compute(2, {sharded(0, ranges), sharded(0, ranges)}, partial()), reduce(2), norm}); };
+    expect(accepted(sum_of({{0, 8}, {8, 16}}), graph), "a sum of shards is refused");
+    expect(!accepted(sum_of({{0, 10}, {8, 16}}), graph), "a sum of shards that two ranks hold a part of is accepted");
     Plan left = plan({makes_partial});
     left.survivors.push_back({2, {}});
     expect(!accepted(left, graph), "a Partial that the host can read is accepted");
