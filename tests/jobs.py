@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -407,23 +408,51 @@ def passed_on(on_device: bool) -> tuple[np.ndarray, np.ndarray]:
     return value, case.inner_value
 
 
-def gathered_halves(on_device: bool) -> np.ndarray:
-    """A product whose rows are divided, at 3 ranks into 23, 24 and 23, as halves beside themselves: their rows must be whole for that."""
+def _in_a_compute_buffer(on_device: bool, make_leaves: Callable[[graphs.Case], Any], make_output: Callable[..., Any]) -> np.ndarray:
+    """`make_output(case, *leaves)`, F32: leaves are stored, nodes are divided as the plan wants it."""
     host = _with_plugin() if on_device else _host()
     ggml = graphs.Ggml(host.path, on_device)
     case = graphs.Case(ggml)
-    w, x = case.leaf(graphs.F32, 64, 70, scale=0.1, name="blk.0.attn_q.weight"), case.leaf(graphs.F32, 64, 3)
+    leaves = make_leaves(case)
     buffer = case.lib.ggml_backend_alloc_ctx_tensors(case.c, ggml.backend)
     for tensor, data in case.leaves:
         case.lib.ggml_backend_tensor_set(tensor, data, 0, len(data))
-    halves = case.lib.ggml_cast(case.c, case.lib.ggml_mul_mat(case.c, w, x), graphs.F16)
-    output = case.lib.ggml_cast(case.c, case.lib.ggml_concat(case.c, halves, halves, 0), graphs.F32)
-    value = case.compute(output)
-    if on_device:
-        assert Inspection(LIBRARY).counters().last_all_gathers == 1
+    value = case.compute(make_output(case, *leaves))
     case.lib.ggml_backend_buffer_free(buffer)
     ggml.close()
     return value
+
+
+def gathered_halves(on_device: bool) -> np.ndarray:
+    """A product whose rows are divided, at 3 ranks into 23, 24 and 23, as halves beside themselves: their rows must be whole for that."""
+
+    def leaves(g: graphs.Case) -> Any:
+        return g.leaf(graphs.F32, 64, 70, scale=0.1, name="blk.0.attn_q.weight"), g.leaf(graphs.F32, 64, 3)
+
+    def output(g: graphs.Case, w: Any, x: Any) -> Any:
+        halves = g.lib.ggml_cast(g.c, g.lib.ggml_mul_mat(g.c, w, x), graphs.F16)
+        return g.lib.ggml_cast(g.c, g.lib.ggml_concat(g.c, halves, halves, 0), graphs.F32)
+
+    value = _in_a_compute_buffer(on_device, leaves, output)
+    if on_device:
+        assert Inspection(LIBRARY).counters().last_all_gathers == 1
+    return value
+
+
+def product_of_shared_heads(on_device: bool) -> np.ndarray:
+    """V of two heads, read by attention and along its row by a product: of 3 ranks one has both heads, of 4 ranks two have each."""
+
+    def leaves(g: graphs.Case) -> Any:
+        weights = (g.leaf(graphs.F32, 64, 64 * n, scale=1 / 8, name=f"blk.0.attn_{name}.weight") for name, n in (("q", 4), ("k", 2), ("v", 2)))
+        return g.leaf(graphs.F32, 64, 5), *weights, g.leaf(graphs.F32, 128, 96, scale=1 / 11, name="blk.0.ffn_down.weight")
+
+    def output(g: graphs.Case, x: Any, q: Any, k: Any, v: Any, w: Any) -> Any:
+        rows = [g.lib.ggml_mul_mat(g.c, weight, x) for weight in (q, k, v)]
+        heads = (g.lib.ggml_permute(g.c, g.lib.ggml_reshape_3d(g.c, row, 64, n, 5), 0, 2, 1, 3) for row, n in zip(rows, (4, 2, 2), strict=True))
+        attended = g.lib.ggml_flash_attn_ext(g.c, *heads, g.null, 0.125, 0.0, 0.0)
+        return g.lib.ggml_concat(g.c, g.lib.ggml_reshape_3d(g.c, attended, 256, 5, 1), g.lib.ggml_mul_mat(g.c, w, rows[2]), 0)
+
+    return _in_a_compute_buffer(on_device, leaves, output)
 
 
 def late_peer(model: str, seconds: float) -> dict[str, Any]:

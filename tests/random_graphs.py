@@ -1,7 +1,8 @@
 """Random graphs: a list of numbers picks ops, sources, shapes, layouts and names one after the other, in a host's ggml API and in NumPy at once.
 
-Every value of a graph is a tensor and a NumPy array of the same strides in elements, so that a view, a permutation or a slice is the same in both and
-a graph needs no other description than its numbers. NumPy computes in float64. An op is a row in OPS.
+Every value of a graph is a tensor and a NumPy array with the same axes, so that a graph needs no other description than its numbers. NumPy computes in
+float64. An op is a row in OPS: a function that picks sources that fit and adds values, or none. Numbers mean other graphs when OPS changes: what a
+graph has found belongs into a test of its own.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class RandomGraph:
         self.lib, self.c = ggml.lib, ggml.lib.ggml_init([16 << 20, self.g.null, True])  # leaves lie in the case's own
         self.numbers, self.at = numbers, 0
         self.weight_types = weight_types
-        self.values: list[Value] = []  # of the graph, in its order; leaves too
-        self.pool: list[Value] = []  # what further ops may read
+        self.values: list[Value] = []  # nodes and views of the graph, in its order
+        self.pool: list[Value] = []  # what further ops may read: these, and leaves
         width, tokens = self.pick(WIDTHS), self.pick(TOKENS)
         self.leaf(width, tokens)
         if self.pick((0, 1)):
@@ -98,6 +99,8 @@ class RandomGraph:
         names = sorted(OPS)
         while self.at < len(self.numbers):
             OPS[self.pick(names)](self)
+        if not self.values:
+            self.result("scale_bias", self.pool[0].array * 2, self.pool[0], more=(2.0, 0.0))
 
     # ---- values
 
@@ -123,22 +126,14 @@ class RandomGraph:
         return [t for t in self.weight_types if k % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(t)][0] == 0] or [F32]
 
     def weight_of(self, type_: int, name: str, k: int, n: int, *more: int) -> Value:
-        w = self.leaf(k, n, *more, name=name, type_=F32, scale=k**-0.5, pooled=False)
-        if type_ != F32:
-            self.g.leaves.pop()
-            w = self._quantized(w, type_, name)
-        return w
-
-    def _quantized(self, w: Value, type_: int, name: str) -> Value:
-        """The same weight of another type, and what its blocks hold."""
-        out = Value(self.g.leaf(type_, *w.ne, name=name, values=w.array), w.array, w.text, False, type_)
-        blocks = np.frombuffer(self.g.leaves[-1][1], np.uint8).reshape(*w.array.shape[:3], -1)
-        if type_ in (F16, BF16):
-            wide = blocks.view(np.float16).astype(np.float32) if type_ == F16 else (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        else:
-            wide = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(type_))
-        out.array = wide.reshape(w.array.shape).astype(np.float64)
-        return out
+        """Its array is what its blocks hold."""
+        if type_ == F32:
+            return self.leaf(k, n, *more, name=name, scale=k**-0.5, pooled=False)
+        ne = (k, n, *more, 1, 1)[:4]
+        tensor = self.g.leaf(type_, *ne, name=name, scale=k**-0.5)
+        blocks = np.frombuffer(self.g.leaves[-1][1], np.uint8).reshape(*ne[:0:-1], -1)
+        array = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(type_)).reshape(ne[::-1]).astype(np.float64)
+        return Value(tensor, array, f"leaf {list(ne)} {name}", False, type_)
 
     def indices(self, values: np.ndarray, type_: int = I32) -> Any:
         return self.g.leaf(type_, *values.shape[::-1], values=values)
@@ -158,7 +153,10 @@ class RandomGraph:
         return self.add(tensor, np.ascontiguousarray(array), f"{name}{list(more) or ''}", *sources, exact=exact)
 
     def cont(self, v: Value) -> Value:
-        return v if v.contiguous else self.result("cont", v.array, v, exact=True)
+        return v if v.contiguous else self.copied(v)
+
+    def copied(self, v: Value) -> Value:
+        return self.add(self.lib.ggml_cont(self.c, v.tensor), np.ascontiguousarray(v.array), "cont", v, exact=True, type_=v.type_)
 
     def with_rows(self, v: Value) -> Value:
         return v if v.whole_rows else self.cont(v)
@@ -395,8 +393,13 @@ def attention(r: RandomGraph) -> None:
     shares /= shares.sum(-1, keepdims=True)
     out = np.einsum("bhtc,bchd->bthd", shares, values.array.repeat(group, 2))
     asked, keys_of_heads, values_of_heads = (permuted(r, v, (0, 2, 1, 3)) for v in (q, keys, values))
-    tensor = r.lib.ggml_flash_attn_ext(r.c, asked.tensor, keys_of_heads.tensor, values_of_heads.tensor, m.tensor, d**-0.5, 0.0, 0.0)
-    y = r.add(tensor, np.ascontiguousarray(out), "flash_attn_ext", asked, keys_of_heads, values_of_heads, m)
+    if r.pick((0, 1)):
+        tensor = r.lib.ggml_flash_attn_ext(r.c, asked.tensor, keys_of_heads.tensor, values_of_heads.tensor, m.tensor, d**-0.5, 0.0, 0.0)
+        y = r.add(tensor, np.ascontiguousarray(out), "flash_attn_ext", asked, keys_of_heads, values_of_heads, m)
+    else:
+        products = _product(r, keys_of_heads, asked)
+        weights = r.add(r.lib.ggml_soft_max_ext(r.c, products.tensor, m.tensor, d**-0.5, 0.0), shares, "soft_max", products, m)
+        y = r.cont(permuted(r, _product(r, r.cont(permuted(r, values_of_heads, (1, 0, 2, 3))), weights), (0, 2, 1, 3)))
     r.add(r.lib.ggml_reshape_3d(r.c, y.tensor, y.ne[0] * y.ne[1], tokens, 1), y.array.reshape(1, 1, tokens, -1), "reshape", y)
 
 
@@ -612,10 +615,13 @@ def evaluate(graph: RandomGraph, reused: bool, floor: float = 1e-4) -> tuple[lis
     compared; else each has its own memory, all are compared, and a second run must give the same bits.
     """
     ggml, lib, null = graph.g.ggml, graph.lib, graph.g.null
-    # A cast is its own second source: the host takes its memory again as soon as it is computed, if nobody else reads it.
-    read = {id(s) for v in graph.values for s in (*v.sources, *([v] if v.text.startswith("cast") else []))}
-    last = [graph.cont(v) for v in list(graph.values) if id(v) not in read and v.type_ == F32 and (not v.contiguous or v.is_view)]
-    compared = [v for v in graph.values if v.contiguous and not v.is_view and (not reused or id(v) not in read or v in last)]
+    read = {id(s) for v in graph.values for s in v.sources}
+    for v in list(graph.values):
+        # Nobody reads it: a view is compared as a tensor of its own; a cast is its own second source, and its memory, if nobody else reads it, free at once.
+        if id(v) not in read and (v.is_view or v.text.startswith("cast")):
+            read.add(id(v))
+            graph.copied(v)
+    compared = [v for v in graph.values if v.contiguous and not v.is_view and (not reused or id(v) not in read)]
     wrong = [f"not claimed: %{i} = {v.text}" for i, v in enumerate(graph.values) if not lib.ggml_backend_dev_supports_op(ggml.device, v.tensor)]
     nodes = lib.ggml_new_graph(graph.c)
     for v in graph.values:
@@ -627,7 +633,8 @@ def evaluate(graph: RandomGraph, reused: bool, floor: float = 1e-4) -> tuple[lis
         assert lib.ggml_gallocr_alloc_graph(allocator, nodes)
     else:
         own = lib.ggml_backend_alloc_ctx_tensors(graph.c, ggml.backend)
-        lib.ggml_backend_buffer_set_usage(own, COMPUTE)
+        if own != null:  # not if all results are stored
+            lib.ggml_backend_buffer_set_usage(own, COMPUTE)
     for tensor, data in graph.g.leaves:
         lib.ggml_backend_tensor_set(tensor, data, 0, len(data))
     errors: dict[str, float] = {}

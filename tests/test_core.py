@@ -11,7 +11,7 @@ import pytest
 from conftest import emulated
 from ggml_tp.host import nmse
 from graphs import BF16, F16, F32, NAMES, Q4_0, Q4_K, Q6_K, Q8_0
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_build import ROOT, build
 
@@ -66,7 +66,6 @@ TYPES = [([F32], 1e-5, 1e-4), ([F32, F16, BF16, Q4_0, Q8_0, Q4_K], 3e-3, 1e-1)] 
     types=st.sampled_from(TYPES),
     reused=st.booleans(),
 )
-@example(seed=26, split="3", types=TYPES[0], reused=True)  # V's heads that two ranks hold were summed twice by a product of V
 def test_random_graphs(workers, seed, split, types, reused):
     """Each value of a graph of random ops, shapes, layouts, types and names, on ranks and on the host's CPU, against NumPy."""
     random = Random(seed)  # lists of numbers that hypothesis draws itself are short and of small ones: graphs of few ops
@@ -76,7 +75,7 @@ def test_random_graphs(workers, seed, split, types, reused):
     graph = {"numbers": numbers, "weight_types": weight_types, "floor": floor}
     wrong, errors = workers.run(jobs.random_graph, emulated(ranks, **more), on_device=True, reused=reused, **graph)
     assert not wrong, wrong
-    assert all(error <= tolerance for error in errors.values()), errors
+    assert errors and all(error <= tolerance for error in errors.values()), errors
     # The host fuses norms with their weights and leaves out what is between: its CPU shows what nobody reads.
     wrong, errors = workers.run(jobs.random_graph, {}, on_device=False, reused=True, **graph)
-    assert not wrong and all(error <= max(tolerance, 1e-4) for error in errors.values()), (wrong, errors)
+    assert not wrong and errors and all(error <= max(tolerance, 1e-4) for error in errors.values()), (wrong, errors)

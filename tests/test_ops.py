@@ -101,6 +101,12 @@ def test_a_partial_that_was_passed_on_is_read_as_its_sum(workers, ranks):
         assert nmse(value, expected) <= tolerance("")
 
 
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_heads_that_two_ranks_hold_are_summed_once(workers, ranks):
+    result = workers.run(jobs.product_of_shared_heads, emulated(ranks), on_device=True)
+    assert nmse(result, workers.run(jobs.product_of_shared_heads, {}, on_device=False)) <= 1e-6  # was 0.57
+
+
 def test_halves_are_gathered_wherever_their_division_lies(workers):
     result = workers.run(jobs.gathered_halves, emulated(3), on_device=True)
     assert nmse(result, workers.run(jobs.gathered_halves, {}, on_device=False)) <= 1e-6  # one half's last bit

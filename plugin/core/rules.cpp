@@ -133,14 +133,18 @@ Decision glu(Propagation& p, const Tensor& t) {
 /// (k n, k m) -> (n m): a division of n passes on, a division of k makes the product Partial.
 std::optional<Decision> product(Propagation& p, const Tensor& t) {
     const Tensor& w = p.at(t.src[0]);
-    for (int i = 0; i < 2; ++i) {
-        const Sharding s = p.segmented_source(t, i);
-        if (s.kind == Sharding::kSharded && s.axis == 0 && overlap(s)) p.gather(t, i, "two ranks hold a part of it, which would be summed twice");  // KV heads
-    }
-    const Sharding sw = p.segmented_source(t, 0), sx = p.source(t, 1);
+    Sharding sw = p.segmented_source(t, 0), sx = p.source(t, 1);
     if (sw.kind == Sharding::kSharded && sw.axis == 1) {
         if (sx.kind == Sharding::kSharded) p.gather(t, 1, "a column-parallel product reads all of its input");
         return Decision{{sw, replicated()}, sharded(0, sw.ranges, sw.rest)};
+    }
+    int i = 0;
+    for (Sharding* s : {&sw, &sx}) {
+        if (s->kind == Sharding::kSharded && s->axis == 0 && overlap(*s)) {  // KV heads
+            p.gather(t, i, "two ranks hold a part of it, which would be summed twice");
+            *s = replicated();
+        }
+        ++i;
     }
     if (sx.kind == Sharding::kSharded && sx.axis == 0 && w.stored && w.stored->format) {
         if (sw != sx && !w.stored->confirmed) {

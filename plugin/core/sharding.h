@@ -71,7 +71,7 @@ Ranges divide(i64 total, i64 grain, int n_ranks, const std::vector<double>& spli
 /// Ranges scaled by a factor, and moved.
 Ranges scaled(const Ranges& ranges, i64 factor);
 Ranges moved(const Ranges& ranges, i64 by);
-/// Whether two ranks have some of the same.
+/// Whether two ranks have some of the same; ranges that do not follow the ranks' order count as that.
 bool overlap(const Sharding& sharding);
 /// Whether every rank has all n.
 bool is_whole(const Ranges& ranges, i64 n);
