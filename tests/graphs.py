@@ -14,7 +14,7 @@ typedef struct { size_t mem_size; void *mem_buffer; bool no_alloc; } ggml_init_p
 typedef void *ctx; typedef void *tensor; typedef const char *name_t;
 ctx ggml_init(ggml_init_params params); void ggml_free(ctx c);
 tensor ggml_new_tensor_4d(ctx c, int type, int64_t a, int64_t b, int64_t d, int64_t e);
-tensor ggml_set_name(tensor t, name_t name);
+tensor ggml_set_name(tensor t, name_t name); void ggml_set_output(tensor t);
 size_t ggml_nbytes(tensor t); size_t ggml_row_size(int type, int64_t ne); int64_t ggml_nelements(tensor t);
 size_t ggml_quantize_chunk(int type, const float *src, void *dst, int64_t start, int64_t rows, int64_t per_row, const float *imatrix);
 bool ggml_quantize_requires_imatrix(int type);
@@ -69,7 +69,6 @@ size_t ggml_backend_dev_count(void); void *ggml_backend_dev_get(size_t i); int g
 void *ggml_backend_dev_by_name(name_t name); void *ggml_backend_dev_init(void *dev, name_t params); void ggml_backend_free(void *backend);
 bool ggml_backend_dev_supports_op(void *dev, tensor op);
 void *ggml_backend_alloc_ctx_tensors(ctx c, void *backend); void ggml_backend_buffer_free(void *buffer);
-void ggml_backend_buffer_set_usage(void *buffer, int usage);
 void ggml_backend_tensor_set(tensor t, const void *data, size_t offset, size_t size);
 void ggml_backend_tensor_get(tensor t, void *data, size_t offset, size_t size);
 void ggml_backend_tensor_copy(tensor source, tensor target);

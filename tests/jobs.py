@@ -455,6 +455,22 @@ def product_of_shared_heads(on_device: bool) -> np.ndarray:
     return _in_a_compute_buffer(on_device, leaves, output)
 
 
+def result_without_memory() -> tuple[int, np.ndarray]:
+    """A host that stores its leaves after it made a view of one, and has forgotten the view: the status, and a right graph's output after it."""
+    ggml = graphs.Ggml(_with_plugin().path, True)
+    lib, case = ggml.lib, graphs.Case(ggml)
+    nodes = lib.ggml_init([1 << 20, case.null, True])
+    cache, x = case.leaf(graphs.F32, 40, 9), case.leaf(graphs.F32, 40, 2)
+    graph = lib.ggml_new_graph(nodes)
+    lib.ggml_build_forward_expand(graph, lib.ggml_set_rows(nodes, cache, x, case.indices(8, 3, type_=graphs.I64)))
+    buffer = lib.ggml_backend_alloc_ctx_tensors(case.c, ggml.backend)
+    status = lib.ggml_backend_graph_compute(ggml.backend, graph)
+    lib.ggml_backend_buffer_free(buffer)
+    lib.ggml_free(nodes)
+    after = graphs.Case(ggml)
+    return status, after.run(after.lib.ggml_neg(after.c, after.leaf(graphs.F32, 3, values=np.arange(3))))[1]
+
+
 def late_peer(model: str, seconds: float) -> dict[str, Any]:
     """A generation, a decode with a late rank, the same generation again."""
     loaded = _with_plugin().model(model, "TP0")

@@ -15,8 +15,7 @@ import gguf
 import numpy as np
 from graphs import BF16, F16, F32, I32, I64, Case, Ggml
 
-COMPUTE = 2  # usage of a buffer: what lies in it is divided as the plan wants it
-LARGEST = 1e3  # beyond it a value is not read by further ops: float32 would soon be no match for float64
+LARGEST = 20  # beyond it a value is not read by further ops: a sine or an exponential would make much of the last bits of a large one
 WEIGHT_NAMES = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "")
 WIDTHS = (32, 64, 96, 128, 192, 256)
 TOKENS = (1, 2, 3, 5, 8, 13, 40)
@@ -77,6 +76,7 @@ class RandomGraph:
         self.pool: list[Value] = []  # what further ops may read: these, and leaves
         width, tokens = self.pick(WIDTHS), self.pick(TOKENS)
         self.leaf(width, tokens)
+        self.result("scale_bias", self.pool[0].array * 2, self.pool[0], more=(2.0, 0.0))  # one at least that has memory of its own
         if self.pick((0, 1)):
             self.leaf(32, self.pick((1, 2, 3, 4, 6)), tokens)
 
@@ -99,8 +99,6 @@ class RandomGraph:
         names = sorted(OPS)
         while self.at < len(self.numbers):
             OPS[self.pick(names)](self)
-        if not self.values:
-            self.result("scale_bias", self.pool[0].array * 2, self.pool[0], more=(2.0, 0.0))
 
     # ---- values
 
@@ -216,7 +214,7 @@ def unary(r: RandomGraph) -> None:
 def scale(r: RandomGraph) -> None:
     if v := r.floats():
         s, b = r.pick((0.5, -1.25, 2.0)), r.pick((0.0, 0.75))
-        v = r.with_even_rows(v)
+        v = r.cont(v)  # as the host's CPU wants it
         r.result("scale_bias", v.array * s + b, v, more=(s, b))
 
 
@@ -611,10 +609,10 @@ def evaluate(graph: RandomGraph, reused: bool, floor: float = 1e-4) -> tuple[lis
     """Runs the graph on its device: what is wrong with it in words, and how far each of its values is from NumPy's (mean squares, of
     values that are less than `floor` in the mean as if they were that: what cancels in a sum is not its sources' error).
 
-    `reused`: nodes lie in a compute buffer, where later ones take the memory of what is read no more, as a host's do, and what nobody reads is
-    compared; else each has its own memory, all are compared, and a second run must give the same bits.
+    Nodes lie in a compute buffer, as a host's do. `reused`: later ones take the memory of what is read no more, and what nobody reads is compared; else
+    each is an output with its own memory, all are compared, and a second run must give the same bits.
     """
-    ggml, lib, null = graph.g.ggml, graph.lib, graph.g.null
+    ggml, lib = graph.g.ggml, graph.lib
     read = {id(s) for v in graph.values for s in v.sources}
     for v in list(graph.values):
         # Nobody reads it: a view is compared as a tensor of its own; a cast is its own second source, and its memory, if nobody else reads it, free at once.
@@ -625,16 +623,12 @@ def evaluate(graph: RandomGraph, reused: bool, floor: float = 1e-4) -> tuple[lis
     wrong = [f"not claimed: %{i} = {v.text}" for i, v in enumerate(graph.values) if not lib.ggml_backend_dev_supports_op(ggml.device, v.tensor)]
     nodes = lib.ggml_new_graph(graph.c)
     for v in graph.values:
+        if not reused:
+            lib.ggml_set_output(v.tensor)
         lib.ggml_build_forward_expand(nodes, v.tensor)
     leaves = lib.ggml_backend_alloc_ctx_tensors(graph.g.c, ggml.backend)
-    own = allocator = null
-    if reused:
-        allocator = lib.ggml_gallocr_new(lib.ggml_backend_get_default_buffer_type(ggml.backend))
-        assert lib.ggml_gallocr_alloc_graph(allocator, nodes)
-    else:
-        own = lib.ggml_backend_alloc_ctx_tensors(graph.c, ggml.backend)
-        if own != null:  # not if all results are stored
-            lib.ggml_backend_buffer_set_usage(own, COMPUTE)
+    allocator = lib.ggml_gallocr_new(lib.ggml_backend_get_default_buffer_type(ggml.backend))
+    assert leaves != graph.g.null and lib.ggml_gallocr_alloc_graph(allocator, nodes)
     for tensor, data in graph.g.leaves:
         lib.ggml_backend_tensor_set(tensor, data, 0, len(data))
     errors: dict[str, float] = {}
@@ -649,11 +643,8 @@ def evaluate(graph: RandomGraph, reused: bool, floor: float = 1e-4) -> tuple[lis
         got, expected = _floats(raw, v.type_), v.array.ravel()
         error = float(np.mean((got - expected) ** 2) / (np.mean(expected**2) + floor)) if np.isfinite(expected).all() else 0.0
         errors[f"%{graph.values.index(v)} = {v.text}"] = error if np.isfinite(error) else np.inf
-    if reused:
-        lib.ggml_gallocr_free(allocator)
-    for buffer in (leaves, own):
-        if buffer != null:
-            lib.ggml_backend_buffer_free(buffer)
+    lib.ggml_gallocr_free(allocator)
+    lib.ggml_backend_buffer_free(leaves)
     lib.ggml_free(graph.c)
     lib.ggml_free(graph.g.c)
     return wrong, errors

@@ -101,6 +101,13 @@ def test_a_partial_that_was_passed_on_is_read_as_its_sum(workers, ranks):
         assert nmse(value, expected) <= tolerance("")
 
 
+def test_a_result_without_memory_is_refused(workers, capfd):
+    """The process died of it."""
+    status, after = workers.run(jobs.result_without_memory, emulated(2, TEST_STDERR="memory"))
+    assert status != 0 and list(after) == [0, -1, -2]
+    assert "has no memory; the graph is refused" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_heads_that_two_ranks_hold_are_summed_once(workers, ranks):
     result = workers.run(jobs.product_of_shared_heads, emulated(ranks), on_device=True)

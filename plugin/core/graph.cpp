@@ -44,6 +44,7 @@ class Reader {
         if (buffer_of_ && host_buffer) t.buffer = buffer_of_(context_, host_buffer);
         t.id = static_cast<int>(graph_.tensors.size());
         t.root = root < 0 ? t.id : root;
+        if (t.buffer && !t.address && t.bytes) throw Error(t.name + " has no memory; the graph is refused");
         if (t.buffer && t.address) {
             const i64 at = static_cast<i64>(t.address - t.buffer->base);
             if (at < 0 || at + t.bytes > t.buffer->size) throw Error(t.name + " lies outside its buffer; the graph is refused");
