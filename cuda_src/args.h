@@ -430,7 +430,7 @@ constexpr int kStreamWarps = 8;          // that multiply; one more streams weig
 constexpr int kStreamSlots = 5;          // of the shared-memory ring
 constexpr int kStreamSlotBytes = 36864;  // 16 rows of 4096 4-bit weights: 5 of them keep 4 TB/s busy for 5 us (docs/decisions.md)
 constexpr int kStreamMostK = 32768;
-constexpr int kStreamStageBytes = 1536;
+constexpr int kStreamStageBytes = 1408;
 
 struct StreamPart {
     const char* plane[4];
@@ -443,6 +443,10 @@ enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2 };
 // Up to three products of one quantised type and the same activations. A tile is `rows` rows of one part (glu: half of them of part 0, the
 // gate, half of part 1, at the same place) in one slot of the ring: plane f at slot_offset[f], row_bytes[f] a row.
 // Input: as the stage before left it in shared memory; `a` quantised; or the norm of s = a + b times weight, quantised.
+// Products of experts: a matrix's planes have a matrix behind the other for each expert, and `slots` of them, which the router chose, count.
+// kExpertsEach: tiles are rows of one slot's gate and up, results lie slot behind slot; kExpertsSum: a tile has its rows of every slot, each
+// multiplied by its own [k] of the input.
+enum StreamExpertsRole : i32 { kExpertsNone = 0, kExpertsEach = 1, kExpertsSum = 2 };
 struct StreamProduct {
     StreamPart part[3];
     i32 n_parts, type, k, rows;
@@ -457,7 +461,49 @@ struct StreamProduct {
     const float *a, *b, *weight;   // b, weight: may be null
     float *sum, *sum_copy, *norm;  // written for others: s twice, its norm; may be null
     float* glu_y;
+    i32 slots, role;  // a StreamExpertsRole
+    float* glu_copy;  // what glu_y is, for the next product alone: rows of glu_k with the results from glu_begin on, zeros elsewhere; or null
+    // (The warp that streams weights reads no further.)
     u64* inbox[16];  // where this rank's sums go on every rank instead of to y: the all_reduce behind this product
+    i32 glu_k, glu_begin;
+    i32 lanes, pad;  // kExpertsSum: lanes that share a row of a slot
+};
+constexpr i32 kStreamMostExperts = 512;
+// A router's choice, for one token: of the logits (plus logits_bias) a soft max or sigmoids, of which (plus selection_bias) the n_used largest
+// choose the experts; their weights are those of the gating (not the biased ones), after which another soft max, a division by their sum
+// clamped to [least, most] and a scale may follow. Results for whoever else may read them; null: nobody, or the step is not there.
+enum StreamGating : i32 { kGatingNone = 0, kGatingSoftMax = 1, kGatingSigmoid = 2 };
+struct StreamRoute {
+    const float *logits, *logits_bias, *selection_bias;
+    i32 n_expert, n_used, n_order;
+    i32 gating, soft_max_after, normalised, clamped, scaled;
+    float scale_before, scale_after;  // of the soft maxes' arguments
+    float least, most, factor, shift;
+    float *biased, *gated, *selection;                 // [n_expert]
+    i32* order;                                        // the first n_order places of all experts' order
+    float *chosen, *after, *sum, *clamped_sum, *norms, *scaled_weights;  // [n_used], [1]
+};
+// What becomes of kExpertsSum's results: products with the weights, and sums of the first two, three, ... slots' products. The last sum is
+// the stage's part[0].y.
+struct StreamSums {
+    float *y, *products;
+    i64 y_stride, products_stride;  // elements from slot to slot
+    float* sum[kVecSlots - 2];
+};
+struct StreamExperts {
+    StreamProduct product;  // first: whoever looks for a product finds it
+    union {
+        StreamRoute route;  // kExpertsEach
+        StreamSums sums;    // kExpertsSum
+    };
+};
+// y[i] = sum of w[:, i] * x, rows of floats, where x is `a`, or the norm of s = a + b times weight. sum, sum_copy, norm, norm_copy: for others.
+struct StreamFloats {
+    const float *w, *a, *b, *weight;
+    float *sum, *sum_copy, *norm, *norm_copy, *y, *y_copy;
+    i64 k, n, row_stride;  // elements
+    float eps;
+    i32 has_norm;
 };
 // y[i] = sum over ranks of inbox[rank][i], in rank order: the same bits on every rank. An inbox has words {sum, number of the push}, which
 // are stored and read whole: whoever finds the number that it waits for has the sum too, and no fence and no counter is between them. There
@@ -505,6 +551,8 @@ struct StreamOwnToken {
     const float *q, *k, *v;
     float *q_y, *k_y;
     const float* table;  // of StreamTurns; null: there is nothing of this here
+    const float *q_norm, *k_norm;  // weights of the heads' norms, which come before the turns; null: there are none
+    float q_eps, k_eps;
     Cache k_cache, v_cache;
     u32* fault;  // a row outside of a cache
     i32 n_dims, n_offs, neox;
@@ -528,6 +576,7 @@ enum StreamKind : i32 {
     kStreamGetRows,
     kStreamFlash,
     kStreamCombine,
+    kStreamFloats,
 };
 struct StreamStage {
     i32 kind, wait;    // wait: for all blocks of this rank to have done all stages before

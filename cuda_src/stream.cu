@@ -16,6 +16,7 @@
 #include "get_row.h"
 #include "quantize_group.h"
 #include "rope_pair.h"
+#include "sort_row.h"
 #include "vec_piece.h"
 
 #if TP_ARCH >= 900
@@ -31,15 +32,21 @@ constexpr int kInFlight = 2;  // tiles on their way: more would queue the activa
 constexpr u64 kEarlyPause = 4000;
 constexpr int kAheadCells = 512;     // of the cache, that a block asks for ahead
 constexpr u32 kPollsPerLook = 1024;  // at the clock
+constexpr int kFloatRows = 4;        // of a product of floats, that a block computes at once
+// What a product's warps read of it: the streaming one up to the inboxes, the storing one all.
+constexpr int kStreamedBytes = sizeof(StreamExperts), kStoredBytes = sizeof(StreamExperts);
 
 struct Shared {
     char x[kStreamMostK];
     float xd[kStreamMostK / 32 * 2];
     char stage[3][kStreamStageBytes];
-    char streamed[512], stored[512];  // the products that the streaming and the storing warp are at
-    float out[kOuts][kStreamMostRows];
+    char streamed[kStreamedBytes], stored[kStoredBytes];  // the products that the streaming and the storing warp are at
+    float out[kOuts][kStreamMostSums];
     float squares[kStreamWarps];
+    i32 experts[kVecSlots];     // that the last router chose
+    float weights[kVecSlots];
     TpBarrier full[kStreamSlots], empty[kStreamSlots], out_full[kOuts], out_empty[kOuts];
+    TpBarrier routed;  // the blocks have arrived that a router's choice waits for
     u32 late, stage_now;
     u32 pushed_before;
     u32* fault;
@@ -68,7 +75,7 @@ struct Turn {
 
 TP_DEVICE void sync_multiplying() { tp_sync_some<kMultiply>(); }
 
-/// The part and first row of a tile.
+/// The part and first row of a tile, of one slot's where experts' tiles are.
 TP_DEVICE int part_of(const StreamProduct& p, int tile, i64& row) {
     const int part = (tile >= p.first_tile[1]) + (tile >= p.first_tile[2]);
     row = (i64)(tile - p.first_tile[part]) * (p.glu ? p.rows / 2 : p.rows);
@@ -76,13 +83,125 @@ TP_DEVICE int part_of(const StreamProduct& p, int tile, i64& row) {
 }
 
 /// Brings a product into shared memory, by one warp: the table lies in memory that the weights keep pushing out of the L2.
-TP_DEVICE const StreamProduct& fetch_product(const StreamStage& stage, char* to, int& next) {
-    static_assert(sizeof(StreamProduct) <= 512, "one step of a warp");
+TP_DEVICE const StreamExperts& fetch_product(const StreamStage& stage, char* to, int& next) {
+    static_assert(sizeof(StreamExperts) % 16 == 0 && sizeof(StreamExperts) <= 1024, "two steps of a warp");
     next = stage.next_product;
     __syncwarp();
-    ((TpInt4*)to)[threadIdx.x % 32] = ((const TpInt4*)stage.body)[threadIdx.x % 32];
+    for (int i = threadIdx.x % 32; i < (int)sizeof(StreamExperts) / 16; i += 32) ((TpInt4*)to)[i] = ((const TpInt4*)stage.body)[i];
     __syncwarp();
-    return *(const StreamProduct*)to;
+    return *(const StreamExperts*)to;
+}
+
+// ---- a router's choice. The warp that streams makes it, since it is who waits for it: each block for itself, which is cheaper than asking another.
+
+/// The experts of one token and their weights, into shared memory. Arithmetic and order are those of chain.cu and sort_row.h.
+template <int kPer>
+TP_OUTLINE void route(int n_writers) {
+    Shared& s = shared_of();
+    const StreamRoute& r = ((const StreamExperts*)s.streamed)->route;
+    const int lane = threadIdx.x % 32, n = r.n_expert;
+    const bool writes = (int)blockIdx.x == n_writers - 1;  // that block has the fewest tiles
+    float gated[kPer];
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) {
+        const int e = lane + 32 * j;
+        gated[j] = __int_as_float(tp_load_word_in_order(r.logits + e, e < n));
+    }
+    if (r.logits_bias) {
+        for (int j = 0; j < kPer; ++j) {
+            const int e = lane + 32 * j;
+            if (e < n) gated[j] += r.logits_bias[e];
+            if (writes && r.biased && e < n) r.biased[e] = gated[j];
+        }
+    }
+    if (r.gating == kGatingSoftMax) {
+        float most = -INFINITY, sum = 0;
+#pragma unroll
+        for (int j = 0; j < kPer; ++j)
+            if (lane + 32 * j < n) most = fmaxf(most, gated[j] * r.scale_before);
+        most = tp_warp_max(most);
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) {
+            gated[j] = most == -INFINITY ? 0.0f : expf(gated[j] * r.scale_before - most);
+            if (lane + 32 * j < n) sum += gated[j];
+        }
+        sum = tp_warp_sum(sum);
+        const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) gated[j] *= inverse;
+    } else if (r.gating == kGatingSigmoid) {
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) gated[j] = 1.0f / (1.0f + expf(-gated[j]));
+    }
+    u32 key[kPer], left = 0;
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) {
+        const int e = lane + 32 * j;
+        const bool inside = e < n;
+        const float by = inside && r.selection_bias ? gated[j] + r.selection_bias[e] : gated[j];
+        key[j] = inside ? sort_key(by, true) : ~0u;
+        left |= (u32)inside << j;
+        if (!writes || !inside) continue;
+        if (r.gated) r.gated[e] = gated[j];
+        if (r.selection) r.selection[e] = by;
+    }
+    for (int i = 0; i < r.n_used; ++i) {  // the first of the largest, again and again
+        u32 best = ~0u, first = ~0u;
+#pragma unroll
+        for (int j = 0; j < kPer; ++j)
+            if (left >> j & 1 && key[j] < best) best = key[j];
+        best = tp_warp_min(best);
+#pragma unroll
+        for (int j = kPer; j-- > 0;)
+            if (left >> j & 1 && key[j] == best) first = (u32)(lane + 32 * j);
+        const int e = (int)tp_warp_min(first);
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) {
+            if (lane + 32 * j != e) continue;
+            left &= ~(1u << j);
+            s.experts[i] = e, s.weights[i] = gated[j];
+        }
+    }
+    __syncwarp();
+    const bool used = lane < r.n_used;
+    float weight = used ? s.weights[lane] : 0.0f;
+    auto give = [&](float* to, float v) {
+        if (writes && to && used) to[lane] = v;
+    };
+    give(r.chosen, weight);
+    if (r.soft_max_after) {
+        const float most = tp_warp_max(used ? weight * r.scale_after : -INFINITY);
+        const float power = used && most != -INFINITY ? expf(weight * r.scale_after - most) : 0.0f, sum = tp_warp_sum(power);
+        weight = power * (sum > 0.0f ? 1.0f / sum : 0.0f);
+        give(r.after, weight);
+    }
+    if (r.normalised) {
+        float sum = tp_warp_sum(weight);
+        if (writes && r.sum && lane == 0) *r.sum = sum;
+        if (r.clamped) sum = sum < r.least ? r.least : sum > r.most ? r.most : sum;
+        if (writes && r.clamped_sum && lane == 0) *r.clamped_sum = sum;
+        weight = weight / sum;
+        give(r.norms, weight);
+    }
+    if (r.scaled) {
+        weight = weight * r.factor + r.shift;
+        give(r.scaled_weights, weight);
+    }
+    if (used) s.weights[lane] = weight;
+    // The whole order, for whoever reads it: a block finds the places of some experts.
+    for (int e = blockIdx.x; r.order && e < n; e += n_writers) {
+        u32 of_e = ~0u;
+#pragma unroll
+        for (int j = 0; j < kPer; ++j)
+            if (lane + 32 * j == e) of_e = key[j];
+        of_e = tp_warp_min(of_e);
+        float before = 0;
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) before += lane + 32 * j < n && (key[j] < of_e || (key[j] == of_e && lane + 32 * j < e)) ? 1.0f : 0.0f;
+        const int place = (int)tp_warp_sum(before);
+        if (lane == 0 && place < r.n_order) r.order[place] = e;
+    }
+    __syncwarp();
 }
 
 // ---- the warp that streams weights. What does not change from tile to tile is in registers, not read from the product for each copy again
@@ -92,10 +211,33 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
     char* ring = ring_of();
     constexpr int kCopies = 8;  // of a tile: four planes, two halves
     Turn<kStreamSlots> slot, ahead;
+    Turn<1> routed;
     const u64 once = tp_read_once();
     int issued = 0, landed = 0;
+    // Room for the next tile of product i, and its bytes announced.
+    auto begin_tile = [&](int i, u32 bytes) {
+        while (issued - landed >= kInFlight) {
+            tp_barrier_wait(&s.full[ahead.at], ahead.parity);
+            ahead.next();
+            ++landed;
+            const u64 begin = tp_cycles();
+            while (i > (int)tp_peek(&s.stage_now) && tp_cycles() - begin < kEarlyPause) tp_spin();
+        }
+        ++issued;
+        tp_barrier_wait(&s.empty[slot.at], slot.parity ^ 1);
+        tp_barrier_expect(&s.full[slot.at], bytes);
+    };
     for (int i = args.first_product, next; i < args.n_stages; i = next) {
-        const StreamProduct& p = fetch_product(args.stages[i], s.streamed, next);
+        const StreamExperts& experts = fetch_product(args.stages[i], s.streamed, next);
+        const StreamProduct& p = experts.product;
+        if (p.role == kExpertsEach) {
+            tp_barrier_wait(&s.routed, routed.parity);
+            routed.next();
+            const int n_writers = p.n_tiles < (int)gridDim.x ? p.n_tiles : (int)gridDim.x, n_expert = experts.route.n_expert;
+            if (n_expert <= 128) route<4>(n_writers);
+            else if (n_expert <= 256) route<8>(n_writers);
+            else route<kStreamMostExperts / 32>(n_writers);
+        }
         if (threadIdx.x % 32 != 0) continue;
         const int pieces = p.glu ? 2 : 1, step = p.rows / pieces, n_copies = p.n_planes * pieces, n_parts = p.glu ? 1 : p.n_parts;
         u32 bytes[kCopies], all_bytes = 0;  // of a row
@@ -108,6 +250,39 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
             to[c] = ring + (c < n_copies ? p.slot_offset[plane % 4] : 0) + half * step * (int)bytes[c];
             all_bytes += bytes[c];
         }
+        if (p.role == kExpertsSum) {
+            const int n = (int)p.part[0].n, slots = p.slots;
+            for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
+                const int row = tile * step, rows = n - row < step ? n - row : step;
+                begin_tile(i, (u32)(rows * slots) * all_bytes);
+                for (int j = 0; j < slots; ++j) {
+                    const i64 from_row = (i64)s.experts[j] * n + row;
+#pragma unroll
+                    for (int c = 0; c < kCopies / 2; ++c)
+                        if (c < n_copies)
+                            tp_bulk_load_once(to[c] + slot.at * kStreamSlotBytes + j * step * (int)bytes[c], p.part[0].plane[c] + from_row * bytes[c],
+                                              (u32)rows * bytes[c], &s.full[slot.at], once);
+                }
+                slot.next();
+            }
+            continue;
+        }
+        if (p.role == kExpertsEach) {
+            const int n = (int)p.part[0].n, tiles = (n + step - 1) / step;
+#pragma unroll
+            for (int c = 0; c < kCopies; ++c) from[c] = p.part[c % 2].plane[c / 2 % 4];
+            for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
+                const int j = tile / tiles, row = (tile - j * tiles) * step, rows = n - row < step ? n - row : step;
+                const i64 from_row = (i64)s.experts[j] * n + row;
+                begin_tile(i, (u32)rows * all_bytes);
+#pragma unroll
+                for (int c = 0; c < kCopies; ++c)
+                    if (c < n_copies)
+                        tp_bulk_load_once(to[c] + slot.at * kStreamSlotBytes, from[c] + from_row * bytes[c], (u32)rows * bytes[c], &s.full[slot.at], once);
+                slot.next();
+            }
+            continue;
+        }
         int tile = blockIdx.x;
         for (int part = 0; part < n_parts; ++part) {
             const int n = (int)p.part[part].n, tiles = (n + step - 1) / step;
@@ -115,16 +290,7 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
             for (int c = 0; c < kCopies; ++c) from[c] = p.part[p.glu ? c % 2 : part].plane[(p.glu ? c / 2 : c) % 4];
             for (; tile < tiles; tile += gridDim.x) {
                 const int row = tile * step, rows = n - row < step ? n - row : step;
-                while (issued - landed >= kInFlight) {
-                    tp_barrier_wait(&s.full[ahead.at], ahead.parity);
-                    ahead.next();
-                    ++landed;
-                    const u64 begin = tp_cycles();
-                    while (i > (int)tp_peek(&s.stage_now) && tp_cycles() - begin < kEarlyPause) tp_spin();
-                }
-                ++issued;
-                tp_barrier_wait(&s.empty[slot.at], slot.parity ^ 1);
-                tp_barrier_expect(&s.full[slot.at], (u32)rows * all_bytes);
+                begin_tile(i, (u32)rows * all_bytes);
 #pragma unroll
                 for (int c = 0; c < kCopies; ++c)
                     if (c < n_copies)
@@ -151,32 +317,68 @@ TP_DEVICE float activated(int op, float x) {
 }
 
 // ---- the warp that stores
+/// A tile of every slot's rows: products with the slots' weights, added up slot by slot. Returns the last sum of row `row` + lane.
+TP_DEVICE float store_slots(const StreamExperts& experts, float* out, i64 row) {
+    const StreamProduct& p = experts.product;
+    const StreamSums& sums = experts.sums;
+    const Shared& s = shared_of();
+    const int lane = threadIdx.x % 32, rows = p.rows;
+    const i64 n = p.part[0].n;
+    for (int i = lane; i < rows * p.slots; i += 32) {
+        const int slot = i / rows;
+        const i64 at = row + i - slot * rows;
+        const float v = out[i], product = v * s.weights[slot];
+        out[i] = product;
+        if (at >= n) continue;
+        if (sums.y) sums.y[slot * sums.y_stride + at] = v;
+        if (sums.products) sums.products[slot * sums.products_stride + at] = product;
+    }
+    __syncwarp();
+    float sum = lane < rows ? out[lane] : 0.0f;
+    for (int slot = 1; slot < p.slots; ++slot) {
+        if (lane < rows) sum += out[slot * rows + lane];
+        if (slot + 1 < p.slots && sums.sum[slot - 1] && lane < rows && row + lane < n) sums.sum[slot - 1][row + lane] = sum;
+    }
+    return sum;
+}
 TP_OUTLINE void store_results(const StreamArgs& args) {
     Shared& s = shared_of();
     const int lane = threadIdx.x % 32;
     Turn<kOuts> out;
     for (int i = args.first_product, next; i < args.n_stages; i = next) {
-        const StreamProduct& p = fetch_product(args.stages[i], s.stored, next);
+        const StreamExperts& experts = fetch_product(args.stages[i], s.stored, next);
+        const StreamProduct& p = experts.product;
         if ((int)blockIdx.x >= p.n_tiles) continue;
+        const int tiles_each = p.role == kExpertsEach ? p.n_tiles / p.slots : 0;
         for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
             i64 row;
-            const int part = part_of(p, tile, row);
+            const int slot = tiles_each ? tile / tiles_each : 0;
+            const int part = part_of(p, tile - slot * tiles_each, row);
             const i64 at = row + lane;
             const float* const bias = p.part[part].bias;
             const float added = bias && lane < p.rows && at < p.part[part].n ? bias[at] : 0.0f;  // on its way while the tile is multiplied
             tp_barrier_wait(&s.out_full[out.at], out.parity);
             float v = 0;
-            if (lane < p.rows)
+            if (p.role == kExpertsSum) v = store_slots(experts, s.out[out.at], row);
+            else if (lane < p.rows)
                 for (int g = 0; g < p.k_groups; ++g) v += s.out[out.at][g * p.rows + lane];
             tp_barrier_arrive(&s.out_empty[out.at]);
             out.next();
             if (p.glu) {
                 const int half = p.rows / 2;
                 const float up = __shfl_sync(0xffffffffu, v, lane + half < 32 ? lane + half : lane);
+                float* const copy = p.glu_copy ? p.glu_copy + (i64)slot * p.glu_k : nullptr;
                 if (lane < half && at < p.part[0].n) {
-                    p.part[0].y[at] = v;
-                    p.part[1].y[at] = up;
-                    p.glu_y[at] = activated(p.glu - 1, v) * up;
+                    const i64 to = slot * p.part[0].n + at;
+                    const float y = activated(p.glu - 1, v) * up;
+                    p.part[0].y[to] = v;
+                    p.part[1].y[to] = up;
+                    p.glu_y[to] = y;
+                    if (copy) copy[p.glu_begin + at] = y;
+                }
+                if (copy && row == 0) {  // what a cut inside of a block leaves of its row
+                    for (i64 i0 = lane; i0 < p.glu_begin; i0 += 32) copy[i0] = 0;
+                    for (i64 i0 = p.glu_begin + p.part[0].n + lane; i0 < p.glu_k; i0 += 32) copy[i0] = 0;
                 }
                 continue;
             }
@@ -221,21 +423,21 @@ constexpr int kStep = 8 * kMultiply;  // elements of a step: eight neighbours a 
 /// Elements [first, first + kSteps * kStep) of a product's input; all loads go out before any is used. Of what is written for others every
 /// block writes its share [from, to). Returns this thread's sum of squares.
 template <int kSteps, bool kNorm>
-TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int first, i64 from, i64 to) {
+TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int k, int first, i64 from, i64 to) {
     const int thread = threadIdx.x;
     float v[kSteps][8], more[kNorm ? kSteps : 1][8], weight[kNorm ? kSteps : 1][8], squares = 0;
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
         const int at = first + j * kStep + thread * 8;
-        load_eight(p.a + at, at < p.k, v[j]);
-        if constexpr (kNorm) load_eight(p.b + at, p.b && at < p.k, more[j]), load_eight(p.weight + at, p.weight && at < p.k, weight[j]);
+        load_eight(p.a + at, at < k, v[j]);
+        if constexpr (kNorm) load_eight(p.b + at, p.b && at < k, more[j]), load_eight(p.weight + at, p.weight && at < k, weight[j]);
     }
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
         const int at = first + j * kStep + thread * 8;
         if constexpr (kNorm) {
             for (int i = 0; i < 8; ++i) v[j][i] += more[j][i];
-            if (at >= from && at < to && at < p.k) {
+            if (at >= from && at < to && at < k) {
                 if (p.sum) store_eight(p.sum + at, v[j]);
                 if (p.sum_copy) store_eight(p.sum_copy + at, v[j]);
             }
@@ -256,7 +458,7 @@ TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int first, i64 fro
         }
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (at >= p.k) continue;
+        if (at >= k) continue;
         *(int*)(s.x + at) = words[0];
         *(int*)(s.x + at + 4) = words[1];
         if (at % 32 == 0) {
@@ -272,25 +474,26 @@ TP_OUTLINE float take_input(int at) {
     const StreamProduct& p = *(const StreamProduct*)stage_at(at).body;
     Shared& s = shared_of();
     const int thread = threadIdx.x;
-    const i64 share = ((p.k + gridDim.x - 1) / gridDim.x + 7) / 8 * 8, from = blockIdx.x * share, to = from + share;
+    const int k = p.role == kExpertsSum ? p.k * p.slots : p.k;
+    const i64 share = ((k + gridDim.x - 1) / gridDim.x + 7) / 8 * 8, from = blockIdx.x * share, to = from + share;
     if (p.input != kInputNorm) {
-        if (p.k <= 2 * kStep) take_steps<2, false>(p, s, 0, from, to);
+        if (k <= 2 * kStep) take_steps<2, false>(p, s, k, 0, from, to);
         else
-            for (int first = 0; first < p.k; first += 4 * kStep) take_steps<4, false>(p, s, first, from, to);
+            for (int first = 0; first < k; first += 4 * kStep) take_steps<4, false>(p, s, k, first, from, to);
         sync_multiplying();
         return 1.0f;
     }
     float squares = 0;
-    for (int first = 0; first < p.k; first += 2 * kStep) squares += take_steps<2, true>(p, s, first, from, to);
+    for (int first = 0; first < k; first += 2 * kStep) squares += take_steps<2, true>(p, s, k, first, from, to);
     squares = tp_warp_sum(squares);
     if (thread % 32 == 0) s.squares[thread / 32] = squares;
     sync_multiplying();
     float total = 0;
     for (int w = 0; w < kStreamWarps; ++w) total += s.squares[w];
-    const float scale = 1.0f / sqrtf(total / (float)p.k + p.eps);
+    const float scale = 1.0f / sqrtf(total / (float)k + p.eps);
     // The norm itself, for whoever else may read it: the last warp's work, while the others begin to multiply.
     if (p.norm && thread / 32 == kStreamWarps - 1)
-        for (i64 at = from + thread % 32; at < to && at < p.k; at += 32)
+        for (i64 at = from + thread % 32; at < to && at < k; at += 32)
             p.norm[at] = (p.a[at] + (p.b ? p.b[at] : 0.0f)) * scale * (p.weight ? p.weight[at] : 1.0f);
     return scale;
 }
@@ -366,8 +569,125 @@ TP_DEVICE u32 multiply(int units_each, int at, u32 walk, float scale) {
     return multiply<kType, 2>(at, walk, scale);
 }
 
-/// The token's own heads of a unit: see StreamOwnToken. queries: as halves [heads.n][d], scaled.
-TP_DEVICE void turn_own(const StreamFlash& f, const UnitHeads& heads, int split, u16* queries) {
+/// All tiles of the experts' last product: kLanes lanes have a row of a slot, each slot with its own part of the input, from shared memory: k is
+/// short here, and what a warp reads of it changes from row to row. Two rows at a time, as above.
+template <int kType>
+TP_OUTLINE u32 multiply_slots(int at_stage, u32 packed_walk) {
+    using U = Unit<kType>;
+    Walk walk = Walk::of(packed_walk);
+    const StreamProduct& p = *(const StreamProduct*)stage_at(at_stage).body;
+    Shared& s = shared_of();
+    const int lanes = p.lanes, lane = threadIdx.x % lanes, rows = p.rows, k = p.k, units = k / U::kElems, n_sums = rows * p.slots, n_tiles = p.n_tiles;
+    const int step = kMultiply / lanes, first = threadIdx.x / lanes;
+    int offset[4], stride[4];
+#pragma unroll
+    for (int f = 0; f < 4; ++f) offset[f] = p.slot_offset[f], stride[f] = p.row_bytes[f];
+    for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
+        tp_barrier_wait(&s.full[walk.slot.at], walk.slot.parity);
+        tp_barrier_wait(&s.out_empty[walk.out.at], walk.out.parity ^ 1);
+        const char* tile_at = ring_of() + walk.slot.at * kStreamSlotBytes;
+        // The warp's first row: whole warps leave the loop together.
+        for (int base = 0; base < n_sums; base += 2 * step) {
+            int row[2];
+            float sum[2] = {};
+#pragma unroll
+            for (int r = 0; r < 2; ++r) row[r] = base + r * step + first < n_sums ? base + r * step + first : n_sums - 1;
+            for (int unit = lane; unit < units; unit += lanes) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const char* plane[4];
+#pragma unroll
+                    for (int f = 0; f < 4; ++f) plane[f] = tile_at + offset[f] + row[r] * stride[f];
+                    U w;
+                    w.load((const char* const*)plane, unit, LoadShared());
+                    const int from = row[r] / rows * k;
+                    TpInt4 x[U::kWords];
+                    TpFloat2 d[2];
+#pragma unroll
+                    for (int v = 0; v < U::kWords; ++v) {
+                        const int at = from + U::word(unit, v);
+                        x[v] = *(const TpInt4*)(s.x + at);
+                        if (v % (U::kWords / 2) == 0) d[v / (U::kWords / 2)] = {s.xd[at / 32 * 2], s.xd[at / 32 * 2 + 1]};
+                    }
+                    sum[r] += w.dot_unit(unit, x, d[0], d[1]);
+                }
+            }
+            for (int o = lanes / 2; o; o /= 2) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], o);
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+                if (lane == 0 && base + r * step + first < n_sums) s.out[walk.out.at][row[r]] = sum[r];
+        }
+        tp_barrier_arrive(&s.empty[walk.slot.at]);
+        tp_barrier_arrive(&s.out_full[walk.out.at]);
+        walk.slot.next();
+        walk.out.next();
+    }
+    return walk.packed();
+}
+
+/// A product of floats, of few rows: a router's. A block has whole rows, and what it multiplies with them it computes as it reads it.
+TP_OUTLINE void multiply_floats(int at) {
+    const StreamFloats& f = *(const StreamFloats*)stage_at(at).body;
+    float* met = (float*)shared_of().x;  // [kFloatRows + 1][kStreamWarps]
+    const int thread = threadIdx.x, k = (int)f.k;
+    const i64 share = ((k + gridDim.x - 1) / gridDim.x + 7) / 8 * 8, from = blockIdx.x * share, to = from + share;
+    for (i64 row = blockIdx.x, round = 0; row < f.n || !round; row += (i64)gridDim.x * kFloatRows, ++round) {
+        float squares = 0, sum[kFloatRows] = {};
+        for (int i = thread * 8; i < k; i += kStep) {
+            float v[8], more[8], weight[8], w[kFloatRows][8];
+            load_eight(f.a + i, true, v);
+            load_eight(f.b + i, f.b != nullptr, more);
+            load_eight(f.weight + i, f.weight != nullptr, weight);
+#pragma unroll
+            for (int r = 0; r < kFloatRows; ++r) load_eight(f.w + (row + r * gridDim.x) * f.row_stride + i, row + r * gridDim.x < f.n, w[r]);
+            for (int e = 0; e < 8; ++e) v[e] += more[e];
+            if (!round && i >= from && i < to) {
+                if (f.sum) store_eight(f.sum + i, v);
+                if (f.sum_copy) store_eight(f.sum_copy + i, v);
+            }
+            for (int e = 0; e < 8; ++e) {
+                squares += v[e] * v[e];
+                if (f.weight) v[e] *= weight[e];
+#pragma unroll
+                for (int r = 0; r < kFloatRows; ++r) sum[r] += v[e] * w[r][e];
+            }
+        }
+        squares = tp_warp_sum(squares);
+#pragma unroll
+        for (int r = 0; r < kFloatRows; ++r) sum[r] = tp_warp_sum(sum[r]);
+        if (thread % 32 == 0) {
+            met[thread / 32] = squares;
+#pragma unroll
+            for (int r = 0; r < kFloatRows; ++r) met[(r + 1) * kStreamWarps + thread / 32] = sum[r];
+        }
+        sync_multiplying();
+        float total = 0;
+        for (int w = 0; w < kStreamWarps; ++w) total += met[w];
+        const float scale = f.has_norm ? 1.0f / sqrtf(total / (float)k + f.eps) : 1.0f;
+        const i64 mine = row + thread * (i64)gridDim.x;
+        if (thread < kFloatRows && mine < f.n) {
+            float y = 0;
+            for (int w = 0; w < kStreamWarps; ++w) y += met[(thread + 1) * kStreamWarps + w];
+            f.y[mine] = y * scale;
+            if (f.y_copy) f.y_copy[mine] = y * scale;
+        }
+        if (!round && f.has_norm && (f.norm || f.norm_copy) && thread >= kMultiply - 32) {
+            for (i64 i = from + thread % 32; i < to && i < k; i += 32) {
+                const float y = (f.a[i] + (f.b ? f.b[i] : 0.0f)) * scale * (f.weight ? f.weight[i] : 1.0f);
+                if (f.norm) f.norm[i] = y;
+                if (f.norm_copy) f.norm_copy[i] = y;
+            }
+        }
+        sync_multiplying();  // before the next rows meet there
+    }
+}
+
+/// The token's own heads of a unit: see StreamOwnToken. queries: as halves [heads.n][d], scaled. met: shared, where the squares of their heads meet;
+/// half a head is whole warps' then.
+TP_DEVICE void turn_own(const StreamFlash& f, const UnitHeads& heads, int split, u16* queries, float* met) {
     const StreamOwnToken& own = f.own;
     const int d = (int)f.args.a.q.ne[0], half = d / 2, thread = threadIdx.x;
     // Of the pairs of the query heads, of key and value a thread has kPairs at a time (8 heads of 128, their key and value at once).
@@ -375,7 +695,7 @@ TP_DEVICE void turn_own(const StreamFlash& f, const UnitHeads& heads, int split,
     const int n = (heads.n + 2) * half;
     for (int first = 0; first < n; first += kPairs * kMultiply) {
         int head[kPairs], at[kPairs], other[kPairs], row_low[kPairs], row_high[kPairs];
-        float a[kPairs], b[kPairs], cosine[kPairs], sine[kPairs];
+        float a[kPairs], b[kPairs], cosine[kPairs], sine[kPairs], norm_a[kPairs], norm_b[kPairs];
 #pragma unroll
         for (int j = 0; j < kPairs; ++j) {
             const int i = first + j * kMultiply + thread, h = (int)((u64)(u32)i * own.half_inverse >> 32), pair = i - h * half;
@@ -392,7 +712,27 @@ TP_DEVICE void turn_own(const StreamFlash& f, const UnitHeads& heads, int split,
             a[j] = __int_as_float(tp_load_word_in_order(x + at[j], inside)), b[j] = __int_as_float(tp_load_word_in_order(x + other[j], inside));
             cosine[j] = __int_as_float(tp_load_word_in_order(own.table + 2 * turned, inside && turns));
             sine[j] = __int_as_float(tp_load_word_in_order(own.table + 2 * turned + 1, inside && turns));
+            const float* const norm = query ? own.q_norm : own.k_norm;
+            const bool normed = inside && !value && own.q_norm;
+            norm_a[j] = __int_as_float(tp_load_word_in_order(norm + at[j], normed)), norm_b[j] = __int_as_float(tp_load_word_in_order(norm + other[j], normed));
             if (!turns) cosine[j] = 1;
+        }
+        if (own.q_norm) {
+#pragma unroll
+            for (int j = 0; j < kPairs; ++j) {
+                const float squares = tp_warp_sum(a[j] * a[j] + b[j] * b[j]);
+                if (thread % 32 == 0) met[(first + j * kMultiply + thread) / 32] = squares;
+            }
+            sync_multiplying();
+#pragma unroll
+            for (int j = 0; j < kPairs; ++j) {
+                const int h = head[j];
+                if (h < 0 || h > heads.n) continue;
+                float squares = 0;
+                for (int w = h * half / 32; w < (h + 1) * half / 32; ++w) squares += met[w];
+                const float scale = 1.0f / sqrtf(squares / (float)d + (h < heads.n ? own.q_eps : own.k_eps));
+                a[j] *= scale * norm_a[j], b[j] *= scale * norm_b[j];
+            }
         }
 #pragma unroll
         for (int j = 0; j < kPairs; ++j) {
@@ -431,7 +771,7 @@ struct QueriesShared {
     u16* from;
     TP_MEMBER void prepare() const {
         if (f.own.table) {
-            turn_own(f, heads, split, from);
+            turn_own(f, heads, split, from, (float*)(shared_of().x + kStreamQueryBytes));
         } else {
             for (int i = 8 * (int)threadIdx.x; i < heads.n * d; i += 8 * kMultiply) {
                 const int h = i / d;
@@ -448,7 +788,7 @@ struct StreamResults {
     int split;
     TP_MEMBER void put(i64 head, int i, float most, float sum, TpFloat2 acc) const {
         const FlashAttnArgs& a = f.args.a;
-        if (f.args.n_splits > 1) {
+        if (!f.y.data) {
             PieceResults{f.args, split, 0, 0}.put(head, i, most, sum, acc);
             return;
         }
@@ -535,10 +875,16 @@ TP_OUTLINE void do_stage(int stage_slot) {
                 const Index at = row_index((u32)row, a.y.ne);
                 const float* x = (const float*)element_at(a.a, at);
                 float squares = 0;
-                for (i64 i = lane; i < n; i += 32) squares += x[i] * x[i];
-                const float scale = 1.0f / sqrtf(tp_warp_sum(squares) / (float)n + a.eps);
+                const float* more = a.has_b ? (const float*)element_at(a.b, at) : nullptr;
+                float* sum = a.has_b ? (float*)element_at(a.sum, at) : nullptr;
                 float* y = (float*)element_at(a.y, at);
-                for (i64 i = lane; i < n; i += 32) y[i] = x[i] * scale * (a.has_weight ? ((const float*)a.weight.data)[i] : 1.0f);
+                for (i64 i = lane; i < n; i += 32) {
+                    const float v = x[i] + (more ? more[i] : 0.0f);
+                    if (sum) sum[i] = v;
+                    squares += v * v;
+                }
+                const float scale = 1.0f / sqrtf(tp_warp_sum(squares) / (float)n + a.eps);
+                for (i64 i = lane; i < n; i += 32) y[i] = (sum ? sum[i] : x[i]) * scale * (a.has_weight ? ((const float*)a.weight.data)[i] : 1.0f);
             }
             break;
         }
@@ -583,6 +929,7 @@ TP_OUTLINE void do_stage(int stage_slot) {
             else attend<256>(stage_slot);
             break;
         }
+        case kStreamFloats: multiply_floats(stage_slot); break;
         case kStreamCombine: {  // a warp for 32 elements of a head
             const FlashCombineArgs& a = ((const StreamCombine*)body)->args;
             const i64 chunks = (a.y.ne[0] + 31) / 32;
@@ -604,6 +951,10 @@ TP_DEVICE void fetch_ahead(const StreamStage& stage) {
         const StreamProduct& p = *(const StreamProduct*)stage.body;
         const int line = (int)blockIdx.x + (int)gridDim.x * (thread - 32);  // the first warp's other lanes would hold up the one that waits
         if (p.input == kInputNorm && p.weight && thread >= 32 && line < p.k / 32) tp_prefetch((const char*)p.weight + line * 128);
+    } else if (stage.kind == kStreamFloats) {
+        const StreamFloats& f = *(const StreamFloats*)stage.body;
+        for (i64 row = blockIdx.x; row < f.n; row += gridDim.x)
+            for (int i = thread - 32; i >= 0 && i < (int)f.k / 32; i += kMultiply - 32) tp_prefetch(f.w + row * f.row_stride + i * 32);
     } else if (stage.kind == kStreamFlash) {
         const StreamFlash& f = *(const StreamFlash*)stage.body;
         const FlashAttnArgs& a = f.args.a;
@@ -643,6 +994,7 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args) {
         const StreamStage& stage = *(const StreamStage*)s.stage[i % 3];
         fetch_ahead(stage);
         if (thread == 0 && stage.wait) wait_until(s, [&] { return (i32)(tp_read_signal(&args.state->arrived) - (u32)i * gridDim.x) >= 0; });
+        if (thread == 0 && stage.kind == kStreamProduct && ((const StreamProduct*)stage.body)->role == kExpertsEach) tp_barrier_arrive(&s.routed);
         tp_copy_wait();
         sync_multiplying();  // and nobody reads the stage before any more, and everybody sees the next
         fetch(i + 2);
@@ -659,7 +1011,12 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args) {
         if (p.input != kInputKept) scale = take_input(i % 3);
         if (thread == 0) tp_poke(&s.stage_now, (u32)i);  // not before: tiles at full speed would hold up the input
         mark(i, kTimeInput);
-        if (p.type == kQ4_0) walk = multiply<kQ4_0>(p.units_each, i % 3, walk, scale);
+        if (p.role == kExpertsSum) {
+            if (p.type == kQ4_0) walk = multiply_slots<kQ4_0>(i % 3, walk);
+            else if (p.type == kQ8_0) walk = multiply_slots<kQ8_0>(i % 3, walk);
+            else if (p.type == kQ4_K) walk = multiply_slots<kQ4_K>(i % 3, walk);
+            else walk = multiply_slots<kQ6_K>(i % 3, walk);
+        } else if (p.type == kQ4_0) walk = multiply<kQ4_0>(p.units_each, i % 3, walk, scale);
         else if (p.type == kQ8_0) walk = multiply<kQ8_0>(p.units_each, i % 3, walk, scale);
         else if (p.type == kQ4_K) walk = multiply<kQ4_K>(p.units_each, i % 3, walk, scale);
         else walk = multiply<kQ6_K>(p.units_each, i % 3, walk, scale);
@@ -682,6 +1039,7 @@ TP_KERNEL_COOPERATIVE(stream, StreamArgs, 320) {
     if (thread == 0) {
         for (int i = 0; i < kStreamSlots; ++i) tp_barrier_init(&s.full[i], 1), tp_barrier_init(&s.empty[i], kMultiply);
         for (int i = 0; i < kOuts; ++i) tp_barrier_init(&s.out_full[i], kMultiply), tp_barrier_init(&s.out_empty[i], 32);
+        tp_barrier_init(&s.routed, 1);
         s.late = 0, s.stage_now = 0;
         s.pushed_before = args.state->pushed_before, s.inbox_words = args.inbox_words, s.deadline_ns = args.deadline_ns, s.fault = args.fault;
         tp_barrier_init_fence();

@@ -1,12 +1,16 @@
 #include "persist.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <map>
+#include <optional>
 
+#include "chain.h"
 #include "elementwise.h"
 #include "flash_attn.h"
 #include "mul_vec.h"
+#include "mul_vec_id.h"
 #include "norm.h"
 #include "rope.h"
 
@@ -26,7 +30,7 @@ i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 
 // StreamMemory::Rank::vectors. A norm reads its residual and what is added to it in every block, while fast blocks store results already,
 // maybe where the host's allocator has put them: over the inputs, which are dead by then. So norms read copies that are nobody else's.
-enum Vector { kSum0, kSum1, kAdded0, kAdded1, kImportA, kImportB, kTurned0, kTurned1, kTurned2, kTables, kVectors };
+enum Vector { kSum0, kSum1, kAdded0, kAdded1, kImportA, kImportB, kTurned0, kTurned1, kTurned2, kNormed, kLogits, kGlu, kTables, kVectors };
 constexpr i64 kMostTables = 4, kTableFloats = kStreamMostK / kMostTables;  // kinds of rope in one program
 
 template <class T>
@@ -113,7 +117,10 @@ class RankRun {
         if (named(l, "fused_norm")) return add_norm(args_of<FusedNormArgs>(l));
         if (named(l, "quantize_x")) return add_quantize(args_of<QuantizeArgs>(l));
         if (named(l, "fused_glu_")) return add_glu(l);
+        if (named(l, "mul_vec_id_")) return add_experts(args_of<MulVecIdArgs>(l));
+        if (named(l, "mul_vec_f32_")) return add_floats(args_of<MulVecArgs>(l));
         if (named(l, "mul_vec_") && l.args.size() == sizeof(MulVecArgs)) return add_product(args_of<MulVecArgs>(l));
+        if (named(l, "chain")) return add_router(args_of<ChainArgs>(l));
         if (named(l, "flash_columns_")) return add_flash(args_of<FlashSplitArgs>(l));
         if (named(l, "flash_combine")) return add_combine(args_of<FlashCombineArgs>(l));
         if (named(l, "rope_")) return add_rope(l);
@@ -146,17 +153,29 @@ class RankRun {
             if (d.kind != kStreamProduct) continue;
             StreamProduct p = d.get<StreamProduct>();
             std::vector<Span> results;
+            const i64 slots = p.role == kExpertsEach ? p.slots : 1;
             for (int i = 0; i < p.n_parts; ++i) {
-                results.push_back(span_of(p.part[i].y, p.part[i].n * 4));
+                results.push_back(span_of(p.part[i].y, p.part[i].n * slots * 4));
                 if (p.part[i].raw) results.push_back(span_of(p.part[i].raw, p.part[i].n * 4));
             }
-            if (p.glu) results.push_back(span_of(p.glu_y, p.part[0].n * 4));
+            if (p.glu) results.push_back(span_of(p.glu_y, p.part[0].n * slots * 4));
             for (float** written : {&p.sum, &p.norm})
                 if (*written && meet({span_of(*written, static_cast<i64>(p.k) * 4)}, results)) *written = nullptr;
             d.set(p);
+            if (p.role == kExpertsEach) {
+                StreamExperts experts = d.get<StreamExperts>();
+                std::vector<RouteResult> routed = results_of(experts.route);
+                for (size_t i = 0; i < routed.size(); ++i) {
+                    bool dead = meet({routed[i].span()}, results);
+                    for (size_t j = i + 1; j < routed.size(); ++j) dead |= routed[i].span().meets(routed[j].span());
+                    if (dead) *routed[i].at = nullptr;
+                }
+                d.set(experts);
+            }
         }
     }
-    bool pending = false;   // an attention waits for its combination: no place to end a run at
+    // An attention waits for its combination, or a router and its experts' gate and up for what follows: no place to end a run at.
+    bool pending = false;
     i64 scratch_bytes = 0;  // of attention's pieces; offsets into it stand in the drafts until set_scratch
     void set_scratch(DevicePtr base) {
         for (Draft& d : stages) {
@@ -184,18 +203,17 @@ class RankRun {
     bool add_norm(const FusedNormArgs& n) {
         const i64 k = n.y.ne[0];
         if (!n.xq) {
-            if (n.has_b) return false;
             Draft d = Draft::of(kStreamNormRows, StreamNormRows{n});
             d.reads = {span_of(n.a)};
             d.writes = {span_of(n.y)};
-            stages.push_back(std::move(d));
+            if (n.has_b) d.reads.push_back(span_of(n.b)), d.writes.push_back(span_of(n.sum));
+            // Before a rope that it has nothing to do with: Q's norm, rope, K's norm, rope become norms and ropes.
+            const auto at = !stages.empty() && independent(d, stages.back()) && stages.back().kind == kStreamRopeStore ? stages.end() - 1 : stages.end();
+            stages.insert(at, std::move(d));
             return true;
         }
         if (!is_vector(n.y, k) || !is_vector(n.a, k) || (n.has_b && (!is_vector(n.b, k) || !is_vector(n.sum, k)))) return false;
-        Recipe r{kInputNorm, reinterpret_cast<const float*>(n.a.data), nullptr, nullptr, nullptr, reinterpret_cast<float*>(n.y.data), n.eps, k};
-        if (n.has_b) r.b = reinterpret_cast<const float*>(n.b.data), r.sum = reinterpret_cast<float*>(n.sum.data);
-        if (n.has_weight) r.weight = reinterpret_cast<const float*>(n.weight.data);
-        return bind(n.xq, r);
+        return bind(n.xq, recipe_of(n));
     }
     bool add_quantize(const QuantizeArgs& q) {
         if (q.k_begin != 0 || q.k_end != q.k || !is_vector(q.x, q.k)) return false;
@@ -209,14 +227,216 @@ class RankRun {
         if (kept_ == xq) kept_ = nullptr;
         return true;
     }
+    static bool independent(const Draft& a, const Draft& b) { return !meet(a.reads, b.writes) && !meet(a.writes, b.writes) && !meet(a.writes, b.reads); }
+    static Recipe recipe_of(const FusedNormArgs& n) {
+        Recipe r{kInputNorm, reinterpret_cast<const float*>(n.a.data), nullptr, nullptr, nullptr, reinterpret_cast<float*>(n.y.data), n.eps, n.y.ne[0]};
+        if (n.has_b) r.b = reinterpret_cast<const float*>(n.b.data), r.sum = reinterpret_cast<float*>(n.sum.data);
+        if (n.has_weight) r.weight = reinterpret_cast<const float*>(n.weight.data);
+        return r;
+    }
+
+    // ---- experts
+    /// A product of a few rows of floats, of one token: what a router sees. The norm in front of it is its own work.
+    bool add_floats(const MulVecArgs& m) {
+        const Matrix& w = m.part[0].w;
+        const i64 n = w.n;
+        if (m.n_parts != 1 || m.x.ne[1] != 1 || w.k % 8 || w.k > kStreamMostK || w.row_stride[0] % 16 || !is_vector(m.x, w.k) || m.part[0].y.nb[0] != 4)
+            return false;
+        StreamFloats f{};
+        f.w = reinterpret_cast<const float*>(w.plane[0]), f.row_stride = w.row_stride[0] / 4, f.k = w.k, f.n = n;
+        f.y = reinterpret_cast<float*>(m.part[0].y.data);
+        Draft d;
+        Recipe r;
+        r.input = kInputPlain, r.a = reinterpret_cast<const float*>(m.x.data), r.k = w.k;
+        if (still(last_norm_, r.a, w.k)) {
+            r.a = last_norm_.copy;
+        } else if (!stages.empty() && stages.back().kind == kStreamNormRows) {
+            const FusedNormArgs norm = stages.back().get<StreamNormRows>().norm;
+            if (norm.y.data == m.x.data && is_vector(norm.y, w.k) && is_vector(norm.a, w.k)) {
+                r = recipe_of(norm);
+                stages.pop_back();
+            }
+        }
+        for (auto& [xq, of_int8] : recipes_)  // a norm that products will read as int8 too: they find it as floats, then
+            if (r.input == kInputPlain && of_int8.input == kInputNorm && !of_int8.used && of_int8.norm == r.a) {
+                r = of_int8;
+                of_int8.input = kInputPlain, of_int8.a = of_int8.norm;
+            }
+        if (r.input == kInputNorm) {
+            StreamProduct p{};  // as a product takes it
+            p.k = static_cast<i32>(w.k);
+            give_input(p, r, d);
+            f.a = p.a, f.b = p.b, f.weight = p.weight, f.eps = p.eps, f.sum = p.sum, f.sum_copy = p.sum_copy, f.norm = p.norm, f.has_norm = 1;
+            f.norm_copy = memory_->vectors[kNormed];
+            last_norm_ = {f.norm, f.norm_copy};
+            d.writes.push_back(span_of(f.norm_copy, w.k * 4));
+        } else {
+            f.a = r.a;
+            d.reads.push_back(span_of(f.a, w.k * 4));
+        }
+        if (meet({span_of(f.y, n * 4)}, d.reads) || meet({span_of(f.y, n * 4)}, d.writes)) return false;
+        f.y_copy = memory_->vectors[kLogits];
+        last_logits_ = {f.y, f.y_copy};
+        d.writes.push_back(span_of(f.y, n * 4));
+        d.writes.push_back(span_of(f.y_copy, n * 4));
+        Draft out = Draft::of(kStreamFloats, f);
+        out.reads = d.reads, out.writes = d.writes;
+        stages.push_back(std::move(out));
+        kept_ = nullptr;  // its warps meet in the same shared memory
+        return true;
+    }
+    struct RouteResult {
+        void** at;
+        i64 elems;
+        Span span() const { return *at ? span_of(*at, elems * 4) : Span{0, 0}; }
+    };
+    /// In the order in which a host computes them: what comes later may take the memory of what came before.
+    static std::vector<RouteResult> results_of(StreamRoute& r) {
+        auto result = [](auto*& p, i64 elems) { return RouteResult{reinterpret_cast<void**>(&p), elems}; };
+        return {result(r.biased, r.n_expert), result(r.gated, r.n_expert), result(r.selection, r.n_expert), result(r.order, r.n_order),
+                result(r.chosen, r.n_used),   result(r.after, r.n_used),   result(r.sum, 1),                result(r.clamped_sum, 1),
+                result(r.norms, r.n_used),    result(r.scaled_weights, r.n_used)};
+    }
+    /// A router's chain, if it is one that the kernel knows: see StreamRoute.
+    bool add_router(const ChainArgs& c) {
+        StreamRoute r{};
+        const View& logits = c.step[0].a;
+        r.n_expert = static_cast<i32>(logits.ne[0]);
+        if (r.n_expert > kStreamMostExperts || !is_vector(logits, r.n_expert)) return false;
+        if (!still(last_logits_, reinterpret_cast<const float*>(logits.data), r.n_expert)) return false;
+        r.logits = last_logits_.copy;
+        int at = 0;
+        const char* now = logits.data;  // what the next step has to begin with
+        auto next = [&](ChainOp op, i64 n) -> const ChainStep* {
+            if (at == c.n_steps || c.step[at].op != op || c.step[at].a.data != now) return nullptr;
+            const View& y = c.step[at].y;
+            if (y.nb[0] != 4 || y.ne[0] * y.ne[1] != n || y.ne[2] * y.ne[3] != 1 || (y.ne[1] > 1 && y.ne[0] > 1)) return nullptr;
+            if (y.ne[1] > 1 && y.nb[1] != 4) return nullptr;
+            now = y.data;
+            return &c.step[at++];
+        };
+        auto floats = [](const View& v) { return reinterpret_cast<float*>(v.data); };
+        if (const ChainStep* s = next(ChainOp::kAdd, r.n_expert)) {
+            if (!is_vector(s->b, r.n_expert)) return false;
+            r.logits_bias = floats(s->b), r.biased = floats(s->y);
+        }
+        if (const ChainStep* s = next(ChainOp::kSoftMax, r.n_expert)) {
+            r.gating = kGatingSoftMax, r.scale_before = s->p0, r.gated = floats(s->y);
+        } else if (const ChainStep* g = next(ChainOp::kSigmoid, r.n_expert)) {
+            r.gating = kGatingSigmoid, r.gated = floats(g->y);
+        }
+        const char* const gated = now;
+        if (const ChainStep* s = r.gating ? next(ChainOp::kAdd, r.n_expert) : nullptr) {
+            if (!is_vector(s->b, r.n_expert)) return false;
+            r.selection_bias = floats(s->b), r.selection = floats(s->y);
+        }
+        if (at == c.n_steps || c.step[at].op != ChainOp::kArgsort) return false;
+        r.n_order = static_cast<i32>(c.step[at].y.ne[0]);
+        const ChainStep* const sort = next(ChainOp::kArgsort, r.n_order);
+        if (!sort || sort->p0 == 0 || r.n_order > r.n_expert) return false;
+        r.order = reinterpret_cast<i32*>(sort->y.data);
+        now = gated;
+        if (at == c.n_steps || c.step[at].op != ChainOp::kGetRows) return false;
+        const View &rows = c.step[at].a, &ids = c.step[at].b;
+        r.n_used = static_cast<i32>(ids.ne[0]);
+        const ChainStep* const chosen = next(ChainOp::kGetRows, r.n_used);
+        if (!chosen || rows.ne[0] != 1 || rows.ne[1] != r.n_expert || rows.nb[1] != 4 || ids.data != sort->y.data || ids.nb[0] != 4 || ids.ne[1] != 1 ||
+            r.n_used > r.n_order || r.n_used > kVecSlots)
+            return false;
+        r.chosen = floats(chosen->y);
+        if (const ChainStep* s = next(ChainOp::kSoftMax, r.n_used)) {
+            if (s->y.ne[0] != r.n_used) return false;
+            r.soft_max_after = 1, r.scale_after = s->p0, r.after = floats(s->y);
+        }
+        const char* const weights = now;
+        if (const ChainStep* s = next(ChainOp::kSumRows, 1)) {
+            r.normalised = 1, r.sum = floats(s->y);
+            if (const ChainStep* clamp = next(ChainOp::kClamp, 1)) {
+                r.clamped = 1, r.least = clamp->p0, r.most = clamp->p1, r.clamped_sum = floats(clamp->y);
+            }
+            const char* const sum = now;
+            now = weights;
+            const ChainStep* const divide = next(ChainOp::kDiv, r.n_used);
+            if (!divide || divide->b.data != sum) return false;
+            r.norms = floats(divide->y);
+        }
+        if (const ChainStep* s = next(ChainOp::kScale, r.n_used)) {
+            r.scaled = 1, r.factor = s->p0, r.shift = s->p1, r.scaled_weights = floats(s->y);
+        }
+        if (at != c.n_steps || pending) return false;
+        if (c.quantize.xq && !add_quantize(c.quantize)) return false;
+        route_ = r, ids_ = ids.data, weights_ = now;
+        pending = true;
+        return true;
+    }
+    bool add_experts(const MulVecIdArgs& m) {
+        const auto found = m.xq ? recipes_.find(m.xq) : recipes_.end();
+        const i64 slots = m.ids.ne[0];
+        if (found == recipes_.end() || found->second.used || !stream_can_type(m.part[0].w.type) || slots != route_.n_used || m.ids.ne[1] != 1) return false;
+        if (m.ids.data != ids_ || m.ids.nb[0] != 4 || m.x.ne[2] * m.x.ne[3] != 1) return false;
+        const bool sums = m.scaled != 0;
+        if (m.n_parts != (sums ? 1 : 2) || m.x.ne[1] != (sums ? slots : 1) || found->second.k != m.k * m.x.ne[1]) return false;
+        StreamExperts e{};
+        StreamProduct& p = e.product;
+        p.n_parts = m.n_parts, p.type = m.part[0].w.type, p.k = static_cast<i32>(m.k), p.slots = static_cast<i32>(slots);
+        p.role = sums ? kExpertsSum : kExpertsEach;
+        for (int i = 0; i < m.n_parts; ++i) {
+            const MulVecPart& part = m.part[i];
+            if (part.y.nb[0] != 4 || part.y.type != kF32 || (!sums && !is_packed(part.y, part.w.n * slots)) || !in_rows(part.w)) return false;
+            for (int f = 0; f < 4; ++f) p.part[i].plane[f] = part.w.plane[f];
+            p.part[i].y = reinterpret_cast<float*>(part.y.data);
+            p.part[i].n = part.w.n;
+        }
+        Draft d = Draft::of(kStreamProduct, e);
+        if (!sums) {  // what it writes is said when the GLU has come
+            e.route = route_;
+            for (const RouteResult& result : results_of(e.route)) {
+                if (*result.at) d.writes.push_back(result.span());
+            }
+            for (const float* read : {e.route.logits, e.route.logits_bias, e.route.selection_bias})
+                if (read) d.reads.push_back(span_of(read, e.route.n_expert * 4));
+        } else {
+            if (pending || m.weights.data != weights_ || m.n_sums != slots - 1 || !stream_fit(p)) return false;
+            const View &y = m.part[0].y, &products = m.products;
+            e.sums.products = reinterpret_cast<float*>(products.data), e.sums.products_stride = products.nb[1] / 4;
+            if (y.data != products.data) e.sums.y = p.part[0].y, e.sums.y_stride = y.nb[1] / 4;
+            d.writes.push_back(span_of(y));
+            d.writes.push_back(span_of(products));
+            p.part[0].y = e.sums.products;
+            for (int i = 0; i < m.n_sums; ++i) {
+                d.writes.push_back(span_of(m.sum[i]));
+                p.part[0].y = reinterpret_cast<float*>(m.sum[i].data);
+                if (i + 1 < m.n_sums) e.sums.sum[i] = p.part[0].y;
+            }
+            if (slots == 1) e.sums.products = nullptr;
+        }
+        const Recipe r = found->second;
+        found->second.used = true;
+        give_input(p, r, d);
+        kept_ = m.xq;
+        d.set(e);
+        stages.push_back(std::move(d));
+        pending = !sums;
+        return true;
+    }
+    /// Experts' matrices lie one behind the other.
+    static bool in_rows(const Matrix& w) {
+        const WeightFormat* format = find_weight_format(w.type);
+        for (int f = 0; format && f < format->n_fields; ++f)
+            if (w.row_stride[f] != w.k / format->block_elems * format->field[f].bytes || w.nb2[f] != w.n * w.row_stride[f]) return false;
+        return format && w.ne3 == 1;
+    }
+
     /// Two products of the stage before become one whose tiles hold rows of both.
     bool add_glu(const RankLaunch& l) {
         const FusedGluArgs g = args_of<FusedGluArgs>(l);
         static constexpr const char* kKernels[] = {"fused_glu_swiglu", "fused_glu_geglu", "fused_glu_reglu"};  // in the order of GluOp
         if (stages.empty() || stages.back().kind != kStreamProduct) return false;
         StreamProduct p = stages.back().get<StreamProduct>();
-        const i64 n = g.glu.y.ne[0];
-        if (g.k_begin != 0 || g.k != n || p.n_parts != 2 || p.glu || p.part[0].n != n || p.part[1].n != n || !is_vector(g.glu.y, n)) return false;
+        const i64 n = g.glu.y.ne[0], slots = p.role == kExpertsEach ? p.slots : 1;
+        if (p.n_parts != 2 || p.glu || p.part[0].n != n || p.part[1].n != n || !g.xq) return false;
+        if (!p.role && (g.k_begin != 0 || g.k != n || !is_vector(g.glu.y, n))) return false;
+        if (p.role && (!is_packed(g.glu.y, n * slots) || g.k * slots > kStreamMostK)) return false;
         if (g.glu.a.data != reinterpret_cast<char*>(p.part[0].y) || g.glu.b.data != reinterpret_cast<char*>(p.part[1].y)) {
             if (g.glu.b.data != reinterpret_cast<char*>(p.part[0].y) || g.glu.a.data != reinterpret_cast<char*>(p.part[1].y)) return false;
             std::swap(p.part[0], p.part[1]);
@@ -225,11 +445,19 @@ class RankRun {
             if (!std::strcmp(l.launch.kernel, kKernels[op])) p.glu = 1 + op;
         p.glu_y = reinterpret_cast<float*>(g.glu.y.data);
         if (!p.glu || !stream_fit(p)) return false;
+        Draft& d = stages.back();
+        if (p.role) {  // the host may have given the sums behind the next product this memory
+            p.glu_copy = memory_->vectors[kGlu], p.glu_k = static_cast<i32>(g.k), p.glu_begin = static_cast<i32>(g.k_begin);
+            for (int i = 0; i < 2; ++i) d.writes.push_back(span_of(p.part[i].y, n * slots * 4));
+            d.writes.push_back(span_of(p.glu_copy, g.k * slots * 4));
+            pending = false;
+        }
         Recipe r;
-        r.input = kInputPlain, r.a = p.glu_y, r.k = n;
-        if (!bind(g.xq, r)) return false;
-        stages.back().set(p);
-        stages.back().writes.push_back(span_of(p.glu_y, n * 4));
+        r.input = kInputPlain, r.a = p.glu_copy ? p.glu_copy : p.glu_y, r.k = g.k * slots;
+        const Span y = span_of(p.glu_y, n * slots * 4);
+        if (!bind(g.xq, r) || meet({y}, d.reads)) return false;
+        d.set(p);
+        d.writes.push_back(y);
         return true;
     }
     bool add_product(const MulVecArgs& m) {
@@ -269,6 +497,7 @@ class RankRun {
         p.input = r.input;
         p.a = r.a, p.b = r.b, p.weight = r.weight, p.eps = r.eps, p.sum = r.sum, p.norm = r.norm;
         bool own_a = false, own_b = false;
+        if (p.input == kInputPlain && still(last_norm_, p.a, r.k)) p.a = last_norm_.copy, own_a = true;
         if (p.input == kInputNorm) {
             own_a = take_copy(p.a, r.k);
             own_b = take_copy(p.b, r.k);
@@ -295,19 +524,30 @@ class RankRun {
         d.reads.push_back(span_of(p.a, r.k * 4));
         if (p.b) d.reads.push_back(span_of(p.b, r.k * 4));
     }
+    struct Copy {
+        const float* host = nullptr;
+        float* copy = nullptr;
+    };
+    /// Whether c is the copy of what now lies at `from`: its stage is the last that wrote there.
+    bool still(const Copy& c, const float* from, i64 n) const {
+        if (!from || c.host != from) return false;
+        for (size_t i = stages.size(); i-- > 0;)
+            if (meet({span_of(from, n * 4)}, stages[i].writes)) return meet({span_of(c.copy, n * 4)}, stages[i].writes);
+        return false;
+    }
     /// Reads the copy of a residual or of a product's result instead, where there is one. Hosts add them in either order.
     bool take_copy(const float*& from, i64 k) {
         if (!from) return false;
-        const float* copy = last_sum_.host == from ? last_sum_.copy : copy_of_output(from, k, next_added_, kAdded0, 2);
+        const float* copy = still(last_sum_, from, k) ? last_sum_.copy : copy_of_output(from, k, next_added_, kAdded0, 2);
         if (copy) from = copy;
         return copy != nullptr;
     }
-    /// A copy of what the last product or all_reduce wrote to y, made by its stage in one of n_vectors by turns; null when some other stage
-    /// wrote it.
-    float* copy_of_output(const float* y, i64 n, int& turn, int vectors, int n_vectors) {
+    /// A copy of what the last product or all_reduce before stage `end` wrote to y, made by its stage in one of n_vectors by turns; null when
+    /// some other stage wrote it.
+    float* copy_of_output(const float* y, i64 n, int& turn, int vectors, int n_vectors, size_t end = SIZE_MAX) {
         const Span wanted = span_of(y, n * 4);
         float* copy = memory_->vectors[vectors + turn];
-        for (size_t i = stages.size(); i-- > 0;) {
+        for (size_t i = std::min(end, stages.size()); i-- > 0;) {
             Draft& d = stages[i];
             if (!meet({wanted}, d.writes)) continue;
             bool made = false;
@@ -392,18 +632,45 @@ class RankRun {
         const SetRowsArgs& v = r.store[1];
         if (!is_packed(v.x, d * k_heads) || !cache(r.store[0], a.k, own.k_cache) || !cache(v, a.v, own.v_cache)) return false;
         own.q = reinterpret_cast<const float*>(q.x.data), own.k = reinterpret_cast<const float*>(k.x.data), own.v = reinterpret_cast<const float*>(v.x.data);
+        const std::optional<size_t> q_norm = head_norm(q), k_norm = head_norm(k);
+        if (q_norm && k_norm && d / 2 % 32 == 0) {
+            auto take = [&](size_t at, const float*& x, const float*& weight, float& eps, i64 heads_n) {
+                const FusedNormArgs n = stages[at].get<StreamNormRows>().norm;
+                x = reinterpret_cast<const float*>(n.a.data), weight = reinterpret_cast<const float*>(n.weight.data), eps = n.eps;
+                if (const float* copy = copy_of_output(x, d * heads_n, next_turned_, kTurned0, 3, at)) x = copy;
+            };
+            take(*q_norm, own.q, own.q_norm, own.q_eps, q_heads);
+            take(*k_norm, own.k, own.k_norm, own.k_eps, k_heads);
+        }
         own.q_y = reinterpret_cast<float*>(q.y.data), own.k_y = reinterpret_cast<float*>(k.y.data);
         if (const float* copy = copy_of_output(own.v, d * k_heads, next_turned_, kTurned0, 3)) own.v = copy;
-        const Draft& before = stages.back();
+        const Draft before = stages.back();
         const std::vector<Span> inputs = {span_of(own.q, d * q_heads * 4), span_of(own.k, d * k_heads * 4), span_of(own.v, d * k_heads * 4)};
         if (meet(inputs, before.writes)) return false;
         own.table = ropes.table[0];
         own.n_dims = q.n_dims, own.n_offs = q.n_offs, own.neox = q.neox;
         own.half_inverse = static_cast<u32>(((i64{1} << 32) + d / 2 - 1) / (d / 2));
-        out.reads.insert(out.reads.end(), before.reads.begin(), before.reads.end());
+        if (own.q_norm) {
+            stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(std::max(*q_norm, *k_norm)));
+            stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(std::min(*q_norm, *k_norm)));
+        }
+        for (const Span& read : before.reads)  // what the norms would have left is nowhere
+            if (!own.q_norm || !meet({read}, {span_of(q.x), span_of(k.x)})) out.reads.push_back(read);
         out.reads.insert(out.reads.end(), inputs.begin(), inputs.end());
         out.writes = before.writes;
         return true;
+    }
+    /// The stage that norms what this rope turns, where an attention can do that with its own heads: its result lies where the rope's will.
+    std::optional<size_t> head_norm(const RopeArgs& rope) const {
+        for (size_t i = stages.size(); i-- > 0 && stages.size() - i <= 4;) {
+            if (stages[i].kind != kStreamNormRows) continue;
+            const FusedNormArgs n = stages[i].get<StreamNormRows>().norm;
+            const i64 elems = rope.x.ne[0] * rope.x.ne[1];
+            if (n.y.data != rope.x.data) continue;
+            if (rope.y.data != rope.x.data || n.has_b || !n.has_weight || !is_packed(n.a, elems) || !is_packed(n.y, elems) || n.a.ne[0] != rope.x.ne[0]) break;
+            return i;
+        }
+        return std::nullopt;
     }
     bool add_combine(FlashCombineArgs c) {
         if (stages.empty() || stages.back().kind != kStreamFlash || c.y.ne[2] * c.y.ne[3] != 1 || c.y.nb[0] != 4) return false;
@@ -567,15 +834,13 @@ class RankRun {
         return false;
     }
 
-    struct Copy {
-        const float* host = nullptr;
-        float* copy = nullptr;
-    };
     const StreamMemory::Rank* memory_;
     int n_ranks_;
     std::map<const char*, Recipe> recipes_;  // by the scratch that they would be written to
     const char* kept_ = nullptr;             // whose int8 the shared memory holds
-    Copy last_sum_;
+    Copy last_sum_, last_norm_, last_logits_;
+    StreamRoute route_{};  // of the last router, which chose by ids_ with weights_
+    const char *ids_ = nullptr, *weights_ = nullptr;
     int next_sum_ = 0, next_added_ = 0, next_turned_ = 0;
     std::map<std::string, float*> tables_;
 };
@@ -626,7 +891,9 @@ Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMe
             // The same stages on every rank: they count arrivals alike.
             for (int r = 1; ok && r < n; ++r) {
                 const auto &a = run.ranks[0].stages, &b = run.ranks[static_cast<size_t>(r)].stages;
-                ok = a.size() == b.size() && (a.empty() || a.back().kind == b.back().kind);
+                ok = a.size() == b.size() &&
+                     std::equal(a.end() - std::min<std::ptrdiff_t>(4, a.end() - a.begin()), a.end(), b.end() - std::min<std::ptrdiff_t>(4, b.end() - b.begin()),
+                                [](const Draft& x, const Draft& y) { return x.kind == y.kind; });  // a step changes no more than that
             }
         }
         if (!ok) return make_run(steps, begin, memory, i);
@@ -634,6 +901,11 @@ Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMe
         const bool reduces = step.kind == ProgramStep::kAllReduce;
         run.n_pushes += reduces;
         if (run.stages.size() == now && now && step.label != run.stages.back().label) run.stages.back().label += ", " + step.label;
+        while (run.stages.size() > now && run.stages.size() > 1) {  // a stage has taken those before it into itself
+            const std::string label = run.stages.back().label;
+            run.stages.pop_back();
+            run.stages.back().label += ", " + label;
+        }
         while (run.stages.size() < now) run.stages.push_back({step.label, false});
         if (reduces) run.stages.back().reduces = true;
         run.end = i + 1;
@@ -701,8 +973,8 @@ std::vector<bool> waits_of(const Run& run) {
     return waits;
 }
 
-constexpr const char* kKindNames[] = {"product",        "reduce",   "copy",     "norm rows", "binary", "turns",
-                                      "rope and store", "set_rows", "get_rows", "attention", "combine"};
+constexpr const char* kKindNames[] = {"product",        "reduce",   "copy",     "norm rows", "binary",  "turns",
+                                      "rope and store", "set_rows", "get_rows", "attention", "combine", "floats"};
 
 }  // namespace
 
