@@ -466,7 +466,7 @@ struct StreamProduct {
     // (The warp that streams weights reads no further.)
     u64* inbox[16];  // where this rank's sums go on every rank instead of to y: the all_reduce behind this product
     i32 glu_k, glu_begin;
-    i32 lanes, pad;  // kExpertsSum: lanes that share a row of a slot
+    i32 lanes, y_stride;  // lanes that share a row of a slot (kExpertsSum); from slot to slot of y and glu_y
 };
 constexpr i32 kStreamMostExperts = 512;
 // A router's choice, for one token: of the logits (plus logits_bias) a soft max or sigmoids, of which (plus selection_bias) the n_used largest
@@ -487,7 +487,7 @@ struct StreamRoute {
 // the stage's part[0].y.
 struct StreamSums {
     float *y, *products;
-    i64 y_stride, products_stride;  // elements from slot to slot
+    i64 products_stride;  // elements from slot to slot
     float* sum[kVecSlots - 2];
 };
 struct StreamExperts {
@@ -561,7 +561,7 @@ struct StreamOwnToken {
 struct StreamFlash {
     FlashSplitArgs args;
     StreamOwnToken own;
-    View y;  // where one piece is all cells (args.n_splits = 1): F32 [d, n_head], and no combination follows
+    View y;  // where one piece is all cells (args.n_splits = 1): F32 [d, n_head], and no combination follows; else no data
     i32 n_units, pad;
 };
 enum StreamKind : i32 {

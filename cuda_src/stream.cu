@@ -330,7 +330,7 @@ TP_DEVICE float store_slots(const StreamExperts& experts, float* out, i64 row) {
         const float v = out[i], product = v * s.weights[slot];
         out[i] = product;
         if (at >= n) continue;
-        if (sums.y) sums.y[slot * sums.y_stride + at] = v;
+        if (sums.y) sums.y[slot * (i64)p.y_stride + at] = v;
         if (sums.products) sums.products[slot * sums.products_stride + at] = product;
     }
     __syncwarp();
@@ -369,7 +369,7 @@ TP_OUTLINE void store_results(const StreamArgs& args) {
                 const float up = __shfl_sync(0xffffffffu, v, lane + half < 32 ? lane + half : lane);
                 float* const copy = p.glu_copy ? p.glu_copy + (i64)slot * p.glu_k : nullptr;
                 if (lane < half && at < p.part[0].n) {
-                    const i64 to = slot * p.part[0].n + at;
+                    const i64 to = slot * (i64)p.y_stride + at;
                     const float y = activated(p.glu - 1, v) * up;
                     p.part[0].y[to] = v;
                     p.part[1].y[to] = up;

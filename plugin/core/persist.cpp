@@ -153,12 +153,12 @@ class RankRun {
             if (d.kind != kStreamProduct) continue;
             StreamProduct p = d.get<StreamProduct>();
             std::vector<Span> results;
-            const i64 slots = p.role == kExpertsEach ? p.slots : 1;
+            const i64 before = p.role == kExpertsEach ? (p.slots - 1) * p.y_stride : 0;  // of other slots
             for (int i = 0; i < p.n_parts; ++i) {
-                results.push_back(span_of(p.part[i].y, p.part[i].n * slots * 4));
+                results.push_back(span_of(p.part[i].y, (before + p.part[i].n) * 4));
                 if (p.part[i].raw) results.push_back(span_of(p.part[i].raw, p.part[i].n * 4));
             }
-            if (p.glu) results.push_back(span_of(p.glu_y, p.part[0].n * slots * 4));
+            if (p.glu) results.push_back(span_of(p.glu_y, (before + p.part[0].n) * 4));
             for (float** written : {&p.sum, &p.norm})
                 if (*written && meet({span_of(*written, static_cast<i64>(p.k) * 4)}, results)) *written = nullptr;
             d.set(p);
@@ -379,16 +379,17 @@ class RankRun {
         StreamExperts e{};
         StreamProduct& p = e.product;
         p.n_parts = m.n_parts, p.type = m.part[0].w.type, p.k = static_cast<i32>(m.k), p.slots = static_cast<i32>(slots);
-        p.role = sums ? kExpertsSum : kExpertsEach;
+        p.role = sums ? kExpertsSum : kExpertsEach, p.y_stride = static_cast<i32>(m.part[0].y.nb[1] / 4);
         for (int i = 0; i < m.n_parts; ++i) {
             const MulVecPart& part = m.part[i];
-            if (part.y.nb[0] != 4 || part.y.type != kF32 || (!sums && !is_packed(part.y, part.w.n * slots)) || !in_rows(part.w)) return false;
+            if (!in_rows(part.w) || !is_slots(part.y, part.w.n, slots) || (!sums && part.y.nb[1] != m.part[0].y.nb[1])) return false;
             for (int f = 0; f < 4; ++f) p.part[i].plane[f] = part.w.plane[f];
             p.part[i].y = reinterpret_cast<float*>(part.y.data);
             p.part[i].n = part.w.n;
         }
         Draft d = Draft::of(kStreamProduct, e);
-        if (!sums) {  // what it writes is said when the GLU has come
+        for (int i = 0; i < m.n_parts; ++i) d.writes.push_back(span_of(m.part[i].y));
+        if (!sums) {
             e.route = route_;
             for (const RouteResult& result : results_of(e.route)) {
                 if (*result.at) d.writes.push_back(result.span());
@@ -399,8 +400,7 @@ class RankRun {
             if (pending || m.weights.data != weights_ || m.n_sums != slots - 1 || !stream_fit(p)) return false;
             const View &y = m.part[0].y, &products = m.products;
             e.sums.products = reinterpret_cast<float*>(products.data), e.sums.products_stride = products.nb[1] / 4;
-            if (y.data != products.data) e.sums.y = p.part[0].y, e.sums.y_stride = y.nb[1] / 4;
-            d.writes.push_back(span_of(y));
+            if (y.data != products.data) e.sums.y = p.part[0].y;
             d.writes.push_back(span_of(products));
             p.part[0].y = e.sums.products;
             for (int i = 0; i < m.n_sums; ++i) {
@@ -419,6 +419,10 @@ class RankRun {
         pending = !sums;
         return true;
     }
+    /// A row for each slot, at multiples of nb[1].
+    static bool is_slots(const View& v, i64 n, i64 slots) {
+        return v.type == kF32 && v.nb[0] == 4 && v.ne[0] == n && v.ne[1] == slots && v.ne[2] * v.ne[3] == 1 && v.nb[1] % 4 == 0 && v.nb[1] >= n * 4;
+    }
     /// Experts' matrices lie one behind the other.
     static bool in_rows(const Matrix& w) {
         const WeightFormat* format = find_weight_format(w.type);
@@ -436,7 +440,7 @@ class RankRun {
         const i64 n = g.glu.y.ne[0], slots = p.role == kExpertsEach ? p.slots : 1;
         if (p.n_parts != 2 || p.glu || p.part[0].n != n || p.part[1].n != n || !g.xq) return false;
         if (!p.role && (g.k_begin != 0 || g.k != n || !is_vector(g.glu.y, n))) return false;
-        if (p.role && (!is_packed(g.glu.y, n * slots) || g.k * slots > kStreamMostK)) return false;
+        if (p.role && (!is_slots(g.glu.y, n, slots) || g.glu.y.nb[1] != p.y_stride * i64{4} || g.k * slots > kStreamMostK)) return false;
         if (g.glu.a.data != reinterpret_cast<char*>(p.part[0].y) || g.glu.b.data != reinterpret_cast<char*>(p.part[1].y)) {
             if (g.glu.b.data != reinterpret_cast<char*>(p.part[0].y) || g.glu.a.data != reinterpret_cast<char*>(p.part[1].y)) return false;
             std::swap(p.part[0], p.part[1]);
@@ -448,13 +452,12 @@ class RankRun {
         Draft& d = stages.back();
         if (p.role) {  // the host may have given the sums behind the next product this memory
             p.glu_copy = memory_->vectors[kGlu], p.glu_k = static_cast<i32>(g.k), p.glu_begin = static_cast<i32>(g.k_begin);
-            for (int i = 0; i < 2; ++i) d.writes.push_back(span_of(p.part[i].y, n * slots * 4));
             d.writes.push_back(span_of(p.glu_copy, g.k * slots * 4));
             pending = false;
         }
         Recipe r;
         r.input = kInputPlain, r.a = p.glu_copy ? p.glu_copy : p.glu_y, r.k = g.k * slots;
-        const Span y = span_of(p.glu_y, n * slots * 4);
+        const Span y = span_of(g.glu.y);
         if (!bind(g.xq, r) || meet({y}, d.reads)) return false;
         d.set(p);
         d.writes.push_back(y);
