@@ -98,7 +98,7 @@ TP_DEVICE const StreamExperts& fetch_product(const StreamStage& stage, char* to,
 template <int kPer>
 TP_OUTLINE void route(int n_writers) {
     Shared& s = shared_of();
-    const StreamRoute& r = ((const StreamExperts*)s.streamed)->route;
+    const StreamRoute r = ((const StreamExperts*)s.streamed)->route;  // in registers
     const int lane = threadIdx.x % 32, n = r.n_expert;
     const bool writes = (int)blockIdx.x == n_writers - 1;  // that block has the fewest tiles
     float gated[kPer];
@@ -204,28 +204,38 @@ TP_OUTLINE void route(int n_writers) {
     __syncwarp();
 }
 
-// ---- the warp that streams weights. What does not change from tile to tile is in registers, not read from the product for each copy again
-// (docs/decisions.md).
+// ---- the warp that streams weights. A lane has a copy of each tile (two where slots times planes are more than lanes): one thread took 280 cycles
+// for each of a tile's copies, 6,700 for those of eight experts.
+struct Copy {
+    const char* from = nullptr;
+    u32 bytes = 0, to = 0;  // of a row; within the ring
+    TP_MEMBER void issue(const Shared& s, char* ring, int slot, i64 row, u32 rows, u64 once) const {
+        if (bytes) tp_bulk_load_once(ring + to + slot * kStreamSlotBytes, from + row * bytes, rows * bytes, (TpBarrier*)&s.full[slot], once);
+    }
+};
 TP_OUTLINE void stream_weights(const StreamArgs& args) {
     Shared& s = shared_of();
     char* ring = ring_of();
-    constexpr int kCopies = 8;  // of a tile: four planes, two halves
+    const int lane = threadIdx.x % 32;
     Turn<kStreamSlots> slot, ahead;
     Turn<1> routed;
     const u64 once = tp_read_once();
     int issued = 0, landed = 0;
     // Room for the next tile of product i, and its bytes announced.
     auto begin_tile = [&](int i, u32 bytes) {
-        while (issued - landed >= kInFlight) {
-            tp_barrier_wait(&s.full[ahead.at], ahead.parity);
-            ahead.next();
-            ++landed;
-            const u64 begin = tp_cycles();
-            while (i > (int)tp_peek(&s.stage_now) && tp_cycles() - begin < kEarlyPause) tp_spin();
+        if (lane == 0) {
+            while (issued - landed >= kInFlight) {
+                tp_barrier_wait(&s.full[ahead.at], ahead.parity);
+                ahead.next();
+                ++landed;
+                const u64 begin = tp_cycles();
+                while (i > (int)tp_peek(&s.stage_now) && tp_cycles() - begin < kEarlyPause) tp_spin();
+            }
+            ++issued;
+            tp_barrier_wait(&s.empty[slot.at], slot.parity ^ 1);
+            tp_barrier_expect(&s.full[slot.at], bytes);
         }
-        ++issued;
-        tp_barrier_wait(&s.empty[slot.at], slot.parity ^ 1);
-        tp_barrier_expect(&s.full[slot.at], bytes);
+        __syncwarp();
     };
     for (int i = args.first_product, next; i < args.n_stages; i = next) {
         const StreamExperts& experts = fetch_product(args.stages[i], s.streamed, next);
@@ -238,63 +248,42 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
             else if (n_expert <= 256) route<8>(n_writers);
             else route<kStreamMostExperts / 32>(n_writers);
         }
-        if (threadIdx.x % 32 != 0) continue;
-        const int pieces = p.glu ? 2 : 1, step = p.rows / pieces, n_copies = p.n_planes * pieces, n_parts = p.glu ? 1 : p.n_parts;
-        u32 bytes[kCopies], all_bytes = 0;  // of a row
-        const char* from[kCopies];
-        char* to[kCopies];
-#pragma unroll
-        for (int c = 0; c < kCopies; ++c) {
-            const int plane = p.glu ? c / 2 : c, half = p.glu ? c % 2 : 0;
-            bytes[c] = c < n_copies ? (u32)p.row_bytes[plane % 4] : 0;
-            to[c] = ring + (c < n_copies ? p.slot_offset[plane % 4] : 0) + half * step * (int)bytes[c];
-            all_bytes += bytes[c];
-        }
+        const int pieces = p.glu ? 2 : 1, step = p.rows / pieces, n_planes = p.n_planes, n_tiles = p.n_tiles;
+        u32 row_bytes = 0;  // of all copies
+        for (int f = 0; f < n_planes; ++f) row_bytes += (u32)p.row_bytes[f];
         if (p.role == kExpertsSum) {
             const int n = (int)p.part[0].n, slots = p.slots;
-            for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
+            Copy copies[2];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int j = (lane + 32 * c) / n_planes, f = lane + 32 * c - j * n_planes;
+                if (j >= slots) continue;
+                copies[c].bytes = (u32)p.row_bytes[f];
+                copies[c].from = p.part[0].plane[f] + (i64)s.experts[j] * n * copies[c].bytes;
+                copies[c].to = (u32)(p.slot_offset[f] + j * step * p.row_bytes[f]);
+            }
+            for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
                 const int row = tile * step, rows = n - row < step ? n - row : step;
-                begin_tile(i, (u32)(rows * slots) * all_bytes);
-                for (int j = 0; j < slots; ++j) {
-                    const i64 from_row = (i64)s.experts[j] * n + row;
+                begin_tile(i, (u32)(rows * slots) * row_bytes);
 #pragma unroll
-                    for (int c = 0; c < kCopies / 2; ++c)
-                        if (c < n_copies)
-                            tp_bulk_load_once(to[c] + slot.at * kStreamSlotBytes + j * step * (int)bytes[c], p.part[0].plane[c] + from_row * bytes[c],
-                                              (u32)rows * bytes[c], &s.full[slot.at], once);
-                }
+                for (int c = 0; c < 2; ++c) copies[c].issue(s, ring, slot.at, row, (u32)rows, once);
                 slot.next();
             }
             continue;
         }
-        if (p.role == kExpertsEach) {
-            const int n = (int)p.part[0].n, tiles = (n + step - 1) / step;
-#pragma unroll
-            for (int c = 0; c < kCopies; ++c) from[c] = p.part[c % 2].plane[c / 2 % 4];
-            for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
-                const int j = tile / tiles, row = (tile - j * tiles) * step, rows = n - row < step ? n - row : step;
-                const i64 from_row = (i64)s.experts[j] * n + row;
-                begin_tile(i, (u32)rows * all_bytes);
-#pragma unroll
-                for (int c = 0; c < kCopies; ++c)
-                    if (c < n_copies)
-                        tp_bulk_load_once(to[c] + slot.at * kStreamSlotBytes, from[c] + from_row * bytes[c], (u32)rows * bytes[c], &s.full[slot.at], once);
-                slot.next();
-            }
-            continue;
-        }
+        const int f = lane / pieces, half = lane - f * pieces, n_parts = p.glu ? 1 : p.n_parts;
+        Copy copy;
+        if (f < n_planes) copy.bytes = (u32)p.row_bytes[f], copy.to = (u32)(p.slot_offset[f] + half * step * p.row_bytes[f]);
+        row_bytes *= (u32)pieces;
         int tile = blockIdx.x;
         for (int part = 0; part < n_parts; ++part) {
-            const int n = (int)p.part[part].n, tiles = (n + step - 1) / step;
-#pragma unroll
-            for (int c = 0; c < kCopies; ++c) from[c] = p.part[p.glu ? c % 2 : part].plane[(p.glu ? c / 2 : c) % 4];
+            const int n = (int)p.part[part].n, tiles_each = (n + step - 1) / step, tiles = p.role == kExpertsEach ? n_tiles : tiles_each;
+            copy.from = p.part[p.glu ? half : part].plane[f % 4];
             for (; tile < tiles; tile += gridDim.x) {
-                const int row = tile * step, rows = n - row < step ? n - row : step;
-                begin_tile(i, (u32)rows * all_bytes);
-#pragma unroll
-                for (int c = 0; c < kCopies; ++c)
-                    if (c < n_copies)
-                        tp_bulk_load_once(to[c] + slot.at * kStreamSlotBytes, from[c] + (i64)row * bytes[c], (u32)rows * bytes[c], &s.full[slot.at], once);
+                const int j = tiles > tiles_each ? tile / tiles_each : 0, row = (tile - j * tiles_each) * step, rows = n - row < step ? n - row : step;
+                const i64 from_row = p.role == kExpertsEach ? (i64)s.experts[j] * n + row : row;
+                begin_tile(i, (u32)rows * row_bytes);
+                copy.issue(s, ring, slot.at, from_row, (u32)rows, once);
                 slot.next();
             }
             tile -= tiles;
