@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
@@ -51,11 +52,16 @@ class Worker:
         theirs.close()  # so that the pipe ends when the process does
 
     def run(self, job: Callable[..., Any], arguments: dict[str, Any], deadline: float) -> Any:
+        end = time.monotonic() + deadline
         try:
             self._connection.send((job, arguments))
-            if not self._connection.poll(deadline):
-                self._process.kill()
-                raise WorkerError(f"{self._name}: no end of {job.__name__} within {deadline:.0f} s, killed")
+            # A debugger that a host's assertion starts has both ends that say that a process is gone: it is asked for.
+            while not self._connection.poll(0.5):
+                if time.monotonic() > end:
+                    self._process.kill()
+                    raise WorkerError(f"{self._name}: no end of {job.__name__} within {deadline:.0f} s, killed")
+                if not self._process.is_alive() and not self._connection.poll():
+                    raise EOFError
             done, result = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(CLOSE_S)

@@ -16,6 +16,14 @@ def _pid() -> int:
     return os.getpid()
 
 
+def _abort_under_a_debugger() -> None:
+    """As ggml does: the child inherits the pipe and outlives the worker."""
+    if os.fork() == 0:
+        time.sleep(20)
+        os._exit(0)
+    os.abort()
+
+
 def _fail() -> None:
     raise ValueError("said by the job")
 
@@ -33,10 +41,13 @@ def some() -> Workers:
     return Workers()
 
 
-def test_a_job_that_aborts_is_said_and_the_next_one_runs(some):
+@pytest.mark.parametrize("job", [os.abort, _abort_under_a_debugger])
+def test_a_job_that_aborts_is_said_and_the_next_one_runs(some, job):
     first = some.run(_pid, {})
-    with pytest.raises(WorkerError, match="died in abort, exit code -6"):
-        some.run(os.abort, {})
+    since = time.monotonic()
+    with pytest.raises(WorkerError, match=f"died in {job.__name__}, exit code -6"):
+        some.run(job, {})
+    assert time.monotonic() - since < 15
     assert some.run(_pid, {}) not in (first, os.getpid())
     some.close()
 
