@@ -172,23 +172,22 @@ def run_cases(program: Path, wanted: list[Case], environment: dict[str, str], de
                 timer.start()
                 return timer
 
-            timer, since, said = watch(), time.monotonic(), ""
+            timer, since = watch(), time.monotonic()
             answered: dict[Case, Answer] = {}
             assert process.stdout
             for line in process.stdout:
                 match = ANSWER.match(COLOURS.sub("", line))
                 if not match or Case(match[2], match[3]) not in left:
-                    said += line.strip()  # the line breaks between why and which
                     continue
                 timer.cancel()
                 timer, now = watch(), time.monotonic()
                 case = Case(match[2], match[3])
                 outcome = "ok" if match[4] == "OK" else "refused" if match[4].startswith("not supported") else "failed"
-                answer = Answer(case, outcome, (said + match[1]).strip() or match[4], now - since)
+                answer = Answer(case, outcome, match[1].strip() or match[4], now - since)
                 # The program has a few cases twice: the worse answer counts.
                 if case not in answered or outcome == "failed":
                     answered[case] = answer
-                since, said = now, ""
+                since = now
             status = process.wait()
             timer.cancel()
             errors.seek(0)

@@ -49,6 +49,7 @@ def test_nothing_that_the_peer_takes_is_refused(program):
 
 
 def run(program: Path, ranks: int, arch: str, n: int | None) -> int:
+    """How many cases are right; none may be wrong, and what is chosen is what can be compared."""
     settings = environment(ranks, arch)
     wanted = op_support.cases(program, settings)
     if n:
@@ -56,14 +57,14 @@ def run(program: Path, ranks: int, arch: str, n: int | None) -> int:
     answers = op_support.test(program, wanted, settings, processes=os.cpu_count() or 1, deadline=240)
     assert [(str(answer.case), answer.says) for answer in answers if answer.outcome == "failed"] == []
     rows = op_support.outcomes(answers)
-    assert {op for op, row in rows.items() if row["ok"] == 0} <= NOT_WHOLE
+    assert {op for op, row in rows.items() if row["refused"]} == NOT_WHOLE
     return sum(row["ok"] for row in rows.values())
 
 
 @pytest.mark.upstream
 @pytest.mark.parametrize(("arch", "ranks"), [("sm_90", 2), ("sm_60", 3)])
 def test_a_few_cases_of_every_op(program, arch, ranks):
-    assert run(program, ranks, arch, 4) >= 450
+    assert run(program, ranks, arch, 4) >= 420
 
 
 @pytest.mark.full
