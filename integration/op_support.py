@@ -154,50 +154,57 @@ def read_peer(path: Path) -> list[tuple[Case, bool]]:
 # ---- running cases
 
 
+def run_once(program: Path, wanted: list[Case], environment: dict[str, str], deadline: float, heard: Callable[[Answer], None]) -> tuple[set[Case], str]:
+    """One process: which cases it answered, and what went wrong with itself."""
+    command = [str(program), "test", "-b", DEVICE, "-o", ",".join(map(str, wanted))]
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=environment)
+        answered, failures = set(), 0
+        since = time.monotonic()
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.2):
+                if time.monotonic() - since > deadline:
+                    process.kill()
+                    return
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        assert process.stdout
+        for line in process.stdout:
+            match = ANSWER.match(COLOURS.sub("", line))
+            if match and (case := Case(match[2], match[3])) in wanted:
+                outcome = "ok" if match[4] == "OK" else "refused" if match[4].startswith("not supported") else "failed"
+                now = time.monotonic()
+                heard(Answer(case, outcome, match[1].strip() or match[4], now - since))
+                answered.add(case)
+                failures += outcome == "failed"
+                since = now
+        status = process.wait()
+        late = not watcher.is_alive()
+        over.set()
+        watcher.join()
+        errors.seek(0)
+        last = ([line.strip() for line in errors if line.strip()] or ["nothing on stderr"])[-1]
+    if late:
+        return answered, f"no answer within {deadline:.0f} s"
+    # 1 is its answer to cases that failed.
+    return answered, "" if status == 0 or (status == 1 and failures) else f"the program ended with status {status}: {last}"
+
+
 def run_cases(program: Path, wanted: list[Case], environment: dict[str, str], deadline: float, heard: Callable[[Answer], None]) -> None:
     """Each case gets an answer. One that ends the process, or says nothing for `deadline` seconds, has failed; the others go on in another one."""
-    left = list(wanted)
+    left = wanted
     while left:
-        with tempfile.TemporaryFile("w+") as errors:
-            command = [str(program), "test", "-b", DEVICE, "-o", ",".join(map(str, left))]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=environment)
-            late = threading.Event()
-
-            def end(process: subprocess.Popen[str] = process, late: threading.Event = late) -> None:
-                late.set()
-                process.kill()
-
-            def watch(end: Callable[[], None] = end) -> threading.Timer:
-                timer = threading.Timer(deadline, end)
-                timer.start()
-                return timer
-
-            timer, since = watch(), time.monotonic()
-            answered: dict[Case, Answer] = {}
-            assert process.stdout
-            for line in process.stdout:
-                match = ANSWER.match(COLOURS.sub("", line))
-                if not match or Case(match[2], match[3]) not in left:
-                    continue
-                timer.cancel()
-                timer, now = watch(), time.monotonic()
-                case = Case(match[2], match[3])
-                outcome = "ok" if match[4] == "OK" else "refused" if match[4].startswith("not supported") else "failed"
-                answer = Answer(case, outcome, match[1].strip() or match[4], now - since)
-                # The program has a few cases twice: the worse answer counts.
-                if case not in answered or outcome == "failed":
-                    answered[case] = answer
-                since = now
-            status = process.wait()
-            timer.cancel()
-            errors.seek(0)
-            last = ([line.strip() for line in errors if line.strip()] or ["nothing on stderr"])[-1]
-        for answer in answered.values():
-            heard(answer)
-        left = [case for case in left if case not in answered]
-        if left:
-            why = f"no answer within {deadline:.0f} s" if late.is_set() else f"the program ended with status {status}: {last}"
-            heard(Answer(left.pop(0), "failed", why, time.monotonic() - since))
+        since = time.monotonic()
+        answered, wrong = run_once(program, left, environment, deadline, heard)
+        rest = [case for case in left if case not in answered]
+        if wrong or rest:
+            # The program runs cases in its order, which is that of the list. Behind the last case it is the end that went wrong.
+            culprit = rest.pop(0) if rest else left[-1]
+            heard(Answer(culprit, "failed", wrong or "the program did not run it", time.monotonic() - since))
+        left = rest
 
 
 def size(case: Case) -> int:
@@ -234,24 +241,25 @@ def jobs_of(wanted: list[Case], processes: int) -> list[list[Case]]:
 
 
 def test(program: Path, wanted: list[Case], environment: dict[str, str], processes: int, deadline: float) -> list[Answer]:
-    answers: list[Answer] = []
+    answers: dict[Case, Answer] = {}
     lock, told = threading.Lock(), time.monotonic()
 
     def heard(answer: Answer) -> None:
         nonlocal told
         with lock:
-            answers.append(answer)
+            # The program has a few cases twice: the worse answer counts.
+            if answer.case not in answers or answer.outcome == "failed":
+                answers[answer.case] = answer
             if answer.outcome == "failed":
                 say(f"failed: {answer.case}: {answer.says}")
             if time.monotonic() - told > 10:
                 told = time.monotonic()
-                say(f"{len(answers)} of {len(wanted)} cases, {sum(a.outcome == 'failed' for a in answers)} failed, now at {answer.case.op}")
+                say(f"{len(answers)} of {len(wanted)} cases, {sum(a.outcome == 'failed' for a in answers.values())} failed, now at {answer.case.op}")
 
     with ThreadPoolExecutor(processes) as pool:
         for job in [pool.submit(run_cases, program, piece, environment, deadline, heard) for piece in jobs_of(wanted, processes)]:
             job.result()
-    place = {case: i for i, case in enumerate(wanted)}
-    return sorted(answers, key=lambda answer: place[answer.case])
+    return [answers[case] for case in wanted]
 
 
 # ---- the report

@@ -43,6 +43,9 @@ if mode == "test":
             print(f"[{{op}}] ERR = 0.5 > 0.1 ", end="")
         answer = "\\033[1;31mFAIL\\033[0m" if what == "wrong" else "not supported [TP0] " if what == "FUSED" else "\\033[1;32mOK\\033[0m"
         print(f"  {{case}}: {{answer}}", flush=True)
+    if os.environ.get("DO_END"):
+        print("said behind the last case", file=sys.stderr)
+        sys.exit(3)
 """
 
 
@@ -70,6 +73,12 @@ def test_every_case_gets_an_answer_whatever_the_program_does(program):
         "FUSED(ne=[3,2,1,1],type=f16)": "[FUSED] ERR = 0.5 > 0.1",
     }
     assert "op_support: failed: ADD(ne=[3,2,1,1],type=f16): " in done.stderr
+
+
+def test_an_end_that_goes_wrong_behind_the_last_case_is_a_failure(program):
+    done = tool("test", "--program", program, "--ops", "ADD", "--json", "--processes", "1", DO_END="wrong")
+    failed = json.loads(done.stdout)["failed"]
+    assert done.returncode == 1 and failed["ADD(ne=[900000,2,1,1],type=f16)"] == "the program ended with status 3: said behind the last case"
 
 
 def test_right_results_are_status_0_and_a_table(program):
