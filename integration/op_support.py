@@ -110,7 +110,7 @@ def cases(program: Path, environment: dict[str, str]) -> list[Case]:
 
 
 def parse_params(op: str, text: str) -> dict[str, str]:
-    out = {}
+    out: dict[str, str] = {}
     for part in re.split(r",(?![^\[]*\])", text):
         name, _, value = part.partition("=")
         out |= {new: value for new in RENAMED.get((op, name), (name,))}
@@ -276,9 +276,8 @@ def table(head: list[str], rows: dict[str, tuple[int, ...]]) -> str:
 
 
 def support_table(rows: dict[str, dict[str, Any]]) -> str:
-    numbers = {
-        op: (row["cases"], row["taken"], row["in_the_peers_table"], row["taken_by_the_peer"], len(row["missing"])) for op, row in rows.items()
-    }
+    columns = ("cases", "taken", "in_the_peers_table", "taken_by_the_peer")
+    numbers: dict[str, tuple[int, ...]] = {op: (*(row[column] for column in columns), len(row["missing"])) for op, row in rows.items()}
     return table(["op (each)", "cases", "taken here", "in the peer's table", "taken by the peer", "taken there, refused here"], numbers)
 
 
