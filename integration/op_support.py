@@ -213,15 +213,16 @@ def size(case: Case) -> int:
 
 
 def sample(all_cases: list[Case], n: int) -> list[Case]:
-    """Of each op n cases, evenly among its small ones in the program's order, first and last included. Emulated, a large one takes minutes:
-    experts of 128 x 768 x 2048, say, which have a small case beside them."""
+    """Of each op n cases, evenly among its smaller ones in the program's order, first and last included. Emulated, a large one takes minutes:
+    128 experts of 768 x 2048, say, beside which an op has a small case."""
     ops = defaultdict(list)
     for case in all_cases:
         ops[case.op].append(case)
     picked = set()
     for row in ops.values():
-        most = max(32 * min(map(size, row)), 1 << 18)
-        small = [case for case in row if size(case) < most]
+        sizes = sorted(map(size, row))
+        most = max(32 * sizes[0], 1 << 18, min(sizes[len(sizes) // 2], 1 << 27))
+        small = [case for case in row if size(case) <= most]
         picked |= {small[round(i * (len(small) - 1) / max(1, n - 1))] for i in range(n)}
     return [case for case in all_cases if case in picked]
 
