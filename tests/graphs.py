@@ -384,12 +384,14 @@ def _attention() -> None:
 
     def flash(g: Case, d: int = 64, n_kv: int = 96, n_tokens: int = 3, heads: int = 6, kv_heads: int = 2, max_bias: float = 0.0, softcap: float = 0.0,
               sinks: bool = False, mask: bool = True, type_: int = F16, streams: int = 1, type_v: int | None = None,
-              closed: tuple[int, int] = (0, 0)) -> Any:  # fmt: skip
-        """`closed`: cells that no token sees, beyond what is causal."""
+              closed: tuple[int, int] = (0, 0), slanted: bool = False) -> Any:  # fmt: skip
+        """`closed`: cells that no token sees, beyond what is causal; `slanted`: those that are seen have values, not 0."""
         q = g.leaf(F32, d, n_tokens, heads, streams)
         k, v = g.leaf(type_, d, n_kv, kv_heads, streams), g.leaf(type_ if type_v is None else type_v, d, n_kv, kv_heads, streams)
         values = np.broadcast_to(causal(n_kv, n_tokens), (streams, 1, n_tokens, n_kv)).copy()
         values[..., closed[0] : closed[1]] = -np.inf
+        if slanted:
+            values = values + g.rng.uniform(-2, 2, values.shape)
         m = g.leaf(F16, n_kv, n_tokens, 1, streams, values=values) if mask else g.null
         out = g.lib.ggml_flash_attn_ext(g.c, q, k, v, m, d**-0.5, max_bias, softcap)
         if sinks:
@@ -432,6 +434,8 @@ def _attention() -> None:
     case("flash_attn, odd number of cells")(lambda g: flash(g, n_kv=101))
     case("flash_attn, no mask")(lambda g: flash(g, mask=False))
     case("flash_attn, ALiBi")(lambda g: flash(g, max_bias=8.0))
+    case("flash_attn, a mask of any values")(lambda g: flash(g, slanted=True))
+    case("flash_attn, a mask of any values, 1 token")(lambda g: flash(g, slanted=True, n_tokens=1, n_kv=512))
     case("flash_attn, softcap")(lambda g: flash(g, softcap=20.0))
     case("flash_attn, sinks")(lambda g: flash(g, sinks=True))
     case("flash_attn, sinks, 1 token")(lambda g: flash(g, sinks=True, n_tokens=1, n_kv=512))
