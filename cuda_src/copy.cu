@@ -1,6 +1,6 @@
 // CPY, CONT, DUP: element i of x, counted in x's order, becomes element i of y, counted in y's order; types are converted.
 #include "index.h"
-#include "quantize_block.h"
+#include "quantize_search.h"
 
 TP_KERNEL(copy, CopyArgs, 256) {
     using namespace ggml_tp;
@@ -34,9 +34,11 @@ TP_KERNEL(copy_from_blocks, CopyBlocksArgs, 256) {
     }
 }
 
-// y.ne[0] counts blocks. One thread a block.
-TP_KERNEL(copy_to_blocks, CopyArgs, 256) {
-    using namespace ggml_tp;
+namespace ggml_tp {
+
+/// y.ne[0] counts blocks. One thread a block.
+template <class Put>
+TP_DEVICE void copy_to_blocks_by(const CopyArgs& args, Put put) {
     const i64 elems = tp_elems(args.x) / tp_elems(args.y);
     TP_FOR_EACH(i, tp_elems(args.y)) {
         const Index4 first = tp_index(args.x.ne, i * elems);
@@ -45,6 +47,18 @@ TP_KERNEL(copy_to_blocks, CopyArgs, 256) {
         auto value = [&](int e) {
             return tp_load(args.x.type, one_row ? from + e * args.x.nb[0] : (const char*)tp_at(args.x, tp_index(args.x.ne, i * elems + e)));
         };
-        tp_quantize_block(args.y.type, value, tp_at(args.y, tp_index(args.y.ne, i)));
+        put(value, tp_at(args.y, tp_index(args.y.ne, i)));
     }
+}
+
+}  // namespace ggml_tp
+
+TP_KERNEL(copy_to_blocks, CopyArgs, 256) {
+    using namespace ggml_tp;
+    copy_to_blocks_by(args, [&](auto x, char* out) { tp_quantize_block(args.y.type, x, out); });
+}
+// A kernel of its own: its arrays would be in the way of the others.
+TP_KERNEL(copy_to_search, CopyArgs, 256) {
+    using namespace ggml_tp;
+    copy_to_blocks_by(args, [&](auto x, char* out) { tp_search_block(args.y.type, x, out); });
 }

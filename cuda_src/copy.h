@@ -38,8 +38,9 @@ inline Launch copy_from_blocks_launch(const CopyBlocksArgs& a, Arch arch) {
 }
 /// y counts blocks.
 inline Launch copy_to_blocks_launch(const CopyArgs& a, Arch arch) {
-    if (!is_plain_type(a.x.type) || !can_quantize_block(a.y.type)) return {};
-    return per_element_launch("copy_to_blocks", a.y, arch);
+    if (!is_plain_type(a.x.type)) return {};
+    if (can_search_block(a.y.type)) return per_element_launch("copy_to_search", a.y, arch);
+    return can_quantize_block(a.y.type) ? per_element_launch("copy_to_blocks", a.y, arch) : Launch{};
 }
 
 }  // namespace ggml_tp

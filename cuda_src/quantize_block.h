@@ -18,7 +18,7 @@ TP_DEVICE int tp_nearest_iq4(float v) {
     if (v >= (float)kIq4Values[15]) return 15;
     int above = 1;
     while (v >= (float)kIq4Values[above]) ++above;
-    return 2.0f * v < (float)(kIq4Values[above - 1] + kIq4Values[above]) ? above - 1 : above;
+    return v - (float)kIq4Values[above - 1] < (float)kIq4Values[above] - v ? above - 1 : above;
 }
 /// The nearest 4-bit float times d (which is half of the scale), the first of equals.
 TP_DEVICE int tp_nearest_fp4(float v, float d) {

@@ -13,6 +13,7 @@ inline Launch get_rows_launch(const GetRowsArgs& a, Arch arch) {
 }
 inline Launch set_rows_launch(const SetRowsArgs& a, Arch arch) {
     if (!is_float_type(a.x.type) || (a.idx.type != kI32 && a.idx.type != kI64) || a.idx.ne[1] == 0 || a.idx.ne[2] == 0) return {};
+    if (a.block_elems > 1 && can_search_block(a.y.type)) return per_element_launch("set_rows_search", a.x, arch);
     if (a.block_elems > 1) return can_quantize_block(a.y.type) ? per_element_launch("set_rows_blocks", a.x, arch) : Launch{};
     return is_float_type(a.y.type) ? per_element_launch("set_rows", a.x, arch) : Launch{};
 }

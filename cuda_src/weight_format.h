@@ -55,8 +55,9 @@ constexpr const WeightFormat* find_weight_format(i32 type) {
     return nullptr;
 }
 
-/// Whether quantize_block.h can write the type. Not those whose encoders search (k-quants, IQ4_XS: which of two candidates is better hangs
-/// on the last bit) or need an importance matrix (IQ1 to IQ3).
+/// Whether quantize_search.h writes the type: its encoder searches.
+constexpr bool can_search_block(i32 type) { return type == kQ2_K || type == kQ3_K || type == kQ4_K || type == kQ5_K || type == kQ6_K || type == kIQ4_XS; }
+/// Whether quantize_block.h writes the type. Neither file has those that need an importance matrix (IQ1 to IQ3), which hosts do not write either.
 constexpr bool can_quantize_block(i32 type) {
     return type == kQ4_0 || type == kQ4_1 || type == kQ5_0 || type == kQ5_1 || type == kQ8_0 || type == kIQ4_NL || type == kMXFP4 || type == kNVFP4 ||
            type == kQ1_0 || type == kQ2_0 || type == kTQ1_0 || type == kTQ2_0;

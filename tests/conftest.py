@@ -1,12 +1,14 @@
-"""Workers: a process per environment, kept for the session, each job with a deadline."""
+"""Workers: a process per environment, kept for the session, each job and each end with a deadline."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import multiprocessing
 import os
+import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +16,89 @@ import jobs
 import pytest
 
 DEADLINE_S = 240
+CLOSE_S = 60  # sanitized processes end slowly
 
 
-def _start(environment: dict[str, str]) -> None:
+def _serve(connection: Connection, environment: dict[str, str]) -> None:
+    """In the worker: jobs one after the other, until pytest closes the pipe or is gone."""
     for name in [name for name in os.environ if name.startswith("GGML_TP_")]:
         del os.environ[name]
     os.environ.update(environment)
+    while True:
+        try:
+            job, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, job(**arguments))
+        except BaseException as error:
+            answer = (False, (error, traceback.format_exc()))
+        connection.send(answer)
+
+
+class WorkerError(Exception):
+    """A worker that died, or was too late and was killed."""
+
+
+class Worker:
+    """A process and a pipe. No executor: it joins its process without a deadline, and one that died in a host's assertion left pytest hanging there."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._name = f"worker {environment}"
+        self._process = context.Process(target=_serve, args=(theirs, environment), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the pipe ends when the process does
+
+    def run(self, job: Callable[..., Any], arguments: dict[str, Any], deadline: float) -> Any:
+        end = time.monotonic() + deadline
+        try:
+            self._connection.send((job, arguments))
+            # A debugger that a host's assertion starts has both ends that say that a process is gone: it is asked for.
+            while not self._connection.poll(0.5):
+                if time.monotonic() > end:
+                    self._process.kill()
+                    raise WorkerError(f"{self._name}: no end of {job.__name__} within {deadline:.0f} s, killed")
+                if not self._process.is_alive() and not self._connection.poll():
+                    raise EOFError
+            done, result = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join(CLOSE_S)
+            raise WorkerError(f"{self._name}: died in {job.__name__}, exit code {self._process.exitcode} (-6: an assertion)") from None
+        if not done:
+            error, text = result
+            raise error from WorkerError(f"{self._name}:\n{text}")
+        return result
+
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def close(self, deadline: float) -> str:
+        """What went wrong, or nothing."""
+        self._connection.close()
+        self._process.join(deadline)
+        if not self._process.is_alive():
+            return ""
+        self._process.kill()
+        self._process.join()
+        return f"{self._name}: did not end within {deadline:.0f} s, killed"
 
 
 class Workers:
     def __init__(self) -> None:
-        self._pools: dict[tuple[tuple[str, str], ...], concurrent.futures.ProcessPoolExecutor] = {}
+        self._workers: dict[tuple[tuple[str, str], ...], Worker] = {}
 
-    def run(self, job: Callable[..., Any], environment: dict[str, str], **arguments: Any) -> Any:
+    def run(self, job: Callable[..., Any], environment: dict[str, str], deadline: float = DEADLINE_S, **arguments: Any) -> Any:
         key = tuple(sorted(environment.items()))
-        if key not in self._pools:
-            context = multiprocessing.get_context("spawn")
-            self._pools[key] = concurrent.futures.ProcessPoolExecutor(1, context, _start, (environment,))
-        return self._pools[key].submit(job, **arguments).result(DEADLINE_S)
+        if key not in self._workers or not self._workers[key].alive():
+            self._workers[key] = Worker(environment)
+        return self._workers[key].run(job, arguments, deadline)
 
-    def close(self) -> None:
-        for pool in self._pools.values():
-            pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, deadline: float = CLOSE_S) -> None:
+        failures = [failure for worker in self._workers.values() if (failure := worker.close(deadline))]
+        if failures:
+            raise WorkerError("; ".join(failures))
 
 
 @pytest.fixture(scope="module")

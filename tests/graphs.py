@@ -75,7 +75,7 @@ void ggml_backend_tensor_copy(tensor source, tensor target);
 int ggml_backend_graph_compute(void *backend, void *graph);
 """
 
-F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, I32, I64, BF16 = 0, 1, 2, 8, 12, 14, 26, 27, 30
+F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, IQ4_XS, I32, I64, BF16 = 0, 1, 2, 8, 12, 14, 23, 26, 27, 30
 NAMES = {F32: "F32", F16: "F16", Q4_0: "Q4_0", Q8_0: "Q8_0", Q4_K: "Q4_K", Q6_K: "Q6_K", BF16: "BF16"}
 # Types that are read element by element.
 ELEMENT_TYPES = {
@@ -83,6 +83,8 @@ ELEMENT_TYPES = {
     21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
     41: "Q1_0", 42: "Q2_0",
 }  # fmt: skip
+# Types whose encoders search among scales.
+SEARCHED = {10: "Q2_K", 11: "Q3_K", Q4_K: "Q4_K", 13: "Q5_K", Q6_K: "Q6_K", IQ4_XS: "IQ4_XS"}
 _CPU = 0
 
 
@@ -304,11 +306,28 @@ def _rows() -> None:
         case(f"set_rows {name}")(
             lambda g, to=to: g.lib.ggml_cast(g.c, g.lib.ggml_set_rows(g.c, g.leaf(to, 768, 9), g.leaf(F32, 768, 3), g.indices(8, 0, 5, type_=I64)), F32)
         )
+    for to, name in SEARCHED.items():
+        case(f"cpy to searched {name} and back")(lambda g, to=to: g.lib.ggml_cast(g.c, g.lib.ggml_cast(g.c, g.leaf(F32, 768, 5, 2), to), F32))
+        for frm in (F32, F16):
+            case(f"set_rows searched {name} from {NAMES[frm]}")(lambda g, to=to, frm=frm: set_odd_rows(g, to, frm))
     case("cont of permuted Q8_0", None)(lambda g: g.lib.ggml_cont(g.c, g.lib.ggml_permute(g.c, g.leaf(Q8_0, 96, 5, 3), 0, 2, 1, 3)))
     case("cpy F32 to I32", I32)(lambda g: g.lib.ggml_cpy(g.c, g.leaf(F32, 70, 3, scale=100), g.leaf(I32, 70, 3, values=np.zeros(210))))
     case("cpy I32", I32)(lambda g: g.lib.ggml_cpy(g.c, g.indices(2**24 + 1, -5, 7), g.indices(0, 0, 0)))
     case("cont in another shape")(lambda g: g.lib.ggml_cont_4d(g.c, g.lib.ggml_permute(g.c, g.leaf(F32, 32, 4, 6), 0, 2, 1, 3), 128, 6, 1, 1))
     case("get_rows I32", I32)(lambda g: g.lib.ggml_get_rows(g.c, g.leaf(I32, 3, 4, values=np.arange(12) + 2**24 + 1), g.indices(3, 1)))
+
+
+def odd_rows(g: Case, n: int) -> np.ndarray:
+    """What encoders have branches for: groups of zeros, of one value, of one sign, next to nothing, an outlier, ties."""
+    normal, ramp = g.rng.normal(0, 1, (4, n)), np.linspace(-1, 1, n)
+    outlier, mixed, tiny = 0.01 * normal[1], normal[2].copy(), 1e-20 * normal[3]
+    outlier[5::64], mixed[: n // 4], mixed[n // 2 : n // 2 + 16] = 8, 0, 1e-20
+    return np.stack([normal[0], ramp, outlier, mixed, tiny, np.zeros(n), np.full(n, 0.7), np.full(n, -0.7), -np.abs(normal[1]), np.rint(8 * ramp) / 8])
+
+
+def set_odd_rows(g: Case, to: int, frm: int) -> Any:
+    rows = g.lib.ggml_set_rows(g.c, g.leaf(to, 512, 20), g.leaf(frm, 512, 10, values=odd_rows(g, 512)), g.indices(*range(1, 20, 2), type_=I64))
+    return g.lib.ggml_cast(g.c, rows, F32)
 
 
 def _ropes() -> None:
@@ -365,12 +384,14 @@ def _attention() -> None:
 
     def flash(g: Case, d: int = 64, n_kv: int = 96, n_tokens: int = 3, heads: int = 6, kv_heads: int = 2, max_bias: float = 0.0, softcap: float = 0.0,
               sinks: bool = False, mask: bool = True, type_: int = F16, streams: int = 1, type_v: int | None = None,
-              closed: tuple[int, int] = (0, 0)) -> Any:  # fmt: skip
-        """`closed`: cells that no token sees, beyond what is causal."""
+              closed: tuple[int, int] = (0, 0), slanted: bool = False) -> Any:  # fmt: skip
+        """`closed`: cells that no token sees, beyond what is causal; `slanted`: those that are seen have values, not 0."""
         q = g.leaf(F32, d, n_tokens, heads, streams)
         k, v = g.leaf(type_, d, n_kv, kv_heads, streams), g.leaf(type_ if type_v is None else type_v, d, n_kv, kv_heads, streams)
         values = np.broadcast_to(causal(n_kv, n_tokens), (streams, 1, n_tokens, n_kv)).copy()
         values[..., closed[0] : closed[1]] = -np.inf
+        if slanted:
+            values = values + g.rng.uniform(-2, 2, values.shape)
         m = g.leaf(F16, n_kv, n_tokens, 1, streams, values=values) if mask else g.null
         out = g.lib.ggml_flash_attn_ext(g.c, q, k, v, m, d**-0.5, max_bias, softcap)
         if sinks:
@@ -413,6 +434,8 @@ def _attention() -> None:
     case("flash_attn, odd number of cells")(lambda g: flash(g, n_kv=101))
     case("flash_attn, no mask")(lambda g: flash(g, mask=False))
     case("flash_attn, ALiBi")(lambda g: flash(g, max_bias=8.0))
+    case("flash_attn, a mask of any values")(lambda g: flash(g, slanted=True))
+    case("flash_attn, a mask of any values, 1 token")(lambda g: flash(g, slanted=True, n_tokens=1, n_kv=512))
     case("flash_attn, softcap")(lambda g: flash(g, softcap=20.0))
     case("flash_attn, sinks")(lambda g: flash(g, sinks=True))
     case("flash_attn, sinks, 1 token")(lambda g: flash(g, sinks=True, n_tokens=1, n_kv=512))

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
-import sys
 from pathlib import Path
 
 import ggml_tp
 import jobs
 import numpy as np
 import pytest
+import shapes
 from conftest import emulated
 from families import N_LAYER
 from ggml_tp import explain
 from ggml_tp.host import nmse
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "integration"))
 
 # NMSE of logits against the host's CPU.
 TOLERANCE = {
@@ -315,7 +312,6 @@ def test_broken_direct_copies_are_found(workers, models, capfd):
 @pytest.fixture(scope="module")
 def long_model(tmp_path_factory) -> str:
     """32 KB of cache a token beside 1 KB of attention mask, as in a 1B, and room for a million tokens: the context must be chosen."""
-    shapes = importlib.import_module("shapes")
     shapes.SHAPES["long"] = shapes.Shape("llama", 8, 256, 512, 8, 8, 128, 512, n_ctx=1 << 20)
     path = tmp_path_factory.mktemp("fit") / "long.gguf"
     shapes.write(path, "long", "Q4_0", quiet=True)

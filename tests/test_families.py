@@ -7,7 +7,7 @@ import pytest
 from conftest import emulated
 from families import COMMON, FAMILIES, has_experts
 from ggml_tp.host import nmse
-from graphs import Q4_0, Q8_0
+from graphs import IQ4_XS, Q4_0, Q6_K, Q8_0
 from test_end_to_end import TOLERANCE
 
 PROMPT = [(17 * i + i * i) % 300 for i in range(44)]  # longer than the sliding windows
@@ -76,6 +76,14 @@ def test_segments_in_the_persistent_kernel_and_on_tensor_cores(workers, models, 
 def test_quantised_caches(workers, models, family, ranks, kv_type):
     """The host's CPU multiplies such keys by queries in int8, we by floats: the tolerance is that of int8 products."""
     check(workers, models, family, "F16", ranks, kv_type=kv_type, tolerance="Q8_0")
+
+
+@pytest.mark.parametrize(("ranks", "kv_type"), rows([(2, Q6_K), (3, IQ4_XS)], [(1, IQ4_XS), (4, Q6_K)]))
+def test_caches_in_blocks_of_256(workers, models, ranks, kv_type):
+    """Heads of 256, which such blocks ask for. Tolerance as above; Q4_K is 6e-4 from the CPU on 1 and 2 ranks, both of them 2e-3 from F16."""
+    heads = {"attention__key_length": 256, "attention__value_length": 256, "rope__dimension_count": 256, "attention__head_count": 4}
+    model = models("llama", "F16", attention__head_count_kv=2, **heads)
+    check(workers, lambda *_: model, "llama", "F16", ranks, kv_type=kv_type, tolerance="Q8_0")
 
 
 # Whole on every rank: norms, small vectors, convolutions; B and C of more ranks than groups; Q and K, where V has more heads, at 2 and 3 ranks.

@@ -12,6 +12,7 @@ from pathlib import Path
 import ggml_tp
 import jobs
 import pytest
+import upstream
 from conftest import emulated
 from ggml_tp.host import nmse
 
@@ -82,14 +83,8 @@ def test_an_unknown_host_gets_one_line(tmp_path, layout, says):
 
 
 @pytest.fixture(scope="module")
-def llama_cpp(tmp_path_factory) -> Path:
-    """llama-cpp-python 0.3.36, built from its source package by pip (2 minutes on two cores)."""
-    target = ROOT / ".cache" / "llama-cpp-python-0.3.36"
-    if not list(target.glob("llama_cpp/lib/libllama.so")):
-        options = "-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1"
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-binary", "llama-cpp-python", "--target", str(target), "llama-cpp-python==0.3.36"]
-        subprocess.run(command, check=True, timeout=1500, env={**os.environ, "CMAKE_ARGS": options})
-    return target
+def llama_cpp() -> Path:
+    return upstream.package()
 
 
 @pytest.mark.upstream

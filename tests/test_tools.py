@@ -171,7 +171,7 @@ def test_scaling_reports_what_ran_and_what_did_not(tmp_path):
     assert "| tiny-Q4_0 | tg4 |" in done.stdout and "peer tensor: status 1: no tensor split here" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["scaling.py", "shapes.py"])
+@pytest.mark.parametrize("script", ["scaling.py", "shapes.py", "op_support.py"])
 def test_help_of_integration_scripts_has_an_example(script):
     done = subprocess.run([sys.executable, str(ROOT / "integration" / script), "--help"], capture_output=True, text=True, timeout=60)
     assert "example: " in done.stdout

@@ -111,9 +111,15 @@ static inline u64 tp_cycles() { return tp_nanoseconds(); }
 
 static inline void __syncthreads() { tp_emulator::sync_block(); }
 static inline void __syncwarp(u32 mask = ~0u) { tp_emulator::warp_float(tp_emulator::Collective::kSync, mask, 0, 0); }
-static inline float __shfl_sync(u32 mask, float v, int source) { return tp_emulator::warp_float(tp_emulator::Collective::kShuffle, mask, v, source); }
-static inline float __shfl_xor_sync(u32 mask, float v, int x) {
-    return tp_emulator::warp_float(tp_emulator::Collective::kShuffle, mask, v, static_cast<int>(tp_emulator::current.linear & 31) ^ x);
+// By bits: an integer that became a float on its way would lose its low ones.
+template <class T>
+static inline T __shfl_sync(u32 mask, T v, int source) {
+    static_assert(sizeof(T) == sizeof(float));
+    return __builtin_bit_cast(T, tp_emulator::warp_float(tp_emulator::Collective::kShuffle, mask, __builtin_bit_cast(float, v), source));
+}
+template <class T>
+static inline T __shfl_xor_sync(u32 mask, T v, int x) {
+    return __shfl_sync(mask, v, static_cast<int>(tp_emulator::current.linear & 31) ^ x);
 }
 static inline u32 __ballot_sync(u32 mask, int p) { return tp_emulator::warp_ballot(mask, p != 0); }
 static inline float tp_warp_sum(float v) { return tp_emulator::warp_float(tp_emulator::Collective::kSum, ~0u, v, 0); }

@@ -15,7 +15,7 @@ from . import LIBRARY
 _HOSTS = ("xllamacpp", "llama_cpp")
 
 
-def _driver() -> dict[str, Any]:
+def check_driver() -> dict[str, Any]:
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -86,7 +86,7 @@ def examine() -> dict[str, Any]:
     return {
         "library": _library(),
         "emulated": os.environ.get("GGML_TP_EMULATE", ""),
-        "driver": _driver(),
+        "driver": check_driver(),
         "nccl": _nccl(),
         "hosts": {name: _host(name) for name in _HOSTS},
     }
