@@ -1,0 +1,414 @@
+#include "token_graph.h"
+
+#include <array>
+#include <map>
+
+namespace ggml_tp {
+namespace {
+
+using abi::Op;
+using Shape = std::array<i64, 4>;
+
+constexpr u64 kFirstAddress = 1 << 20;  // of activations; nothing is stored there
+constexpr i64 kFloat = 4;               // bytes
+
+/// Strides of a contiguous tensor; false for a type that is not known or a row that does not end with a block.
+bool set_strides(int type, const i64 ne[4], i64 nb[4], i64* bytes) {
+    const WeightFormat* format = find_weight_format(type);
+    if (!format || ne[0] % format->block_elems) return false;
+    nb[0] = format->block_bytes;
+    nb[1] = ne[0] / format->block_elems * format->block_bytes;
+    nb[2] = nb[1] * ne[1];
+    nb[3] = nb[2] * ne[2];
+    *bytes = nb[3] * ne[3];
+    return true;
+}
+
+class Builder {
+  public:
+    Builder(const ModelShape& model, int n_ranks, const std::vector<double>& split) : model_(model), n_ranks_(n_ranks), split_(split) {
+        for (const FileTensor& t : model.tensors) {
+            Stored s;
+            s.name = t.name;
+            s.type = t.type;
+            std::copy(t.ne, t.ne + 4, s.ne);
+            if (!set_strides(s.type, s.ne, s.nb, &s.bytes)) {
+                out_.notes.push_back(t.name + ": its type is not known here, the host's CPU computes with it");
+                continue;
+            }
+            guess_layout(s, n_ranks, split);
+            lay_out_planes(s, n_ranks);
+            out_.weights.push_back(std::move(s));
+            by_name_[t.name] = {&out_.weights.back(), -1};
+        }
+    }
+
+    TokenGraph build() {
+        // The norm of embeddings is LFM2's last one: it has no other, and its layers begin with norms, unlike BERT's.
+        const bool ends_with_it = !has_norm("output_norm") && has_norm("blk.0.attn_norm");
+        int stream = leaf("embeddings", kF32, {model_.n_embd, 1, 1, 1});
+        if (!ends_with_it) stream = normed(stream, "token_embd_norm");
+        for (size_t i = 0; i < model_.layers.size(); ++i) stream = layer(static_cast<int>(i), stream);
+        stream = normed(stream, ends_with_it ? "token_embd_norm" : "output_norm");
+        const char* head = has("output.weight") ? "output" : "token_embd";
+        expand(has(std::string(head) + ".weight") ? linear(head, stream) : stream);
+        name_unplaced();
+        return std::move(out_);
+    }
+
+  private:
+    struct Weight {
+        Stored* stored = nullptr;
+        int id = -1;  // in the graph, once it is read
+    };
+
+    // ---- tensors and nodes
+
+    bool has(const std::string& name) const { return by_name_.count(name) != 0; }
+    const i64* ne(const std::string& name) const { return by_name_.at(name).stored->ne; }
+    Tensor& at(int id) { return out_.graph.tensors[static_cast<size_t>(id)]; }
+    Shape shape(int id) {
+        const Tensor& t = at(id);
+        return {t.ne[0], t.ne[1], t.ne[2], t.ne[3]};
+    }
+
+    int add(Op op, const std::string& name, int type, const Shape& ne, std::initializer_list<int> sources) {
+        Tensor t;
+        t.id = t.root = static_cast<int>(out_.graph.tensors.size());
+        t.name = name;
+        t.op = op;
+        t.type = type;
+        std::copy(ne.begin(), ne.end(), t.ne);
+        if (!set_strides(type, t.ne, t.nb, &t.bytes)) throw Error(name + ": rows of " + std::to_string(ne[0]) + " do not end with a block of its type");
+        std::fill(t.src, t.src + 10, -1);
+        std::copy(sources.begin(), sources.end(), t.src);
+        t.address = address_;
+        address_ += static_cast<u64>(t.bytes + 256) / 256 * 256;
+        out_.graph.tensors.push_back(t);
+        return t.id;
+    }
+    int leaf(const std::string& name, int type, const Shape& ne) { return add(Op::NONE, name, type, ne, {}); }
+    int node(Op op, const std::string& name, const Shape& ne, std::initializer_list<int> sources, int type = kF32) {
+        const int id = add(op, name, type, ne, sources);
+        at(id).is_node = true;
+        return id;
+    }
+    /// In the order of a host's graph: before a node what it reads, from left to right.
+    void expand(int id) {
+        if (id < 0 || ordered_[id]) return;
+        ordered_[id] = true;
+        for (int i = 0; i < 10; ++i) expand(at(id).src[i]);
+        if (at(id).is_node) out_.graph.nodes.push_back(id);
+    }
+
+    /// Of `of`'s bytes, from `offset` on, with all four strides.
+    int view(int of, const Shape& ne, const Shape& nb, i64 offset) {
+        Tensor t = at(of);
+        t.id = static_cast<int>(out_.graph.tensors.size());
+        t.op = Op::VIEW;
+        t.is_node = false;
+        std::copy(ne.begin(), ne.end(), t.ne);
+        std::copy(nb.begin(), nb.end(), t.nb);
+        t.offset += offset;
+        t.address += static_cast<u64>(offset);
+        t.bytes = t.unit_bytes() + (t.ne[0] / t.unit_elems() - 1) * t.nb[0];
+        for (int d = 1; d < 4; ++d) t.bytes += (t.ne[d] - 1) * t.nb[d];
+        std::fill(t.src, t.src + 10, -1);
+        t.src[0] = of;
+        out_.graph.tensors.push_back(t);
+        return t.id;
+    }
+    int reshaped(int of, const Shape& ne) {
+        Shape nb;
+        i64 bytes;
+        set_strides(at(of).type, ne.data(), nb.data(), &bytes);
+        return view(of, ne, nb, 0);
+    }
+    /// `n` rows of `row` floats that lie `stride` floats apart, from float `begin` on.
+    int rows_of(int of, i64 row, i64 n, i64 stride, i64 begin) {
+        return view(of, {row, n, 1, 1}, {kFloat, stride * kFloat, stride * n * kFloat, stride * n * kFloat}, begin * kFloat);
+    }
+    int part_of(int of, i64 n, i64 begin) { return rows_of(of, n, 1, at(of).nb[1] / kFloat, begin); }
+    /// [row, n] as [row, 1, n]: what batches over heads.
+    int by_heads(int of) {
+        const Tensor& t = at(of);
+        return view(of, {t.ne[0], 1, t.ne[1], 1}, {t.nb[0], t.nb[1] * t.ne[1], t.nb[1], t.nb[1] * t.ne[1]}, 0);
+    }
+
+    int stored_leaf(Stored& s) {
+        const int id = leaf(s.name, s.type, {s.ne[0], s.ne[1], s.ne[2], s.ne[3]});
+        at(id).stored = &s;
+        return id;
+    }
+    int weight(const std::string& name) {
+        Weight& w = by_name_.at(name);
+        if (w.id < 0) w.id = stored_leaf(*w.stored);
+        return w.id;
+    }
+    int product(const std::string& name, int x) {
+        const int w = weight(name + ".weight");
+        const Shape a = shape(w), b = shape(x);
+        return node(Op::MUL_MAT, name, {a[1], b[1], b[2], b[3]}, {w, x});
+    }
+    /// NAME.weight times x, plus NAME.bias where there is one.
+    int linear(const std::string& name, int x) { return biased(name, product(name, x)); }
+    int biased(const std::string& name, int x) { return has(name + ".bias") ? plus(name + " + bias", x, weight(name + ".bias")) : x; }
+    int plus(const std::string& name, int a, int b) { return node(Op::ADD, name, shape(a), {a, b}); }
+    int times(const std::string& name, int a, int b) { return node(Op::MUL, name, shape(a), {a, b}); }
+    int unary(const std::string& name, int x) { return node(Op::UNARY, name, shape(x), {x}); }
+    int joined(const std::string& name, const Shape& ne, int axis, int a, int b) {
+        const int id = node(Op::CONCAT, name, ne, {a, b});
+        at(id).params[0] = axis;
+        return id;
+    }
+
+    std::string norm_name(const std::string& name) const { return has(name + ".weight") ? name + ".weight" : name; }  // Falcon-H1 leaves the ending out
+    bool has_norm(const std::string& name) const { return has(norm_name(name)); }
+    /// x itself where there is no such norm.
+    int normed(int x, const std::string& name) {
+        if (!has_norm(name)) return x;
+        const int y = node(model_.layer_norm || has(name + ".bias") ? Op::NORM : Op::RMS_NORM, name, shape(x), {x});
+        return biased(name, times(name + " weighted", y, weight(norm_name(name))));
+    }
+
+    // ---- a layer
+
+    int layer(int i, int stream) {
+        const std::string p = "blk." + std::to_string(i) + ".";
+        const bool is_last = i + 1 == static_cast<int>(model_.layers.size());
+        const bool norm_before = has_norm(p + "attn_norm"), has_forward = has_feed_forward(p);
+        const int in = normed(stream, p + "attn_norm");
+        int mixed = mixer(p, i, has_norm(p + "attn_norm_2") ? normed(stream, p + "attn_norm_2") : in);
+        int forward = mixed < 0 && has_forward && !has_norm(p + "ffn_norm") ? feed_forward(p, in) : -1;  // a layer of nothing else
+        int forward_in = in;
+        if (is_last) {  // from here on only tokens whose logits are wanted
+            mixed = wanted(mixed);
+            forward = wanted(forward);
+            stream = wanted(stream);
+            if (mixed >= 0) forward_in = wanted(in);
+        }
+        if (forward >= 0) return plus(p + "feed forward + residual", forward, stream);
+
+        // A norm behind attention is feed forward's own, or of what attention gives, or (BERT) of its sum with the residual: the others say which.
+        const std::string behind = has_norm(p + "post_attention_norm") ? "post_attention_norm" : "attn_output_norm";
+        const std::string before_forward = has_norm(p + "ffn_norm") ? "ffn_norm" : norm_before ? behind : "";
+        const bool of_sums = !norm_before && behind == "attn_output_norm";
+        if (mixed >= 0 && behind != before_forward && !of_sums) mixed = normed(mixed, p + behind);
+        const bool has_own = !before_forward.empty() && has_norm(p + before_forward);
+        if (mixed >= 0 && has_forward && norm_before && (model_.parallel || !has_own)) {
+            forward = feed_forward(p, has_own ? normed(stream, p + before_forward) : forward_in);
+            const int first = model_.residual_first ? stream : mixed, second = model_.residual_first ? mixed : stream;
+            return plus(p + "layer", plus(p + "attention and feed forward", forward, first), second);
+        }
+        if (mixed >= 0) stream = plus(p + "attention + residual", mixed, stream);
+        if (of_sums) stream = normed(stream, p + behind);
+        if (!has_forward) return stream;
+        forward = feed_forward(p, has_own ? normed(stream, p + before_forward) : stream);
+        forward = normed(forward, p + "post_ffw_norm");
+        if (!of_sums) forward = normed(forward, p + "layer_output_norm");
+        stream = plus(p + "feed forward + residual", forward, stream);
+        return of_sums ? normed(stream, p + "layer_output_norm") : stream;
+    }
+    int wanted(int x) {
+        if (x < 0) return x;
+        if (wanted_ < 0) wanted_ = leaf("wanted", kF32, {1, 1, 1, 1});
+        return node(Op::GET_ROWS, at(x).name + ", wanted", shape(x), {x, wanted_});
+    }
+
+    /// What lets tokens see each other: attention, a state, or both side by side (Falcon-H1); -1: nothing that is known here.
+    int mixer(const std::string& p, int i, int x) {
+        const int attended = attention(p, i, x), out = attended;
+        return out;
+    }
+
+    // ---- attention
+
+    /// One of Q, K, V as [head, n]: a product of its own or a part of a common one.
+    int heads(const std::string& p, const char* which, int x, i64 head, i64 n, int fused, i64 fused_at) {
+        const std::string name = p + "attn_" + which;
+        int y = fused >= 0 ? part_of(fused, head * n, fused_at) : linear(name, x);
+        const bool of_heads = has(name + "_norm.weight") && ne(name + "_norm.weight")[0] == head;
+        if (!of_heads) y = normed(y, name + "_norm");  // of all heads together, where there is one
+        y = rows_of(y, head, n, head, 0);
+        return of_heads ? normed(y, name + "_norm") : y;
+    }
+    int rotated(const std::string& name, int x) { return node(Op::ROPE, name, shape(x), {x, positions()}); }
+    int positions() {
+        if (positions_ < 0) positions_ = leaf("positions", kF32, {1, 1, 1, 1});
+        return positions_;
+    }
+
+    int attention(const std::string& p, int i, int x) {
+        const ModelShape::Layer& l = model_.layers[static_cast<size_t>(i)];
+        if (l.n_head <= 0 || l.n_head_kv <= 0 || !has(p + "attn_output.weight")) return -1;
+        const auto rows = [&](const char* name) { return has(p + name) ? ne(p + name)[1] : 0; };
+        const i64 n_q = l.n_head * l.head_k, n_k = l.n_head_kv * l.head_k, n_v = l.n_head_kv * l.head_v;
+        const bool gated = rows("attn_q.weight") == 2 * n_q;  // beside every head of Q its gate
+        const bool separate = (rows("attn_q.weight") == n_q || gated) && rows("attn_k.weight") == n_k && rows("attn_v.weight") == n_v;
+        if (!separate && rows("attn_qkv.weight") != n_q + n_k + n_v) return -1;
+        const int fused = separate ? -1 : linear(p + "attn_qkv", x);
+        int q, gate = -1;
+        if (separate && gated) {
+            const int both = linear(p + "attn_q", x);
+            q = normed(rows_of(both, l.head_k, l.n_head, 2 * l.head_k, 0), p + "attn_q_norm");
+            gate = rows_of(both, l.head_k, l.n_head, 2 * l.head_k, l.head_k);
+        } else {
+            q = heads(p, "q", x, l.head_k, l.n_head, fused, 0);
+        }
+        const int k = heads(p, "k", x, l.head_k, l.n_head_kv, fused, n_q), v = heads(p, "v", x, l.head_v, l.n_head_kv, fused, n_q + n_k);
+        int out = attended(p, i, l, rotated(p + "q", q), rotated(p + "k", k), v);
+        if (gate >= 0) out = times(p + "attention gated", out, unary(p + "gate", node(Op::CONT, p + "gate, side by side", {n_q, 1, 1, 1}, {gate})));
+        return linear(p + "attn_output", out);
+    }
+
+    /// [head_v * n_head] of Q [head_k, n_head], K and V [head, n_head_kv], which are written to the caches first.
+    int attended(const std::string& p, int i, const ModelShape::Layer& l, int q, int k, int v) {
+        int keys, values;
+        expand(q), expand(k), expand(v);
+        if (model_.encoder) {
+            keys = node(Op::CPY, p + "k as halves", {l.head_k, 1, l.n_head_kv, 1}, {by_heads(k)}, kF16);
+            values = node(Op::CPY, p + "v as halves", {l.head_v, 1, l.n_head_kv, 1}, {by_heads(v)}, kF16);
+        } else {
+            keys = of_cache(cached("k", i, p, model_.type_k, l.head_k * l.n_head_kv, l.cells, k), l.head_k, l.n_head_kv, l.cells);
+            values = of_cache(cached("v", i, p, model_.type_v, l.head_v * l.n_head_kv, l.cells, v), l.head_v, l.n_head_kv, l.cells);
+        }
+        const int out = flash(p, q, keys, values, l.head_v, l.n_head);
+        return reshaped(out, {l.head_v * l.n_head, 1, 1, 1});
+    }
+    /// [head_v, n_head]
+    int flash(const std::string& p, int q, int keys, int values, i64 head_v, i64 n_head) {
+        if (mask_ < 0) mask_ = leaf("mask", kF16, {shape(keys)[1], 1, 1, 1});
+        const int out = node(Op::FLASH_ATTN_EXT, p + "attention", {head_v, n_head, 1, 1}, {by_heads(q), keys, values, mask_});
+        if (has(p + "attn_sinks.weight")) at(out).src[4] = weight(p + "attn_sinks.weight");
+        expand(out);
+        return out;
+    }
+
+    int cache_leaf(const std::string& name, int type, i64 row, i64 n) {
+        Stored s;
+        s.name = name;
+        s.type = type;
+        const Shape ne{row, n, 1, 1};
+        std::copy(ne.begin(), ne.end(), s.ne);
+        if (!set_strides(type, s.ne, s.nb, &s.bytes)) throw Error(name + ": rows of " + std::to_string(row) + " do not end with a block of its type");
+        guess_layout(s, n_ranks_, split_);
+        lay_out_planes(s, n_ranks_);
+        out_.caches.push_back(std::move(s));
+        return stored_leaf(out_.caches.back());
+    }
+    /// Into `of`'s bytes, by an op that is part of the graph for that alone.
+    int written(int of, Op op, const std::string& name, int values, int where) {
+        Tensor& t = at(of);
+        t.op = op, t.name = name, t.is_node = true;
+        t.src[0] = values, t.src[1] = where;
+        expand(of);
+        return of;
+    }
+    /// The cache after a row of values was written to it.
+    int cached(const char* kind, int i, const std::string& p, int type, i64 row, i64 cells, int values) {
+        const int cache = cache_leaf(std::string("cache_") + kind + "_l" + std::to_string(i), type, row, cells);
+        written(reshaped(cache, {row, cells, 1, 1}), Op::SET_ROWS, p + "cache_" + kind, reshaped(values, {row, 1, 1, 1}), positions());
+        return cache;
+    }
+    /// [head, cells, n_head_kv] of a cache, as attention reads it.
+    int of_cache(int cache, i64 head, i64 n_head_kv, i64 cells) {
+        const Tensor& t = at(cache);
+        const WeightFormat& format = *find_weight_format(t.type);
+        if (head % format.block_elems) throw Error(t.name + ": heads of " + std::to_string(head) + " do not end with a block of its type");
+        return view(cache, {head, cells, n_head_kv, 1}, {t.nb[0], t.nb[1], head / format.block_elems * format.block_bytes, t.nb[2]}, 0);
+    }
+
+    // ---- feed forward
+
+    int activated(const std::string& name, int gate, int up) {
+        return up < 0 ? unary(name, gate) : node(Op::GLU, name, shape(gate), {gate, up});
+    }
+    int dense(const std::string& p, const std::string& suffix, int x) {
+        const int up = linear(p + "ffn_up" + suffix, x);
+        const bool gated = has(p + "ffn_gate" + suffix + ".weight");
+        const bool both = !gated && shape(up)[0] == 2 * ne(p + "ffn_down" + suffix + ".weight")[0];  // gate and up side by side
+        int hidden;
+        if (gated) hidden = activated(p + "ffn_glu" + suffix, linear(p + "ffn_gate" + suffix, x), up);
+        else if (both) hidden = node(Op::GLU, p + "ffn_glu" + suffix, {shape(up)[0] / 2, 1, 1, 1}, {up});
+        else hidden = activated(p + "ffn_act" + suffix, up, -1);
+        if (suffix.empty() && has(p + "ffn.act.scales")) hidden = node(Op::DIV, p + "ffn_act scaled", shape(hidden), {hidden, weight(p + "ffn.act.scales")});
+        return linear(p + "ffn_down" + suffix, hidden);
+    }
+    int expert_product(const std::string& name, int x, int chosen) {
+        const int w = weight(name + ".weight");
+        const int y = node(Op::MUL_MAT_ID, name, {shape(w)[1], model_.n_expert_used, 1, 1}, {w, x, chosen});
+        return has(name + ".bias") ? node(Op::ADD_ID, name + " + bias", shape(y), {y, weight(name + ".bias"), chosen}) : y;
+    }
+    int experts(const std::string& p, int x) {
+        const i64 used = model_.n_expert_used, n_embd = shape(x)[0];
+        const int scores = linear(p + "ffn_gate_inp", x), ranked = biased(p + "exp_probs_b", scores);
+        const int chosen = part_of(node(Op::ARGSORT, p + "experts", shape(scores), {ranked}), used, 0);
+        const int shares = node(Op::SOFT_MAX, p + "experts' weights", shape(scores), {scores});
+        const int factors = rows_of(shares, 1, used, 1, 0);
+        const int in = reshaped(x, {n_embd, 1, 1, 1});
+        int hidden;
+        if (has(p + "ffn_gate_up_exps.weight")) {
+            const int both = expert_product(p + "ffn_gate_up_exps", in, chosen);
+            hidden = node(Op::GLU, p + "ffn_glu_exps", {shape(both)[0] / 2, used, 1, 1}, {both});
+        } else {
+            const int up = expert_product(p + "ffn_up_exps", in, chosen);
+            const bool gated = has(p + "ffn_gate_exps.weight");
+            hidden = gated ? activated(p + "ffn_glu_exps", expert_product(p + "ffn_gate_exps", in, chosen), up) : activated(p + "ffn_act_exps", up, -1);
+        }
+        const int down = expert_product(p + "ffn_down_exps", hidden, chosen);
+        const int weighted = times(p + "experts weighted", down, factors);
+        auto slot = [&](i64 e) { return rows_of(weighted, n_embd, 1, n_embd * used, e * n_embd); };
+        int sum = slot(0);
+        for (i64 e = 1; e < used; ++e) sum = plus(p + "sum of experts", sum, slot(e));
+        if (!has_dense(p, "_shexp")) return sum;
+        int shared = dense(p, "_shexp", x);
+        if (has(p + "ffn_gate_inp_shexp.weight"))
+            shared = times(p + "shared expert gated", shared, unary(p + "shared expert's gate", product(p + "ffn_gate_inp_shexp", x)));
+        return plus(p + "experts + shared expert", sum, shared);
+    }
+    bool has_experts(const std::string& p) const {
+        return has(p + "ffn_gate_inp.weight") && has(p + "ffn_down_exps.weight") && model_.n_expert_used > 0 &&
+               (has(p + "ffn_up_exps.weight") || has(p + "ffn_gate_up_exps.weight"));
+    }
+    bool has_dense(const std::string& p, const std::string& suffix) const {
+        return has(p + "ffn_up" + suffix + ".weight") && has(p + "ffn_down" + suffix + ".weight");
+    }
+    bool has_feed_forward(const std::string& p) const { return has_experts(p) || has_dense(p, ""); }
+    int feed_forward(const std::string& p, int x) {
+        if (!has_experts(p)) return dense(p, "", x);
+        const int of_experts = experts(p, x);
+        return has_dense(p, "") ? plus(p + "feed forward + experts", dense(p, "", x), of_experts) : of_experts;  // Grok has both
+    }
+
+    // ---- what has no place
+
+    void name_unplaced() {
+        std::map<std::string, std::string> of_layers;
+        std::vector<std::string> order;
+        for (const Stored& s : out_.weights) {
+            if (by_name_.at(s.name).id >= 0) continue;
+            const size_t dot = s.name.starts_with("blk.") ? s.name.find('.', 4) : std::string::npos;
+            const std::string layer = dot == std::string::npos ? "" : s.name.substr(0, dot + 1), name = s.name.substr(layer.size());
+            std::string& names = of_layers[layer];
+            if (names.empty()) order.push_back(layer);
+            names += (names.empty() ? "" : ", ") + name;
+        }
+        for (const std::string& layer : order)
+            out_.notes.push_back(layer + of_layers[layer] + ": no place in a token's graph is known here; layouts are guesses by name, their part of caches and reduces is not counted");
+    }
+
+    const ModelShape& model_;
+    int n_ranks_;
+    std::vector<double> split_;
+    TokenGraph out_;
+    std::map<std::string, Weight> by_name_;
+    std::map<int, bool> ordered_;
+    u64 address_ = kFirstAddress;
+    int positions_ = -1, mask_ = -1, wanted_ = -1;
+};
+
+}  // namespace
+
+TokenGraph token_graph(const ModelShape& model, int n_ranks, const std::vector<double>& split) { return Builder(model, n_ranks, split).build(); }
+
+}  // namespace ggml_tp
