@@ -1,5 +1,6 @@
 #include "token_graph.h"
 
+#include <algorithm>
 #include <array>
 #include <map>
 
@@ -217,8 +218,21 @@ class Builder {
 
     /// What lets tokens see each other: attention, a state, or both side by side (Falcon-H1); -1: nothing that is known here.
     int mixer(const std::string& p, int i, int x) {
-        const int attended = attention(p, i, x), out = attended;
-        return out;
+        if (has_all(p, {"ssm_conv1d_q.weight", "ssm_conv1d_k.weight", "ssm_conv1d_v.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight",
+                        "ssm_f_a.weight", "ssm_f_b.weight", "ssm_g_a.weight", "ssm_g_b.weight", "ssm_beta.weight", "ssm_dt.bias", "ssm_a", "ssm_norm.weight",
+                        "attn_output.weight"}))
+            return gated_delta_of_channels(p, i, x);
+        if (has_all(p, {"ssm_conv1d.weight", "attn_qkv.weight", "attn_gate.weight", "ssm_dt.bias", "ssm_a", "ssm_norm.weight", "ssm_out.weight"}) &&
+            (has(p + "ssm_ba.weight") || has_all(p, {"ssm_alpha.weight", "ssm_beta.weight"})))
+            return gated_delta(p, i, x);
+        if (has_all(p, {"shortconv.in_proj.weight", "shortconv.conv.weight", "shortconv.out_proj.weight"})) return short_convolution(p, i, x);
+        const int attended = has(p + "attn_kv_a_mqa.weight") ? latent_attention(p, i, x) : attention(p, i, x);
+        if (!has_all(p, {"ssm_in.weight", "ssm_conv1d.weight", "ssm_dt.bias", "ssm_a", "ssm_d", "ssm_out.weight"})) return attended;
+        const int scanned = has_all(p, {"ssm_x.weight", "ssm_dt.weight"}) ? mamba(p, i, x) : mamba2(p, i, x);
+        return attended < 0 ? scanned : plus(p + "attention + state", attended, scanned);
+    }
+    bool has_all(const std::string& p, std::initializer_list<const char*> names) const {
+        return std::all_of(names.begin(), names.end(), [&](const char* name) { return has(p + name); });
     }
 
     // ---- attention
@@ -261,27 +275,83 @@ class Builder {
         return linear(p + "attn_output", out);
     }
 
+    /// DeepSeek's: K and V of all heads come out of one latent vector, beside which one rotated part of K is everybody's. Where the file has the
+    /// second product of K as a matrix for each head, the latent itself is cached, as the only head, and Q is brought to it.
+    int latent_attention(const std::string& p, int i, int x) {
+        const ModelShape::Layer& of_file = model_.layers[static_cast<size_t>(i)];
+        const bool absorbed = has_all(p, {"attn_k_b.weight", "attn_v_b.weight"});
+        const std::string q_name = p + (has(p + "attn_q_b.weight") ? "attn_q_b" : "attn_q");
+        if (!has_all(p, {"attn_kv_a_norm.weight", "attn_output.weight"}) || !has(q_name + ".weight") || !(absorbed || has(p + "attn_kv_b.weight"))) return -1;
+        const i64 n = absorbed ? ne(p + "attn_k_b.weight")[2] : of_file.n_head;
+        const i64 latent = ne(p + "attn_kv_a_norm.weight")[0], rotary = ne(p + "attn_kv_a_mqa.weight")[1] - latent;
+        if (n <= 0 || rotary <= 0 || ne(q_name + ".weight")[1] % n) return -1;
+        const i64 head = ne(q_name + ".weight")[1] / n, plain = head - rotary;
+        const i64 head_v = absorbed ? ne(p + "attn_v_b.weight")[1] : ne(p + "attn_kv_b.weight")[1] / n - plain;
+        if (plain <= 0 || head_v <= 0) return -1;
+        int q = x;
+        if (has(p + "attn_q_a.weight")) q = normed(linear(p + "attn_q_a", x), p + "attn_q_a_norm");
+        q = rows_of(linear(q_name, q), head, n, head, 0);
+        const int both = linear(p + "attn_kv_a_mqa", x), common = normed(part_of(both, latent, 0), p + "attn_kv_a_norm");
+        const int k_rotated = rotated(p + "k_rotary", part_of(both, rotary, latent));
+        if (!absorbed) {
+            const int kv = product(p + "attn_kv_b", common);
+            const int v = node(Op::CONT, p + "v", {head_v, n, 1, 1}, {rows_of(kv, head_v, n, plain + head_v, plain)});
+            const int repeated = node(Op::REPEAT, p + "k_rotary of all heads", {rotary, n, 1, 1}, {k_rotated});
+            const int k = joined(p + "k", {head, n, 1, 1}, 0, rows_of(kv, plain, n, plain + head_v, 0), repeated);
+            return linear(p + "attn_output", attended(p, i, {n, n, head, head_v, of_file.cells}, rotated(p + "q", q), k, v));
+        }
+        const int to_latent = node(Op::MUL_MAT, p + "attn_k_b", {latent, 1, n, 1}, {weight(p + "attn_k_b.weight"), by_heads(rows_of(q, plain, n, head, 0))});
+        q = joined(p + "q", {latent + rotary, n, 1, 1}, 0, rows_of(to_latent, latent, n, latent, 0), rotated(p + "q_rotary", rows_of(q, rotary, n, head, plain)));
+        const int k = joined(p + "k", {latent + rotary, 1, 1, 1}, 0, common, k_rotated);
+        expand(q), expand(k);
+        const int cache = cached("k", i, p, model_.type_k, latent + rotary, of_file.cells, k);
+        const int out = flash(p, q, of_cache(cache, latent + rotary, 1, of_file.cells), of_cache(cache, latent, 1, of_file.cells), latent, n);
+        const int values = node(Op::MUL_MAT, p + "attn_v_b", {head_v, 1, n, 1}, {weight(p + "attn_v_b.weight"), by_heads(out)});
+        const int side_by_side = node(Op::CONT, p + "attention, side by side", {head_v, n, 1, 1}, {rows_of(values, head_v, n, head_v, 0)});
+        return linear(p + "attn_output", reshaped(side_by_side, {head_v * n, 1, 1, 1}));
+    }
+
     /// [head_v * n_head] of Q [head_k, n_head], K and V [head, n_head_kv], which are written to the caches first.
     int attended(const std::string& p, int i, const ModelShape::Layer& l, int q, int k, int v) {
-        int keys, values;
         expand(q), expand(k), expand(v);
+        int out;
         if (model_.encoder) {
-            keys = node(Op::CPY, p + "k as halves", {l.head_k, 1, l.n_head_kv, 1}, {by_heads(k)}, kF16);
-            values = node(Op::CPY, p + "v as halves", {l.head_v, 1, l.n_head_kv, 1}, {by_heads(v)}, kF16);
+            const int keys = node(Op::CPY, p + "k as halves", {l.head_k, 1, l.n_head_kv, 1}, {by_heads(k)}, kF16);
+            const int values = node(Op::CPY, p + "v as halves", {l.head_v, 1, l.n_head_kv, 1}, {by_heads(v)}, kF16);
+            out = flash(p, q, keys, values, l.head_v, l.n_head);
         } else {
-            keys = of_cache(cached("k", i, p, model_.type_k, l.head_k * l.n_head_kv, l.cells, k), l.head_k, l.n_head_kv, l.cells);
-            values = of_cache(cached("v", i, p, model_.type_v, l.head_v * l.n_head_kv, l.cells, v), l.head_v, l.n_head_kv, l.cells);
+            const int keys = of_cache(cached("k", i, p, model_.type_k, l.head_k * l.n_head_kv, l.cells, k), l.head_k, l.n_head_kv, l.cells);
+            if (model_.unfused) return unfused(p, i, l, q, keys, v);
+            const int values = of_cache(cached("v", i, p, model_.type_v, l.head_v * l.n_head_kv, l.cells, v), l.head_v, l.n_head_kv, l.cells);
+            out = flash(p, q, keys, values, l.head_v, l.n_head);
         }
-        const int out = flash(p, q, keys, values, l.head_v, l.n_head);
         return reshaped(out, {l.head_v * l.n_head, 1, 1, 1});
     }
     /// [head_v, n_head]
     int flash(const std::string& p, int q, int keys, int values, i64 head_v, i64 n_head) {
-        if (mask_ < 0) mask_ = leaf("mask", kF16, {shape(keys)[1], 1, 1, 1});
-        const int out = node(Op::FLASH_ATTN_EXT, p + "attention", {head_v, n_head, 1, 1}, {by_heads(q), keys, values, mask_});
+        const int out = node(Op::FLASH_ATTN_EXT, p + "attention", {head_v, n_head, 1, 1}, {by_heads(q), keys, values, mask(shape(keys)[1])});
         if (has(p + "attn_sinks.weight")) at(out).src[4] = weight(p + "attn_sinks.weight");
         expand(out);
         return out;
+    }
+    int mask(i64 cells) {
+        if (mask_ < 0) mask_ = leaf("mask", kF16, {cells, 1, 1, 1});
+        return mask_;
+    }
+    /// The same by ops of their own. The cache of V has the cells of an element side by side, and every element that is written is a row of one.
+    int unfused(const std::string& p, int i, const ModelShape::Layer& l, int q, int keys, int v) {
+        const i64 n_v = l.head_v * l.n_head_kv;
+        const int cache = cache_leaf("cache_v_l" + std::to_string(i), model_.type_v, n_v, l.cells);
+        if (find_weight_format(model_.type_v)->block_elems != 1) throw Error(at(cache).name + ": without flash attention its type must be one of floats");
+        written(reshaped(cache, {1, n_v * l.cells, 1, 1}), Op::SET_ROWS, p + "cache_v", reshaped(v, {1, n_v, 1, 1}), positions());
+        const i64 element = at(cache).nb[0], cells = element * l.cells;
+        const int values = view(cache, {l.cells, l.head_v, l.n_head_kv, 1}, {element, cells, cells * l.head_v, cells * n_v}, 0);
+        const int scores = node(Op::MUL_MAT, p + "kq", {l.cells, 1, l.n_head, 1}, {keys, by_heads(q)});
+        const int shares = node(Op::SOFT_MAX, p + "kq_soft_max", shape(scores), {scores, mask(l.cells)});
+        const int out = node(Op::MUL_MAT, p + "kqv", {l.head_v, 1, l.n_head, 1}, {values, shares});
+        const int side_by_side = node(Op::CONT, p + "attention", {l.head_v * l.n_head, 1, 1, 1}, {rows_of(out, l.head_v, l.n_head, l.head_v, 0)});
+        expand(side_by_side);
+        return side_by_side;
     }
 
     int cache_leaf(const std::string& name, int type, i64 row, i64 n) {
@@ -316,6 +386,137 @@ class Builder {
         const WeightFormat& format = *find_weight_format(t.type);
         if (head % format.block_elems) throw Error(t.name + ": heads of " + std::to_string(head) + " do not end with a block of its type");
         return view(cache, {head, cells, n_head_kv, 1}, {t.nb[0], t.nb[1], head / format.block_elems * format.block_bytes, t.nb[2]}, 0);
+    }
+
+    // ---- layers with a state
+
+    /// cache_KIND_lI, a row of n floats for the only sequence.
+    int state(const char* kind, int i, i64 n) { return cache_leaf(std::string("cache_") + kind + "_l" + std::to_string(i), kF32, n, 1); }
+    int row_of(int cache) { return node(Op::GET_ROWS, at(cache).name + ", this sequence's", {at(cache).ne[0], 1, 1, 1}, {cache, positions()}); }
+    /// `values` into the row of a state, from float `begin` on.
+    void keep(const std::string& p, int cache, int values, i64 begin) {
+        Shape nb, ne = shape(values);
+        i64 bytes;
+        set_strides(kF32, ne.data(), nb.data(), &bytes);
+        written(view(cache, ne, nb, begin * kFloat), Op::CPY, p + "state kept", values, cache);
+    }
+    /// A convolution over the last tokens: what the state has of them from float `begin` on, and behind it `values` [n] of this one.
+    int convolved(const std::string& p, const std::string& name, int cache, int states, i64 begin, int values) {
+        const i64 taps = ne(name + ".weight")[0], n = shape(values)[0];
+        const int before = rows_of(states, taps - 1, n, taps - 1, begin);
+        const i64 row = at(values).nb[1];
+        const int across = view(values, {1, n, 1, 1}, {row, kFloat, row, row}, 0);
+        const int window = joined(p + "window", {taps, n, 1, 1}, 0, before, across);
+        keep(p, cache, rows_of(window, taps - 1, n, taps, 1), begin);
+        return biased(name, node(Op::SSM_CONV, name, {n, 1, 1, 1}, {window, reshaped(weight(name + ".weight"), {taps, n, 1, 1})}));
+    }
+
+    int short_convolution(const std::string& p, int i, int x) {
+        const std::string conv = p + "shortconv.conv";
+        const i64 taps = ne(conv + ".weight")[0], n = ne(conv + ".weight")[1];
+        if (ne(p + "shortconv.in_proj.weight")[1] != 3 * n) return -1;
+        const int cache = state("r", i, (taps - 1) * n), states = row_of(cache), in = product(p + "shortconv.in_proj", x);
+        const int values = times(p + "shortconv.in", part_of(in, n, 0), part_of(in, n, 2 * n));
+        const int out = convolved(p, conv, cache, states, 0, values);
+        return product(p + "shortconv.out_proj", times(p + "shortconv.out", part_of(in, n, n), out));
+    }
+
+    /// Every channel is a head; B, C and the step come out of a product of the channels.
+    int mamba(const std::string& p, int i, int x) {
+        const i64 d_state = ne(p + "ssm_a")[0], n = ne(p + "ssm_a")[1], taps = ne(p + "ssm_conv1d.weight")[0], rank = ne(p + "ssm_dt.weight")[0];
+        if (ne(p + "ssm_in.weight")[1] != 2 * n || ne(p + "ssm_x.weight")[1] != rank + 2 * d_state) return -1;
+        const int conv_cache = state("r", i, (taps - 1) * n), states = row_of(conv_cache), in = product(p + "ssm_in", x);
+        const int channels = unary(p + "ssm_conv1d, activated", convolved(p, p + "ssm_conv1d", conv_cache, states, 0, part_of(in, n, 0)));
+        const int bcdt = product(p + "ssm_x", channels);
+        const int step_in = has_norm(p + "ssm_dt_norm") ? normed(part_of(bcdt, rank, 0), p + "ssm_dt_norm")
+                                                        : node(Op::CONT, p + "step", {rank, 1, 1, 1}, {part_of(bcdt, rank, 0)});
+        const int step = linear(p + "ssm_dt", step_in);
+        const int b = normed(part_of(bcdt, d_state, rank), p + "ssm_b_norm"), c = normed(part_of(bcdt, d_state, rank + d_state), p + "ssm_c_norm");
+        const int y = scanned(p, i, {d_state, 1, n}, 1, rows_of(channels, 1, n, 1, 0), step, b, c);
+        const int out = plus(p + "state + d", part_of(y, n, 0), times(p + "ssm_d", channels, weight(p + "ssm_d")));
+        return product(p + "ssm_out", activated(p + "ssm gated", node(Op::CONT, p + "gate", {n, 1, 1, 1}, {part_of(in, n, n)}), out));
+    }
+    /// Heads of channels; B and C are groups', and all comes side by side out of one product.
+    int mamba2(const std::string& p, int i, int x) {
+        const i64 n = ne(p + "ssm_out.weight")[0], n_head = ne(p + "ssm_a")[1], channels = ne(p + "ssm_conv1d.weight")[1], taps = ne(p + "ssm_conv1d.weight")[0];
+        const i64 groups = has_norm(p + "ssm_norm") ? ne(norm_name(p + "ssm_norm"))[1] : 1, d_state = (channels - n) / 2 / groups, head = n / n_head;
+        if (ne(p + "ssm_in.weight")[1] != n + channels + n_head || d_state <= 0 || n + 2 * groups * d_state != channels || n_head * head != n) return -1;
+        const int conv_cache = state("r", i, (taps - 1) * channels), states = row_of(conv_cache), in = product(p + "ssm_in", x);
+        const int conv = unary(p + "ssm_conv1d, activated", convolved(p, p + "ssm_conv1d", conv_cache, states, 0, part_of(in, channels, n)));
+        const int values = rows_of(conv, head, n_head, head, 0);
+        const int step = biased(p + "ssm_dt", node(Op::CONT, p + "step", {n_head, 1, 1, 1}, {part_of(in, n_head, n + channels)}));
+        const int b = rows_of(conv, d_state, groups, d_state, n), c = rows_of(conv, d_state, groups, d_state, n + groups * d_state);
+        const int y = scanned(p, i, {d_state, head, n_head}, groups, values, step, b, c);
+        int out = plus(p + "state + d", rows_of(y, head, n_head, head, 0), times(p + "ssm_d", values, weight(p + "ssm_d")));
+        out = activated(p + "ssm gated", node(Op::CONT, p + "gate", {head, n_head, 1, 1}, {rows_of(in, head, n_head, head, 0)}), out);
+        if (has_norm(p + "ssm_norm")) out = normed(rows_of(out, n / groups, groups, n / groups, 0), p + "ssm_norm");
+        return product(p + "ssm_out", reshaped(out, {n, 1, 1, 1}));
+    }
+    /// y of all heads, then their states: of channels {d_state, channels of a head, heads}, which are kept.
+    int scanned(const std::string& p, int i, const std::array<i64, 3>& of, i64 groups, int values, int step, int b, int c) {
+        const i64 n = of[1] * of[2], d_state = of[0];
+        const int cache = state("s", i, d_state * n), b_of_groups = rows_of(b, d_state, groups, d_state, 0), c_of_groups = rows_of(c, d_state, groups, d_state, 0);
+        const int y = node(Op::SSM_SCAN, p + "state", {n + d_state * n, 1, 1, 1},
+                           {reshaped(cache, {of[0], of[1], of[2], 1}), values, step, weight(p + "ssm_a"), b_of_groups, c_of_groups, positions()});
+        keep(p, cache, part_of(y, d_state * n, n), 0);
+        return y;
+    }
+
+    /// Linear attention of Qwen3-Next and Qwen3.5: heads of Q and K are fewer than those of V. Where the gates' products are one, they lie beside
+    /// each other by heads of K, and Q and K are repeated for their heads of V; else the op itself goes through them in turns.
+    int gated_delta(const std::string& p, int i, int x) {
+        const i64 n = ne(p + "ssm_out.weight")[0], n_v = ne(p + "ssm_a")[0], head = ne(p + "ssm_norm.weight")[0];
+        const i64 taps = ne(p + "ssm_conv1d.weight")[0], channels = ne(p + "ssm_conv1d.weight")[1], n_k = (channels - n) / 2 / head, per_k = n_k ? n_v / n_k : 0;
+        const bool fused = has(p + "ssm_ba.weight");
+        if (n != n_v * head || per_k * n_k != n_v || n_v <= 0 || n + 2 * n_k * head != channels || ne(p + "attn_qkv.weight")[1] != channels) return -1;
+        const int conv_cache = state("r", i, (taps - 1) * channels), states = row_of(conv_cache), in = product(p + "attn_qkv", x);
+        const int conv = unary(p + "ssm_conv1d, activated", convolved(p, p + "ssm_conv1d", conv_cache, states, 0, in));
+        const int cache = state("s", i, head * head * n_v), before = reshaped(row_of(cache), {head, head, n_v, 1});
+        int q = of_unit_length(p + "q", rows_of(conv, head, n_k, head, 0)), k = of_unit_length(p + "k", rows_of(conv, head, n_k, head, n_k * head));
+        int step, open;
+        if (fused) {
+            for (int* one : {&q, &k}) {
+                const int of_each = view(*one, {head, 1, n_k, 1}, {kFloat, head * kFloat, head * kFloat, n_k * head * kFloat}, 0);
+                *one = rows_of(node(Op::REPEAT, p + "heads of V", {head, per_k, n_k, 1}, {of_each}), head, n_v, head, 0);
+            }
+            const int both = product(p + "ssm_ba", x);
+            step = node(Op::CONT, p + "step", {n_v, 1, 1, 1}, {rows_of(both, per_k, n_k, 2 * per_k, per_k)});
+            open = node(Op::CONT, p + "beta", {per_k, n_k, 1, 1}, {rows_of(both, per_k, n_k, 2 * per_k, 0)});
+        } else {
+            step = product(p + "ssm_alpha", x);
+            open = product(p + "ssm_beta", x);
+        }
+        const int decay = times(p + "decay", unary(p + "step, positive", biased(p + "ssm_dt", step)), weight(p + "ssm_a"));
+        const int out = remembered(p, cache, head, n_v, q, k, rows_of(conv, head, n_v, head, 2 * n_k * head), rows_of(decay, 1, n_v, 1, 0),
+                                   rows_of(unary(p + "beta, open", open), 1, n_v, 1, 0), before);
+        const int gate = unary(p + "gate", rows_of(product(p + "attn_gate", x), head, n_v, head, 0));
+        return product(p + "ssm_out", reshaped(times(p + "gated", normed(out, p + "ssm_norm"), gate), {n, 1, 1, 1}));
+    }
+    /// Kimi's: Q, K and V apart, each with its convolution, and a decay for every channel.
+    int gated_delta_of_channels(const std::string& p, int i, int x) {
+        const i64 taps = ne(p + "ssm_conv1d_q.weight")[0], n = ne(p + "attn_q.weight")[1], n_head = ne(p + "ssm_a")[1], head = ne(p + "ssm_norm.weight")[0];
+        if (n != n_head * head || ne(p + "attn_k.weight")[1] != n || ne(p + "attn_v.weight")[1] != n) return -1;
+        const int conv_cache = state("r", i, 3 * (taps - 1) * n), states = row_of(conv_cache), cache = state("s", i, head * head * n_head);
+        int qkv[3];
+        for (int which = 0; which < 3; ++which) {
+            const std::string letter(1, "qkv"[which]);
+            const int conv = convolved(p, p + "ssm_conv1d_" + letter, conv_cache, states, which * (taps - 1) * n, product(p + "attn_" + letter, x));
+            qkv[which] = rows_of(unary(p + letter + ", activated", conv), head, n_head, head, 0);
+        }
+        const int before = reshaped(row_of(cache), {head, head, n_head, 1});
+        const int step = unary(p + "step, positive", biased(p + "ssm_dt", product(p + "ssm_f_b", product(p + "ssm_f_a", x))));
+        const int decay = times(p + "decay", rows_of(step, head, n_head, head, 0), rows_of(weight(p + "ssm_a"), 1, n_head, 1, 0));
+        const int open = unary(p + "beta, open", rows_of(product(p + "ssm_beta", x), 1, n_head, 1, 0));
+        const int out = remembered(p, cache, head, n_head, of_unit_length(p + "q", qkv[0]), of_unit_length(p + "k", qkv[1]), qkv[2], decay, open, before);
+        const int gate = unary(p + "gate", rows_of(product(p + "ssm_g_b", product(p + "ssm_g_a", x)), head, n_head, head, 0));
+        return product(p + "attn_output", reshaped(times(p + "gated", normed(out, p + "ssm_norm"), gate), {n, 1, 1, 1}));
+    }
+    int of_unit_length(const std::string& name, int x) { return node(Op::SCALE, name, shape(x), {node(Op::RMS_NORM, name, shape(x), {x})}); }
+    /// [head, n] of a state that every token reads and changes; the state behind it is kept.
+    int remembered(const std::string& p, int cache, i64 head, i64 n, int q, int k, int v, int decay, int open, int before) {
+        const int y = node(Op::GATED_DELTA_NET, p + "state", {head * n, 1 + head, 1, 1}, {q, k, v, decay, open, before});
+        keep(p, cache, view(y, {head, head, n, 1}, {kFloat, head * kFloat, head * head * kFloat, head * head * n * kFloat}, head * n * kFloat), 0);
+        return rows_of(y, head, n, head, 0);
     }
 
     // ---- feed forward

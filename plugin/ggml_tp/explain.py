@@ -11,11 +11,13 @@ from .inspection import Inspection, Layer
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 # Of the host's input layer: they stay with its CPU. token_embd is copied to the device where it is the output head as well.
-_ON_CPU = ("token_embd.weight", "token_embd_norm.weight", "token_types.weight", "position_embd.weight", "per_layer_token_embd.weight")
+_ON_CPU = ("token_embd.weight", "token_types.weight", "position_embd.weight", "per_layer_token_embd.weight")
 # Architectures whose graph is the one that the core builds for this (tests compare); others are planned as if theirs were alike.
 _COMPARED = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gpt-oss")
 # Of every so many layers all but the last attend to a window only, where the file does not say it.
 _WINDOW_PERIOD = {"gpt-oss": 2, "gemma2": 2, "gemma3": 6, "cohere2": 4}
+# What neither keys nor tensors say: whose parallel layers add feed forward to the residual before attention, and which attention is never flash attention.
+_RESIDUAL_FIRST, _UNFUSED = ("command-r", "cohere2", "gptneox"), ("grok",)
 _CELL_PADDING = 256
 _FAR = 1 << 16  # cells; no window is as long
 
@@ -39,10 +41,11 @@ class File:
     n_ctx_train: int
     window: int  # tokens that some layers attend to; 0: all attend to all
     windowed: list[bool]  # per layer
+    traits: frozenset[str] = frozenset()  # of inspection.TRAITS
 
     @property
     def device_tensors(self) -> list[tuple[str, int, list[int]]]:
-        tied = all(name != "output.weight" for name, _, _ in self.tensors)
+        tied = "encoder" not in self.traits and all(name != "output.weight" for name, _, _ in self.tensors)
         return [t for t in self.tensors if t[0] not in _ON_CPU or (tied and t[0] == "token_embd.weight")]
 
     def layers(self, n_ctx: int, n_ubatch: int, swa_full: bool) -> list[Layer]:
@@ -104,8 +107,13 @@ def read(path: str | Path) -> File:
     window = per_layer("attention.sliding_window", 0)[0]
     period = value(f"{arch}.attention.sliding_window_pattern", _WINDOW_PERIOD.get(arch, 1))
     windowed = [bool(flag) for flag in period] if isinstance(period, list) else [i % period < period - 1 for i in range(n_layer)]
+    traits = {
+        "layer_norm": value(f"{arch}.attention.layer_norm_rms_epsilon") is None, "parallel": value(f"{arch}.use_parallel_residual", False),
+        "residual_first": arch in _RESIDUAL_FIRST, "unfused": arch in _UNFUSED,
+        "encoder": not value(f"{arch}.attention.causal", True) and all(name != "output.weight" for name, _, _ in tensors),
+    }  # fmt: skip
     return File(
-        architecture=arch, tensors=tensors, heads=[(h, kv, head_k, head_v) for h, kv in zip(heads, kv_heads, strict=True)], n_embd=n_embd,
+        traits=frozenset(name for name, holds in traits.items() if holds), architecture=arch, tensors=tensors, heads=[(h, kv, head_k, head_v) for h, kv in zip(heads, kv_heads, strict=True)], n_embd=n_embd,
         n_ff=max(*n_ff, of_experts), n_vocab=vocabulary, n_expert=int(value(f"{arch}.expert_count", 0)),
         n_expert_used=int(value(f"{arch}.expert_used_count", 0)), n_ctx_train=int(value(f"{arch}.context_length", 0)),
         window=window, windowed=(windowed + [False] * n_layer)[:n_layer] if window else [False] * n_layer,
@@ -140,7 +148,7 @@ def explain(
     def plan(cells: int) -> dict[str, Any]:
         layers = file.layers(cells, n_ubatch, swa_full)
         of_caches = (types[cache_types[0]], types[cache_types[1]])
-        made = inspection.explain(file.device_tensors, layers, file.n_embd, file.n_expert_used, of_caches, n_ranks, split)
+        made = inspection.explain(file.device_tensors, layers, file.n_embd, file.n_expert_used, of_caches, n_ranks, split, file.traits)
         if "error" in made:
             raise ExplainError(made["error"])
         return made

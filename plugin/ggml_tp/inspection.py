@@ -14,6 +14,8 @@ from . import LIBRARY
 
 REDUCES = {"NCCL": 0, "NCCL in a graph": 1, "NCCL, symmetric windows": 2}
 TEXTS = {"config": 0, "layout": 1, "plan": 2, "program": 3, "devices": 4, "stages": 5}
+# Of a model's graph, what its file's tensors do not say.
+TRAITS = {"layer_norm": 1, "parallel": 2, "residual_first": 4, "encoder": 8, "unfused": 16}
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,12 @@ class Inspection:
 
     def explain(
         self, tensors: list[tuple[str, int, list[int]]], layers: list[Layer], n_embd: int, n_expert_used: int, cache_types: tuple[int, int],
-        n_ranks: int, split: list[float] | None = None,
+        n_ranks: int, split: list[float] | None = None, traits: frozenset[str] = frozenset(),
     ) -> dict[str, Any]:  # fmt: skip
-        """The plan of one decoded token of a model whose device tensors are (name, type, ne); needs no host and no device. Keys: see inspect.h."""
+        """The plan of one decoded token of a model whose device tensors are (name, type, ne); needs no host and no device. Keys: see inspect.h.
+
+        `traits`: of TRAITS, what no tensor says.
+        """
         ffi = self.ffi
         names = [ffi.new("char[]", name.encode()) for name, _, _ in tensors]
         rows = ffi.new("struct ggml_tp_file_tensor[]", max(len(tensors), 1))
@@ -114,6 +119,7 @@ class Inspection:
         model = ffi.new("struct ggml_tp_model *")
         model.tensors, model.n_tensors, model.layers, model.n_layers = rows, len(tensors), shapes, len(layers)
         model.n_embd, model.n_expert_used, (model.type_k, model.type_v) = n_embd, n_expert_used, cache_types
+        model.traits = sum(TRAITS[trait] for trait in traits)
         shares = ffi.new("double[]", split) if split else ffi.NULL
         n = 1024 * len(tensors)
         while True:  # once, unless names are very long
