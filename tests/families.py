@@ -39,6 +39,7 @@ COMMON: dict[str, Any] = {
 }
 EXPERTS: dict[str, Any] = {"expert_count": N_EXPERT, "expert_used_count": N_EXPERT_USED, "expert_feed_forward_length": N_FF_EXPERT}
 SHARED: dict[str, Any] = {"expert_shared_count": 1, "expert_shared_feed_forward_length": N_FF}
+LAYER_NORM: dict[str, Any] = {"attention.layer_norm_rms_epsilon": None}
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 # The latent attention of DeepSeek: one cached head of the latent (64) and the rotary part (32); heads of 32 + 32 and 32.
 LATENT: dict[str, Any] = {
@@ -86,8 +87,8 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family("glm4", {"rope.dimension_count": 16}, optional=r"attn_[qkv]\.bias"),
     "glm4moe": Family("glm4moe", EXPERTS | SHARED | {"leading_dense_block_count": 1, "rope.dimension_count": 16, "expert_gating_func": SIGMOID,
         "expert_weights_norm": True}, optional=r"attn_[qkv]\.bias"),
-    "command-r": Family("command-r", {"logit_scale": 0.25}, without="attn_[qk]_norm|output", cost=(3, 0)),
-    "cohere2": Family("cohere2", {"logit_scale": 0.25, "attention.sliding_window": 32, "attention.sliding_window_pattern": 2}, without="output", cost=(3, 0)),
+    "command-r": Family("command-r", LAYER_NORM | {"logit_scale": 0.25}, without="attn_[qk]_norm|output", cost=(3, 0)),
+    "cohere2": Family("cohere2", LAYER_NORM | {"logit_scale": 0.25, "attention.sliding_window": 32, "attention.sliding_window_pattern": 2}, without="output", cost=(3, 0)),
     "falcon": Family("falcon", {"attention.head_count_kv": 2}, optional=r"(attn|output)_norm(_2)?\.bias", joined=QKV, cost=(3, 0)),
     "olmo2": Family("olmo2", cost=(4, 4)),
     "minicpm3": Family("minicpm3", {"attention.head_count_kv": 8, "attention.q_lora_rank": 96, "attention.kv_lora_rank": 64, "attention.key_length": 64,
@@ -111,7 +112,7 @@ FAMILIES: dict[str, Family] = {
         "attention.scale": 0.0156, "logit_scale": 8.0}, beyond=(2, 1)),
     "nemotron_h": Family("nemotron_h", ssm(512, 32, 16, 2) | {"block_count": 3, "attention.head_count_kv": [0, 4, 0],
         "feed_forward_length": [0, 0, 768]}, cost=(3, 0), beyond=(2, 1)),
-    "lfm2": Family("lfm2", {"attention.head_count_kv": [0, 4], "shortconv.l_cache": 3}),
+    "lfm2": Family("lfm2", {"attention.head_count_kv": [0, 4], "shortconv.l_cache": 3}, without="dense_2"),
     # Attention is not scaled, 22 layers amplify, of few gates the topmost 5 % are next to none: unscaled and with an ffn of 96, the host's CPU
     # differs from itself by an NMSE of 8e-3 with another batch size.
     "gemma3n": Family("gemma3n", {"block_count": 22, "embedding_length": 64, "attention.head_count": 8, "attention.head_count_kv": 1,
@@ -123,10 +124,10 @@ FAMILIES: dict[str, Family] = {
     "gptneox": Family("gptneox", {"attention.head_count_kv": 8, "use_parallel_residual": True}, optional=r".*\.bias", joined=QKV, cost=(3, 0)),
     "starcoder2": Family("starcoder2", optional=r".*\.bias"),
     "bloom": Family("bloom", {"attention.head_count_kv": 8}, optional=r".*\.bias", joined=QKV),
-    "mpt": Family("mpt", {"attention.head_count_kv": 8, "attention.max_alibi_bias": 8.0}, joined=QKV),
+    "mpt": Family("mpt", LAYER_NORM | {"attention.head_count_kv": 8, "attention.max_alibi_bias": 8.0}, without="attn_[qk]_norm", joined=QKV),
     "stablelm": Family("stablelm", {"rope.dimension_count": 16, "use_parallel_residual": False}, optional=r".*norm\.bias"),
     "olmoe": Family("olmoe", EXPERTS | {"attention.head_count_kv": 8}, cost=(4, 4)),
-    "dbrx": Family("dbrx", EXPERTS | {"attention.clamp_kqv": 8.0, "feed_forward_length": 192}, joined=QKV),
+    "dbrx": Family("dbrx", EXPERTS | LAYER_NORM | {"attention.clamp_kqv": 8.0, "feed_forward_length": 192}, joined=QKV),
     "granitemoe": Family("granitemoe", EXPERTS | {"logit_scale": 8.0, "embedding_scale": 12.0, "residual_scale": 0.22, "attention.scale": 0.0156}),
     "grok": Family("grok", EXPERTS),
     "exaone4": Family("exaone4", {"attention.sliding_window": 32}),
