@@ -133,7 +133,7 @@ FAMILIES: dict[str, Family] = {
     "exaone4": Family("exaone4", {"attention.sliding_window": 32}),
     "minimax-m2": Family("minimax-m2", EXPERTS | {"expert_gating_func": SIGMOID}, cost=(4, 4)),
     "rwkv6": Family("rwkv6", {"attention.head_count": 0, "attention.head_count_kv": 0, "wkv.head_size": 32, "time_mix_extra_dim": 32,
-        "time_decay_extra_dim": 64}, optional=r".*\.bias"),
+        "time_decay_extra_dim": 64}, optional=r".*\.bias", without="time_mix_lerp_[wkvrg]"),
     "rwkv7": Family("rwkv7", {"attention.head_count": 0, "attention.head_count_kv": 0, "wkv.head_size": 32, "attention.decay_lora_rank": 32,
         "attention.iclr_lora_rank": 32, "attention.value_residual_mix_lora_rank": 32, "attention.gate_lora_rank": 64}, optional=r".*\.bias"),
     "kimi-linear": Family("kimi-linear", EXPERTS | SHARED | LATENT | {"leading_dense_block_count": 1, "attention.head_count_kv": [0, 1],

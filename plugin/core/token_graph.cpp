@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <map>
+#include <set>
 
 namespace ggml_tp {
 namespace {
@@ -177,11 +178,16 @@ class Builder {
     int layer(int i, int stream) {
         const std::string p = "blk." + std::to_string(i) + ".";
         const bool is_last = i + 1 == static_cast<int>(model_.layers.size());
+        if (has_rwkv(p)) return rwkv(p, i, is_last, stream);
         const bool norm_before = has_norm(p + "attn_norm"), has_forward = has_feed_forward(p);
         const int in = normed(stream, p + "attn_norm");
         int mixed = mixer(p, i, has_norm(p + "attn_norm_2") ? normed(stream, p + "attn_norm_2") : in);
         int forward = mixed < 0 && has_forward && !has_norm(p + "ffn_norm") ? feed_forward(p, in) : -1;  // a layer of nothing else
         int forward_in = in;
+        if (mixed >= 0 && has_all(p, {"attn_output.weight", "ssm_in.weight"})) {  // summed up before rows are chosen
+            stream = plus(p + "attention and state + residual", mixed, stream);
+            mixed = -1;
+        }
         if (is_last) {  // from here on only tokens whose logits are wanted
             mixed = wanted(mixed);
             forward = wanted(forward);
@@ -519,6 +525,97 @@ class Builder {
         return rows_of(y, head, n, head, 0);
     }
 
+    // ---- RWKV: a token is mixed with the one before, by factors of its own
+
+    bool has_rwkv(const std::string& p) const {
+        const bool common = has_all(p, {"time_mix_lerp_fused.weight", "time_mix_key.weight", "time_mix_value.weight", "time_mix_receptance.weight",
+                                        "time_mix_output.weight", "time_mix_ln.weight", "channel_mix_lerp_k.weight", "channel_mix_key.weight",
+                                        "channel_mix_value.weight"});
+        const bool six = has_all(p, {"time_mix_first.weight", "time_mix_decay.weight", "time_mix_decay_w1.weight", "time_mix_decay_w2.weight",
+                                     "time_mix_lerp_x.weight", "time_mix_w1.weight", "time_mix_w2.weight", "time_mix_gate.weight"});
+        const bool seven = has_all(p, {"time_mix_w0.weight", "time_mix_w1.weight", "time_mix_w2.weight", "time_mix_a0.weight", "time_mix_a1.weight",
+                                       "time_mix_a2.weight", "time_mix_k_k.weight", "time_mix_k_a.weight", "time_mix_r_k.weight"});
+        return common && (six || seven);
+    }
+    int rwkv(const std::string& p, int i, bool is_last, int stream) {
+        const i64 n = model_.n_embd, head = model_.layers[static_cast<size_t>(i)].head_k;
+        if (head <= 0 || n % head) throw Error(p + "*: heads of " + std::to_string(head) + " do not divide " + std::to_string(n));
+        const int tokens = state("r", i, 2 * n), before = row_of(tokens), memory = state("s", i, n * head);
+        const int in = normed(stream, p + "attn_norm");
+        const int difference = node(Op::SUB, p + "token before - token", {n, 1, 1, 1}, {part_of(before, n, 0), in});
+        const bool six = has(p + "time_mix_first.weight");
+        const int mixed = six ? rwkv6(p, n, head, memory, in, difference) : rwkv7(p, i, n, head, memory, in, difference);
+        stream = plus(p + "time mix + residual", product(p + "time_mix_output", mixed), stream);
+        int forward = normed(stream, p + "attn_norm_2"), last = part_of(before, n, n);
+        keep(p, tokens, reshaped(joined(p + "tokens", {n, 2, 1, 1}, 1, in, forward), {2 * n, 1, 1, 1}), 0);
+        if (is_last) last = wanted(last), forward = wanted(forward), stream = wanted(stream);
+        const int change = node(Op::SUB, p + "token before - token", {n, 1, 1, 1}, {last, forward});
+        auto lerped = [&](const char* name) { return plus(p + name, times(p + name, change, weight(p + name + ".weight")), forward); };
+        const int hidden = unary(p + "channel_mix_key, activated", product(p + "channel_mix_key", lerped("channel_mix_lerp_k")));
+        int out = product(p + "channel_mix_value", node(Op::SQR, p + "squared", shape(hidden), {hidden}));
+        if (has_all(p, {"channel_mix_receptance.weight", "channel_mix_lerp_r.weight"}))
+            out = times(p + "channel mix gated", unary(p + "receptance", product(p + "channel_mix_receptance", lerped("channel_mix_lerp_r"))), out);
+        return plus(p + "channel mix + residual", out, stream);
+    }
+    /// What goes into the output's product: the state's answer, normed by heads.
+    int rwkv6(const std::string& p, i64 n, i64 head, int memory, int in, int difference) {
+        const i64 rank = ne(p + "time_mix_w2.weight")[0], n_head = n / head;
+        const int first = plus(p + "time_mix_lerp_x", times(p + "time_mix_lerp_x", difference, weight(p + "time_mix_lerp_x.weight")), in);
+        const int low = unary(p + "time_mix_w1, activated", product(p + "time_mix_w1", first));
+        const i64 bytes = rank * kFloat;
+        const int of_five = node(Op::CONT, p + "low ranks", {rank, 1, 1, 5}, {view(low, {rank, 1, 1, 5}, {kFloat, bytes, bytes, bytes}, 0)});
+        int mixes = node(Op::MUL_MAT, p + "time_mix_w2", {n, 1, 1, 5}, {reshaped(weight(p + "time_mix_w2.weight"), {rank, n, 1, 5}), of_five});
+        mixes = plus(p + "time_mix_lerp_fused", mixes, weight(p + "time_mix_lerp_fused.weight"));
+        mixes = plus(p + "mixes", times(p + "mixes", mixes, difference), in);  // of w, k, v, r and g
+        const int k = product(p + "time_mix_key", part_of(mixes, n, n)), v = product(p + "time_mix_value", part_of(mixes, n, 2 * n));
+        const int r = product(p + "time_mix_receptance", part_of(mixes, n, 3 * n));
+        int decay = product(p + "time_mix_decay_w2", unary(p + "time_mix_decay_w1, activated", product(p + "time_mix_decay_w1", part_of(mixes, n, 0))));
+        decay = unary(p + "decay", plus(p + "time_mix_decay", decay, weight(p + "time_mix_decay.weight")));
+        auto by_head = [&](int x) { return rows_of(x, head, n_head, head, 0); };
+        const int y = node(Op::RWKV_WKV6, p + "state", {n, 1 + head, 1, 1},
+                           {by_head(k), by_head(v), by_head(r), weight(p + "time_mix_first.weight"), by_head(decay), row_of(memory)});
+        keep(p, memory, part_of(y, n * head, n), 0);
+        return times(p + "gated", rwkv_normed(p, n, head, y), unary(p + "gate", product(p + "time_mix_gate", part_of(mixes, n, 4 * n))));
+    }
+    int rwkv7(const std::string& p, int i, i64 n, i64 head, int memory, int in, int difference) {
+        const i64 n_head = n / head, n_mixes = ne(p + "time_mix_lerp_fused.weight")[3];
+        const int repeated = node(Op::REPEAT, p + "of all mixes", {n, 1, 1, n_mixes}, {difference});
+        const int mixes = plus(p + "mixes", times(p + "time_mix_lerp_fused", repeated, weight(p + "time_mix_lerp_fused.weight")), in);  // r, w, k, v, a, g
+        auto mix = [&](i64 which) { return part_of(mixes, n, which * n); };
+        auto by_head = [&](int x) { return rows_of(x, head, n_head, head, 0); };
+        auto low_rank = [&](const std::string& of, int x, bool active) {
+            const int low = product(p + "time_mix_" + of + "1", x);
+            return product(p + "time_mix_" + of + "2", active ? unary(p + of + ", activated", low) : low);
+        };
+        auto shifted = [&](const std::string& of, int x) { return unary(p + of, plus(p + of, x, weight(p + "time_mix_" + of + "0.weight"))); };
+        const int r = product(p + "time_mix_receptance", mix(0));
+        const int decay = unary(p + "decay", node(Op::SCALE, p + "decay", {n, 1, 1, 1}, {shifted("w", low_rank("w", mix(1), true))}));
+        const int k = product(p + "time_mix_key", mix(2)), a = shifted("a", low_rank("a", mix(4), false));
+        const int k_a = times(p + "time_mix_k_a", k, weight(p + "time_mix_k_a.weight"));
+        const int key = plus(p + "key", k, node(Op::SUB, p + "key", {n, 1, 1, 1}, {times(p + "key", a, k_a), k_a}));
+        int v = product(p + "time_mix_value", mix(3));
+        if (i == 0) {
+            first_v_ = v;
+            for (const char* name : {"time_mix_v0.weight", "time_mix_v1.weight", "time_mix_v2.weight"}) not_read_.insert(p + name);  // files have them all the same
+        } else if (first_v_ >= 0 && has_all(p, {"time_mix_v0.weight", "time_mix_v1.weight", "time_mix_v2.weight"})) {
+            const int share = shifted("v", low_rank("v", mix(3), false));
+            v = plus(p + "value", v, times(p + "value", node(Op::SUB, p + "first value - value", {n, 1, 1, 1}, {first_v_, v}), share));
+        }
+        const int k_k = times(p + "time_mix_k_k", k, weight(p + "time_mix_k_k.weight"));
+        const int removed = node(Op::L2_NORM, p + "removed", {head, n_head, 1, 1}, {by_head(k_k)});
+        const int y = node(Op::RWKV_WKV7, p + "state", {n, 1 + head, 1, 1},
+                           {by_head(r), by_head(decay), by_head(key), by_head(v), unary(p + "removed", removed), times(p + "replaced", removed, by_head(a)), row_of(memory)});
+        keep(p, memory, part_of(y, n * head, n), 0);
+        const int r_k = times(p + "time_mix_r_k", times(p + "key asked", by_head(key), by_head(r)), reshaped(weight(p + "time_mix_r_k.weight"), {head, n_head, 1, 1}));
+        const int of_now = times(p + "value of now", by_head(v), node(Op::SUM_ROWS, p + "sum of heads", {1, n_head, 1, 1}, {r_k}));
+        const int out = plus(p + "time mix", rwkv_normed(p, n, head, y), reshaped(of_now, {n, 1, 1, 1}));
+        return has_all(p, {"time_mix_g1.weight", "time_mix_g2.weight"}) ? times(p + "gated", out, low_rank("g", mix(5), true)) : out;
+    }
+    int rwkv_normed(const std::string& p, i64 n, i64 head, int y) {
+        const int by_head = node(Op::NORM, p + "time_mix_ln", {head, n / head, 1, 1}, {rows_of(y, head, n / head, head, 0)});
+        return biased(p + "time_mix_ln", times(p + "time_mix_ln", reshaped(by_head, {n, 1, 1, 1}), weight(p + "time_mix_ln.weight")));
+    }
+
     // ---- feed forward
 
     int activated(const std::string& name, int gate, int up) {
@@ -587,7 +684,7 @@ class Builder {
         std::map<std::string, std::string> of_layers;
         std::vector<std::string> order;
         for (const Stored& s : out_.weights) {
-            if (by_name_.at(s.name).id >= 0) continue;
+            if (by_name_.at(s.name).id >= 0 || not_read_.count(s.name)) continue;
             const size_t dot = s.name.starts_with("blk.") ? s.name.find('.', 4) : std::string::npos;
             const std::string layer = dot == std::string::npos ? "" : s.name.substr(0, dot + 1), name = s.name.substr(layer.size());
             std::string& names = of_layers[layer];
@@ -604,8 +701,9 @@ class Builder {
     TokenGraph out_;
     std::map<std::string, Weight> by_name_;
     std::map<int, bool> ordered_;
+    std::set<std::string> not_read_;  // by hosts either
     u64 address_ = kFirstAddress;
-    int positions_ = -1, mask_ = -1, wanted_ = -1;
+    int positions_ = -1, mask_ = -1, wanted_ = -1, first_v_ = -1;
 };
 
 }  // namespace

@@ -101,6 +101,8 @@ def read(path: str | Path) -> File:
         raise ExplainError(f"{path} names head counts for {len(heads)} and {len(kv_heads)} layers but has {n_layer}")
     common = n_embd // max(heads[0], 1)
     head_k, head_v = int(value(f"{arch}.attention.key_length", common)), int(value(f"{arch}.attention.value_length", common))
+    if head := int(value(f"{arch}.wkv.head_size", 0)):  # RWKV names its heads by their size alone
+        heads, kv_heads, head_k, head_v = [n_embd // head] * n_layer, [0] * n_layer, head, head
     vocabulary = next((ne[1] for name, _, ne in tensors if name == "token_embd.weight" and len(ne) > 1), 0)
     n_ff = per_layer("feed_forward_length", 0)
     of_experts = int(value(f"{arch}.expert_feed_forward_length", 0)) * int(value(f"{arch}.expert_used_count", 0))
