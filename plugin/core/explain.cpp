@@ -89,8 +89,9 @@ std::string planned_json(const ModelShape& model, int n_ranks, const std::vector
     out += ",\n\"reshards\":" + list(plan.steps, [&](const PlanStep& step) {
                if (step.kind == PlanStep::kCompute) return std::string();
                const Tensor& t = token.graph.tensors[static_cast<size_t>(step.tensor)];
-               const char* kind = step.kind == PlanStep::kAllReduce ? "all_reduce" : "all_gather";
-               return "{\"kind\":" + quoted(kind) + ",\"tensor\":" + quoted(t.name) + ",\"bytes\":" + std::to_string(t.bytes) +
+               const bool reduces = step.kind == PlanStep::kAllReduce;
+               return "{\"kind\":" + quoted(reduces ? "all_reduce" : "all_gather") + ",\"tensor\":" + quoted(t.name) +
+                      ",\"bytes\":" + std::to_string(reduces ? t.bytes : step.part.bytes.size()) +
                       ",\"reason\":" + quoted(step.reason) + "}";
            });
     return out + ",\n\"notes\":" + list(token.notes, quoted) + "}\n";

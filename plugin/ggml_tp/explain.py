@@ -12,8 +12,12 @@ from .inspection import Inspection, Layer
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 # Of the host's input layer: they stay with its CPU. token_embd is copied to the device where it is the output head as well.
 _ON_CPU = ("token_embd.weight", "token_types.weight", "position_embd.weight", "per_layer_token_embd.weight")
-# Architectures whose graph is the one that the core builds for this (tests compare); others are planned as if theirs were alike.
-_COMPARED = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gpt-oss")
+# Architectures whose plan is that of a host's graph (tests compare). Of others, what tensors are for is taken from their names all the same.
+COMPARED = frozenset(
+    "bert bloom command-r cohere2 dbrx deepseek2 exaone4 falcon falcon-h1 gemma2 gemma3 glm4 glm4moe gpt-oss gpt2 gptneox granitehybrid granitemoe grok"
+    " jamba kimi-linear lfm2 llama llama4 mamba mamba2 minicpm3 minimax-m2 mpt nemotron_h olmo2 olmoe phi2 phi3 qwen2 qwen2moe qwen3 qwen35 qwen35moe"
+    " qwen3moe qwen3next rwkv6 rwkv7 stablelm starcoder2".split()
+)
 # Of every so many layers all but the last attend to a window only, where the file does not say it.
 _WINDOW_PERIOD = {"gpt-oss": 2, "gemma2": 2, "gemma3": 6, "cohere2": 4}
 # What neither keys nor tensors say: whose parallel layers add feed forward to the residual before attention, and which attention is never flash attention.
@@ -157,8 +161,8 @@ def explain(
 
     made = plan(n_ctx)
     notes = made["notes"]
-    if file.architecture not in _COMPARED:
-        notes = [f"{file.architecture}: not one of the architectures compared with real plans; its graph is taken to be of the Llama type", *notes]
+    if file.architecture not in COMPARED:
+        notes = [f"{file.architecture}: not one of the architectures compared with real plans; what its tensors are for is taken from their names", *notes]
     weights = _sums(made["tensors"], n_ranks)
 
     def read_of(row: dict[str, Any], rank: int) -> float:
