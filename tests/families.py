@@ -65,6 +65,7 @@ class Family:
     without: str = ""  # what the host would take and this family does not have
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # tensors that this family has side by side in one
     scaled: Mapping[str, float] = field(default_factory=dict)  # tensors by pattern, whose random values would be too large
+    ahead: int = 0  # layers that predict further tokens, which hosts leave out
     job: str = "run_model"  # of jobs.py
     cost: tuple[int, int] | None = None  # all_reduces and all_gathers of one token; None: two reduces a layer
     beyond: tuple[int, int] | None = None  # groups of a norm, and how often it is gathered for where there are more ranks than these
@@ -86,7 +87,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("phi3", joined=QKV),
     "glm4": Family("glm4", {"rope.dimension_count": 16}, optional=r"attn_[qkv]\.bias"),
     "glm4moe": Family("glm4moe", EXPERTS | SHARED | {"leading_dense_block_count": 1, "rope.dimension_count": 16, "expert_gating_func": SIGMOID,
-        "expert_weights_norm": True}, optional=r"attn_[qkv]\.bias"),
+        "expert_weights_norm": True}, optional=r"attn_[qkv]\.bias", ahead=1),
     "command-r": Family("command-r", LAYER_NORM | {"logit_scale": 0.25}, without="attn_[qk]_norm|output", cost=(3, 0)),
     "cohere2": Family("cohere2", LAYER_NORM | {"logit_scale": 0.25, "attention.sliding_window": 32, "attention.sliding_window_pattern": 2}, without="output", cost=(3, 0)),
     "falcon": Family("falcon", {"attention.head_count_kv": 2}, optional=r"(attn|output)_norm(_2)?\.bias", joined=QKV, cost=(3, 0)),
@@ -101,7 +102,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek2-fused": Family("deepseek2", EXPERTS | SHARED | LATENT | {"leading_dense_block_count": 1}, joined=GATE_UP),
     "llama4": Family("llama4", EXPERTS | {"block_count": 4, "interleave_moe_layer_step": 2, "expert_used_count": 1}),
     "qwen3next": Family("qwen3next", EXPERTS | SHARED | ssm(256, 32, 8, 4) | {"full_attention_interval": 2}, without="ssm_in"),
-    "qwen35": Family("qwen35", ssm(256, 32, 8, 4) | {"full_attention_interval": 2, "rope.dimension_sections": [4, 6, 6, 0]}),
+    "qwen35": Family("qwen35", ssm(256, 32, 8, 4) | {"full_attention_interval": 2, "rope.dimension_sections": [4, 6, 6, 0]}, ahead=1),
     "qwen35moe": Family("qwen35moe", EXPERTS | SHARED | ssm(256, 32, 8, 4) | {"full_attention_interval": 2,
         "rope.dimension_sections": [4, 6, 6, 0]}),
     "mamba": Family("mamba", ssm(512, 16, 16, 0), cost=(4, 0)),
@@ -277,6 +278,13 @@ def write_model(host: Host, path: Path, family: str, quant: str, seed: int = 0, 
     keys_path = path.with_suffix(".keys")
     _close(_writer(keys_path, family, more))
     tensors = _tensors(host, keys_path, family, also)
+    if ahead := FAMILIES[family].ahead:  # each one more of the last layer's kind, fed by the last state and the token that is known
+        n_layer, n_embd = ((COMMON | dict(FAMILIES[family].keys) | more)[key] for key in ("block_count", "embedding_length"))
+        for i in range(n_layer, n_layer + ahead):
+            last = {name.replace(f"blk.{n_layer - 1}.", f"blk.{i}."): shape for name, shape in tensors.items() if name.startswith(f"blk.{n_layer - 1}.")}
+            own = {"eh_proj": (n_embd, 2 * n_embd), "enorm": (n_embd,), "hnorm": (n_embd,), "shared_head_norm": (n_embd,)}
+            tensors |= last | {f"blk.{i}.nextn.{name}.weight": shape for name, shape in own.items()}
+        more |= {"block_count": n_layer + ahead, "nextn_predict_layers": ahead}
     w = _writer(path, family, more)
     n_expert = dict(FAMILIES[family].keys).get("expert_count", 0)
     for name, shape in tensors.items():

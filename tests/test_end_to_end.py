@@ -108,8 +108,9 @@ def test_many_layers_with_an_odd_cut_of_heads(workers, long_model):
     assert nmse(result["prompt_logits"], reference["prompt_logits"]) <= TOLERANCE["Q4_0"]
 
 
-def test_rope_frequency_factors(workers, models):
-    check(workers, models, "llama", "F16", 3, also=r"rope_freqs\.weight")
+@pytest.mark.parametrize(("family", "ranks", "factors"), [("llama", 3, r"rope_freqs\.weight"), ("phi3", 2, r"rope_factors_.*")])
+def test_rope_frequency_factors(workers, models, family, ranks, factors):
+    check_explained(models(family, "F16", also=factors), ranks, check(workers, models, family, "F16", ranks, also=factors))
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -252,7 +252,13 @@ class Builder {
         y = rows_of(y, head, n, head, 0);
         return of_heads ? normed(y, name + "_norm") : y;
     }
-    int rotated(const std::string& name, int x) { return node(Op::ROPE, name, shape(x), {x, positions()}); }
+    int rotated(const std::string& name, int x) {
+        const int y = node(Op::ROPE, name, shape(x), {x, positions()});
+        for (const char* factors : {"rope_freqs.weight", "rope_factors_short.weight"})
+            if (has(factors)) at(y).src[2] = weight(factors);
+        not_read_.insert("rope_factors_long.weight");  // instead of the short ones, in a context longer than was trained for
+        return y;
+    }
     int positions() {
         if (positions_ < 0) positions_ = leaf("positions", kF32, {1, 1, 1, 1});
         return positions_;

@@ -46,11 +46,13 @@ class File:
     window: int  # tokens that some layers attend to; 0: all attend to all
     windowed: list[bool]  # per layer
     traits: frozenset[str] = frozenset()  # of inspection.TRAITS
+    n_ahead: int = 0  # layers behind these that predict tokens further ahead: hosts leave them out, tensors too
 
     @property
     def device_tensors(self) -> list[tuple[str, int, list[int]]]:
         tied = "encoder" not in self.traits and all(name != "output.weight" for name, _, _ in self.tensors)
-        return [t for t in self.tensors if t[0] not in _ON_CPU or (tied and t[0] == "token_embd.weight")]
+        left_out = tuple(f"blk.{len(self.heads) + i}." for i in range(self.n_ahead))
+        return [t for t in self.tensors if (t[0] not in _ON_CPU and not t[0].startswith(left_out)) or (tied and t[0] == "token_embd.weight")]
 
     def layers(self, n_ctx: int, n_ubatch: int, swa_full: bool) -> list[Layer]:
         cells = _padded(n_ctx)
@@ -92,12 +94,14 @@ def read(path: str | Path) -> File:
 
     arch = value("general.architecture")
     n_layer, n_embd, n_head = (value(f"{arch}.{key}") for key in ("block_count", "embedding_length", "attention.head_count"))
-    if not arch or not n_layer or not n_embd or not tensors:
+    n_ahead = int(value(f"{arch}.nextn_predict_layers", 0))
+    if not arch or not n_layer or not n_embd or not tensors or n_layer <= n_ahead:
         raise ExplainError(f"{path} is no language model: it has no layers, embedding length or tensors")
+    n_layer -= n_ahead
 
     def per_layer(key: str, default: Any) -> list[int]:
         number = value(f"{arch}.{key}", default)
-        return [int(n) for n in number] if isinstance(number, list) else [int(number or 0)] * n_layer
+        return [int(n) for n in number][: len(number) - n_ahead] if isinstance(number, list) else [int(number or 0)] * n_layer
 
     heads = per_layer("attention.head_count", 0)
     kv_heads = per_layer("attention.head_count_kv", n_head)
@@ -119,7 +123,7 @@ def read(path: str | Path) -> File:
         "encoder": not value(f"{arch}.attention.causal", True) and all(name != "output.weight" for name, _, _ in tensors),
     }  # fmt: skip
     return File(
-        traits=frozenset(name for name, holds in traits.items() if holds), architecture=arch, tensors=tensors, heads=[(h, kv, head_k, head_v) for h, kv in zip(heads, kv_heads, strict=True)], n_embd=n_embd,
+        traits=frozenset(name for name, holds in traits.items() if holds), n_ahead=n_ahead, architecture=arch, tensors=tensors, heads=[(h, kv, head_k, head_v) for h, kv in zip(heads, kv_heads, strict=True)], n_embd=n_embd,
         n_ff=max(*n_ff, of_experts), n_vocab=vocabulary, n_expert=int(value(f"{arch}.expert_count", 0)),
         n_expert_used=int(value(f"{arch}.expert_used_count", 0)), n_ctx_train=int(value(f"{arch}.context_length", 0)),
         window=window, windowed=(windowed + [False] * n_layer)[:n_layer] if window else [False] * n_layer,
@@ -175,7 +179,7 @@ def explain(
     per_cell = [(b - a) / _FAR for a, b in zip(low, high, strict=True)]
     out: dict[str, Any] = {
         "model": {
-            "file": Path(path).name, "architecture": file.architecture, "layers": len(file.heads), "parameters": sum(_elems(ne) for _, _, ne in file.tensors),
+            "file": Path(path).name, "architecture": file.architecture, "layers": len(file.heads), "layers_ahead": file.n_ahead, "parameters": sum(_elems(ne) for _, _, ne in file.tensors),
             "experts": file.n_expert, "experts_used": file.n_expert_used, "n_ctx_train": file.n_ctx_train,
         },
         "ranks": n_ranks, "split": split, "tensors": made["tensors"], "caches": made["caches"], "reshards": made["reshards"],
@@ -296,8 +300,9 @@ def report(result: dict[str, Any], every: bool) -> str:
         rows.append([name, "" if layers == [-1] else _spans(layers), type_, size(whole), _layout(layout), _sizes(list(of_ranks)), reason])
     split = "even" if not result["split"] else ",".join(f"{share:g}" for share in result["split"])
     experts = f", {model['experts_used']} of {model['experts']} experts" if model["experts"] else ""
+    ahead = f" (and {model['layers_ahead']} that predict ahead, which hosts leave out)" if model["layers_ahead"] else ""
     lines = [
-        f"{model['file']}: {model['architecture']}, {model['layers']} layers{experts}, {_count(model['parameters'])} parameters,"
+        f"{model['file']}: {model['architecture']}, {model['layers']} layers{ahead}{experts}, {_count(model['parameters'])} parameters,"
         f" on {result['ranks']} rank{'s' * (result['ranks'] > 1)} (split {split})",
         "", *_table(rows), "",
         f"weights:  {_sizes(result['weight_bytes'])}; read for one token: {_sizes(result['read_bytes_per_token'])}",
