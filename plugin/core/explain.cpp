@@ -67,15 +67,18 @@ std::string stored_json(const Stored& s, int n_ranks, bool planned) {
 std::string planned_json(const ModelShape& model, int n_ranks, const std::vector<double>& split) {
     if (n_ranks < 1 || n_ranks > kMaxRanks) throw Error("1 to " + std::to_string(kMaxRanks) + " ranks");
     TokenGraph token = token_graph(model, n_ranks, split);
-    const Plan plan = settle(token.graph, n_ranks, split, [&](Stored& tensor, const Sharding& sharding, const std::optional<Extent>& extent) {
-        tensor.sharding = sharding;
-        tensor.extent = extent;
-        lay_out_planes(tensor, n_ranks);
-    });
-    verify(plan, token.graph);
+    Plan plan;
     std::set<const Stored*> read;
-    for (const Tensor& t : token.graph.tensors)
-        if (t.stored) read.insert(t.stored);
+    for (const Graph* graph : {&token.of_prompt, &token.graph}) {
+        plan = settle(*graph, n_ranks, split, [&](Stored& tensor, const Sharding& sharding, const std::optional<Extent>& extent) {
+            tensor.sharding = sharding;
+            tensor.extent = extent;
+            lay_out_planes(tensor, n_ranks);
+        });
+        verify(plan, *graph);
+        for (const Tensor& t : graph->tensors)
+            if (t.stored) read.insert(t.stored);
+    }
     auto list = [](const auto& items, auto&& text) {
         std::string out = "[";
         for (const auto& item : items) {

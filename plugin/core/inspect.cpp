@@ -136,7 +136,7 @@ size_t ggml_tp_explain(const struct ggml_tp_model* model, int n_ranks, const dou
     }
     for (size_t i = 0; i < model->n_layers; ++i) {
         const ggml_tp_layer& l = model->layers[i];
-        shape.layers.push_back({l.n_head, l.n_head_kv, l.head_k, l.head_v, l.cells});
+        shape.layers.push_back({l.n_head, l.n_head_kv, l.head_k, l.head_v, l.cells, l.cache_of, l.sparse_gate != 0});
     }
     return copy_out(explain(shape, n_ranks, split ? std::vector<double>(split, split + n_ranks) : std::vector<double>{}), out, capacity);
 }

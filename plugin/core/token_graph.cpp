@@ -28,7 +28,7 @@ bool set_strides(int type, const i64 ne[4], i64 nb[4], i64* bytes) {
 
 class Builder {
   public:
-    Builder(const ModelShape& model, int n_ranks, const std::vector<double>& split) : model_(model), n_ranks_(n_ranks), split_(split) {
+    Builder(const ModelShape& model, int n_ranks, const std::vector<double>& split) : model_(model), n_ranks_(n_ranks), split_(split), encoder_(model.encoder) {
         for (const FileTensor& t : model.tensors) {
             Stored s;
             s.name = t.name;
@@ -41,19 +41,23 @@ class Builder {
             guess_layout(s, n_ranks, split);
             lay_out_planes(s, n_ranks);
             out_.weights.push_back(std::move(s));
-            by_name_[t.name] = {&out_.weights.back(), -1};
+            by_name_[t.name].stored = &out_.weights.back();
         }
     }
 
     TokenGraph build() {
-        // The norm of embeddings is LFM2's last one: it has no other, and its layers begin with norms, unlike BERT's.
-        const bool ends_with_it = !has_norm("output_norm") && has_norm("blk.0.attn_norm");
-        int stream = leaf("embeddings", kF32, {model_.n_embd, 1, 1, 1});
-        if (!ends_with_it) stream = normed(stream, "token_embd_norm");
-        for (size_t i = 0; i < model_.layers.size(); ++i) stream = layer(static_cast<int>(i), stream);
-        stream = normed(stream, ends_with_it ? "token_embd_norm" : "output_norm");
-        const char* head = has("output.weight") ? "output" : "token_embd";
-        expand(has(std::string(head) + ".weight") ? linear(head, stream) : stream);
+        const bool encodes = has_norm("enc.blk.0.attn_norm"), decodes = has_norm("dec.blk.0.attn_norm");
+        if (encodes) prefix_ = "enc.", encoder_ = true;
+        expand(has_streams() ? streams() : stream());
+        if (encodes && decodes) {
+            out_.of_prompt = std::move(out_.graph);
+            out_.graph = {};
+            for (auto& [name, weight] : by_name_) weight.id = -1;
+            ordered_.clear();
+            prefix_ = "dec.", encoder_ = false;
+            positions_ = mask_ = wanted_ = buckets_ = -1;
+            expand(stream());
+        }
         name_unplaced();
         return std::move(out_);
     }
@@ -61,7 +65,8 @@ class Builder {
   private:
     struct Weight {
         Stored* stored = nullptr;
-        int id = -1;  // in the graph, once it is read
+        int id = -1;  // in the graph that is being built, once it is read
+        bool is_read = false;
     };
 
     // ---- tensors and nodes
@@ -145,6 +150,7 @@ class Builder {
     int weight(const std::string& name) {
         Weight& w = by_name_.at(name);
         if (w.id < 0) w.id = stored_leaf(*w.stored);
+        w.is_read = true;
         return w.id;
     }
     int product(const std::string& name, int x) {
@@ -173,20 +179,44 @@ class Builder {
         return biased(name, times(name + " weighted", y, weight(norm_name(name))));
     }
 
-    // ---- a layer
+    // ---- layers
+
+    int stream() {
+        // The norm of embeddings is LFM2's last one: it has no other, and its layers begin with norms, unlike BERT's.
+        const bool ends_with_it = !has_norm(prefix_ + "output_norm") && has_norm("blk.0.attn_norm");
+        int stream = leaf("embeddings", kF32, {model_.n_embd, 1, 1, 1});
+        if (!ends_with_it) stream = normed(stream, "token_embd_norm");
+        for (int i = 0; i < n_layer(); ++i) stream = layer(i, stream);
+        return logits(normed(stream, ends_with_it ? "token_embd_norm" : prefix_ + "output_norm"));
+    }
+    int n_layer() const {
+        const int n = static_cast<int>(model_.layers.size());
+        if (prefix_ != "enc.") return n;
+        int encoding = 0;  // may be more or fewer than those that decode
+        while (encoding < n && has_norm("enc.blk." + std::to_string(encoding) + ".attn_norm")) ++encoding;
+        return encoding;
+    }
+    int logits(int x) {
+        const char* head = has("output.weight") ? "output" : "token_embd";
+        return !encoder_ && has(std::string(head) + ".weight") ? linear(head, x) : x;
+    }
 
     int layer(int i, int stream) {
-        const std::string p = "blk." + std::to_string(i) + ".";
-        const bool is_last = i + 1 == static_cast<int>(model_.layers.size());
+        const std::string p = prefix_ + "blk." + std::to_string(i) + ".";
+        const bool is_last = i + 1 == n_layer();
         if (has_rwkv(p)) return rwkv(p, i, is_last, stream);
         const bool norm_before = has_norm(p + "attn_norm"), has_forward = has_feed_forward(p);
         const int in = normed(stream, p + "attn_norm");
         int mixed = mixer(p, i, has_norm(p + "attn_norm_2") ? normed(stream, p + "attn_norm_2") : in);
-        int forward = mixed < 0 && has_forward && !has_norm(p + "ffn_norm") ? feed_forward(p, in) : -1;  // a layer of nothing else
+        int forward = mixed < 0 && has_forward && !has_norm(p + "ffn_norm") ? feed_forward(p, i, in) : -1;  // a layer of nothing else
         int forward_in = in;
         if (mixed >= 0 && has_all(p, {"attn_output.weight", "ssm_in.weight"})) {  // summed up before rows are chosen
             stream = plus(p + "attention and state + residual", mixed, stream);
             mixed = -1;
+        }
+        if (mixed >= 0 && has_all(p, {"cross_attn_q.weight", "cross_attn_k.weight", "cross_attn_v.weight", "cross_attn_o.weight"})) {
+            stream = plus(p + "attention + residual", mixed, stream);
+            mixed = cross_attention(p, i, normed(stream, p + "cross_attn_norm"));
         }
         if (is_last) {  // from here on only tokens whose logits are wanted
             mixed = wanted(mixed);
@@ -203,14 +233,14 @@ class Builder {
         if (mixed >= 0 && behind != before_forward && !of_sums) mixed = normed(mixed, p + behind);
         const bool has_own = !before_forward.empty() && has_norm(p + before_forward);
         if (mixed >= 0 && has_forward && norm_before && (model_.parallel || !has_own)) {
-            forward = feed_forward(p, has_own ? normed(stream, p + before_forward) : forward_in);
+            forward = feed_forward(p, i, has_own ? normed(stream, p + before_forward) : forward_in);
             const int first = model_.residual_first ? stream : mixed, second = model_.residual_first ? mixed : stream;
             return plus(p + "layer", plus(p + "attention and feed forward", forward, first), second);
         }
         if (mixed >= 0) stream = plus(p + "attention + residual", mixed, stream);
         if (of_sums) stream = normed(stream, p + behind);
         if (!has_forward) return stream;
-        forward = feed_forward(p, has_own ? normed(stream, p + before_forward) : stream);
+        forward = feed_forward(p, i, has_own ? normed(stream, p + before_forward) : stream);
         forward = normed(forward, p + "post_ffw_norm");
         if (!of_sums) forward = normed(forward, p + "layer_output_norm");
         stream = plus(p + "feed forward + residual", forward, stream);
@@ -266,9 +296,15 @@ class Builder {
 
     int attention(const std::string& p, int i, int x) {
         const ModelShape::Layer& l = model_.layers[static_cast<size_t>(i)];
-        if (l.n_head <= 0 || l.n_head_kv <= 0 || !has(p + "attn_output.weight")) return -1;
+        const std::string output = p + (has(p + "attn_output.weight") ? "attn_output" : "attn_o");
+        if (l.n_head <= 0 || l.n_head_kv <= 0 || !has(output + ".weight")) return -1;
         const auto rows = [&](const char* name) { return has(p + name) ? ne(p + name)[1] : 0; };
         const i64 n_q = l.n_head * l.head_k, n_k = l.n_head_kv * l.head_k, n_v = l.n_head_kv * l.head_v;
+        if (const auto shared = caches_.find(static_cast<int>(l.cache_of)); shared != caches_.end() && rows("attn_q.weight") == n_q) {
+            for (const char* name : {"attn_k.weight", "attn_v.weight", "attn_k_norm.weight"}) not_read_.insert(p + name);  // files have them all the same
+            const int q = rotated(p + "q", heads(p, "q", x, l.head_k, l.n_head, -1, 0)), keys = of_cache(shared->second[0], l.head_k, l.n_head_kv, l.cells);
+            return linear(output, reshaped(flash(p, q, keys, of_cache(shared->second[1], l.head_v, l.n_head_kv, l.cells), l.head_v, l.n_head), {n_v / l.n_head_kv * l.n_head, 1, 1, 1}));
+        }
         const bool gated = rows("attn_q.weight") == 2 * n_q;  // beside every head of Q its gate
         const bool separate = (rows("attn_q.weight") == n_q || gated) && rows("attn_k.weight") == n_k && rows("attn_v.weight") == n_v;
         if (!separate && rows("attn_qkv.weight") != n_q + n_k + n_v) return -1;
@@ -284,8 +320,21 @@ class Builder {
         const int k = heads(p, "k", x, l.head_k, l.n_head_kv, fused, n_q), v = heads(p, "v", x, l.head_v, l.n_head_kv, fused, n_q + n_k);
         int out = attended(p, i, l, rotated(p + "q", q), rotated(p + "k", k), v);
         if (gate >= 0) out = times(p + "attention gated", out, unary(p + "gate", node(Op::CONT, p + "gate, side by side", {n_q, 1, 1, 1}, {gate})));
-        return linear(p + "attn_output", out);
+        return linear(output, out);
     }
+    /// Of what the encoder has said, for each of whose tokens a decoder multiplies K and V anew.
+    int cross_attention(const std::string& p, int i, int x) {
+        const ModelShape::Layer& l = model_.layers[static_cast<size_t>(i)];
+        if (encoded_ < 0) encoded_ = leaf("encoded", kF32, {model_.n_embd, 1, 1, 1});
+        const int q = heads(p + "cross_", "q", x, l.head_k, l.n_head, -1, 0), k = heads(p + "cross_", "k", encoded_, l.head_k, l.n_head_kv, -1, 0);
+        const int v = heads(p + "cross_", "v", encoded_, l.head_v, l.n_head_kv, -1, 0);
+        expand(q), expand(k), expand(v);
+        const int out = node(Op::FLASH_ATTN_EXT, p + "cross attention", {l.head_v, l.n_head, 1, 1},
+                             {by_heads(q), as_halves(p + "cross k", k), as_halves(p + "cross v", v)});
+        expand(out);
+        return linear(p + "cross_attn_o", reshaped(out, {l.head_v * l.n_head, 1, 1, 1}));
+    }
+    int as_halves(const std::string& name, int x) { return node(Op::CPY, name + " as halves", {at(x).ne[0], 1, at(x).ne[1], 1}, {by_heads(x)}, kF16); }
 
     /// DeepSeek's: K and V of all heads come out of one latent vector, beside which one rotated part of K is everybody's. Where the file has the
     /// second product of K as a matrix for each head, the latent itself is cached, as the only head, and Q is brought to it.
@@ -326,18 +375,22 @@ class Builder {
     /// [head_v * n_head] of Q [head_k, n_head], K and V [head, n_head_kv], which are written to the caches first.
     int attended(const std::string& p, int i, const ModelShape::Layer& l, int q, int k, int v) {
         expand(q), expand(k), expand(v);
-        int out;
-        if (model_.encoder) {
-            const int keys = node(Op::CPY, p + "k as halves", {l.head_k, 1, l.n_head_kv, 1}, {by_heads(k)}, kF16);
-            const int values = node(Op::CPY, p + "v as halves", {l.head_v, 1, l.n_head_kv, 1}, {by_heads(v)}, kF16);
-            out = flash(p, q, keys, values, l.head_v, l.n_head);
-        } else {
-            const int keys = of_cache(cached("k", i, p, model_.type_k, l.head_k * l.n_head_kv, l.cells, k), l.head_k, l.n_head_kv, l.cells);
-            if (model_.unfused) return unfused(p, i, l, q, keys, v);
-            const int values = of_cache(cached("v", i, p, model_.type_v, l.head_v * l.n_head_kv, l.cells, v), l.head_v, l.n_head_kv, l.cells);
-            out = flash(p, q, keys, values, l.head_v, l.n_head);
+        // T5's bias by distance, its first layer's where a layer has none: no flash attention adds it.
+        const std::string own = p + "attn_rel_b.weight", first = prefix_ + "blk.0.attn_rel_b.weight", bias = has(own) ? own : has(first) ? first : "";
+        if (encoder_) {
+            const Shape across{kFloat, l.head_v * kFloat, l.head_v * kFloat, l.head_v * l.n_head_kv * kFloat};
+            if (!bias.empty()) return unfused(p, l, q, by_heads(k), node(Op::CONT, p + "v, cells first", {1, l.head_v, l.n_head_kv, 1}, {view(v, {1, l.head_v, l.n_head_kv, 1}, {l.head_v * kFloat, across[0], across[1], across[3]}, 0)}), bias);
+            return reshaped(flash(p, q, as_halves(p + "k", k), as_halves(p + "v", v), l.head_v, l.n_head), {l.head_v * l.n_head, 1, 1, 1});
         }
-        return reshaped(out, {l.head_v * l.n_head, 1, 1, 1});
+        const int keys_cache = cached("k", i, p, model_.type_k, l.head_k * l.n_head_kv, l.cells, k), keys = of_cache(keys_cache, l.head_k, l.n_head_kv, l.cells);
+        if (model_.unfused) return unfused(p, l, q, keys, cells_first(p, i, l, v), bias);
+        const int values_cache = cached("v", i, p, model_.type_v, l.head_v * l.n_head_kv, l.cells, v);
+        const int values = of_cache(values_cache, l.head_v, l.n_head_kv, l.cells);
+        caches_[i] = {keys_cache, values_cache};
+        if (bias.empty()) return reshaped(flash(p, q, keys, values, l.head_v, l.n_head), {l.head_v * l.n_head, 1, 1, 1});
+        const Tensor& t = at(values);
+        const int turned = view(values, {l.cells, l.head_v, l.n_head_kv, 1}, {t.nb[1], t.nb[0], t.nb[2], t.nb[3]}, 0);
+        return unfused(p, l, q, keys, node(Op::CONT, p + "v, cells first", shape(turned), {turned}, model_.type_v), bias);
     }
     /// [head_v, n_head]
     int flash(const std::string& p, int q, int keys, int values, i64 head_v, i64 n_head) {
@@ -350,20 +403,31 @@ class Builder {
         if (mask_ < 0) mask_ = leaf("mask", kF16, {cells, 1, 1, 1});
         return mask_;
     }
-    /// The same by ops of their own. The cache of V has the cells of an element side by side, and every element that is written is a row of one.
-    int unfused(const std::string& p, int i, const ModelShape::Layer& l, int q, int keys, int v) {
+    /// The same by ops of their own, of K [head_k, cells, n_head_kv] and V [cells, head_v, n_head_kv].
+    int unfused(const std::string& p, const ModelShape::Layer& l, int q, int keys, int values, const std::string& bias) {
+        const i64 cells = shape(keys)[1];
+        int scores = node(Op::MUL_MAT, p + "kq", {cells, 1, l.n_head, 1}, {keys, by_heads(q)});
+        if (!bias.empty()) {
+            if (buckets_ < 0) buckets_ = leaf("buckets of distances", kF32, {cells, 1, 1, 1});
+            const i64 n = ne(bias)[0];
+            const int of_cells = node(Op::GET_ROWS, p + "bias", {n, cells, 1, 1}, {weight(bias), buckets_});
+            const int turned = view(of_cells, {cells, 1, n, 1}, {n * kFloat, n * cells * kFloat, kFloat, n * cells * kFloat}, 0);
+            scores = plus(p + "kq + bias", scores, node(Op::CONT, p + "bias of heads", {cells, 1, n, 1}, {turned}));
+        }
+        const int shares = node(Op::SOFT_MAX, p + "kq_soft_max", shape(scores), {scores, mask(cells)});
+        const int out = node(Op::MUL_MAT, p + "kqv", {l.head_v, 1, l.n_head, 1}, {values, shares});
+        const int side_by_side = node(Op::CONT, p + "attention", {l.head_v * l.n_head, 1, 1, 1}, {rows_of(out, l.head_v, l.n_head, l.head_v, 0)});
+        expand(side_by_side);
+        return side_by_side;
+    }
+    /// V from its cache where that has the cells of an element side by side: every element that is written is a row of one.
+    int cells_first(const std::string& p, int i, const ModelShape::Layer& l, int v) {
         const i64 n_v = l.head_v * l.n_head_kv;
         const int cache = cache_leaf("cache_v_l" + std::to_string(i), model_.type_v, n_v, l.cells);
         if (find_weight_format(model_.type_v)->block_elems != 1) throw Error(at(cache).name + ": without flash attention its type must be one of floats");
         written(reshaped(cache, {1, n_v * l.cells, 1, 1}), Op::SET_ROWS, p + "cache_v", reshaped(v, {1, n_v, 1, 1}), positions());
         const i64 element = at(cache).nb[0], cells = element * l.cells;
-        const int values = view(cache, {l.cells, l.head_v, l.n_head_kv, 1}, {element, cells, cells * l.head_v, cells * n_v}, 0);
-        const int scores = node(Op::MUL_MAT, p + "kq", {l.cells, 1, l.n_head, 1}, {keys, by_heads(q)});
-        const int shares = node(Op::SOFT_MAX, p + "kq_soft_max", shape(scores), {scores, mask(l.cells)});
-        const int out = node(Op::MUL_MAT, p + "kqv", {l.head_v, 1, l.n_head, 1}, {values, shares});
-        const int side_by_side = node(Op::CONT, p + "attention", {l.head_v * l.n_head, 1, 1, 1}, {rows_of(out, l.head_v, l.n_head, l.head_v, 0)});
-        expand(side_by_side);
-        return side_by_side;
+        return view(cache, {l.cells, l.head_v, l.n_head_kv, 1}, {element, cells, cells * l.head_v, cells * n_v}, 0);
     }
 
     int cache_leaf(const std::string& name, int type, i64 row, i64 n) {
@@ -627,16 +691,22 @@ class Builder {
     int activated(const std::string& name, int gate, int up) {
         return up < 0 ? unary(name, gate) : node(Op::GLU, name, shape(gate), {gate, up});
     }
-    int dense(const std::string& p, const std::string& suffix, int x) {
+    int dense(const std::string& p, const std::string& suffix, int x, bool sparse_gate = false) {
         const int up = linear(p + "ffn_up" + suffix, x);
         const bool gated = has(p + "ffn_gate" + suffix + ".weight");
         const bool both = !gated && shape(up)[0] == 2 * ne(p + "ffn_down" + suffix + ".weight")[0];  // gate and up side by side
         int hidden;
-        if (gated) hidden = activated(p + "ffn_glu" + suffix, linear(p + "ffn_gate" + suffix, x), up);
+        if (gated && sparse_gate) hidden = times(p + "ffn_glu", up, above_most(p, linear(p + "ffn_gate", x)));
+        else if (gated) hidden = activated(p + "ffn_glu" + suffix, linear(p + "ffn_gate" + suffix, x), up);
         else if (both) hidden = node(Op::GLU, p + "ffn_glu" + suffix, {shape(up)[0] / 2, 1, 1, 1}, {up});
         else hidden = activated(p + "ffn_act" + suffix, up, -1);
         if (suffix.empty() && has(p + "ffn.act.scales")) hidden = node(Op::DIV, p + "ffn_act scaled", shape(hidden), {hidden, weight(p + "ffn.act.scales")});
         return linear(p + "ffn_down" + suffix, hidden);
+    }
+    /// Gates less what a share of them stays below, by their mean and deviation.
+    int above_most(const std::string& p, int gates) {
+        const int mean = node(Op::MEAN, p + "gates' mean", {1, 1, 1, 1}, {gates});
+        return unary(p + "ffn_act", node(Op::SUB, p + "gates above most", shape(gates), {gates, mean}));
     }
     int expert_product(const std::string& name, int x, int chosen) {
         const int w = weight(name + ".weight");
@@ -678,10 +748,53 @@ class Builder {
         return has(p + "ffn_up" + suffix + ".weight") && has(p + "ffn_down" + suffix + ".weight");
     }
     bool has_feed_forward(const std::string& p) const { return has_experts(p) || has_dense(p, ""); }
-    int feed_forward(const std::string& p, int x) {
-        if (!has_experts(p)) return dense(p, "", x);
+    int feed_forward(const std::string& p, int i, int x) {
+        if (!has_experts(p)) return dense(p, "", x, model_.layers[static_cast<size_t>(i)].sparse_gate);
         const int of_experts = experts(p, x);
         return has_dense(p, "") ? plus(p + "feed forward + experts", dense(p, "", x), of_experts) : of_experts;  // Grok has both
+    }
+
+    // ---- Gemma 3n: several streams, of which a layer computes with the first and predicts the others
+
+    bool has_streams() const {
+        for (int i = 0; i < n_layer(); ++i)
+            if (!has_all("blk." + std::to_string(i) + ".", {"altup_router.weight", "altup_router_norm.weight", "altup_predict_coef.weight", "altup_correct_coef.weight",
+                                                            "altup_correct_scale.weight", "laurel_l.weight", "laurel_r.weight", "inp_gate.weight", "proj.weight"}))
+                return false;
+        return n_layer() && has_all("", {"altup_proj.weight", "altup_unembd_proj.weight", "per_layer_model_proj.weight", "per_layer_proj_norm.weight"});
+    }
+    int streams() {
+        const i64 n = model_.n_embd, more = ne("altup_proj.weight")[2], of_layer = ne("per_layer_proj_norm.weight")[0];
+        const int first = leaf("embeddings", kF32, {n, 1, 1, 1});
+        const int others = node(Op::MUL_MAT, "altup_proj", {n, 1, more, 1}, {weight("altup_proj.weight"), node(Op::REPEAT, "embeddings", {n, 1, more, 1}, {first})});
+        int streams = joined("streams", {n, 1, 1 + more, 1}, 2, first, others);
+        const int of_layers = normed(rows_of(product("per_layer_model_proj", first), of_layer, n_layer(), of_layer, 0), "per_layer_proj_norm");
+        for (int i = 0; i < n_layer(); ++i) streams = streams_layer(i, 1 + more, streams, rows_of(of_layers, of_layer, 1, of_layer, i * of_layer));
+        const int back = node(Op::MUL_MAT, "altup_unembd_proj", {n, 1, more, 1}, {weight("altup_unembd_proj.weight"), others_of(streams, n, more)});
+        int sum = rows_of(streams, n, 1, n, 0);
+        for (i64 s = 0; s < more; ++s) sum = plus("sum of streams", sum, rows_of(back, n, 1, n, s * n));
+        return logits(normed(wanted(sum), "output_norm"));
+    }
+    int others_of(int streams, i64 n, i64 more) { return view(streams, {n, 1, more, 1}, {kFloat, n * kFloat, n * kFloat, n * more * kFloat}, n * kFloat); }
+    int streams_layer(int i, i64 m, int streams, int of_layer) {
+        const std::string p = "blk." + std::to_string(i) + ".";
+        const i64 n = model_.n_embd;
+        auto routed = [&](int x) { return unary(p + "altup_router, activated", product(p + "altup_router", normed(x, p + "altup_router_norm"))); };
+        const int turned = node(Op::CONT, p + "streams", {m, n, 1, 1}, {view(streams, {m, n, 1, 1}, {n * kFloat, kFloat, n * m * kFloat, n * m * kFloat}, 0)});
+        const int factors = rows_of(product(p + "altup_predict_coef", routed(rows_of(streams, n, 1, n, 0))), m, m, m, 0);
+        const int predictions = plus(p + "predictions", reshaped(node(Op::MUL_MAT, p + "predictions", {n, m, 1, 1}, {turned, factors}), {n, 1, m, 1}), streams);
+        const int active = rows_of(predictions, n, 1, n, 0), in = normed(active, p + "attn_norm");
+        int out = mixer(p, i, in);
+        out = out < 0 ? active : plus(p + "attention + residual", normed(out, p + "post_attention_norm"), active);
+        const int shortcut = plus(p + "laurel", normed(product(p + "laurel_r", product(p + "laurel_l", in)), p + "laurel_post_norm"), in);
+        out = plus(p + "attention + laurel", out, shortcut);
+        if (has_feed_forward(p)) out = plus(p + "feed forward + residual", normed(feed_forward(p, i, normed(out, p + "ffn_norm")), p + "post_ffw_norm"), out);
+        const int new_part = node(Op::REPEAT, p + "innovation", {n, 1, m, 1}, {node(Op::SUB, p + "innovation", {n, 1, 1, 1}, {out, active})});
+        const int shares = node(Op::CONT, p + "altup_correct_coef", {1, 1, m, 1}, {rows_of(product(p + "altup_correct_coef", routed(out)), 1, m, 1, 0)});
+        const int corrected = plus(p + "corrected", times(p + "correction", new_part, shares), predictions), first = rows_of(corrected, n, 1, n, 0);
+        const int gate = unary(p + "inp_gate, activated", product(p + "inp_gate", times(p + "altup_correct_scale", first, weight(p + "altup_correct_scale.weight"))));
+        const int of_this = normed(product(p + "proj", times(p + "per layer", gate, of_layer)), p + "post_norm");
+        return joined(p + "streams", {n, 1, m, 1}, 2, first, plus(p + "others", others_of(corrected, n, m - 1), of_this));
     }
 
     // ---- what has no place
@@ -690,8 +803,8 @@ class Builder {
         std::map<std::string, std::string> of_layers;
         std::vector<std::string> order;
         for (const Stored& s : out_.weights) {
-            if (by_name_.at(s.name).id >= 0 || not_read_.count(s.name)) continue;
-            const size_t dot = s.name.starts_with("blk.") ? s.name.find('.', 4) : std::string::npos;
+            if (by_name_.at(s.name).is_read || not_read_.count(s.name)) continue;
+            const size_t blk = s.name.find("blk."), dot = blk == 0 || blk == 4 ? s.name.find('.', blk + 4) : std::string::npos;
             const std::string layer = dot == std::string::npos ? "" : s.name.substr(0, dot + 1), name = s.name.substr(layer.size());
             std::string& names = of_layers[layer];
             if (names.empty()) order.push_back(layer);
@@ -709,7 +822,10 @@ class Builder {
     std::map<int, bool> ordered_;
     std::set<std::string> not_read_;  // by hosts either
     u64 address_ = kFirstAddress;
-    int positions_ = -1, mask_ = -1, wanted_ = -1, first_v_ = -1;
+    int positions_ = -1, mask_ = -1, wanted_ = -1, first_v_ = -1, encoded_ = -1, buckets_ = -1;
+    std::string prefix_;  // of layers' names: an encoder beside a decoder has one
+    bool encoder_ = false;
+    std::map<int, std::array<int, 2>> caches_;  // K and V by layer
 };
 
 }  // namespace

@@ -20,6 +20,8 @@ struct ModelShape {
     struct Layer {
         i64 n_head = 0, n_head_kv = 0, head_k = 0, head_v = 0;  // elements of one head
         i64 cells = 0;                                          // of its KV cache
+        i64 cache_of = -1;                                      // the layer whose cache it reads instead of one of its own
+        bool sparse_gate = false;                               // only gates above a limit open, which hangs on all of a token's
     };
     std::vector<FileTensor> tensors;  // those that a host puts on the device
     std::vector<Layer> layers;
@@ -34,8 +36,8 @@ struct ModelShape {
 };
 
 struct TokenGraph {
-    Graph graph;
-    std::deque<Stored> weights, caches;  // the graph points into them
+    Graph graph, of_prompt;              // of_prompt: the encoder's, where a model has one beside its decoder
+    std::deque<Stored> weights, caches;  // the graphs point into them
     std::vector<std::string> notes;
 };
 

@@ -22,6 +22,8 @@ COMPARED = frozenset(
 _WINDOW_PERIOD = {"gpt-oss": 2, "gemma2": 2, "gemma3": 6, "cohere2": 4}
 # What neither keys nor tensors say: whose parallel layers add feed forward to the residual before attention, and which attention is never flash attention.
 _RESIDUAL_FIRST, _UNFUSED = ("command-r", "cohere2", "gptneox"), ("grok",)
+# Layers that have caches of their own (those behind read the last two of them, one of which has a window), and those whose gates are sparse.
+_OWN_CACHES, _SPARSE_GATES = {"gemma3n": 20}, {"gemma3n": 10}
 _CELL_PADDING = 256
 _FAR = 1 << 16  # cells; no window is as long
 
@@ -57,7 +59,11 @@ class File:
     def layers(self, n_ctx: int, n_ubatch: int, swa_full: bool) -> list[Layer]:
         cells = _padded(n_ctx)
         few = cells if swa_full else min(cells, _padded(self.window + n_ubatch))
-        return [Layer(*heads, few if windowed else cells) for heads, windowed in zip(self.heads, self.windowed, strict=True)]
+        own = _OWN_CACHES.get(self.architecture, len(self.heads))
+        return [
+            Layer(*heads, few if windowed else cells, -1 if i < own else own - 1 - windowed, i < _SPARSE_GATES.get(self.architecture, 0))
+            for i, (heads, windowed) in enumerate(zip(self.heads, self.windowed, strict=True))
+        ]
 
 
 def _padded(n: int) -> int:
@@ -97,7 +103,7 @@ def read(path: str | Path) -> File:
     n_ahead = int(value(f"{arch}.nextn_predict_layers", 0))
     if not arch or not n_layer or not n_embd or not tensors or n_layer <= n_ahead:
         raise ExplainError(f"{path} is no language model: it has no layers, embedding length or tensors")
-    n_layer -= n_ahead
+    n_layer = int(value(f"{arch}.decoder_block_count", n_layer - n_ahead))
 
     def per_layer(key: str, default: Any) -> list[int]:
         number = value(f"{arch}.{key}", default)
@@ -117,10 +123,11 @@ def read(path: str | Path) -> File:
     window = per_layer("attention.sliding_window", 0)[0]
     period = value(f"{arch}.attention.sliding_window_pattern", _WINDOW_PERIOD.get(arch, 1))
     windowed = [bool(flag) for flag in period] if isinstance(period, list) else [i % period < period - 1 for i in range(n_layer)]
+    names = {name for name, _, _ in tensors}
     traits = {
         "layer_norm": value(f"{arch}.attention.layer_norm_rms_epsilon") is None, "parallel": value(f"{arch}.use_parallel_residual", False),
         "residual_first": arch in _RESIDUAL_FIRST, "unfused": arch in _UNFUSED,
-        "encoder": not value(f"{arch}.attention.causal", True) and all(name != "output.weight" for name, _, _ in tensors),
+        "encoder": "output.weight" not in names and (not value(f"{arch}.attention.causal", True) or ("enc.output_norm.weight" in names and "dec.output_norm.weight" not in names)),
     }  # fmt: skip
     return File(
         traits=frozenset(name for name, holds in traits.items() if holds), n_ahead=n_ahead, architecture=arch, tensors=tensors, heads=[(h, kv, head_k, head_v) for h, kv in zip(heads, kv_heads, strict=True)], n_embd=n_embd,

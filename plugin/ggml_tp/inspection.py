@@ -33,13 +33,15 @@ class Counters:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's attention: heads, their elements, and the cells of its KV cache."""
+    """One layer's attention: heads, their elements, and the cells of its KV cache; more see inspect.h."""
 
     n_head: int
     n_head_kv: int
     head_k: int
     head_v: int
     cells: int
+    cache_of: int = -1
+    sparse_gate: bool = False
 
 
 class Inspection:
@@ -115,7 +117,8 @@ class Inspection:
             row.name, row.type, row.ne = text, type_, (*ne, 1, 1, 1)[:4]
         shapes = ffi.new("struct ggml_tp_layer[]", max(len(layers), 1))
         for shape, layer in zip(shapes, layers, strict=False):
-            shape.n_head, shape.n_head_kv, shape.head_k, shape.head_v, shape.cells = layer.n_head, layer.n_head_kv, layer.head_k, layer.head_v, layer.cells
+            for name, number in vars(layer).items():
+                setattr(shape, name, number)
         model = ffi.new("struct ggml_tp_model *")
         model.tensors, model.n_tensors, model.layers, model.n_layers = rows, len(tensors), shapes, len(layers)
         model.n_embd, model.n_expert_used, (model.type_k, model.type_v) = n_embd, n_expert_used, cache_types
