@@ -94,8 +94,7 @@ std::string planned_json(const ModelShape& model, int n_ranks, const std::vector
                const Tensor& t = token.graph.tensors[static_cast<size_t>(step.tensor)];
                const bool reduces = step.kind == PlanStep::kAllReduce;
                return "{\"kind\":" + quoted(reduces ? "all_reduce" : "all_gather") + ",\"tensor\":" + quoted(t.name) +
-                      ",\"bytes\":" + std::to_string(reduces ? t.bytes : step.part.bytes.size()) +
-                      ",\"reason\":" + quoted(step.reason) + "}";
+                      ",\"bytes\":" + std::to_string(reduces ? t.bytes : step.part.bytes.size()) + ",\"reason\":" + quoted(step.reason) + "}";
            });
     return out + ",\n\"notes\":" + list(token.notes, quoted) + "}\n";
 }

@@ -102,8 +102,7 @@ class Builder {
     }
     /// In the order of a host's graph: before a node what it reads, from left to right.
     void expand(int id) {
-        if (id < 0 || ordered_[id]) return;
-        ordered_[id] = true;
+        if (id < 0 || !ordered_.insert(id).second) return;
         for (int i = 0; i < 10; ++i) expand(at(id).src[i]);
         if (at(id).is_node) out_.graph.nodes.push_back(id);
     }
@@ -192,10 +191,11 @@ class Builder {
     int n_layer() const {
         const int n = static_cast<int>(model_.layers.size());
         if (prefix_ != "enc.") return n;
-        int encoding = 0;  // may be more or fewer than those that decode
-        while (encoding < n && has_norm("enc.blk." + std::to_string(encoding) + ".attn_norm")) ++encoding;
-        return encoding;
+        int encoding = 0;  // more or fewer than those that decode
+        while (has_norm("enc.blk." + std::to_string(encoding) + ".attn_norm")) ++encoding;
+        return n ? encoding : 0;
     }
+    const ModelShape::Layer& shape_of(int i) const { return model_.layers[std::min(static_cast<size_t>(i), model_.layers.size() - 1)]; }
     int logits(int x) {
         const char* head = has("output.weight") ? "output" : "token_embd";
         return !encoder_ && has(std::string(head) + ".weight") ? linear(head, x) : x;
@@ -254,9 +254,9 @@ class Builder {
 
     /// What lets tokens see each other: attention, a state, or both side by side (Falcon-H1); -1: nothing that is known here.
     int mixer(const std::string& p, int i, int x) {
-        if (has_all(p, {"ssm_conv1d_q.weight", "ssm_conv1d_k.weight", "ssm_conv1d_v.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight",
-                        "ssm_f_a.weight", "ssm_f_b.weight", "ssm_g_a.weight", "ssm_g_b.weight", "ssm_beta.weight", "ssm_dt.bias", "ssm_a", "ssm_norm.weight",
-                        "attn_output.weight"}))
+        if (has_all(p,
+                    {"ssm_conv1d_q.weight", "ssm_conv1d_k.weight", "ssm_conv1d_v.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "ssm_f_a.weight",
+                     "ssm_f_b.weight", "ssm_g_a.weight", "ssm_g_b.weight", "ssm_beta.weight", "ssm_dt.bias", "ssm_a", "ssm_norm.weight", "attn_output.weight"}))
             return gated_delta_of_channels(p, i, x);
         if (has_all(p, {"ssm_conv1d.weight", "attn_qkv.weight", "attn_gate.weight", "ssm_dt.bias", "ssm_a", "ssm_norm.weight", "ssm_out.weight"}) &&
             (has(p + "ssm_ba.weight") || has_all(p, {"ssm_alpha.weight", "ssm_beta.weight"})))
@@ -282,6 +282,7 @@ class Builder {
         y = rows_of(y, head, n, head, 0);
         return of_heads ? normed(y, name + "_norm") : y;
     }
+    /// Where a host does not rotate (NoPE, learnt or relative positions) it makes no difference: every division by heads passes.
     int rotated(const std::string& name, int x) {
         const int y = node(Op::ROPE, name, shape(x), {x, positions()});
         for (const char* factors : {"rope_freqs.weight", "rope_factors_short.weight"})
@@ -295,15 +296,16 @@ class Builder {
     }
 
     int attention(const std::string& p, int i, int x) {
-        const ModelShape::Layer& l = model_.layers[static_cast<size_t>(i)];
+        const ModelShape::Layer& l = shape_of(i);
         const std::string output = p + (has(p + "attn_output.weight") ? "attn_output" : "attn_o");
         if (l.n_head <= 0 || l.n_head_kv <= 0 || !has(output + ".weight")) return -1;
         const auto rows = [&](const char* name) { return has(p + name) ? ne(p + name)[1] : 0; };
         const i64 n_q = l.n_head * l.head_k, n_k = l.n_head_kv * l.head_k, n_v = l.n_head_kv * l.head_v;
         if (const auto shared = caches_.find(static_cast<int>(l.cache_of)); shared != caches_.end() && rows("attn_q.weight") == n_q) {
             for (const char* name : {"attn_k.weight", "attn_v.weight", "attn_k_norm.weight"}) not_read_.insert(p + name);  // files have them all the same
-            const int q = rotated(p + "q", heads(p, "q", x, l.head_k, l.n_head, -1, 0)), keys = of_cache(shared->second[0], l.head_k, l.n_head_kv, l.cells);
-            return linear(output, reshaped(flash(p, q, keys, of_cache(shared->second[1], l.head_v, l.n_head_kv, l.cells), l.head_v, l.n_head), {n_v / l.n_head_kv * l.n_head, 1, 1, 1}));
+            const auto [keys, values] = shared->second;
+            const int q = rotated(p + "q", heads(p, "q", x, l.head_k, l.n_head, -1, 0));
+            return linear(output, side_by_side(flash(p, q, of_cache(keys, l.head_k, l), of_cache(values, l.head_v, l), l.head_v, l.n_head)));
         }
         const bool gated = rows("attn_q.weight") == 2 * n_q;  // beside every head of Q its gate
         const bool separate = (rows("attn_q.weight") == n_q || gated) && rows("attn_k.weight") == n_k && rows("attn_v.weight") == n_v;
@@ -324,7 +326,7 @@ class Builder {
     }
     /// Of what the encoder has said, for each of whose tokens a decoder multiplies K and V anew.
     int cross_attention(const std::string& p, int i, int x) {
-        const ModelShape::Layer& l = model_.layers[static_cast<size_t>(i)];
+        const ModelShape::Layer& l = shape_of(i);
         if (encoded_ < 0) encoded_ = leaf("encoded", kF32, {model_.n_embd, 1, 1, 1});
         const int q = heads(p + "cross_", "q", x, l.head_k, l.n_head, -1, 0), k = heads(p + "cross_", "k", encoded_, l.head_k, l.n_head_kv, -1, 0);
         const int v = heads(p + "cross_", "v", encoded_, l.head_v, l.n_head_kv, -1, 0);
@@ -332,14 +334,14 @@ class Builder {
         const int out = node(Op::FLASH_ATTN_EXT, p + "cross attention", {l.head_v, l.n_head, 1, 1},
                              {by_heads(q), as_halves(p + "cross k", k), as_halves(p + "cross v", v)});
         expand(out);
-        return linear(p + "cross_attn_o", reshaped(out, {l.head_v * l.n_head, 1, 1, 1}));
+        return linear(p + "cross_attn_o", side_by_side(out));
     }
     int as_halves(const std::string& name, int x) { return node(Op::CPY, name + " as halves", {at(x).ne[0], 1, at(x).ne[1], 1}, {by_heads(x)}, kF16); }
 
     /// DeepSeek's: K and V of all heads come out of one latent vector, beside which one rotated part of K is everybody's. Where the file has the
     /// second product of K as a matrix for each head, the latent itself is cached, as the only head, and Q is brought to it.
     int latent_attention(const std::string& p, int i, int x) {
-        const ModelShape::Layer& of_file = model_.layers[static_cast<size_t>(i)];
+        const ModelShape::Layer& of_file = shape_of(i);
         const bool absorbed = has_all(p, {"attn_k_b.weight", "attn_v_b.weight"});
         const std::string q_name = p + (has(p + "attn_q_b.weight") ? "attn_q_b" : "attn_q");
         if (!has_all(p, {"attn_kv_a_norm.weight", "attn_output.weight"}) || !has(q_name + ".weight") || !(absorbed || has(p + "attn_kv_b.weight"))) return -1;
@@ -362,14 +364,16 @@ class Builder {
             return linear(p + "attn_output", attended(p, i, {n, n, head, head_v, of_file.cells}, rotated(p + "q", q), k, v));
         }
         const int to_latent = node(Op::MUL_MAT, p + "attn_k_b", {latent, 1, n, 1}, {weight(p + "attn_k_b.weight"), by_heads(rows_of(q, plain, n, head, 0))});
-        q = joined(p + "q", {latent + rotary, n, 1, 1}, 0, rows_of(to_latent, latent, n, latent, 0), rotated(p + "q_rotary", rows_of(q, rotary, n, head, plain)));
+        q = joined(p + "q", {latent + rotary, n, 1, 1}, 0, rows_of(to_latent, latent, n, latent, 0),
+                   rotated(p + "q_rotary", rows_of(q, rotary, n, head, plain)));
         const int k = joined(p + "k", {latent + rotary, 1, 1, 1}, 0, common, k_rotated);
         expand(q), expand(k);
         const int cache = cached("k", i, p, model_.type_k, latent + rotary, of_file.cells, k);
-        const int out = flash(p, q, of_cache(cache, latent + rotary, 1, of_file.cells), of_cache(cache, latent, 1, of_file.cells), latent, n);
+        const ModelShape::Layer one_head{n, 1, latent + rotary, latent, of_file.cells};
+        const int out = flash(p, q, of_cache(cache, latent + rotary, one_head), of_cache(cache, latent, one_head), latent, n);
         const int values = node(Op::MUL_MAT, p + "attn_v_b", {head_v, 1, n, 1}, {weight(p + "attn_v_b.weight"), by_heads(out)});
-        const int side_by_side = node(Op::CONT, p + "attention, side by side", {head_v, n, 1, 1}, {rows_of(values, head_v, n, head_v, 0)});
-        return linear(p + "attn_output", reshaped(side_by_side, {head_v * n, 1, 1, 1}));
+        const int copy = node(Op::CONT, p + "attention, side by side", {head_v, n, 1, 1}, {rows_of(values, head_v, n, head_v, 0)});
+        return linear(p + "attn_output", side_by_side(copy));
     }
 
     /// [head_v * n_head] of Q [head_k, n_head], K and V [head, n_head_kv], which are written to the caches first.
@@ -377,21 +381,24 @@ class Builder {
         expand(q), expand(k), expand(v);
         // T5's bias by distance, its first layer's where a layer has none: no flash attention adds it.
         const std::string own = p + "attn_rel_b.weight", first = prefix_ + "blk.0.attn_rel_b.weight", bias = has(own) ? own : has(first) ? first : "";
+        auto cells_first = [&](int values, i64 cells, const Shape& nb, int type) {
+            const Shape ne{cells, l.head_v, l.n_head_kv, 1};
+            return node(Op::CONT, p + "v, cells first", ne, {view(values, ne, nb, 0)}, type);
+        };
         if (encoder_) {
-            const Shape across{kFloat, l.head_v * kFloat, l.head_v * kFloat, l.head_v * l.n_head_kv * kFloat};
-            if (!bias.empty()) return unfused(p, l, q, by_heads(k), node(Op::CONT, p + "v, cells first", {1, l.head_v, l.n_head_kv, 1}, {view(v, {1, l.head_v, l.n_head_kv, 1}, {l.head_v * kFloat, across[0], across[1], across[3]}, 0)}), bias);
-            return reshaped(flash(p, q, as_halves(p + "k", k), as_halves(p + "v", v), l.head_v, l.n_head), {l.head_v * l.n_head, 1, 1, 1});
+            const i64 head = l.head_v * kFloat, all = head * l.n_head_kv;
+            if (!bias.empty()) return unfused(p, l, q, by_heads(k), cells_first(v, 1, {all, kFloat, head, all}, kF32), bias);
+            return side_by_side(flash(p, q, as_halves(p + "k", k), as_halves(p + "v", v), l.head_v, l.n_head));
         }
-        const int keys_cache = cached("k", i, p, model_.type_k, l.head_k * l.n_head_kv, l.cells, k), keys = of_cache(keys_cache, l.head_k, l.n_head_kv, l.cells);
-        if (model_.unfused) return unfused(p, l, q, keys, cells_first(p, i, l, v), bias);
-        const int values_cache = cached("v", i, p, model_.type_v, l.head_v * l.n_head_kv, l.cells, v);
-        const int values = of_cache(values_cache, l.head_v, l.n_head_kv, l.cells);
-        caches_[i] = {keys_cache, values_cache};
-        if (bias.empty()) return reshaped(flash(p, q, keys, values, l.head_v, l.n_head), {l.head_v * l.n_head, 1, 1, 1});
-        const Tensor& t = at(values);
-        const int turned = view(values, {l.cells, l.head_v, l.n_head_kv, 1}, {t.nb[1], t.nb[0], t.nb[2], t.nb[3]}, 0);
-        return unfused(p, l, q, keys, node(Op::CONT, p + "v, cells first", shape(turned), {turned}, model_.type_v), bias);
+        const int keys = cached("k", i, p, model_.type_k, l.head_k * l.n_head_kv, l.cells, k), seen_keys = of_cache(keys, l.head_k, l);
+        if (model_.unfused) return unfused(p, l, q, seen_keys, cached_by_elements(p, i, l, v), bias);
+        const int values = cached("v", i, p, model_.type_v, l.head_v * l.n_head_kv, l.cells, v), seen_values = of_cache(values, l.head_v, l);
+        caches_[i] = {keys, values};
+        if (bias.empty()) return side_by_side(flash(p, q, seen_keys, seen_values, l.head_v, l.n_head));
+        const Tensor& t = at(seen_values);
+        return unfused(p, l, q, seen_keys, cells_first(seen_values, l.cells, {t.nb[1], t.nb[0], t.nb[2], t.nb[3]}, model_.type_v), bias);
     }
+    int side_by_side(int heads) { return reshaped(heads, {at(heads).ne[0] * at(heads).ne[1], 1, 1, 1}); }
     /// [head_v, n_head]
     int flash(const std::string& p, int q, int keys, int values, i64 head_v, i64 n_head) {
         const int out = node(Op::FLASH_ATTN_EXT, p + "attention", {head_v, n_head, 1, 1}, {by_heads(q), keys, values, mask(shape(keys)[1])});
@@ -416,12 +423,12 @@ class Builder {
         }
         const int shares = node(Op::SOFT_MAX, p + "kq_soft_max", shape(scores), {scores, mask(cells)});
         const int out = node(Op::MUL_MAT, p + "kqv", {l.head_v, 1, l.n_head, 1}, {values, shares});
-        const int side_by_side = node(Op::CONT, p + "attention", {l.head_v * l.n_head, 1, 1, 1}, {rows_of(out, l.head_v, l.n_head, l.head_v, 0)});
-        expand(side_by_side);
-        return side_by_side;
+        const int copy = node(Op::CONT, p + "attention", {l.head_v * l.n_head, 1, 1, 1}, {rows_of(out, l.head_v, l.n_head, l.head_v, 0)});
+        expand(copy);
+        return copy;
     }
     /// V from its cache where that has the cells of an element side by side: every element that is written is a row of one.
-    int cells_first(const std::string& p, int i, const ModelShape::Layer& l, int v) {
+    int cached_by_elements(const std::string& p, int i, const ModelShape::Layer& l, int v) {
         const i64 n_v = l.head_v * l.n_head_kv;
         const int cache = cache_leaf("cache_v_l" + std::to_string(i), model_.type_v, n_v, l.cells);
         if (find_weight_format(model_.type_v)->block_elems != 1) throw Error(at(cache).name + ": without flash attention its type must be one of floats");
@@ -457,11 +464,11 @@ class Builder {
         return cache;
     }
     /// [head, cells, n_head_kv] of a cache, as attention reads it.
-    int of_cache(int cache, i64 head, i64 n_head_kv, i64 cells) {
+    int of_cache(int cache, i64 head, const ModelShape::Layer& l) {
         const Tensor& t = at(cache);
         const WeightFormat& format = *find_weight_format(t.type);
         if (head % format.block_elems) throw Error(t.name + ": heads of " + std::to_string(head) + " do not end with a block of its type");
-        return view(cache, {head, cells, n_head_kv, 1}, {t.nb[0], t.nb[1], head / format.block_elems * format.block_bytes, t.nb[2]}, 0);
+        return view(cache, {head, l.cells, l.n_head_kv, 1}, {t.nb[0], t.nb[1], head / format.block_elems * format.block_bytes, t.nb[2]}, 0);
     }
 
     // ---- layers with a state
@@ -514,7 +521,8 @@ class Builder {
     }
     /// Heads of channels; B and C are groups', and all comes side by side out of one product.
     int mamba2(const std::string& p, int i, int x) {
-        const i64 n = ne(p + "ssm_out.weight")[0], n_head = ne(p + "ssm_a")[1], channels = ne(p + "ssm_conv1d.weight")[1], taps = ne(p + "ssm_conv1d.weight")[0];
+        const i64 n = ne(p + "ssm_out.weight")[0], n_head = ne(p + "ssm_a")[1], channels = ne(p + "ssm_conv1d.weight")[1],
+                  taps = ne(p + "ssm_conv1d.weight")[0];
         const i64 groups = has_norm(p + "ssm_norm") ? ne(norm_name(p + "ssm_norm"))[1] : 1, d_state = (channels - n) / 2 / groups, head = n / n_head;
         if (ne(p + "ssm_in.weight")[1] != n + channels + n_head || d_state <= 0 || n + 2 * groups * d_state != channels || n_head * head != n) return -1;
         const int conv_cache = state("r", i, (taps - 1) * channels), states = row_of(conv_cache), in = product(p + "ssm_in", x);
@@ -531,7 +539,8 @@ class Builder {
     /// y of all heads, then their states: of channels {d_state, channels of a head, heads}, which are kept.
     int scanned(const std::string& p, int i, const std::array<i64, 3>& of, i64 groups, int values, int step, int b, int c) {
         const i64 n = of[1] * of[2], d_state = of[0];
-        const int cache = state("s", i, d_state * n), b_of_groups = rows_of(b, d_state, groups, d_state, 0), c_of_groups = rows_of(c, d_state, groups, d_state, 0);
+        const int cache = state("s", i, d_state * n), b_of_groups = rows_of(b, d_state, groups, d_state, 0),
+                  c_of_groups = rows_of(c, d_state, groups, d_state, 0);
         const int y = node(Op::SSM_SCAN, p + "state", {n + d_state * n, 1, 1, 1},
                            {reshaped(cache, {of[0], of[1], of[2], 1}), values, step, weight(p + "ssm_a"), b_of_groups, c_of_groups, positions()});
         keep(p, cache, part_of(y, d_state * n, n), 0);
@@ -542,7 +551,8 @@ class Builder {
     /// each other by heads of K, and Q and K are repeated for their heads of V; else the op itself goes through them in turns.
     int gated_delta(const std::string& p, int i, int x) {
         const i64 n = ne(p + "ssm_out.weight")[0], n_v = ne(p + "ssm_a")[0], head = ne(p + "ssm_norm.weight")[0];
-        const i64 taps = ne(p + "ssm_conv1d.weight")[0], channels = ne(p + "ssm_conv1d.weight")[1], n_k = (channels - n) / 2 / head, per_k = n_k ? n_v / n_k : 0;
+        const i64 taps = ne(p + "ssm_conv1d.weight")[0], channels = ne(p + "ssm_conv1d.weight")[1], n_k = (channels - n) / 2 / head,
+                  per_k = n_k ? n_v / n_k : 0;
         const bool fused = has(p + "ssm_ba.weight");
         if (n != n_v * head || per_k * n_k != n_v || n_v <= 0 || n + 2 * n_k * head != channels || ne(p + "attn_qkv.weight")[1] != channels) return -1;
         const int conv_cache = state("r", i, (taps - 1) * channels), states = row_of(conv_cache), in = product(p + "attn_qkv", x);
@@ -598,9 +608,9 @@ class Builder {
     // ---- RWKV: a token is mixed with the one before, by factors of its own
 
     bool has_rwkv(const std::string& p) const {
-        const bool common = has_all(p, {"time_mix_lerp_fused.weight", "time_mix_key.weight", "time_mix_value.weight", "time_mix_receptance.weight",
-                                        "time_mix_output.weight", "time_mix_ln.weight", "channel_mix_lerp_k.weight", "channel_mix_key.weight",
-                                        "channel_mix_value.weight"});
+        const bool common =
+            has_all(p, {"time_mix_lerp_fused.weight", "time_mix_key.weight", "time_mix_value.weight", "time_mix_receptance.weight", "time_mix_output.weight",
+                        "time_mix_ln.weight", "channel_mix_lerp_k.weight", "channel_mix_key.weight", "channel_mix_value.weight"});
         const bool six = has_all(p, {"time_mix_first.weight", "time_mix_decay.weight", "time_mix_decay_w1.weight", "time_mix_decay_w2.weight",
                                      "time_mix_lerp_x.weight", "time_mix_w1.weight", "time_mix_w2.weight", "time_mix_gate.weight"});
         const bool seven = has_all(p, {"time_mix_w0.weight", "time_mix_w1.weight", "time_mix_w2.weight", "time_mix_a0.weight", "time_mix_a1.weight",
@@ -608,7 +618,7 @@ class Builder {
         return common && (six || seven);
     }
     int rwkv(const std::string& p, int i, bool is_last, int stream) {
-        const i64 n = model_.n_embd, head = model_.layers[static_cast<size_t>(i)].head_k;
+        const i64 n = model_.n_embd, head = shape_of(i).head_k;
         if (head <= 0 || n % head) throw Error(p + "*: heads of " + std::to_string(head) + " do not divide " + std::to_string(n));
         const int tokens = state("r", i, 2 * n), before = row_of(tokens), memory = state("s", i, n * head);
         const int in = normed(stream, p + "attn_norm");
@@ -666,17 +676,20 @@ class Builder {
         int v = product(p + "time_mix_value", mix(3));
         if (i == 0) {
             first_v_ = v;
-            for (const char* name : {"time_mix_v0.weight", "time_mix_v1.weight", "time_mix_v2.weight"}) not_read_.insert(p + name);  // files have them all the same
+            for (const char* name : {"time_mix_v0.weight", "time_mix_v1.weight", "time_mix_v2.weight"})
+                not_read_.insert(p + name);  // files have them all the same
         } else if (first_v_ >= 0 && has_all(p, {"time_mix_v0.weight", "time_mix_v1.weight", "time_mix_v2.weight"})) {
             const int share = shifted("v", low_rank("v", mix(3), false));
             v = plus(p + "value", v, times(p + "value", node(Op::SUB, p + "first value - value", {n, 1, 1, 1}, {first_v_, v}), share));
         }
         const int k_k = times(p + "time_mix_k_k", k, weight(p + "time_mix_k_k.weight"));
         const int removed = node(Op::L2_NORM, p + "removed", {head, n_head, 1, 1}, {by_head(k_k)});
-        const int y = node(Op::RWKV_WKV7, p + "state", {n, 1 + head, 1, 1},
-                           {by_head(r), by_head(decay), by_head(key), by_head(v), unary(p + "removed", removed), times(p + "replaced", removed, by_head(a)), row_of(memory)});
+        const int y = node(
+            Op::RWKV_WKV7, p + "state", {n, 1 + head, 1, 1},
+            {by_head(r), by_head(decay), by_head(key), by_head(v), unary(p + "removed", removed), times(p + "replaced", removed, by_head(a)), row_of(memory)});
         keep(p, memory, part_of(y, n * head, n), 0);
-        const int r_k = times(p + "time_mix_r_k", times(p + "key asked", by_head(key), by_head(r)), reshaped(weight(p + "time_mix_r_k.weight"), {head, n_head, 1, 1}));
+        const int r_k =
+            times(p + "time_mix_r_k", times(p + "key asked", by_head(key), by_head(r)), reshaped(weight(p + "time_mix_r_k.weight"), {head, n_head, 1, 1}));
         const int of_now = times(p + "value of now", by_head(v), node(Op::SUM_ROWS, p + "sum of heads", {1, n_head, 1, 1}, {r_k}));
         const int out = plus(p + "time mix", rwkv_normed(p, n, head, y), reshaped(of_now, {n, 1, 1, 1}));
         return has_all(p, {"time_mix_g1.weight", "time_mix_g2.weight"}) ? times(p + "gated", out, low_rank("g", mix(5), true)) : out;
@@ -688,9 +701,7 @@ class Builder {
 
     // ---- feed forward
 
-    int activated(const std::string& name, int gate, int up) {
-        return up < 0 ? unary(name, gate) : node(Op::GLU, name, shape(gate), {gate, up});
-    }
+    int activated(const std::string& name, int gate, int up) { return up < 0 ? unary(name, gate) : node(Op::GLU, name, shape(gate), {gate, up}); }
     int dense(const std::string& p, const std::string& suffix, int x, bool sparse_gate = false) {
         const int up = linear(p + "ffn_up" + suffix, x);
         const bool gated = has(p + "ffn_gate" + suffix + ".weight");
@@ -749,7 +760,7 @@ class Builder {
     }
     bool has_feed_forward(const std::string& p) const { return has_experts(p) || has_dense(p, ""); }
     int feed_forward(const std::string& p, int i, int x) {
-        if (!has_experts(p)) return dense(p, "", x, model_.layers[static_cast<size_t>(i)].sparse_gate);
+        if (!has_experts(p)) return dense(p, "", x, shape_of(i).sparse_gate);
         const int of_experts = experts(p, x);
         return has_dense(p, "") ? plus(p + "feed forward + experts", dense(p, "", x), of_experts) : of_experts;  // Grok has both
     }
@@ -758,15 +769,17 @@ class Builder {
 
     bool has_streams() const {
         for (int i = 0; i < n_layer(); ++i)
-            if (!has_all("blk." + std::to_string(i) + ".", {"altup_router.weight", "altup_router_norm.weight", "altup_predict_coef.weight", "altup_correct_coef.weight",
-                                                            "altup_correct_scale.weight", "laurel_l.weight", "laurel_r.weight", "inp_gate.weight", "proj.weight"}))
+            if (!has_all("blk." + std::to_string(i) + ".",
+                         {"altup_router.weight", "altup_router_norm.weight", "altup_predict_coef.weight", "altup_correct_coef.weight",
+                          "altup_correct_scale.weight", "laurel_l.weight", "laurel_r.weight", "inp_gate.weight", "proj.weight"}))
                 return false;
         return n_layer() && has_all("", {"altup_proj.weight", "altup_unembd_proj.weight", "per_layer_model_proj.weight", "per_layer_proj_norm.weight"});
     }
     int streams() {
         const i64 n = model_.n_embd, more = ne("altup_proj.weight")[2], of_layer = ne("per_layer_proj_norm.weight")[0];
         const int first = leaf("embeddings", kF32, {n, 1, 1, 1});
-        const int others = node(Op::MUL_MAT, "altup_proj", {n, 1, more, 1}, {weight("altup_proj.weight"), node(Op::REPEAT, "embeddings", {n, 1, more, 1}, {first})});
+        const int others =
+            node(Op::MUL_MAT, "altup_proj", {n, 1, more, 1}, {weight("altup_proj.weight"), node(Op::REPEAT, "embeddings", {n, 1, more, 1}, {first})});
         int streams = joined("streams", {n, 1, 1 + more, 1}, 2, first, others);
         const int of_layers = normed(rows_of(product("per_layer_model_proj", first), of_layer, n_layer(), of_layer, 0), "per_layer_proj_norm");
         for (int i = 0; i < n_layer(); ++i) streams = streams_layer(i, 1 + more, streams, rows_of(of_layers, of_layer, 1, of_layer, i * of_layer));
@@ -792,7 +805,8 @@ class Builder {
         const int new_part = node(Op::REPEAT, p + "innovation", {n, 1, m, 1}, {node(Op::SUB, p + "innovation", {n, 1, 1, 1}, {out, active})});
         const int shares = node(Op::CONT, p + "altup_correct_coef", {1, 1, m, 1}, {rows_of(product(p + "altup_correct_coef", routed(out)), 1, m, 1, 0)});
         const int corrected = plus(p + "corrected", times(p + "correction", new_part, shares), predictions), first = rows_of(corrected, n, 1, n, 0);
-        const int gate = unary(p + "inp_gate, activated", product(p + "inp_gate", times(p + "altup_correct_scale", first, weight(p + "altup_correct_scale.weight"))));
+        const int gate =
+            unary(p + "inp_gate, activated", product(p + "inp_gate", times(p + "altup_correct_scale", first, weight(p + "altup_correct_scale.weight"))));
         const int of_this = normed(product(p + "proj", times(p + "per layer", gate, of_layer)), p + "post_norm");
         return joined(p + "streams", {n, 1, m, 1}, 2, first, plus(p + "others", others_of(corrected, n, m - 1), of_this));
     }
@@ -811,7 +825,8 @@ class Builder {
             names += (names.empty() ? "" : ", ") + name;
         }
         for (const std::string& layer : order)
-            out_.notes.push_back(layer + of_layers[layer] + ": no place in a token's graph is known here; layouts are guesses by name, their part of caches and reduces is not counted");
+            out_.notes.push_back(layer + of_layers[layer] +
+                                 ": no place in a token's graph is known here; layouts are guesses by name, their part of caches and reduces is not counted");
     }
 
     const ModelShape& model_;
@@ -819,7 +834,7 @@ class Builder {
     std::vector<double> split_;
     TokenGraph out_;
     std::map<std::string, Weight> by_name_;
-    std::map<int, bool> ordered_;
+    std::set<int> ordered_;
     std::set<std::string> not_read_;  // by hosts either
     u64 address_ = kFirstAddress;
     int positions_ = -1, mask_ = -1, wanted_ = -1, first_v_ = -1, encoded_ = -1, buckets_ = -1;

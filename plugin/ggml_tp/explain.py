@@ -13,11 +13,12 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 # Of the host's input layer: they stay with its CPU. token_embd is copied to the device where it is the output head as well.
 _ON_CPU = ("token_embd.weight", "token_types.weight", "position_embd.weight", "per_layer_token_embd.weight")
 # Architectures whose plan is that of a host's graph (tests compare). Of others, what tensors are for is taken from their names all the same.
-COMPARED = frozenset(
-    "bert bloom command-r cohere2 dbrx deepseek2 exaone4 falcon falcon-h1 gemma2 gemma3 glm4 glm4moe gpt-oss gpt2 gptneox granitehybrid granitemoe grok"
-    " jamba kimi-linear lfm2 llama llama4 mamba mamba2 minicpm3 minimax-m2 mpt nemotron_h olmo2 olmoe phi2 phi3 qwen2 qwen2moe qwen3 qwen35 qwen35moe"
-    " qwen3moe qwen3next rwkv6 rwkv7 stablelm starcoder2".split()
-)
+COMPARED = frozenset([
+    "bert", "bloom", "command-r", "cohere2", "dbrx", "deepseek2", "exaone4", "falcon", "falcon-h1", "gemma2", "gemma3", "gemma3n", "glm4", "glm4moe",
+    "gpt-oss", "gpt2", "gptneox", "granitehybrid", "granitemoe", "grok", "jamba", "kimi-linear", "lfm2", "llama", "llama4", "mamba", "mamba2", "minicpm3",
+    "minimax-m2", "mpt", "nemotron_h", "olmo2", "olmoe", "phi2", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen35", "qwen35moe", "qwen3moe", "qwen3next",
+    "rwkv6", "rwkv7", "stablelm", "starcoder2", "t5",
+])  # fmt: skip
 # Of every so many layers all but the last attend to a window only, where the file does not say it.
 _WINDOW_PERIOD = {"gpt-oss": 2, "gemma2": 2, "gemma3": 6, "cohere2": 4}
 # What neither keys nor tensors say: whose parallel layers add feed forward to the residual before attention, and which attention is never flash attention.
@@ -124,16 +125,18 @@ def read(path: str | Path) -> File:
     period = value(f"{arch}.attention.sliding_window_pattern", _WINDOW_PERIOD.get(arch, 1))
     windowed = [bool(flag) for flag in period] if isinstance(period, list) else [i % period < period - 1 for i in range(n_layer)]
     names = {name for name, _, _ in tensors}
+    only_encodes = "enc.output_norm.weight" in names and "dec.output_norm.weight" not in names
     traits = {
         "layer_norm": value(f"{arch}.attention.layer_norm_rms_epsilon") is None, "parallel": value(f"{arch}.use_parallel_residual", False),
         "residual_first": arch in _RESIDUAL_FIRST, "unfused": arch in _UNFUSED,
-        "encoder": "output.weight" not in names and (not value(f"{arch}.attention.causal", True) or ("enc.output_norm.weight" in names and "dec.output_norm.weight" not in names)),
+        "encoder": "output.weight" not in names and (only_encodes or not value(f"{arch}.attention.causal", True)),
     }  # fmt: skip
     return File(
-        traits=frozenset(name for name, holds in traits.items() if holds), n_ahead=n_ahead, architecture=arch, tensors=tensors, heads=[(h, kv, head_k, head_v) for h, kv in zip(heads, kv_heads, strict=True)], n_embd=n_embd,
+        architecture=arch, tensors=tensors, heads=[(h, kv, head_k, head_v) for h, kv in zip(heads, kv_heads, strict=True)], n_embd=n_embd,
         n_ff=max(*n_ff, of_experts), n_vocab=vocabulary, n_expert=int(value(f"{arch}.expert_count", 0)),
         n_expert_used=int(value(f"{arch}.expert_used_count", 0)), n_ctx_train=int(value(f"{arch}.context_length", 0)),
         window=window, windowed=(windowed + [False] * n_layer)[:n_layer] if window else [False] * n_layer,
+        traits=frozenset(name for name, holds in traits.items() if holds), n_ahead=n_ahead,
     )  # fmt: skip
 
 
@@ -186,8 +189,9 @@ def explain(
     per_cell = [(b - a) / _FAR for a, b in zip(low, high, strict=True)]
     out: dict[str, Any] = {
         "model": {
-            "file": Path(path).name, "architecture": file.architecture, "layers": len(file.heads), "layers_ahead": file.n_ahead, "parameters": sum(_elems(ne) for _, _, ne in file.tensors),
-            "experts": file.n_expert, "experts_used": file.n_expert_used, "n_ctx_train": file.n_ctx_train,
+            "file": Path(path).name, "architecture": file.architecture, "layers": len(file.heads), "layers_ahead": file.n_ahead,
+            "parameters": sum(_elems(ne) for _, _, ne in file.tensors), "experts": file.n_expert, "experts_used": file.n_expert_used,
+            "n_ctx_train": file.n_ctx_train,
         },
         "ranks": n_ranks, "split": split, "tensors": made["tensors"], "caches": made["caches"], "reshards": made["reshards"],
         "all_reduces_per_token": sum(row["kind"] == "all_reduce" for row in made["reshards"]),
