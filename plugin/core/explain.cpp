@@ -104,7 +104,7 @@ std::string planned_json(const ModelShape& model, int n_ranks, const std::vector
 std::string explain(const ModelShape& model, int n_ranks, const std::vector<double>& split) {
     try {
         return planned_json(model, n_ranks, split);
-    } catch (const Error& error) {
+    } catch (const std::exception& error) {  // callers are C
         return "{\"error\":" + quoted(error.what()) + "}\n";
     }
 }

@@ -5,6 +5,8 @@
 #include <map>
 #include <set>
 
+#include "recurrence.h"
+
 namespace ggml_tp {
 namespace {
 
@@ -26,6 +28,11 @@ bool set_strides(int type, const i64 ne[4], i64 nb[4], i64* bytes) {
     return true;
 }
 
+/// A tensor's shape is not what its name promises.
+struct Misfit : Error {
+    using Error::Error;
+};
+
 class Builder {
   public:
     Builder(const ModelShape& model, int n_ranks, const std::vector<double>& split) : model_(model), n_ranks_(n_ranks), split_(split), encoder_(model.encoder) {
@@ -34,6 +41,7 @@ class Builder {
             s.name = t.name;
             s.type = t.type;
             std::copy(t.ne, t.ne + 4, s.ne);
+            if (*std::min_element(t.ne, t.ne + 4) <= 0) throw Error(t.name + " has no elements");
             if (!set_strides(s.type, s.ne, s.nb, &s.bytes)) {
                 out_.notes.push_back(t.name + ": its type is not known here, the host's CPU computes with it");
                 continue;
@@ -86,7 +94,7 @@ class Builder {
         t.op = op;
         t.type = type;
         std::copy(ne.begin(), ne.end(), t.ne);
-        if (!set_strides(type, t.ne, t.nb, &t.bytes)) throw Error(name + ": rows of " + std::to_string(ne[0]) + " do not end with a block of its type");
+        fits(name, *std::min_element(t.ne, t.ne + 4) > 0 && set_strides(type, t.ne, t.nb, &t.bytes));
         std::fill(t.src, t.src + 10, -1);
         std::copy(sources.begin(), sources.end(), t.src);
         t.address = address_;
@@ -98,11 +106,55 @@ class Builder {
     int node(Op op, const std::string& name, const Shape& ne, std::initializer_list<int> sources, int type = kF32) {
         const int id = add(op, name, type, ne, sources);
         at(id).is_node = true;
+        fits(name, has_shapes_of(at(id)));
         return id;
     }
+    static void fits(const std::string& name, bool it_does) {
+        if (!it_does) throw Misfit(name + ": shapes are not those that its name promises");
+    }
+    /// What a host's ggml would insist on, as far as planning relies on it.
+    bool has_shapes_of(const Tensor& t) {
+        const Tensor &a = at(std::max(t.src[0], 0)), &b = at(std::max(t.src[1], 0));
+        auto repeats = [](const Tensor& whole, const Tensor& part) {
+            for (int d = 0; d < 4; ++d)
+                if (whole.ne[d] % part.ne[d]) return false;
+            return true;
+        };
+        const bool alike = std::equal(t.ne, t.ne + 4, a.ne);
+        switch (t.op) {
+            case Op::MUL_MAT: return a.ne[0] == b.ne[0] && b.ne[2] % a.ne[2] == 0 && b.ne[3] % a.ne[3] == 0;
+            case Op::MUL_MAT_ID: return a.ne[0] == b.ne[0];
+            case Op::ADD:
+            case Op::SUB:
+            case Op::MUL:
+            case Op::DIV: return alike && repeats(t, b);
+            case Op::ADD_ID: return alike && a.ne[0] == b.ne[0];
+            case Op::GLU: return t.src[1] < 0 ? 2 * t.ne[0] == a.ne[0] : alike && std::equal(t.ne, t.ne + 4, b.ne);
+            case Op::REPEAT: return repeats(t, a);
+            case Op::CONT:
+            case Op::CPY: return t.elems() == a.elems();
+            case Op::CONCAT: return t.elems() == a.elems() + b.elems();
+            case Op::SSM_CONV: return a.ne[0] == b.ne[0] && a.ne[1] == b.ne[1];
+            case Op::FLASH_ATTN_EXT: return a.ne[0] == b.ne[0] && a.ne[2] % b.ne[2] == 0;
+            default: break;
+        }
+        const Recurrence* recurrence = recurrence_of(t.op);
+        if (!recurrence) return true;
+        const Recurrence::Source* of = recurrence->sources;
+        const i64 n_head = at(t.src[recurrence->values]).ne[of[recurrence->values].axis];
+        for (int i = 0; i < 7 && t.src[i] >= 0; ++i) {
+            const i64 n = at(t.src[i]).ne[of[i].axis];
+            if (of[i].lies == Recurrence::kHeads && n != n_head) return false;
+            if (of[i].lies == Recurrence::kGroups && n_head % n) return false;
+        }
+        return true;
+    }
+
     /// In the order of a host's graph: before a node what it reads, from left to right.
     void expand(int id) {
-        if (id < 0 || !ordered_.insert(id).second) return;
+        ordered_.resize(out_.graph.tensors.size());
+        if (id < 0 || ordered_[static_cast<size_t>(id)]) return;
+        ordered_[static_cast<size_t>(id)] = 1;
         for (int i = 0; i < 10; ++i) expand(at(id).src[i]);
         if (at(id).is_node) out_.graph.nodes.push_back(id);
     }
@@ -121,13 +173,14 @@ class Builder {
         for (int d = 1; d < 4; ++d) t.bytes += (t.ne[d] - 1) * t.nb[d];
         std::fill(t.src, t.src + 10, -1);
         t.src[0] = of;
+        fits(t.name, *std::min_element(t.ne, t.ne + 4) > 0 && offset >= 0 && t.offset + t.bytes <= at(t.root).bytes);
         out_.graph.tensors.push_back(t);
         return t.id;
     }
     int reshaped(int of, const Shape& ne) {
         Shape nb;
         i64 bytes;
-        set_strides(at(of).type, ne.data(), nb.data(), &bytes);
+        fits(at(of).name, set_strides(at(of).type, ne.data(), nb.data(), &bytes) && ne[0] * ne[1] * ne[2] * ne[3] == at(of).elems());
         return view(of, ne, nb, 0);
     }
     /// `n` rows of `row` floats that lie `stride` floats apart, from float `begin` on.
@@ -185,8 +238,37 @@ class Builder {
         const bool ends_with_it = !has_norm(prefix_ + "output_norm") && has_norm("blk.0.attn_norm");
         int stream = leaf("embeddings", kF32, {model_.n_embd, 1, 1, 1});
         if (!ends_with_it) stream = normed(stream, "token_embd_norm");
-        for (int i = 0; i < n_layer(); ++i) stream = layer(i, stream);
-        return logits(normed(stream, ends_with_it ? "token_embd_norm" : prefix_ + "output_norm"));
+        for (int i = 0; i < n_layer(); ++i) stream = attempted(stream, [&] { return layer(i, stream); });
+        return attempted(stream, [&] { return logits(normed(stream, ends_with_it ? "token_embd_norm" : prefix_ + "output_norm")); });
+    }
+    /// `otherwise`, and a note, where an architecture means something else by the same names.
+    template <class Part>
+    int attempted(int otherwise, Part&& part) {
+        const Mark before = mark();
+        try {
+            return part();
+        } catch (const Misfit& misfit) {
+            out_.notes.push_back(misfit.what());
+            back_to(before);
+            return otherwise;
+        }
+    }
+    struct Mark {
+        size_t n_tensors, n_nodes, n_caches;
+        std::vector<char> ordered;
+    };
+    Mark mark() const { return {out_.graph.tensors.size(), out_.graph.nodes.size(), out_.caches.size(), ordered_}; }
+    void back_to(const Mark& mark) {
+        const int n = static_cast<int>(mark.n_tensors);
+        out_.graph.tensors.resize(mark.n_tensors);
+        out_.graph.nodes.resize(mark.n_nodes);
+        while (out_.caches.size() > mark.n_caches) out_.caches.pop_back();
+        ordered_ = mark.ordered;
+        for (auto& [name, weight] : by_name_)
+            if (weight.id >= n) weight.id = -1, weight.is_read = false;
+        for (int* once : {&positions_, &mask_, &wanted_, &first_v_, &encoded_, &buckets_})
+            if (*once >= n) *once = -1;
+        std::erase_if(caches_, [n](const auto& of) { return of.second[0] >= n || of.second[1] >= n; });
     }
     int n_layer() const {
         const int n = static_cast<int>(model_.layers.size());
@@ -619,7 +701,7 @@ class Builder {
     }
     int rwkv(const std::string& p, int i, bool is_last, int stream) {
         const i64 n = model_.n_embd, head = shape_of(i).head_k;
-        if (head <= 0 || n % head) throw Error(p + "*: heads of " + std::to_string(head) + " do not divide " + std::to_string(n));
+        fits(p + "time_mix_*", head > 0 && n % head == 0);
         const int tokens = state("r", i, 2 * n), before = row_of(tokens), memory = state("s", i, n * head);
         const int in = normed(stream, p + "attn_norm");
         const int difference = node(Op::SUB, p + "token before - token", {n, 1, 1, 1}, {part_of(before, n, 0), in});
@@ -834,7 +916,7 @@ class Builder {
     std::vector<double> split_;
     TokenGraph out_;
     std::map<std::string, Weight> by_name_;
-    std::set<int> ordered_;
+    std::vector<char> ordered_;       // by id: has its place among the nodes
     std::set<std::string> not_read_;  // by hosts either
     u64 address_ = kFirstAddress;
     int positions_ = -1, mask_ = -1, wanted_ = -1, first_v_ = -1, encoded_ = -1, buckets_ = -1;
