@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "token_graph.h"
+#include "token.h"
 
 namespace ggml_tp {
 

@@ -1,4 +1,4 @@
-#include "token_graph.h"
+#include "token.h"
 
 #include <algorithm>
 #include <array>
