@@ -347,7 +347,7 @@ class Builder {
         const int attended = has(p + "attn_kv_a_mqa.weight") ? latent_attention(p, i, x) : attention(p, i, x);
         if (!has_all(p, {"ssm_in.weight", "ssm_conv1d.weight", "ssm_dt.bias", "ssm_a", "ssm_d", "ssm_out.weight"})) return attended;
         const int scanned = has_all(p, {"ssm_x.weight", "ssm_dt.weight"}) ? mamba(p, i, x) : mamba2(p, i, x);
-        return attended < 0 ? scanned : plus(p + "attention + state", attended, scanned);
+        return attended < 0 || scanned < 0 ? std::max(attended, scanned) : plus(p + "attention + state", attended, scanned);
     }
     bool has_all(const std::string& p, std::initializer_list<const char*> names) const {
         return std::all_of(names.begin(), names.end(), [&](const char* name) { return has(p + name); });
