@@ -39,6 +39,7 @@ COMMON: dict[str, Any] = {
 }
 EXPERTS: dict[str, Any] = {"expert_count": N_EXPERT, "expert_used_count": N_EXPERT_USED, "expert_feed_forward_length": N_FF_EXPERT}
 SHARED: dict[str, Any] = {"expert_shared_count": 1, "expert_shared_feed_forward_length": N_FF}
+LAYER_NORM: dict[str, Any] = {"attention.layer_norm_rms_epsilon": None}
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 # The latent attention of DeepSeek: one cached head of the latent (64) and the rotary part (32); heads of 32 + 32 and 32.
 LATENT: dict[str, Any] = {
@@ -64,6 +65,7 @@ class Family:
     without: str = ""  # what the host would take and this family does not have
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # tensors that this family has side by side in one
     scaled: Mapping[str, float] = field(default_factory=dict)  # tensors by pattern, whose random values would be too large
+    ahead: int = 0  # layers that predict further tokens, which hosts leave out
     job: str = "run_model"  # of jobs.py
     cost: tuple[int, int] | None = None  # all_reduces and all_gathers of one token; None: two reduces a layer
     beyond: tuple[int, int] | None = None  # groups of a norm, and how often it is gathered for where there are more ranks than these
@@ -85,9 +87,10 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("phi3", joined=QKV),
     "glm4": Family("glm4", {"rope.dimension_count": 16}, optional=r"attn_[qkv]\.bias"),
     "glm4moe": Family("glm4moe", EXPERTS | SHARED | {"leading_dense_block_count": 1, "rope.dimension_count": 16, "expert_gating_func": SIGMOID,
-        "expert_weights_norm": True}, optional=r"attn_[qkv]\.bias"),
-    "command-r": Family("command-r", {"logit_scale": 0.25}, without="attn_[qk]_norm|output", cost=(3, 0)),
-    "cohere2": Family("cohere2", {"logit_scale": 0.25, "attention.sliding_window": 32, "attention.sliding_window_pattern": 2}, without="output", cost=(3, 0)),
+        "expert_weights_norm": True}, optional=r"attn_[qkv]\.bias", ahead=1),
+    "command-r": Family("command-r", LAYER_NORM | {"logit_scale": 0.25}, without="attn_[qk]_norm|output", cost=(3, 0)),
+    "cohere2": Family("cohere2", LAYER_NORM | {"logit_scale": 0.25, "attention.sliding_window": 32, "attention.sliding_window_pattern": 2},
+        without="output", cost=(3, 0)),
     "falcon": Family("falcon", {"attention.head_count_kv": 2}, optional=r"(attn|output)_norm(_2)?\.bias", joined=QKV, cost=(3, 0)),
     "olmo2": Family("olmo2", cost=(4, 4)),
     "minicpm3": Family("minicpm3", {"attention.head_count_kv": 8, "attention.q_lora_rank": 96, "attention.kv_lora_rank": 64, "attention.key_length": 64,
@@ -100,7 +103,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek2-fused": Family("deepseek2", EXPERTS | SHARED | LATENT | {"leading_dense_block_count": 1}, joined=GATE_UP),
     "llama4": Family("llama4", EXPERTS | {"block_count": 4, "interleave_moe_layer_step": 2, "expert_used_count": 1}),
     "qwen3next": Family("qwen3next", EXPERTS | SHARED | ssm(256, 32, 8, 4) | {"full_attention_interval": 2}, without="ssm_in"),
-    "qwen35": Family("qwen35", ssm(256, 32, 8, 4) | {"full_attention_interval": 2, "rope.dimension_sections": [4, 6, 6, 0]}),
+    "qwen35": Family("qwen35", ssm(256, 32, 8, 4) | {"full_attention_interval": 2, "rope.dimension_sections": [4, 6, 6, 0]}, ahead=1),
     "qwen35moe": Family("qwen35moe", EXPERTS | SHARED | ssm(256, 32, 8, 4) | {"full_attention_interval": 2,
         "rope.dimension_sections": [4, 6, 6, 0]}),
     "mamba": Family("mamba", ssm(512, 16, 16, 0), cost=(4, 0)),
@@ -111,7 +114,7 @@ FAMILIES: dict[str, Family] = {
         "attention.scale": 0.0156, "logit_scale": 8.0}, beyond=(2, 1)),
     "nemotron_h": Family("nemotron_h", ssm(512, 32, 16, 2) | {"block_count": 3, "attention.head_count_kv": [0, 4, 0],
         "feed_forward_length": [0, 0, 768]}, cost=(3, 0), beyond=(2, 1)),
-    "lfm2": Family("lfm2", {"attention.head_count_kv": [0, 4], "shortconv.l_cache": 3}),
+    "lfm2": Family("lfm2", {"attention.head_count_kv": [0, 4], "shortconv.l_cache": 3}, without="dense_2"),
     # Attention is not scaled, 22 layers amplify, of few gates the topmost 5 % are next to none: unscaled and with an ffn of 96, the host's CPU
     # differs from itself by an NMSE of 8e-3 with another batch size.
     "gemma3n": Family("gemma3n", {"block_count": 22, "embedding_length": 64, "attention.head_count": 8, "attention.head_count_kv": 1,
@@ -123,16 +126,16 @@ FAMILIES: dict[str, Family] = {
     "gptneox": Family("gptneox", {"attention.head_count_kv": 8, "use_parallel_residual": True}, optional=r".*\.bias", joined=QKV, cost=(3, 0)),
     "starcoder2": Family("starcoder2", optional=r".*\.bias"),
     "bloom": Family("bloom", {"attention.head_count_kv": 8}, optional=r".*\.bias", joined=QKV),
-    "mpt": Family("mpt", {"attention.head_count_kv": 8, "attention.max_alibi_bias": 8.0}, joined=QKV),
+    "mpt": Family("mpt", LAYER_NORM | {"attention.head_count_kv": 8, "attention.max_alibi_bias": 8.0}, without="attn_[qk]_norm", joined=QKV),
     "stablelm": Family("stablelm", {"rope.dimension_count": 16, "use_parallel_residual": False}, optional=r".*norm\.bias"),
     "olmoe": Family("olmoe", EXPERTS | {"attention.head_count_kv": 8}, cost=(4, 4)),
-    "dbrx": Family("dbrx", EXPERTS | {"attention.clamp_kqv": 8.0, "feed_forward_length": 192}, joined=QKV),
+    "dbrx": Family("dbrx", EXPERTS | LAYER_NORM | {"attention.clamp_kqv": 8.0, "feed_forward_length": 192}, joined=QKV),
     "granitemoe": Family("granitemoe", EXPERTS | {"logit_scale": 8.0, "embedding_scale": 12.0, "residual_scale": 0.22, "attention.scale": 0.0156}),
     "grok": Family("grok", EXPERTS),
     "exaone4": Family("exaone4", {"attention.sliding_window": 32}),
     "minimax-m2": Family("minimax-m2", EXPERTS | {"expert_gating_func": SIGMOID}, cost=(4, 4)),
     "rwkv6": Family("rwkv6", {"attention.head_count": 0, "attention.head_count_kv": 0, "wkv.head_size": 32, "time_mix_extra_dim": 32,
-        "time_decay_extra_dim": 64}, optional=r".*\.bias"),
+        "time_decay_extra_dim": 64}, optional=r".*\.bias", without="time_mix_lerp_[wkvrg]"),
     "rwkv7": Family("rwkv7", {"attention.head_count": 0, "attention.head_count_kv": 0, "wkv.head_size": 32, "attention.decay_lora_rank": 32,
         "attention.iclr_lora_rank": 32, "attention.value_residual_mix_lora_rank": 32, "attention.gate_lora_rank": 64}, optional=r".*\.bias"),
     "kimi-linear": Family("kimi-linear", EXPERTS | SHARED | LATENT | {"leading_dense_block_count": 1, "attention.head_count_kv": [0, 1],
@@ -276,6 +279,13 @@ def write_model(host: Host, path: Path, family: str, quant: str, seed: int = 0, 
     keys_path = path.with_suffix(".keys")
     _close(_writer(keys_path, family, more))
     tensors = _tensors(host, keys_path, family, also)
+    if ahead := FAMILIES[family].ahead:  # each one more of the last layer's kind, fed by the last state and the token that is known
+        n_layer, n_embd = ((COMMON | dict(FAMILIES[family].keys) | more)[key] for key in ("block_count", "embedding_length"))
+        for i in range(n_layer, n_layer + ahead):
+            last = {name.replace(f"blk.{n_layer - 1}.", f"blk.{i}."): shape for name, shape in tensors.items() if name.startswith(f"blk.{n_layer - 1}.")}
+            own = {"eh_proj": (n_embd, 2 * n_embd), "enorm": (n_embd,), "hnorm": (n_embd,), "shared_head_norm": (n_embd,)}
+            tensors |= last | {f"blk.{i}.nextn.{name}.weight": shape for name, shape in own.items()}
+        more |= {"block_count": n_layer + ahead, "nextn_predict_layers": ahead}
     w = _writer(path, family, more)
     n_expert = dict(FAMILIES[family].keys).get("expert_count", 0)
     for name, shape in tensors.items():

@@ -122,15 +122,19 @@ def embed(model: str, prompt: list[int], n: int, on_device: bool, flash_attn: bo
 
 
 def encode_decode(model: str, prompt: list[int], n: int, on_device: bool, flash_attn: bool = True) -> dict[str, Any]:
-    """The encoder reads the prompt, the decoder generates; then it reads what it said in one batch."""
+    """The encoder reads the prompt, the decoder generates; then it reads what it said in one batch. The plan is a token's, and how the encoder's
+    tensors are stored."""
     host = _with_plugin() if on_device else _host()
     lib, loaded = _more(host), host.model(model, "TP0" if on_device else None)
     context = loaded.context(n_ctx=1024, flash_attn=flash_attn)
     batch = context._fill([(token, i, 0) for i, token in enumerate(prompt)], True)
     assert lib.llama_encode(context.handle, batch) == 0
+    encoders = [line for line in Inspection(LIBRARY).text("plan").splitlines() if line.startswith("stored ")] if on_device else []
     start = lib.llama_model_decoder_start_token(loaded.handle)
     tokens, logits, _ = context.generate([start], n)
     out = {"tokens": tokens, "logits": logits, **_inspected(on_device)}
+    if on_device:
+        out["plan"] = "\n".join([*encoders, out["plan"]])
     context.clear()
     assert lib.llama_encode(context.handle, batch) == 0
     out["prompt_logits"] = context.decode([start, *prompt[:20]], 0, all_logits=True)

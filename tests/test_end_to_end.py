@@ -65,16 +65,16 @@ def check(workers, models, family: str, quant: str, ranks: int, flash_attn: bool
     return result
 
 
-def check_explained(model: str, ranks: int, result: dict, split: list[float] | None = None) -> None:
-    """`ggml-tp explain` says of the file what the core has planned and allocated for the host's last token."""
+def check_explained(model: str, ranks: int, result: dict, split: list[float] | None = None, tokens: int = 1) -> None:
+    """`ggml-tp explain` says of the file what the core has planned and allocated for the host's last token; `tokens`: an encoder's graph has all."""
     said = explain.explain(model, ranks, split, n_ctx=1024, swa_full=True)
     plan = [line for line in result["plan"].splitlines() if line.startswith(("stored ", "  all_"))]
     stored = dict(line.removeprefix("stored ").split(": ", 1) for line in plan if line.startswith("stored "))
-    rows = said["tensors"] + said["caches"]
+    rows = [row for row in said["tensors"] + said["caches"] if row["planned"]]  # others no host reads, or a note would name them
     assert {row["name"]: f"{row['layout']}; bytes {' '.join(map(str, row['bytes']))}" for row in rows} == stored
-    assert all(row["planned"] for row in rows) and not said["notes"]
+    assert not said["notes"]
     reshards = [re.fullmatch(r"  (all_\w+) .* \((\d+) bytes, f32\): (.*)", line).groups() for line in plan if line.startswith("  all_")]
-    assert [(row["kind"], str(row["bytes"]), row["reason"]) for row in said["reshards"]] == reshards
+    assert [(row["kind"], str(tokens * row["bytes"]), row["reason"]) for row in said["reshards"]] == reshards
     assert said["weight_bytes"] == [rank["weight"] for rank in result["bytes"]]
     assert said["kv"]["bytes"] == [rank["kv"] for rank in result["bytes"]]
 
@@ -105,8 +105,9 @@ def test_many_layers_with_an_odd_cut_of_heads(workers, long_model):
     assert nmse(result["prompt_logits"], reference["prompt_logits"]) <= TOLERANCE["Q4_0"]
 
 
-def test_rope_frequency_factors(workers, models):
-    check(workers, models, "llama", "F16", 3, also=r"rope_freqs\.weight")
+@pytest.mark.parametrize(("family", "ranks", "factors"), [("llama", 3, r"rope_freqs\.weight"), ("phi3", 2, r"rope_factors_.*")])
+def test_rope_frequency_factors(workers, models, family, ranks, factors):
+    check_explained(models(family, "F16", also=factors), ranks, check(workers, models, family, "F16", ranks, also=factors))
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -6,9 +6,10 @@ import jobs
 import pytest
 from conftest import emulated
 from families import COMMON, FAMILIES, has_experts
+from ggml_tp import explain
 from ggml_tp.host import nmse
 from graphs import IQ4_XS, Q4_0, Q6_K, Q8_0
-from test_end_to_end import TOLERANCE
+from test_end_to_end import TOLERANCE, check_explained
 
 PROMPT = [(17 * i + i * i) % 300 for i in range(44)]  # longer than the sliding windows
 RANKS = (1, 2, 3, 4, 5, 8)
@@ -47,16 +48,30 @@ def check_cost(result: dict, family: str, ranks: int) -> None:
     assert (counters.last_all_reduces, counters.last_all_gathers) == (cost if ranks > 1 else (0, 0)), result["plan"]
 
 
+def check_family(workers, models, family: str, quant: str, ranks: int) -> None:
+    """Its values, its cost, and that `explain` says the same of its file."""
+    result = check(workers, models, family, quant, ranks)
+    check_cost(result, family, ranks)
+    check_explained(models(family, quant), ranks, result, tokens=len(PROMPT) if FAMILIES[family].job == "embed" else 1)
+
+
 @pytest.mark.parametrize(("family", "quant", "ranks"), SAMPLE)
 def test_family(workers, models, family, quant, ranks):
-    check_cost(check(workers, models, family, quant, ranks), family, ranks)
+    check_family(workers, models, family, quant, ranks)
+
+
+def test_explain_says_which_architectures_are_compared(models, monkeypatch):
+    assert {row.arch for row in FAMILIES.values()} == explain.COMPARED
+    monkeypatch.setattr(explain, "COMPARED", explain.COMPARED - {"llama"})
+    (note,) = explain.explain(models("llama", "F16"), 2)["notes"]
+    assert note.startswith("llama: not one of the architectures compared")
 
 
 @full
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_whole_product(workers, models, family, ranks):
-    check_cost(check(workers, models, family, "F16", ranks), family, ranks)
+    check_family(workers, models, family, "F16", ranks)
 
 
 @full

@@ -113,12 +113,20 @@ def test_explain_of_many_layers_and_more_ranks_than_kv_heads():
     assert not plan["notes"] and all(row["planned"] for row in rows.values())
 
 
-def test_explain_says_what_it_does_not_model():
+def test_explain_names_what_has_no_place():
     tensors = [("blk.0.attn_norm.weight", 0, [256]), ("blk.0.attn_strange.weight", 1, [256, 512]), ("blk.0.attn_output.weight", 1, [256, 256])]
-    plan = Inspection().explain(tensors, [Layer(8, 8, 32, 32, 256)], 256, 0, (1, 1), 2)
-    assert any("not modelled" in note for note in plan["notes"])
+    plan = Inspection().explain([*tensors, ("odd.bias", 0, [7])], [Layer(8, 8, 32, 32, 256)], 256, 0, (1, 1), 2)
+    assert [note.split(": ")[0] for note in plan["notes"]] == ["blk.0.attn_strange.weight, attn_output.weight", "odd.bias"]
     strange = next(row for row in plan["tensors"] if "strange" in row["name"])
     assert not strange["planned"] and strange["layout"] == "replicated" and strange["reason"] == "no rule for its name"
+
+
+def test_explain_leaves_a_layer_out_whose_shapes_do_not_fit():
+    tensors = [(f"blk.{i}.ffn_{name}.weight", 1, [256, 256]) for i in range(2) for name in ("up", "down")]
+    tensors[1] = ("blk.0.ffn_down.weight", 1, [96, 256])
+    plan = Inspection().explain(tensors, [Layer(8, 8, 32, 32, 256)] * 2, 256, 0, (1, 1), 2)
+    assert plan["notes"][0] == "blk.0.ffn_down: shapes are not those that its name promises" and plan["notes"][1].startswith("blk.0.ffn_up.weight, ffn_down")
+    assert [row["planned"] for row in plan["tensors"]] == [False, False, True, True] and len(plan["reshards"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -125,13 +125,18 @@ int ggml_tp_delay(int group, int rank, double seconds) {
 
 size_t ggml_tp_explain(const struct ggml_tp_model* model, int n_ranks, const double* split, char* out, size_t capacity) {
     ModelShape shape{{}, {}, model->n_embd, model->n_expert_used, model->type_k, model->type_v};
+    shape.layer_norm = model->traits & GGML_TP_LAYER_NORM;
+    shape.parallel = model->traits & GGML_TP_PARALLEL;
+    shape.residual_first = model->traits & GGML_TP_RESIDUAL_FIRST;
+    shape.encoder = model->traits & GGML_TP_ENCODER;
+    shape.unfused = model->traits & GGML_TP_UNFUSED;
     for (size_t i = 0; i < model->n_tensors; ++i) {
         const ggml_tp_file_tensor& t = model->tensors[i];
         shape.tensors.push_back({t.name, t.type, {t.ne[0], t.ne[1], t.ne[2], t.ne[3]}});
     }
     for (size_t i = 0; i < model->n_layers; ++i) {
         const ggml_tp_layer& l = model->layers[i];
-        shape.layers.push_back({l.n_head, l.n_head_kv, l.head_k, l.head_v, l.cells});
+        shape.layers.push_back({l.n_head, l.n_head_kv, l.head_k, l.head_v, l.cells, l.cache_of, l.sparse_gate != 0});
     }
     return copy_out(explain(shape, n_ranks, split ? std::vector<double>(split, split + n_ranks) : std::vector<double>{}), out, capacity);
 }

@@ -27,12 +27,25 @@ int ggml_tp_delay(int group, int rank, double seconds);
 /* What a group would make of a model, from its file's tensor list alone: no host, no device, no group. Shapes in ggml's order; of a
  * tensor with fewer axes, ne is 1 there. Only tensors that a host puts on the device are listed. */
 struct ggml_tp_file_tensor { const char *name; int32_t type; int64_t ne[4]; };
-struct ggml_tp_layer { int64_t n_head, n_head_kv, head_k, head_v, cells; };
+struct ggml_tp_layer {
+    int64_t n_head, n_head_kv, head_k, head_v, cells;
+    int64_t cache_of; /* the layer whose cache this one reads, -1: its own */
+    int32_t sparse_gate; /* whether only gates above a limit open, which hangs on all of a token's */
+};
+/* What no tensor says: norms subtract the mean; feed forward reads what attention reads, and is added to the residual first; no cache; no flash attention. */
+enum {
+    GGML_TP_LAYER_NORM = 1,
+    GGML_TP_PARALLEL = 2,
+    GGML_TP_RESIDUAL_FIRST = 4,
+    GGML_TP_ENCODER = 8,
+    GGML_TP_UNFUSED = 16
+};
 struct ggml_tp_model {
     const struct ggml_tp_file_tensor *tensors; size_t n_tensors;
     const struct ggml_tp_layer *layers; size_t n_layers;
     int64_t n_embd, n_expert_used;
     int32_t type_k, type_v; /* of the caches */
+    int32_t traits;
 };
 /* The plan of one decoded token as JSON, {"error": ...} when there is none; split: n_ranks shares, or null for an even one. Copies at most
  * capacity bytes and a final 0; returns the length needed without it. */

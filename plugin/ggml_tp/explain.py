@@ -11,11 +11,20 @@ from .inspection import Inspection, Layer
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 # Of the host's input layer: they stay with its CPU. token_embd is copied to the device where it is the output head as well.
-_ON_CPU = ("token_embd.weight", "token_embd_norm.weight", "token_types.weight", "position_embd.weight", "per_layer_token_embd.weight")
-# Architectures whose graph is the one that the core builds for this (tests compare); others are planned as if theirs were alike.
-_COMPARED = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gpt-oss")
+_ON_CPU = ("token_embd.weight", "token_types.weight", "position_embd.weight", "per_layer_token_embd.weight")
+# Architectures whose plan is that of a host's graph (tests compare). Of others, what tensors are for is taken from their names all the same.
+COMPARED = frozenset([
+    "bert", "bloom", "command-r", "cohere2", "dbrx", "deepseek2", "exaone4", "falcon", "falcon-h1", "gemma2", "gemma3", "gemma3n", "glm4", "glm4moe",
+    "gpt-oss", "gpt2", "gptneox", "granitehybrid", "granitemoe", "grok", "jamba", "kimi-linear", "lfm2", "llama", "llama4", "mamba", "mamba2", "minicpm3",
+    "minimax-m2", "mpt", "nemotron_h", "olmo2", "olmoe", "phi2", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen35", "qwen35moe", "qwen3moe", "qwen3next",
+    "rwkv6", "rwkv7", "stablelm", "starcoder2", "t5",
+])  # fmt: skip
 # Of every so many layers all but the last attend to a window only, where the file does not say it.
 _WINDOW_PERIOD = {"gpt-oss": 2, "gemma2": 2, "gemma3": 6, "cohere2": 4}
+# What neither keys nor tensors say: whose parallel layers add feed forward to the residual before attention, and which attention is never flash attention.
+_RESIDUAL_FIRST, _UNFUSED = ("command-r", "cohere2", "gptneox"), ("grok",)
+# Layers that have caches of their own (those behind read the last two of them, one of which has a window), and those whose gates are sparse.
+_OWN_CACHES, _SPARSE_GATES = {"gemma3n": 20}, {"gemma3n": 10}
 _CELL_PADDING = 256
 _FAR = 1 << 16  # cells; no window is as long
 
@@ -39,16 +48,23 @@ class File:
     n_ctx_train: int
     window: int  # tokens that some layers attend to; 0: all attend to all
     windowed: list[bool]  # per layer
+    traits: frozenset[str] = frozenset()  # of inspection.TRAITS
+    n_ahead: int = 0  # layers behind these that predict tokens further ahead: hosts leave them out, tensors too
 
     @property
     def device_tensors(self) -> list[tuple[str, int, list[int]]]:
-        tied = all(name != "output.weight" for name, _, _ in self.tensors)
-        return [t for t in self.tensors if t[0] not in _ON_CPU or (tied and t[0] == "token_embd.weight")]
+        tied = "encoder" not in self.traits and all(name != "output.weight" for name, _, _ in self.tensors)
+        left_out = tuple(f"blk.{len(self.heads) + i}." for i in range(self.n_ahead))
+        return [t for t in self.tensors if (t[0] not in _ON_CPU and not t[0].startswith(left_out)) or (tied and t[0] == "token_embd.weight")]
 
     def layers(self, n_ctx: int, n_ubatch: int, swa_full: bool) -> list[Layer]:
         cells = _padded(n_ctx)
         few = cells if swa_full else min(cells, _padded(self.window + n_ubatch))
-        return [Layer(*heads, few if windowed else cells) for heads, windowed in zip(self.heads, self.windowed, strict=True)]
+        own = _OWN_CACHES.get(self.architecture, len(self.heads))
+        return [
+            Layer(*heads, few if windowed else cells, -1 if i < own else own - 1 - windowed, i < _SPARSE_GATES.get(self.architecture, 0))
+            for i, (heads, windowed) in enumerate(zip(self.heads, self.windowed, strict=True))
+        ]
 
 
 def _padded(n: int) -> int:
@@ -85,12 +101,14 @@ def read(path: str | Path) -> File:
 
     arch = value("general.architecture")
     n_layer, n_embd, n_head = (value(f"{arch}.{key}") for key in ("block_count", "embedding_length", "attention.head_count"))
-    if not arch or not n_layer or not n_embd or not tensors:
+    n_ahead = int(value(f"{arch}.nextn_predict_layers", 0))
+    if not arch or not n_layer or not n_embd or not tensors or n_layer <= n_ahead:
         raise ExplainError(f"{path} is no language model: it has no layers, embedding length or tensors")
+    n_layer = int(value(f"{arch}.decoder_block_count", n_layer - n_ahead))
 
     def per_layer(key: str, default: Any) -> list[int]:
         number = value(f"{arch}.{key}", default)
-        return [int(n) for n in number] if isinstance(number, list) else [int(number or 0)] * n_layer
+        return [int(n) for n in number][: len(number) - n_ahead] if isinstance(number, list) else [int(number or 0)] * n_layer
 
     heads = per_layer("attention.head_count", 0)
     kv_heads = per_layer("attention.head_count_kv", n_head)
@@ -98,17 +116,27 @@ def read(path: str | Path) -> File:
         raise ExplainError(f"{path} names head counts for {len(heads)} and {len(kv_heads)} layers but has {n_layer}")
     common = n_embd // max(heads[0], 1)
     head_k, head_v = int(value(f"{arch}.attention.key_length", common)), int(value(f"{arch}.attention.value_length", common))
+    if head := int(value(f"{arch}.wkv.head_size", 0)):  # RWKV names its heads by their size alone
+        heads, kv_heads, head_k, head_v = [n_embd // head] * n_layer, [0] * n_layer, head, head
     vocabulary = next((ne[1] for name, _, ne in tensors if name == "token_embd.weight" and len(ne) > 1), 0)
     n_ff = per_layer("feed_forward_length", 0)
     of_experts = int(value(f"{arch}.expert_feed_forward_length", 0)) * int(value(f"{arch}.expert_used_count", 0))
     window = per_layer("attention.sliding_window", 0)[0]
     period = value(f"{arch}.attention.sliding_window_pattern", _WINDOW_PERIOD.get(arch, 1))
     windowed = [bool(flag) for flag in period] if isinstance(period, list) else [i % period < period - 1 for i in range(n_layer)]
+    names = {name for name, _, _ in tensors}
+    only_encodes = "enc.output_norm.weight" in names and "dec.output_norm.weight" not in names
+    traits = {
+        "layer_norm": value(f"{arch}.attention.layer_norm_rms_epsilon") is None, "parallel": value(f"{arch}.use_parallel_residual", False),
+        "residual_first": arch in _RESIDUAL_FIRST, "unfused": arch in _UNFUSED,
+        "encoder": "output.weight" not in names and (only_encodes or not value(f"{arch}.attention.causal", True)),
+    }  # fmt: skip
     return File(
         architecture=arch, tensors=tensors, heads=[(h, kv, head_k, head_v) for h, kv in zip(heads, kv_heads, strict=True)], n_embd=n_embd,
         n_ff=max(*n_ff, of_experts), n_vocab=vocabulary, n_expert=int(value(f"{arch}.expert_count", 0)),
         n_expert_used=int(value(f"{arch}.expert_used_count", 0)), n_ctx_train=int(value(f"{arch}.context_length", 0)),
         window=window, windowed=(windowed + [False] * n_layer)[:n_layer] if window else [False] * n_layer,
+        traits=frozenset(name for name, holds in traits.items() if holds), n_ahead=n_ahead,
     )  # fmt: skip
 
 
@@ -140,15 +168,15 @@ def explain(
     def plan(cells: int) -> dict[str, Any]:
         layers = file.layers(cells, n_ubatch, swa_full)
         of_caches = (types[cache_types[0]], types[cache_types[1]])
-        made = inspection.explain(file.device_tensors, layers, file.n_embd, file.n_expert_used, of_caches, n_ranks, split)
+        made = inspection.explain(file.device_tensors, layers, file.n_embd, file.n_expert_used, of_caches, n_ranks, split, file.traits)
         if "error" in made:
             raise ExplainError(made["error"])
         return made
 
     made = plan(n_ctx)
     notes = made["notes"]
-    if file.architecture not in _COMPARED:
-        notes = [f"{file.architecture}: not one of the architectures compared with real plans; its graph is taken to be of the Llama type", *notes]
+    if file.architecture not in COMPARED:
+        notes = [f"{file.architecture}: not one of the architectures compared with real plans; what its tensors are for is taken from their names", *notes]
     weights = _sums(made["tensors"], n_ranks)
 
     def read_of(row: dict[str, Any], rank: int) -> float:
@@ -161,8 +189,9 @@ def explain(
     per_cell = [(b - a) / _FAR for a, b in zip(low, high, strict=True)]
     out: dict[str, Any] = {
         "model": {
-            "file": Path(path).name, "architecture": file.architecture, "layers": len(file.heads), "parameters": sum(_elems(ne) for _, _, ne in file.tensors),
-            "experts": file.n_expert, "experts_used": file.n_expert_used, "n_ctx_train": file.n_ctx_train,
+            "file": Path(path).name, "architecture": file.architecture, "layers": len(file.heads), "layers_ahead": file.n_ahead,
+            "parameters": sum(_elems(ne) for _, _, ne in file.tensors), "experts": file.n_expert, "experts_used": file.n_expert_used,
+            "n_ctx_train": file.n_ctx_train,
         },
         "ranks": n_ranks, "split": split, "tensors": made["tensors"], "caches": made["caches"], "reshards": made["reshards"],
         "all_reduces_per_token": sum(row["kind"] == "all_reduce" for row in made["reshards"]),
@@ -282,8 +311,9 @@ def report(result: dict[str, Any], every: bool) -> str:
         rows.append([name, "" if layers == [-1] else _spans(layers), type_, size(whole), _layout(layout), _sizes(list(of_ranks)), reason])
     split = "even" if not result["split"] else ",".join(f"{share:g}" for share in result["split"])
     experts = f", {model['experts_used']} of {model['experts']} experts" if model["experts"] else ""
+    ahead = f" (and {model['layers_ahead']} that predict ahead, which hosts leave out)" if model["layers_ahead"] else ""
     lines = [
-        f"{model['file']}: {model['architecture']}, {model['layers']} layers{experts}, {_count(model['parameters'])} parameters,"
+        f"{model['file']}: {model['architecture']}, {model['layers']} layers{ahead}{experts}, {_count(model['parameters'])} parameters,"
         f" on {result['ranks']} rank{'s' * (result['ranks'] > 1)} (split {split})",
         "", *_table(rows), "",
         f"weights:  {_sizes(result['weight_bytes'])}; read for one token: {_sizes(result['read_bytes_per_token'])}",

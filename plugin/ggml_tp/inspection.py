@@ -14,6 +14,8 @@ from . import LIBRARY
 
 REDUCES = {"NCCL": 0, "NCCL in a graph": 1, "NCCL, symmetric windows": 2}
 TEXTS = {"config": 0, "layout": 1, "plan": 2, "program": 3, "devices": 4, "stages": 5}
+# Of a model's graph, what its file's tensors do not say.
+TRAITS = {"layer_norm": 1, "parallel": 2, "residual_first": 4, "encoder": 8, "unfused": 16}
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,15 @@ class Counters:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's attention: heads, their elements, and the cells of its KV cache."""
+    """One layer's attention: heads, their elements, and the cells of its KV cache; more see inspect.h."""
 
     n_head: int
     n_head_kv: int
     head_k: int
     head_v: int
     cells: int
+    cache_of: int = -1
+    sparse_gate: bool = False
 
 
 class Inspection:
@@ -100,9 +104,12 @@ class Inspection:
 
     def explain(
         self, tensors: list[tuple[str, int, list[int]]], layers: list[Layer], n_embd: int, n_expert_used: int, cache_types: tuple[int, int],
-        n_ranks: int, split: list[float] | None = None,
+        n_ranks: int, split: list[float] | None = None, traits: frozenset[str] = frozenset(),
     ) -> dict[str, Any]:  # fmt: skip
-        """The plan of one decoded token of a model whose device tensors are (name, type, ne); needs no host and no device. Keys: see inspect.h."""
+        """The plan of one decoded token of a model whose device tensors are (name, type, ne); needs no host and no device. Keys: see inspect.h.
+
+        `traits`: of TRAITS, what no tensor says.
+        """
         ffi = self.ffi
         names = [ffi.new("char[]", name.encode()) for name, _, _ in tensors]
         rows = ffi.new("struct ggml_tp_file_tensor[]", max(len(tensors), 1))
@@ -110,10 +117,12 @@ class Inspection:
             row.name, row.type, row.ne = text, type_, (*ne, 1, 1, 1)[:4]
         shapes = ffi.new("struct ggml_tp_layer[]", max(len(layers), 1))
         for shape, layer in zip(shapes, layers, strict=False):
-            shape.n_head, shape.n_head_kv, shape.head_k, shape.head_v, shape.cells = layer.n_head, layer.n_head_kv, layer.head_k, layer.head_v, layer.cells
+            for name, number in vars(layer).items():
+                setattr(shape, name, number)
         model = ffi.new("struct ggml_tp_model *")
         model.tensors, model.n_tensors, model.layers, model.n_layers = rows, len(tensors), shapes, len(layers)
         model.n_embd, model.n_expert_used, (model.type_k, model.type_v) = n_embd, n_expert_used, cache_types
+        model.traits = sum(TRAITS[trait] for trait in traits)
         shares = ffi.new("double[]", split) if split else ffi.NULL
         n = 1024 * len(tensors)
         while True:  # once, unless names are very long
