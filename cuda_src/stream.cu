@@ -360,9 +360,9 @@ TP_OUTLINE void store_results(const StreamArgs& args) {
                 if (lane < half && at < p.part[0].n) {
                     const i64 to = slot * (i64)p.y_stride + at;
                     const float y = activated(p.glu - 1, v) * up;
-                    p.part[0].y[to] = v;
-                    p.part[1].y[to] = up;
-                    p.glu_y[to] = y;
+                    if (p.part[0].y) p.part[0].y[to] = v;
+                    if (p.part[1].y) p.part[1].y[to] = up;
+                    if (p.glu_y) p.glu_y[to] = y;
                     if (copy) copy[p.glu_begin + at] = y;
                 }
                 if (copy && row == 0) {  // what a cut inside of a block leaves of its row
@@ -660,7 +660,7 @@ TP_OUTLINE void multiply_floats(int at) {
         if (thread < kFloatRows && mine < f.n) {
             float y = 0;
             for (int w = 0; w < kStreamWarps; ++w) y += met[(thread + 1) * kStreamWarps + w];
-            f.y[mine] = y * scale;
+            if (f.y) f.y[mine] = y * scale;
             if (f.y_copy) f.y_copy[mine] = y * scale;
         }
         if (!round && f.has_norm && (f.norm || f.norm_copy) && thread >= kMultiply - 32) {

@@ -268,17 +268,21 @@ def test_a_late_peer_fails_one_graph(workers, models, arch, quant):
 @pytest.mark.parametrize(
     ("family", "quant", "ranks"),
     [("llama", "Q4_0", 1), ("llama", "Q4_0", 2), ("llama", "Q4_0", 4), ("llama", "Q8_0", 3), ("llama", "Q4_K", 1), ("llama", "Q4_K", 2), ("qwen2", "Q4_0", 2),
-     ("qwen3", "Q8_0", 2)],
+     ("qwen3", "Q8_0", 2), ("qwen3", "Q4_K", 1), ("qwen3moe", "Q8_0", 1), ("qwen3moe", "Q4_K", 2), ("mixtral", "Q4_0", 3)],
 )  # fmt: skip
 def test_a_token_is_one_persistent_kernel(workers, models, family, quant, ranks):
-    """sm_90: everything between embedding and logits, the all_reduces too, is one launch a rank."""
+    """sm_90: everything between embedding and logits, the all_reduces and the experts too, is one launch a rank."""
     whole_blocks = {"embedding_length": 512, "feed_forward_length": 1024, "attention__key_length": 64, "attention__value_length": 64}  # for two ranks
     options = whole_blocks | {"rope__dimension_count": 64} if quant == "Q4_K" else {}
+    if family == "qwen3moe" and quant == "Q4_K":
+        options |= {"expert_feed_forward_length": 768, "seed": 2}  # two ranks cut the second of its three blocks
     result = check(workers, models, family, quant, ranks, arch="sm_90", **options)
     assert result["counters"].last_kernel_launches == 1, result["program"]
     assert result["program"].startswith("stream of ")
     assert result["program"].count("  == reduce ") == (2 * N_LAYER if ranks > 1 else 0)
     assert " binary " not in result["program"]  # biases and residuals are their products' and norms' work
+    if quant == "Q4_K":  # heads of 64: whole warps norm them
+        assert " norm rows " not in result["program"]
 
 
 @pytest.mark.parametrize("off", ["GGML_TP_P2P", "GGML_TP_PERSIST"])

@@ -164,13 +164,28 @@ class RankRun {
             d.set(p);
             if (p.role == kExpertsEach) {
                 StreamExperts experts = d.get<StreamExperts>();
-                std::vector<RouteResult> routed = results_of(experts.route);
+                std::vector<Result> routed = results_of(experts.route);
                 for (size_t i = 0; i < routed.size(); ++i) {
                     bool dead = meet({routed[i].span()}, results);
                     for (size_t j = i + 1; j < routed.size(); ++j) dead |= routed[i].span().meets(routed[j].span());
                     if (dead) *routed[i].at = nullptr;
                 }
                 d.set(experts);
+            }
+        }
+    }
+    /// What a stage writes for whoever else may read it is left out where nobody does: a later stage of the run writes all of that memory anew, and none
+    /// before it reads of it. What a launch behind the run or the host reads stays, as no stage writes over it.
+    void leave_out_unread() {
+        for (size_t i = 0; i < stages.size(); ++i) {
+            for (const Result& result : optional_results(i)) {
+                const Span span = span_of(*result.at, result.elems * 4);
+                for (size_t j = i + 1; j < stages.size() && !meet({span}, stages[j].reads); ++j) {
+                    const std::vector<Span> whole = written_whole(stages[j]);
+                    if (std::none_of(whole.begin(), whole.end(), [&](const Span& s) { return s.begin <= span.begin && span.end <= s.end; })) continue;
+                    forget(i, result);
+                    break;
+                }
             }
         }
     }
@@ -200,6 +215,81 @@ class RankRun {
     }
 
   private:
+    /// A pointer within a stage's body to F32 or I32 elements that it writes.
+    struct Result {
+        void** at;
+        i64 elems;
+        Span span() const { return *at ? span_of(*at, elems * 4) : Span{0, 0}; }
+    };
+    /// Pointers that a stage may do without; into its body.
+    std::vector<Result> optional_results(size_t i) {
+        std::vector<Result> out;
+        auto add = [&](auto*& p, i64 elems) {
+            if (p) out.push_back({reinterpret_cast<void**>(&p), elems});
+        };
+        if (stages[i].kind == kStreamProduct) {
+            auto& p = *reinterpret_cast<StreamProduct*>(stages[i].body.data());
+            add(p.sum, p.k), add(p.norm, p.k);
+            if (p.glu) {
+                const i64 before = p.role ? (p.slots - 1) * static_cast<i64>(p.y_stride) : 0;
+                for (int part = 0; part < 2; ++part) add(p.part[part].y, before + p.part[part].n);
+                if (p.glu_copy) add(p.glu_y, before + p.part[0].n);
+            }
+            if (p.role == kExpertsEach)
+                for (const Result& result : results_of(reinterpret_cast<StreamExperts*>(stages[i].body.data())->route))
+                    if (*result.at) out.push_back(result);
+            if (p.role == kExpertsSum) {
+                StreamSums& sums = reinterpret_cast<StreamExperts*>(stages[i].body.data())->sums;
+                add(sums.y, (p.slots - 1) * static_cast<i64>(p.y_stride) + p.part[0].n);
+                add(sums.products, (p.slots - 1) * sums.products_stride + p.part[0].n);
+                for (float*& sum : sums.sum) add(sum, p.part[0].n);
+            }
+        } else if (stages[i].kind == kStreamFloats) {
+            auto& f = *reinterpret_cast<StreamFloats*>(stages[i].body.data());
+            add(f.sum, f.k), add(f.norm, f.k);
+            if (f.y_copy) add(f.y, f.n);
+        } else if (stages[i].kind == kStreamFlash) {
+            auto& f = *reinterpret_cast<StreamFlash*>(stages[i].body.data());
+            const i64 d = f.args.a.q.ne[0];
+            add(f.own.q_y, d * f.args.a.q.ne[2]), add(f.own.k_y, d * f.args.a.k.ne[2]);
+        }
+        return out;
+    }
+    /// Memory of which a stage writes every byte.
+    static std::vector<Span> written_whole(const Draft& d) {
+        std::vector<Span> out;
+        auto add = [&](const void* p, i64 elems) {
+            if (p) out.push_back(span_of(p, elems * 4));
+        };
+        if (d.kind == kStreamProduct) {
+            const StreamProduct p = d.get<StreamProduct>();
+            add(p.sum, p.k), add(p.norm, p.k);
+            const bool slots = p.role == kExpertsEach, dense = !slots || p.y_stride == p.part[0].n;
+            for (int i = 0; i < p.n_parts && dense && !p.n_push; ++i) add(p.part[i].y, p.part[i].n * (slots ? p.slots : 1));
+            if (p.glu && dense) add(p.glu_y, p.part[0].n * (slots ? p.slots : 1));
+        } else if (d.kind == kStreamReduce) {
+            const StreamReduce r = d.get<StreamReduce>();
+            add(r.y, r.n);
+        } else if (d.kind == kStreamFloats) {
+            const StreamFloats f = d.get<StreamFloats>();
+            add(f.sum, f.k), add(f.norm, f.k), add(f.y, f.n);
+        } else if (d.kind == kStreamFlash) {
+            const StreamFlash f = d.get<StreamFlash>();
+            if (f.y.data && is_packed(f.y, f.y.ne[0] * f.y.ne[1])) add(f.y.data, f.y.ne[0] * f.y.ne[1]);
+        }
+        return out;
+    }
+    /// The stage no longer writes it.
+    void forget(size_t i, const Result& result) {
+        const Span span = result.span();
+        *result.at = nullptr;
+        std::vector<Span>& writes = stages[i].writes;
+        // Not if another result of the stage lies there.
+        for (const Result& other : optional_results(i))
+            if (other.span().meets(span)) return;
+        writes.erase(std::remove_if(writes.begin(), writes.end(), [&](const Span& s) { return s.begin == span.begin && s.end == span.end; }), writes.end());
+    }
+
     bool add_norm(const FusedNormArgs& n) {
         const i64 k = n.y.ne[0];
         if (!n.xq) {
@@ -285,14 +375,9 @@ class RankRun {
         kept_ = nullptr;  // its warps meet in the same shared memory
         return true;
     }
-    struct RouteResult {
-        void** at;
-        i64 elems;
-        Span span() const { return *at ? span_of(*at, elems * 4) : Span{0, 0}; }
-    };
     /// In the order in which a host computes them: what comes later may take the memory of what came before.
-    static std::vector<RouteResult> results_of(StreamRoute& r) {
-        auto result = [](auto*& p, i64 elems) { return RouteResult{reinterpret_cast<void**>(&p), elems}; };
+    static std::vector<Result> results_of(StreamRoute& r) {
+        auto result = [](auto*& p, i64 elems) { return Result{reinterpret_cast<void**>(&p), elems}; };
         return {result(r.biased, r.n_expert), result(r.gated, r.n_expert), result(r.selection, r.n_expert), result(r.order, r.n_order),
                 result(r.chosen, r.n_used),   result(r.after, r.n_used),   result(r.sum, 1),                result(r.clamped_sum, 1),
                 result(r.norms, r.n_used),    result(r.scaled_weights, r.n_used)};
@@ -391,7 +476,7 @@ class RankRun {
         for (int i = 0; i < m.n_parts; ++i) d.writes.push_back(span_of(m.part[i].y));
         if (!sums) {
             e.route = route_;
-            for (const RouteResult& result : results_of(e.route)) {
+            for (const Result& result : results_of(e.route)) {
                 if (*result.at) d.writes.push_back(result.span());
             }
             for (const float* read : {e.route.logits, e.route.logits_bias, e.route.selection_bias})
@@ -1041,6 +1126,7 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
             DeviceBlock block(*devices[r], static_cast<size_t>(table_bytes[r] + times_bytes + run.ranks[r].scratch_bytes + kAlign));
             tables.push_back(block.pointer());
             run.ranks[r].leave_out_dead();
+            run.ranks[r].leave_out_unread();
             run.ranks[r].set_scratch(block.pointer() + static_cast<u64>(round_up(table_bytes[r], kAlign) + times_bytes));
             program.blocks.push_back(std::move(block));
         }
