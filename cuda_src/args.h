@@ -472,15 +472,17 @@ constexpr i32 kStreamMostExperts = 512;
 // A router's choice, for one token: of the logits (plus logits_bias) a soft max or sigmoids, of which (plus selection_bias) the n_used largest
 // choose the experts; their weights are those of the gating (not the biased ones), after which another soft max, a division by their sum
 // clamped to [least, most] and a scale may follow. Results for whoever else may read them; null: nobody, or the step is not there.
+enum StreamRouteSteps : i32 { kRouteSoftMax = 1, kRouteDivide = 2, kRouteClamp = 4, kRouteScale = 8 };
 enum StreamGating : i32 { kGatingNone = 0, kGatingSoftMax = 1, kGatingSigmoid = 2 };
 struct StreamRoute {
     const float *logits, *logits_bias, *selection_bias;
     i32 n_expert, n_used, n_order;
-    i32 gating, soft_max_after, normalised, clamped, scaled;
+    i32 gating, steps;                // a StreamGating, StreamRouteSteps
+    i32 visible;                      // any of the results below is
     float scale_before, scale_after;  // of the soft maxes' arguments
     float least, most, factor, shift;
-    float *biased, *gated, *selection;                 // [n_expert]
-    i32* order;                                        // the first n_order places of all experts' order
+    float *biased, *gated, *selection;                                   // [n_expert]
+    i32* order;                                                          // the first n_order places of all experts' order
     float *chosen, *after, *sum, *clamped_sum, *norms, *scaled_weights;  // [n_used], [1]
 };
 // What becomes of kExpertsSum's results: products with the weights, and sums of the first two, three, ... slots' products. The last sum is
@@ -490,7 +492,7 @@ struct StreamSums {
     i64 products_stride;  // elements from slot to slot
     float* sum[kVecSlots - 2];
 };
-struct StreamExperts {
+struct alignas(16) StreamExperts {
     StreamProduct product;  // first: whoever looks for a product finds it
     union {
         StreamRoute route;  // kExpertsEach
@@ -550,7 +552,7 @@ struct StreamOwnToken {
     };
     const float *q, *k, *v;
     float *q_y, *k_y;
-    const float* table;  // of StreamTurns; null: there is nothing of this here
+    const float* table;            // of StreamTurns; null: there is nothing of this here
     const float *q_norm, *k_norm;  // weights of the heads' norms, which come before the turns; null: there are none
     float q_eps, k_eps;
     Cache k_cache, v_cache;

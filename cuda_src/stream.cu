@@ -43,7 +43,7 @@ struct Shared {
     char streamed[kStreamedBytes], stored[kStoredBytes];  // the products that the streaming and the storing warp are at
     float out[kOuts][kStreamMostSums];
     float squares[kStreamWarps];
-    i32 experts[kVecSlots];     // that the last router chose
+    i32 experts[kVecSlots];  // that the last router chose
     float weights[kVecSlots];
     TpBarrier full[kStreamSlots], empty[kStreamSlots], out_full[kOuts], out_empty[kOuts];
     TpBarrier routed;  // the blocks have arrived that a router's choice waits for
@@ -93,59 +93,52 @@ TP_DEVICE const StreamExperts& fetch_product(const StreamStage& stage, char* to,
 }
 
 // ---- a router's choice. The warp that streams makes it, since it is who waits for it: each block for itself, which is cheaper than asking another.
+// It is code that runs once a layer, at five cycles an instruction: experts come first (with their weights in one
+// function, unrolled, it took 7,000 cycles before that). Weights are the storing warp's work, while it waits for the experts' last product.
 
-/// The experts of one token and their weights, into shared memory. Arithmetic and order are those of chain.cu and sort_row.h.
+TP_DEVICE float logit_of(const StreamRoute& r, int e, bool inside) {
+    const float x = __int_as_float(tp_load_word_in_order(r.logits + e, inside));
+    return r.logits_bias ? x + __int_as_float(tp_load_word_in_order(r.logits_bias + e, inside)) : x;
+}
+/// An expert's logit, or its sigmoid.
+TP_DEVICE float gate_of(const StreamRoute& r, int e, bool inside) {
+    const float x = logit_of(r, e, inside);
+    return r.gating == kGatingSigmoid ? 1.0f / (1.0f + expf(-x)) : x;
+}
+/// The soft max of v over the values of all lanes' calls: first their largest and sum.
+struct SoftMax {
+    float scale, most = -INFINITY, inverse = 0;
+    TP_MEMBER float power(float v) const { return most == -INFINITY ? 0.0f : expf(v * scale - most); }
+    TP_MEMBER float of(float v) const { return power(v) * inverse; }
+};
+TP_DEVICE SoftMax soft_max_of_gates(const StreamRoute& r) {
+    const int lane = threadIdx.x % 32;
+    SoftMax out{r.scale_before};
+    for (int e = lane; e < r.n_expert; e += 32) out.most = fmaxf(out.most, gate_of(r, e, true) * out.scale);
+    out.most = tp_warp_max(out.most);
+    float sum = 0;
+    for (int e = lane; e < r.n_expert; e += 32) sum += out.power(gate_of(r, e, true));
+    sum = tp_warp_sum(sum);
+    out.inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    return out;
+}
+
+/// The experts of one token, into shared memory: the first of the largest, again and again, in the order of sort_row.h. A soft max without a
+/// selection bias orders as its logits do.
 template <int kPer>
-TP_OUTLINE void route(int n_writers) {
-    Shared& s = shared_of();
-    const StreamRoute r = ((const StreamExperts*)s.streamed)->route;  // in registers
-    const int lane = threadIdx.x % 32, n = r.n_expert;
-    const bool writes = (int)blockIdx.x == n_writers - 1;  // that block has the fewest tiles
-    float gated[kPer];
-#pragma unroll
-    for (int j = 0; j < kPer; ++j) {
-        const int e = lane + 32 * j;
-        gated[j] = __int_as_float(tp_load_word_in_order(r.logits + e, e < n));
-    }
-    if (r.logits_bias) {
-        for (int j = 0; j < kPer; ++j) {
-            const int e = lane + 32 * j;
-            if (e < n) gated[j] += r.logits_bias[e];
-            if (writes && r.biased && e < n) r.biased[e] = gated[j];
-        }
-    }
-    if (r.gating == kGatingSoftMax) {
-        float most = -INFINITY, sum = 0;
-#pragma unroll
-        for (int j = 0; j < kPer; ++j)
-            if (lane + 32 * j < n) most = fmaxf(most, gated[j] * r.scale_before);
-        most = tp_warp_max(most);
-#pragma unroll
-        for (int j = 0; j < kPer; ++j) {
-            gated[j] = most == -INFINITY ? 0.0f : expf(gated[j] * r.scale_before - most);
-            if (lane + 32 * j < n) sum += gated[j];
-        }
-        sum = tp_warp_sum(sum);
-        const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-#pragma unroll
-        for (int j = 0; j < kPer; ++j) gated[j] *= inverse;
-    } else if (r.gating == kGatingSigmoid) {
-#pragma unroll
-        for (int j = 0; j < kPer; ++j) gated[j] = 1.0f / (1.0f + expf(-gated[j]));
-    }
+TP_DEVICE void choose_experts(const StreamRoute& r, Shared& s) {
+    const int lane = threadIdx.x % 32, n = r.n_expert, n_used = r.n_used;
     u32 key[kPer], left = 0;
+    const SoftMax gates = r.selection_bias && r.gating == kGatingSoftMax ? soft_max_of_gates(r) : SoftMax{};
 #pragma unroll
     for (int j = 0; j < kPer; ++j) {
         const int e = lane + 32 * j;
-        const bool inside = e < n;
-        const float by = inside && r.selection_bias ? gated[j] + r.selection_bias[e] : gated[j];
-        key[j] = inside ? sort_key(by, true) : ~0u;
-        left |= (u32)inside << j;
-        if (!writes || !inside) continue;
-        if (r.gated) r.gated[e] = gated[j];
-        if (r.selection) r.selection[e] = by;
+        float by = gate_of(r, e, e < n);
+        if (r.selection_bias) by = (r.gating == kGatingSoftMax ? gates.of(by) : by) + __int_as_float(tp_load_word_in_order(r.selection_bias + e, e < n));
+        key[j] = e < n ? sort_key(by, true) : ~0u;
+        left |= (u32)(e < n) << j;
     }
-    for (int i = 0; i < r.n_used; ++i) {  // the first of the largest, again and again
+    for (int i = 0; i < n_used; ++i) {
         u32 best = ~0u, first = ~0u;
 #pragma unroll
         for (int j = 0; j < kPer; ++j)
@@ -155,51 +148,76 @@ TP_OUTLINE void route(int n_writers) {
         for (int j = kPer; j-- > 0;)
             if (left >> j & 1 && key[j] == best) first = (u32)(lane + 32 * j);
         const int e = (int)tp_warp_min(first);
-#pragma unroll
-        for (int j = 0; j < kPer; ++j) {
-            if (lane + 32 * j != e) continue;
-            left &= ~(1u << j);
-            s.experts[i] = e, s.weights[i] = gated[j];
-        }
+        if (lane == e % 32) left &= ~(1u << e / 32);
+        if (lane == 0) s.experts[i] = e;
     }
     __syncwarp();
-    const bool used = lane < r.n_used;
-    float weight = used ? s.weights[lane] : 0.0f;
+}
+TP_OUTLINE void choose_experts() {
+    Shared& s = shared_of();
+    const StreamRoute& r = ((const StreamExperts*)s.streamed)->route;
+    if (r.n_expert <= 128) choose_experts<4>(r, s);
+    else if (r.n_expert <= 256) choose_experts<8>(r, s);
+    else choose_experts<kStreamMostExperts / 32>(r, s);
+}
+/// Their weights, into shared memory; arithmetic and order are those of chain.cu. And all that others may read.
+TP_OUTLINE void weigh_experts(const StreamRoute& r, const StreamProduct& p) {
+    Shared& s = shared_of();
+    const int lane = threadIdx.x % 32, n = r.n_expert, n_used = r.n_used, n_writers = p.n_tiles < (int)gridDim.x ? p.n_tiles : (int)gridDim.x;
+    const bool writes = (int)blockIdx.x == n_writers - 1;  // that block has the fewest tiles
+    const SoftMax gates = r.gating == kGatingSoftMax ? soft_max_of_gates(r) : SoftMax{};
+    auto gated = [&](int e, bool inside) {
+        const float gate = gate_of(r, e, inside);
+        return r.gating == kGatingSoftMax ? gates.of(gate) : gate;
+    };
+    const bool used = lane < n_used;
+    float weight = used ? gated(s.experts[lane], true) : 0.0f;
     auto give = [&](float* to, float v) {
         if (writes && to && used) to[lane] = v;
     };
     give(r.chosen, weight);
-    if (r.soft_max_after) {
-        const float most = tp_warp_max(used ? weight * r.scale_after : -INFINITY);
-        const float power = used && most != -INFINITY ? expf(weight * r.scale_after - most) : 0.0f, sum = tp_warp_sum(power);
-        weight = power * (sum > 0.0f ? 1.0f / sum : 0.0f);
+    if (r.steps & kRouteSoftMax) {
+        SoftMax after{r.scale_after, tp_warp_max(used ? weight * r.scale_after : -INFINITY)};
+        const float sum = tp_warp_sum(used ? after.power(weight) : 0.0f);
+        after.inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+        weight = used ? after.of(weight) : 0.0f;
         give(r.after, weight);
     }
-    if (r.normalised) {
+    if (r.steps & kRouteDivide) {
         float sum = tp_warp_sum(weight);
         if (writes && r.sum && lane == 0) *r.sum = sum;
-        if (r.clamped) sum = sum < r.least ? r.least : sum > r.most ? r.most : sum;
+        if (r.steps & kRouteClamp) sum = sum < r.least ? r.least : sum > r.most ? r.most : sum;
         if (writes && r.clamped_sum && lane == 0) *r.clamped_sum = sum;
         weight = weight / sum;
         give(r.norms, weight);
     }
-    if (r.scaled) {
+    if (r.steps & kRouteScale) {
         weight = weight * r.factor + r.shift;
         give(r.scaled_weights, weight);
     }
     if (used) s.weights[lane] = weight;
-    // The whole order, for whoever reads it: a block finds the places of some experts.
-    for (int e = blockIdx.x; r.order && e < n; e += n_writers) {
-        u32 of_e = ~0u;
-#pragma unroll
-        for (int j = 0; j < kPer; ++j)
-            if (lane + 32 * j == e) of_e = key[j];
-        of_e = tp_warp_min(of_e);
-        float before = 0;
-#pragma unroll
-        for (int j = 0; j < kPer; ++j) before += lane + 32 * j < n && (key[j] < of_e || (key[j] == of_e && lane + 32 * j < e)) ? 1.0f : 0.0f;
-        const int place = (int)tp_warp_sum(before);
-        if (lane == 0 && place < r.n_order) r.order[place] = e;
+    if (r.visible && (int)blockIdx.x < n_writers) {
+        for (int e = lane; e < n && writes; e += 32) {
+            const float v = gated(e, true);
+            if (r.biased) r.biased[e] = logit_of(r, e, true);
+            if (r.gated) r.gated[e] = v;
+            if (r.selection) r.selection[e] = v + r.selection_bias[e];
+        }
+        // The whole order: a block finds the places of some experts.
+        auto key_of = [&](int e) {
+            const float by = r.selection_bias ? gated(e, true) + r.selection_bias[e] : gate_of(r, e, true);
+            return sort_key(by, true);
+        };
+        for (int e = blockIdx.x; r.order && e < n; e += n_writers) {
+            const u32 key = key_of(e);
+            float before = 0;
+            for (int other = lane; other < n; other += 32) {
+                const u32 of_other = key_of(other);
+                before += of_other < key || (of_other == key && other < e) ? 1.0f : 0.0f;
+            }
+            const int place = (int)tp_warp_sum(before);
+            if (lane == 0 && place < r.n_order) r.order[place] = e;
+        }
     }
     __syncwarp();
 }
@@ -222,6 +240,7 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
     const u64 once = tp_read_once();
     int issued = 0, landed = 0;
     // Room for the next tile of product i, and its bytes announced.
+    bool pauses = true;
     auto begin_tile = [&](int i, u32 bytes) {
         if (lane == 0) {
             while (issued - landed >= kInFlight) {
@@ -229,7 +248,7 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
                 ahead.next();
                 ++landed;
                 const u64 begin = tp_cycles();
-                while (i > (int)tp_peek(&s.stage_now) && tp_cycles() - begin < kEarlyPause) tp_spin();
+                while (pauses && i > (int)tp_peek(&s.stage_now) && tp_cycles() - begin < kEarlyPause) tp_spin();
             }
             ++issued;
             tp_barrier_wait(&s.empty[slot.at], slot.parity ^ 1);
@@ -243,11 +262,10 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
         if (p.role == kExpertsEach) {
             tp_barrier_wait(&s.routed, routed.parity);
             routed.next();
-            const int n_writers = p.n_tiles < (int)gridDim.x ? p.n_tiles : (int)gridDim.x, n_expert = experts.route.n_expert;
-            if (n_expert <= 128) route<4>(n_writers);
-            else if (n_expert <= 256) route<8>(n_writers);
-            else route<kStreamMostExperts / 32>(n_writers);
+            choose_experts();
+            if ((int)blockIdx.x >= p.n_tiles) weigh_experts(experts.route, p);  // else the warp that stores does
         }
+        pauses = !p.role;
         const int pieces = p.glu ? 2 : 1, step = p.rows / pieces, n_planes = p.n_planes, n_tiles = p.n_tiles;
         u32 row_bytes = 0;  // of all copies
         for (int f = 0; f < n_planes; ++f) row_bytes += (u32)p.row_bytes[f];
@@ -382,8 +400,10 @@ TP_OUTLINE void store_results(const StreamArgs& args) {
             p.part[part].y[at] = v;
             if (p.part[part].copy) p.part[part].copy[at] = v;
         }
+        if (p.role == kExpertsEach && experts.route.visible) weigh_experts(experts.route, p);
         __syncwarp();
         if (lane == 0) arrive(args);
+        if (p.role == kExpertsEach && !experts.route.visible) weigh_experts(experts.route, p);
         if (lane == 0 && blockIdx.x == 0) args.cycles[i * kStreamTimes + kTimeStored] = tp_cycles();
     }
 }

@@ -285,6 +285,13 @@ def test_a_token_is_one_persistent_kernel(workers, models, family, quant, ranks)
         assert " norm rows " not in result["program"]
 
 
+@pytest.mark.parametrize(("family", "ranks"), [("glm4moe", 1), ("glm4moe", 2)])
+def test_routers_with_sigmoids(workers, models, family, ranks):
+    """And with a bias that chooses but does not weigh; beside shared experts, which end a run of stages."""
+    result = check(workers, models, family, "Q8_0", ranks, arch="sm_90")
+    assert "stream of " in result["program"]
+
+
 @pytest.mark.parametrize("off", ["GGML_TP_P2P", "GGML_TP_PERSIST"])
 def test_without_peers_or_persistent_kernel_nccl_reduces(workers, models, off):
     """And between two of its all_reduces there is too little for a persistent kernel."""

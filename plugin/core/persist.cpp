@@ -189,6 +189,15 @@ class RankRun {
             }
         }
     }
+    /// When all that is left out is left out.
+    void mark_visible() {
+        for (Draft& d : stages) {
+            if (d.kind != kStreamProduct || d.get<StreamProduct>().role != kExpertsEach) continue;
+            StreamExperts experts = d.get<StreamExperts>();
+            for (const Result& result : results_of(experts.route)) experts.route.visible |= *result.at != nullptr;
+            d.set(experts);
+        }
+    }
     // An attention waits for its combination, or a router and its experts' gate and up for what follows: no place to end a run at.
     bool pending = false;
     i64 scratch_bytes = 0;  // of attention's pieces; offsets into it stand in the drafts until set_scratch
@@ -267,6 +276,10 @@ class RankRun {
             const bool slots = p.role == kExpertsEach, dense = !slots || p.y_stride == p.part[0].n;
             for (int i = 0; i < p.n_parts && dense && !p.n_push; ++i) add(p.part[i].y, p.part[i].n * (slots ? p.slots : 1));
             if (p.glu && dense) add(p.glu_y, p.part[0].n * (slots ? p.slots : 1));
+            if (slots) {
+                StreamRoute route = d.get<StreamExperts>().route;
+                for (const Result& result : results_of(route)) add(*result.at, result.elems);
+            }
         } else if (d.kind == kStreamReduce) {
             const StreamReduce r = d.get<StreamReduce>();
             add(r.y, r.n);
@@ -378,9 +391,16 @@ class RankRun {
     /// In the order in which a host computes them: what comes later may take the memory of what came before.
     static std::vector<Result> results_of(StreamRoute& r) {
         auto result = [](auto*& p, i64 elems) { return Result{reinterpret_cast<void**>(&p), elems}; };
-        return {result(r.biased, r.n_expert), result(r.gated, r.n_expert), result(r.selection, r.n_expert), result(r.order, r.n_order),
-                result(r.chosen, r.n_used),   result(r.after, r.n_used),   result(r.sum, 1),                result(r.clamped_sum, 1),
-                result(r.norms, r.n_used),    result(r.scaled_weights, r.n_used)};
+        return {result(r.biased, r.n_expert),
+                result(r.gated, r.n_expert),
+                result(r.selection, r.n_expert),
+                result(r.order, r.n_order),
+                result(r.chosen, r.n_used),
+                result(r.after, r.n_used),
+                result(r.sum, 1),
+                result(r.clamped_sum, 1),
+                result(r.norms, r.n_used),
+                result(r.scaled_weights, r.n_used)};
     }
     /// A router's chain, if it is one that the kernel knows: see StreamRoute.
     bool add_router(const ChainArgs& c) {
@@ -431,13 +451,13 @@ class RankRun {
         r.chosen = floats(chosen->y);
         if (const ChainStep* s = next(ChainOp::kSoftMax, r.n_used)) {
             if (s->y.ne[0] != r.n_used) return false;
-            r.soft_max_after = 1, r.scale_after = s->p0, r.after = floats(s->y);
+            r.steps |= kRouteSoftMax, r.scale_after = s->p0, r.after = floats(s->y);
         }
         const char* const weights = now;
         if (const ChainStep* s = next(ChainOp::kSumRows, 1)) {
-            r.normalised = 1, r.sum = floats(s->y);
+            r.steps |= kRouteDivide, r.sum = floats(s->y);
             if (const ChainStep* clamp = next(ChainOp::kClamp, 1)) {
-                r.clamped = 1, r.least = clamp->p0, r.most = clamp->p1, r.clamped_sum = floats(clamp->y);
+                r.steps |= kRouteClamp, r.least = clamp->p0, r.most = clamp->p1, r.clamped_sum = floats(clamp->y);
             }
             const char* const sum = now;
             now = weights;
@@ -446,7 +466,7 @@ class RankRun {
             r.norms = floats(divide->y);
         }
         if (const ChainStep* s = next(ChainOp::kScale, r.n_used)) {
-            r.scaled = 1, r.factor = s->p0, r.shift = s->p1, r.scaled_weights = floats(s->y);
+            r.steps |= kRouteScale, r.factor = s->p0, r.shift = s->p1, r.scaled_weights = floats(s->y);
         }
         if (at != c.n_steps || pending) return false;
         if (c.quantize.xq && !add_quantize(c.quantize)) return false;
@@ -1127,6 +1147,7 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
             tables.push_back(block.pointer());
             run.ranks[r].leave_out_dead();
             run.ranks[r].leave_out_unread();
+            run.ranks[r].mark_visible();
             run.ranks[r].set_scratch(block.pointer() + static_cast<u64>(round_up(table_bytes[r], kAlign) + times_bytes));
             program.blocks.push_back(std::move(block));
         }
