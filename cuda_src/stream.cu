@@ -348,6 +348,86 @@ TP_DEVICE float store_slots(const StreamExperts& experts, float* out, i64 row) {
     }
     return sum;
 }
+/// Rows of one product or several. Where they go is known before they are there: what comes behind the wait is what the next stage waits for.
+TP_DEVICE void store_rows(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
+    const int lane = threadIdx.x % 32, rows = p.rows, groups = p.k_groups, n_push = p.n_push;
+    for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
+        i64 row;
+        const StreamPart& part = p.part[part_of(p, tile, row)];
+        const i64 at = row + lane;
+        const bool inside = lane < rows && at < part.n;
+        float *const y = part.y, *const copy = part.copy, *const raw = part.raw;
+        const float added = part.bias && inside ? part.bias[at] : 0.0f;  // on its way while the tile is multiplied
+        tp_barrier_wait(&s.out_full[out.at], out.parity);
+        float v = 0;
+        if (lane < rows)
+            for (int g = 0; g < groups; ++g) v += s.out[out.at][g * rows + lane];
+        tp_barrier_arrive(&s.out_empty[out.at]);
+        out.next();
+        if (!inside) continue;
+        if (n_push) {
+            const u32 push = s.pushed_before + (u32)p.push;
+            for (int r = 0; r < n_push; ++r) tp_store_tagged(p.inbox[r] + inbox_of(s, push) + at, v, push);
+            continue;
+        }
+        if (raw) raw[at] = v;
+        v += added;
+        y[at] = v;
+        if (copy) copy[at] = v;
+    }
+}
+/// Gates and ups, of experts or not, and what the GLU makes of them.
+TP_DEVICE void store_glu(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
+    const int lane = threadIdx.x % 32, rows = p.rows, half = rows / 2, groups = p.k_groups, op = p.glu - 1;
+    const int tiles_each = p.role ? p.n_tiles / p.slots : p.n_tiles;
+    const i64 n = p.part[0].n;
+    float *const gates = p.part[0].y, *const ups = p.part[1].y, *const glu_y = p.glu_y;
+    for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
+        const int slot = p.role ? tile / tiles_each : 0;
+        const i64 row = (i64)(tile - slot * tiles_each) * half, at = row + lane, to = slot * (i64)p.y_stride + at;
+        float* const copy = p.glu_copy ? p.glu_copy + (i64)slot * p.glu_k : nullptr;
+        tp_barrier_wait(&s.out_full[out.at], out.parity);
+        float v = 0;
+        if (lane < rows)
+            for (int g = 0; g < groups; ++g) v += s.out[out.at][g * rows + lane];
+        tp_barrier_arrive(&s.out_empty[out.at]);
+        out.next();
+        const float up = __shfl_sync(0xffffffffu, v, lane + half < 32 ? lane + half : lane);
+        if (lane < half && at < n) {
+            const float y = activated(op, v) * up;
+            if (glu_y) glu_y[to] = y;
+            if (copy) copy[p.glu_begin + at] = y;
+            if (gates) gates[to] = v;
+            if (ups) ups[to] = up;
+        }
+        if (copy && row == 0) {  // what a cut inside of a block leaves of its row
+            for (i64 i = lane; i < p.glu_begin; i += 32) copy[i] = 0;
+            for (i64 i = p.glu_begin + n + lane; i < p.glu_k; i += 32) copy[i] = 0;
+        }
+    }
+}
+TP_OUTLINE void store_sums(const StreamExperts& experts, Shared& s, Turn<kOuts>& out) {
+    const StreamProduct& p = experts.product;
+    const int lane = threadIdx.x % 32;
+    for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
+        const i64 row = (i64)tile * p.rows, at = row + lane;
+        tp_barrier_wait(&s.out_full[out.at], out.parity);
+        const float v = store_slots(experts, s.out[out.at], row);
+        tp_barrier_arrive(&s.out_empty[out.at]);
+        out.next();
+        if (lane >= p.rows || at >= p.part[0].n) continue;
+        if (p.n_push) {
+            const u32 push = s.pushed_before + (u32)p.push;
+            for (int r = 0; r < p.n_push; ++r) tp_store_tagged(p.inbox[r] + inbox_of(s, push) + at, v, push);
+            continue;
+        }
+        const StreamPart& part = p.part[0];
+        if (part.raw) part.raw[at] = v;
+        const float y = part.bias ? v + part.bias[at] : v;
+        part.y[at] = y;
+        if (part.copy) part.copy[at] = y;
+    }
+}
 TP_OUTLINE void store_results(const StreamArgs& args) {
     Shared& s = shared_of();
     const int lane = threadIdx.x % 32;
@@ -356,54 +436,14 @@ TP_OUTLINE void store_results(const StreamArgs& args) {
         const StreamExperts& experts = fetch_product(args.stages[i], s.stored, next);
         const StreamProduct& p = experts.product;
         if ((int)blockIdx.x >= p.n_tiles) continue;
-        const int tiles_each = p.role == kExpertsEach ? p.n_tiles / p.slots : 0;
-        for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
-            i64 row;
-            const int slot = tiles_each ? tile / tiles_each : 0;
-            const int part = part_of(p, tile - slot * tiles_each, row);
-            const i64 at = row + lane;
-            const float* const bias = p.part[part].bias;
-            const float added = bias && lane < p.rows && at < p.part[part].n ? bias[at] : 0.0f;  // on its way while the tile is multiplied
-            tp_barrier_wait(&s.out_full[out.at], out.parity);
-            float v = 0;
-            if (p.role == kExpertsSum) v = store_slots(experts, s.out[out.at], row);
-            else if (lane < p.rows)
-                for (int g = 0; g < p.k_groups; ++g) v += s.out[out.at][g * p.rows + lane];
-            tp_barrier_arrive(&s.out_empty[out.at]);
-            out.next();
-            if (p.glu) {
-                const int half = p.rows / 2;
-                const float up = __shfl_sync(0xffffffffu, v, lane + half < 32 ? lane + half : lane);
-                float* const copy = p.glu_copy ? p.glu_copy + (i64)slot * p.glu_k : nullptr;
-                if (lane < half && at < p.part[0].n) {
-                    const i64 to = slot * (i64)p.y_stride + at;
-                    const float y = activated(p.glu - 1, v) * up;
-                    if (p.part[0].y) p.part[0].y[to] = v;
-                    if (p.part[1].y) p.part[1].y[to] = up;
-                    if (p.glu_y) p.glu_y[to] = y;
-                    if (copy) copy[p.glu_begin + at] = y;
-                }
-                if (copy && row == 0) {  // what a cut inside of a block leaves of its row
-                    for (i64 i0 = lane; i0 < p.glu_begin; i0 += 32) copy[i0] = 0;
-                    for (i64 i0 = p.glu_begin + p.part[0].n + lane; i0 < p.glu_k; i0 += 32) copy[i0] = 0;
-                }
-                continue;
-            }
-            if (lane >= p.rows || at >= p.part[part].n) continue;
-            if (p.n_push) {
-                const u32 push = s.pushed_before + (u32)p.push;
-                for (int r = 0; r < p.n_push; ++r) tp_store_tagged(p.inbox[r] + inbox_of(s, push) + at, v, push);
-                continue;
-            }
-            if (p.part[part].raw) p.part[part].raw[at] = v;
-            if (bias) v += added;
-            p.part[part].y[at] = v;
-            if (p.part[part].copy) p.part[part].copy[at] = v;
-        }
-        if (p.role == kExpertsEach && experts.route.visible) weigh_experts(experts.route, p);
+        if (p.role == kExpertsSum) store_sums(experts, s, out);
+        else if (p.glu) store_glu(p, s, out);
+        else store_rows(p, s, out);
+        const bool weighs = p.role == kExpertsEach;
+        if (weighs && experts.route.visible) weigh_experts(experts.route, p);
         __syncwarp();
         if (lane == 0) arrive(args);
-        if (p.role == kExpertsEach && !experts.route.visible) weigh_experts(experts.route, p);
+        if (weighs && !experts.route.visible) weigh_experts(experts.route, p);
         if (lane == 0 && blockIdx.x == 0) args.cycles[i * kStreamTimes + kTimeStored] = tp_cycles();
     }
 }
@@ -696,6 +736,7 @@ TP_OUTLINE void multiply_floats(int at) {
 
 /// The token's own heads of a unit: see StreamOwnToken. queries: as halves [heads.n][d], scaled. met: shared, where the squares of their heads meet;
 /// half a head is whole warps' then.
+template <bool kNorms>
 TP_DEVICE void turn_own(const StreamFlash& f, const UnitHeads& heads, int split, u16* queries, float* met) {
     const StreamOwnToken& own = f.own;
     const int d = (int)f.args.a.q.ne[0], half = d / 2, thread = threadIdx.x;
@@ -704,7 +745,7 @@ TP_DEVICE void turn_own(const StreamFlash& f, const UnitHeads& heads, int split,
     const int n = (heads.n + 2) * half;
     for (int first = 0; first < n; first += kPairs * kMultiply) {
         int head[kPairs], at[kPairs], other[kPairs], row_low[kPairs], row_high[kPairs];
-        float a[kPairs], b[kPairs], cosine[kPairs], sine[kPairs], norm_a[kPairs], norm_b[kPairs];
+        float a[kPairs], b[kPairs], cosine[kPairs], sine[kPairs], norm_a[kNorms ? kPairs : 1], norm_b[kNorms ? kPairs : 1];
 #pragma unroll
         for (int j = 0; j < kPairs; ++j) {
             const int i = first + j * kMultiply + thread, h = (int)((u64)(u32)i * own.half_inverse >> 32), pair = i - h * half;
@@ -721,12 +762,15 @@ TP_DEVICE void turn_own(const StreamFlash& f, const UnitHeads& heads, int split,
             a[j] = __int_as_float(tp_load_word_in_order(x + at[j], inside)), b[j] = __int_as_float(tp_load_word_in_order(x + other[j], inside));
             cosine[j] = __int_as_float(tp_load_word_in_order(own.table + 2 * turned, inside && turns));
             sine[j] = __int_as_float(tp_load_word_in_order(own.table + 2 * turned + 1, inside && turns));
-            const float* const norm = query ? own.q_norm : own.k_norm;
-            const bool normed = inside && !value && own.q_norm;
-            norm_a[j] = __int_as_float(tp_load_word_in_order(norm + at[j], normed)), norm_b[j] = __int_as_float(tp_load_word_in_order(norm + other[j], normed));
+            if constexpr (kNorms) {
+                const float* const norm = query ? own.q_norm : own.k_norm;
+                const bool normed = inside && !value;
+                norm_a[j] = __int_as_float(tp_load_word_in_order(norm + at[j], normed));
+                norm_b[j] = __int_as_float(tp_load_word_in_order(norm + other[j], normed));
+            }
             if (!turns) cosine[j] = 1;
         }
-        if (own.q_norm) {
+        if constexpr (kNorms) {
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
                 const float squares = tp_warp_sum(a[j] * a[j] + b[j] * b[j]);
@@ -780,7 +824,9 @@ struct QueriesShared {
     u16* from;
     TP_MEMBER void prepare() const {
         if (f.own.table) {
-            turn_own(f, heads, split, from, (float*)(shared_of().x + kStreamQueryBytes));
+            float* const met = (float*)(shared_of().x + kStreamQueryBytes);
+            if (f.own.q_norm) turn_own<true>(f, heads, split, from, met);
+            else turn_own<false>(f, heads, split, from, met);
         } else {
             for (int i = 8 * (int)threadIdx.x; i < heads.n * d; i += 8 * kMultiply) {
                 const int h = i / d;

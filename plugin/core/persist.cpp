@@ -1041,13 +1041,22 @@ size_t end_of_kept_inputs(const std::vector<ProgramStep>& steps, size_t begin, s
     return end;
 }
 
+/// Whether its attentions have more cells than it gains with. None of the run is worth it then: a launch for what lies behind the last attention cost
+/// more than it brought (8B, Q4_0, one H100, 32,000 cells: 240 tokens/s without, 193 to 213 with it; at 16,384 289, 271).
+bool is_deep(const Run& run) {
+    return std::any_of(run.ranks[0].stages.begin(), run.ranks[0].stages.end(),
+                       [](const Draft& d) { return d.kind == kStreamFlash && d.get<StreamFlash>().args.a.k.ne[1] > kMostCells; });
+}
+
 /// Where the persistent kernel was faster than a launch per step (tokens/s with it, without; docs/decisions.md). One H100, 8B: Q4_0 444, 420;
-/// Q8_0 275, 269; Q4_K 395, 378, of 72B's shape 218, 209. A model of one of these has Q6_K as well.
+/// Q8_0 275, 269; Q4_K 395, 378, of 72B's shape 218, 209. A model of one of these has Q6_K as well. With experts it is ahead at any length: Qwen3-30B-A3B,
+/// Q4_K, 401, 255; at 8,192 cells 269, 210; at 16,384 205, 197; at 32,000 173, 165.
 bool gains(const Run& run) {
     if (run.n_products < kLeastProducts) return false;
     if (run.n_pushes > 0) return true;
     for (const Draft& d : run.ranks[0].stages)
-        if (d.kind == kStreamFlash && d.get<StreamFlash>().args.a.k.ne[1] > kMostCells) return false;
+        if (d.kind == kStreamProduct && d.get<StreamProduct>().role) return true;
+    if (is_deep(run)) return false;
     for (const Draft& d : run.ranks[0].stages) {
         if (d.kind != kStreamProduct) continue;
         const i32 type = d.get<StreamProduct>().type;
@@ -1133,7 +1142,8 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
         const size_t kept = end_of_kept_inputs(program.steps, i, run.end);
         if (kept < run.end) run = make_run(program.steps, i, memory, kept);
         if (!gains(run)) {
-            out.push_back(std::move(program.steps[i++]));
+            const size_t end = run.end > i && is_deep(run) ? run.end : i + 1;
+            while (i < end) out.push_back(std::move(program.steps[i++]));
             continue;
         }
         ProgramStep step;
