@@ -46,7 +46,8 @@ struct Shared {
     i32 experts[kVecSlots];  // that the last router chose
     float weights[kVecSlots];
     TpBarrier full[kStreamSlots], empty[kStreamSlots], out_full[kOuts], out_empty[kOuts];
-    TpBarrier routed;  // the blocks have arrived that a router's choice waits for
+    TpBarrier routed;   // the blocks have arrived that a router's choice waits for
+    TpBarrier weighed;  // the storing warp has read what the last one chose
     u32 late, stage_now;
     u32 pushed_before;
     u32* fault;
@@ -236,7 +237,8 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
     char* ring = ring_of();
     const int lane = threadIdx.x % 32;
     Turn<kStreamSlots> slot, ahead;
-    Turn<1> routed;
+    Turn<1> routed, weighed;
+    bool weighs = false;  // the storing warp, what was chosen last
     const u64 once = tp_read_once();
     int issued = 0, landed = 0;
     // Room for the next tile of product i, and its bytes announced.
@@ -262,8 +264,13 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
         if (p.role == kExpertsEach) {
             tp_barrier_wait(&s.routed, routed.parity);
             routed.next();
+            if (weighs) {
+                tp_barrier_wait(&s.weighed, weighed.parity);
+                weighed.next();
+            }
             choose_experts();
-            if ((int)blockIdx.x >= p.n_tiles) weigh_experts(experts.route, p);  // else the warp that stores does
+            weighs = (int)blockIdx.x < p.n_tiles;
+            if (!weighs) weigh_experts(experts.route, p);
         }
         pauses = !p.role;
         const int pieces = p.glu ? 2 : 1, step = p.rows / pieces, n_planes = p.n_planes, n_tiles = p.n_tiles;
@@ -444,6 +451,7 @@ TP_OUTLINE void store_results(const StreamArgs& args) {
         __syncwarp();
         if (lane == 0) arrive(args);
         if (weighs && !experts.route.visible) weigh_experts(experts.route, p);
+        if (weighs) tp_barrier_arrive(&s.weighed);
         if (lane == 0 && blockIdx.x == 0) args.cycles[i * kStreamTimes + kTimeStored] = tp_cycles();
     }
 }
@@ -1094,7 +1102,7 @@ TP_KERNEL_COOPERATIVE(stream, StreamArgs, 320) {
     if (thread == 0) {
         for (int i = 0; i < kStreamSlots; ++i) tp_barrier_init(&s.full[i], 1), tp_barrier_init(&s.empty[i], kMultiply);
         for (int i = 0; i < kOuts; ++i) tp_barrier_init(&s.out_full[i], kMultiply), tp_barrier_init(&s.out_empty[i], 32);
-        tp_barrier_init(&s.routed, 1);
+        tp_barrier_init(&s.routed, 1), tp_barrier_init(&s.weighed, 32);
         s.late = 0, s.stage_now = 0;
         s.pushed_before = args.state->pushed_before, s.inbox_words = args.inbox_words, s.deadline_ns = args.deadline_ns, s.fault = args.fault;
         tp_barrier_init_fence();
