@@ -57,6 +57,14 @@ def test_bench_as_json():
     assert result["bytes_per_token"] == 4 * layer + 260 * 256 * 2 + 256 * 4
 
 
+def test_bench_takes_the_first_of_the_named_devices():
+    devices = {"GGML_TP_EMULATE": "sm_80*2", "GGML_TP_DEVICES": "1,0"}
+    done = tool("bench", SHIPPED, "--tests", "tg1", "-r", "1", "--ranks", "1,2", "--json", **devices)
+    assert [result["ranks"] for result in json.loads(done.stdout)] == [1, 2]
+    done = tool("bench", SHIPPED, "--tests", "tg1", "--ranks", "3", **devices)
+    assert done.returncode != 0 and done.stderr.splitlines() == ["ggml-tp: GGML_TP_DEVICES names 2 devices, --ranks asks for 3"]
+
+
 @pytest.mark.parametrize("arguments", [("bench", SHIPPED, "--tests", "xx5"), ("bench", "/nowhere.gguf", "--tests", "tg1")])
 def test_bad_requests_are_one_line(arguments):
     done = tool(*arguments, GGML_TP_EMULATE="sm_80*1")

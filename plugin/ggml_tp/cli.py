@@ -127,10 +127,18 @@ def bench(args: argparse.Namespace) -> int:
     base = [sys.executable, "-m", "ggml_tp.cli", "bench", args.model, "--tests", args.tests, "-r", str(args.repetitions), "--ubatch", str(args.ubatch)]
     base += ["--no-flash-attn"] * args.no_flash_attn
     base += ["--host", args.host] if args.host else []
-    runs = [("TP0", int(field)) for field in args.ranks.split(",")] + [(device, 0) for device in (args.against.split(",") if args.against else [])]
+    ordinals = [field for field in os.environ.get("GGML_TP_DEVICES", "").split(",") if field]
+    counts = args.ranks or str(len(ordinals) or 1)
+    runs = [("TP0", int(field)) for field in counts.split(",")] + [(device, 0) for device in (args.against.split(",") if args.against else [])]
     results = []
     for device, ranks in runs:
-        environment = dict(os.environ) | ({"GGML_TP_RANKS": str(ranks)} if ranks and "GGML_TP_DEVICES" not in os.environ else {})
+        environment = dict(os.environ)
+        if ranks:
+            environment["GGML_TP_RANKS"] = str(ranks)
+            if ordinals and len(ordinals) < ranks:
+                raise SystemExit(f"ggml-tp: GGML_TP_DEVICES names {len(ordinals)} devices, --ranks asks for {ranks}")
+            if ordinals:
+                environment["GGML_TP_DEVICES"] = ",".join(ordinals[:ranks])
         done = subprocess.run([*base, "--measure", device], stdout=subprocess.PIPE, text=True, env=environment, timeout=args.timeout)
         line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
         if line is None:
@@ -206,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     example = "example: ggml-tp bench model.gguf --ranks 1,2 --tests pp512,tg128,tg64@16384,tg32x8"
     p = commands.add_parser("bench", help="speed through a real host, as a share of the memory's rate", epilog=example)
     p.add_argument("model", help="GGUF file")
-    p.add_argument("--ranks", default="1", help="rank counts, a run each (default: %(default)s)")
+    p.add_argument("--ranks", help="rank counts, a run each, on the first of GGML_TP_DEVICES (default: as many as that names, else 1)")
     p.add_argument("--tests", default="pp512,pp2048,tg128", help="ppN, tgN, tgN@DEPTH, tgNxSEQUENCES (default: %(default)s)")
     p.add_argument("--against", help="other devices of the host to measure too, for example CUDA0 or CPU")
     p.add_argument("-r", "--repetitions", type=int, default=3, help="the median counts (default: %(default)s)")
