@@ -355,15 +355,32 @@ TP_DEVICE float store_slots(const StreamExperts& experts, float* out, i64 row) {
     }
     return sum;
 }
+/// Where results of a part go: to y and its copies, or to every rank's inbox.
+struct Destination {
+    const StreamProduct& p;
+    float *y, *copy, *raw;
+    i32 n_push;
+    TP_MEMBER Destination(const StreamProduct& of, const StreamPart& part) : p(of), y(part.y), copy(part.copy), raw(part.raw), n_push(of.n_push) {}
+    TP_MEMBER void put(const Shared& s, i64 at, float v, float bias) const {
+        if (n_push) {
+            const u32 push = s.pushed_before + (u32)p.push;
+            for (int r = 0; r < n_push; ++r) tp_store_tagged(p.inbox[r] + inbox_of(s, push) + at, v, push);
+            return;
+        }
+        if (raw) raw[at] = v;
+        y[at] = v + bias;
+        if (copy) copy[at] = v + bias;
+    }
+};
 /// Rows of one product or several. Where they go is known before they are there: what comes behind the wait is what the next stage waits for.
 TP_DEVICE void store_rows(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
-    const int lane = threadIdx.x % 32, rows = p.rows, groups = p.k_groups, n_push = p.n_push;
+    const int lane = threadIdx.x % 32, rows = p.rows, groups = p.k_groups;
     for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
         i64 row;
         const StreamPart& part = p.part[part_of(p, tile, row)];
         const i64 at = row + lane;
         const bool inside = lane < rows && at < part.n;
-        float *const y = part.y, *const copy = part.copy, *const raw = part.raw;
+        const Destination to(p, part);
         const float added = part.bias && inside ? part.bias[at] : 0.0f;  // on its way while the tile is multiplied
         tp_barrier_wait(&s.out_full[out.at], out.parity);
         float v = 0;
@@ -371,16 +388,7 @@ TP_DEVICE void store_rows(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
             for (int g = 0; g < groups; ++g) v += s.out[out.at][g * rows + lane];
         tp_barrier_arrive(&s.out_empty[out.at]);
         out.next();
-        if (!inside) continue;
-        if (n_push) {
-            const u32 push = s.pushed_before + (u32)p.push;
-            for (int r = 0; r < n_push; ++r) tp_store_tagged(p.inbox[r] + inbox_of(s, push) + at, v, push);
-            continue;
-        }
-        if (raw) raw[at] = v;
-        v += added;
-        y[at] = v;
-        if (copy) copy[at] = v;
+        if (inside) to.put(s, at, v, added);
     }
 }
 /// Gates and ups, of experts or not, and what the GLU makes of them.
@@ -422,17 +430,8 @@ TP_OUTLINE void store_sums(const StreamExperts& experts, Shared& s, Turn<kOuts>&
         const float v = store_slots(experts, s.out[out.at], row);
         tp_barrier_arrive(&s.out_empty[out.at]);
         out.next();
-        if (lane >= p.rows || at >= p.part[0].n) continue;
-        if (p.n_push) {
-            const u32 push = s.pushed_before + (u32)p.push;
-            for (int r = 0; r < p.n_push; ++r) tp_store_tagged(p.inbox[r] + inbox_of(s, push) + at, v, push);
-            continue;
-        }
         const StreamPart& part = p.part[0];
-        if (part.raw) part.raw[at] = v;
-        const float y = part.bias ? v + part.bias[at] : v;
-        part.y[at] = y;
-        if (part.copy) part.copy[at] = y;
+        if (lane < p.rows && at < part.n) Destination(p, part).put(s, at, v, part.bias ? part.bias[at] : 0.0f);
     }
 }
 TP_OUTLINE void store_results(const StreamArgs& args) {
