@@ -157,8 +157,9 @@ def build(out: Path, archs: list[str], sanitize: str, jobs: int) -> None:
     checks, classes = SANITIZERS[sanitize], EMULATED_CLASSES if sanitize == "none" else SANITIZED_CLASSES
     work = ROOT / "build" / "images"
     table, images = kernel_images(archs, work)
-    core_flags = ["-O2", *checks]
-    emulator_flags = ["-O2", "-march=x86-64-v3", "-fno-strict-aliasing", "-DTP_EMULATED", "-Wno-unknown-pragmas", *checks]
+    level = "-O1" if checks else "-O2"  # sanitized, -O1 compiles in two thirds of the time
+    core_flags = [level, *checks]
+    emulator_flags = [level, "-march=x86-64-v3", "-fno-strict-aliasing", "-DTP_EMULATED", "-Wno-unknown-pragmas", *checks]
     core = [*sorted((ROOT / "plugin/core").rglob("*.cpp")), table]
     emulator = sorted((ROOT / "cuda_src/emulator").glob("*.cpp"))
     work_items = [(s, core_flags) for s in core] + [(s, emulator_flags) for s in emulator]
