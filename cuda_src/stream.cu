@@ -33,14 +33,12 @@ constexpr u64 kEarlyPause = 4000;
 constexpr int kAheadCells = 512;     // of the cache, that a block asks for ahead
 constexpr u32 kPollsPerLook = 1024;  // at the clock
 constexpr int kFloatRows = 4;        // of a product of floats, that a block computes at once
-// What a product's warps read of it: the streaming one up to the inboxes, the storing one all.
-constexpr int kStreamedBytes = sizeof(StreamExperts), kStoredBytes = sizeof(StreamExperts);
 
 struct Shared {
     char x[kStreamMostK];
     float xd[kStreamMostK / 32 * 2];
     char stage[3][kStreamStageBytes];
-    char streamed[kStreamedBytes], stored[kStoredBytes];  // the products that the streaming and the storing warp are at
+    char streamed[sizeof(StreamExperts)], stored[sizeof(StreamExperts)];  // the products that the streaming and the storing warp are at
     float out[kOuts][kStreamMostSums];
     float squares[kStreamWarps];
     i32 experts[kVecSlots];  // that the last router chose
