@@ -463,7 +463,7 @@ struct StreamProduct {
     float* glu_y;
     i32 slots, role;  // a StreamExpertsRole
     float* glu_copy;  // what glu_y is, for the next product alone: rows of glu_k with the results from glu_begin on, zeros elsewhere; or null
-    u64* inbox[16];  // where this rank's sums go on every rank instead of to y: the all_reduce behind this product
+    u64* inbox[16];   // where this rank's sums go on every rank instead of to y: the all_reduce behind this product
     i32 glu_k, glu_begin;
     i32 lanes, y_stride;  // lanes that share a row of a slot (kExpertsSum); from slot to slot of y and glu_y
 };
