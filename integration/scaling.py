@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What N GPUs bring, against one GPU and against a peer: all_reduce latency, decode and prefill of models, and what the memory allows.
 
-    doctor -> all_reduce 8 KB..64 MB -> for each model: 1 rank, N ranks, the peer's -sm none|layer|tensor -> Markdown and JSON
+    doctor -> all_reduce 8 KB..64 MB -> for each model: 1, 2, 4 .. N ranks, the peer's -sm none|layer|tensor -> Markdown and JSON
 
 Models are the *.gguf of a folder, or synthetic ones of real shapes (shapes.py), written, measured and deleted one by one. Every step is a
 process of its own with a timeout; one that fails is a row that says so. The JSON is written after each step.
@@ -152,6 +152,12 @@ def speed(part: dict[str, Any] | None, test: str) -> float | None:
     return row["tokens_per_s"] if row else None
 
 
+def rank_counts(text: str | None, n: int) -> list[int]:
+    """Of --ranks, else 1, 2, 4, ... and all n."""
+    counts = [int(field) for field in text.split(",")] if text else [1 << i for i in range(n.bit_length()) if 1 << i < n]
+    return sorted({*counts, 1, n})
+
+
 def add_model(entry: dict[str, Any], reduces: dict[str, dict[str, float]], n: int) -> None:
     """A token's time by its parts: weights at the measured read rate, then all_reduces at the measured latency."""
     many = entry["ours"].get(str(n), {})
@@ -204,14 +210,15 @@ def report(result: dict[str, Any]) -> str:
         rows = [[size_text(size), *(number(s and 1e6 * s) for s in row)] for size, row in zip(sizes, times, strict=True)]
         lines.append(table(["all_reduce, µs", *reduces], rows))
     modes = [f"peer {mode}" for mode in PEER_MODES] if result["peer"] else []
+    counts = result["ranks"]
     rows, limits, failures = [], [], []
     for entry in result["models"]:
-        one, many = entry["ours"].get("1"), entry["ours"].get(str(n))
         for test in result["tests"]:
-            a, b = speed(one, test), speed(many, test)
+            ours = [speed(entry["ours"].get(str(count)), test) for count in counts]
             peers = [speed(entry["peer"].get(mode), test) for mode in PEER_MODES] if modes else []
             best = max((p for p in peers if p is not None), default=None)
-            rows.append([entry["name"], test, number(a), number(b), ratio(b, a), *map(number, peers), *([ratio(b, best)] if modes else [])])
+            gains = [ratio(each, ours[0]) for each in ours[1:]]
+            rows.append([entry["name"], test, *map(number, ours), *gains, *map(number, peers), *([ratio(ours[-1], best)] if modes else [])])
         if limit := entry.get("limit"):
             each = number(1e6 * limit["all_reduce_s"] if limit["all_reduce_s"] is not None else None)
             limits.append([
@@ -220,7 +227,8 @@ def report(result: dict[str, Any]) -> str:
             ])  # fmt: skip
         for group in ("ours", "peer"):
             failures += [f"- {entry['name']}, {group} {key}: {part['error']}" for key, part in entry[group].items() if "error" in part]
-    lines.append(table(["tokens/s of", "test", "1 rank", f"{n} ranks", "speed-up", *modes, *(["to the best peer"] if modes else [])], rows))
+    heads = [*("1 rank" if count == 1 else f"{count} ranks" for count in counts), *(f"{count} / 1" for count in counts[1:])]
+    lines.append(table(["tokens/s of", "test", *heads, *modes, *([f"{n} ranks / best peer"] if modes else [])], rows))
     if limits:
         lines.append(table(["decode", "read a token", "a rank reads", "all_reduces", f"limit of {n} ranks, tokens/s", "reached"], limits))
     return "\n".join(lines + (["Failed:\n", *failures] if failures else []))
@@ -236,8 +244,9 @@ def parse() -> argparse.Namespace:
         description="Measure what N GPUs bring, against one and against a peer.",
         epilog="example: python integration/scaling.py --gpus 2 --peer ./llama-bench --shapes llama-8b:Q4_K,llama-70b:Q4_K:20 --json scaling.json",
     )
-    parser.add_argument("--gpus", type=int, default=2, help="number of ranks (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, default=2, help="the most ranks (default: %(default)s)")
     parser.add_argument("--devices", help="CUDA device of each rank; a number twice puts two ranks on one GPU (default: 0,1,...)")
+    parser.add_argument("--ranks", help="rank counts, on the first of --devices; 1 and --gpus are among them (default: 1,2,4,...)")
     parser.add_argument("--models", type=Path, help="folder of *.gguf to measure instead of synthetic ones")
     parser.add_argument("--shapes", default="llama-8b:Q4_0,llama-8b:Q4_K,qwen2.5-72b:Q4_K:20", help="NAME:TYPE[:LAYERS],... (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where synthetic models are written (default: a temporary folder)")
@@ -256,6 +265,9 @@ def parse() -> argparse.Namespace:
     if len(args.devices) != args.gpus:
         parser.error(f"--devices names {len(args.devices)} devices, --gpus says {args.gpus}")
     args.tests = args.tests.split(",") if args.tests else list(QUICK_TESTS if args.quick else TESTS)
+    if args.ranks and not all(field.isdigit() and 1 <= int(field) <= args.gpus for field in args.ranks.split(",")):
+        parser.error(f"--ranks {args.ranks}: write counts of 1 to {args.gpus}, for example 1,{args.gpus}")
+    args.ranks = rank_counts(args.ranks, args.gpus)
     args.repetitions = args.repetitions or (1 if args.quick else 3)
     for spec in [] if args.models else args.shapes.split(","):
         name, type_, *layers = [*spec.split(":"), ""] if ":" not in spec else spec.split(":")
@@ -273,10 +285,10 @@ def main() -> int:
         return 0
     from ggml_tp.inspection import Inspection
 
-    n, counts = args.gpus, sorted({1, args.gpus})
+    n = args.gpus
     result: dict[str, Any] = {
         "when": time.strftime("%Y-%m-%d"), "version": Inspection().version(), "commit": commit(), "gpus": n, "devices": args.devices, "gpu": "unknown",
-        "tests": args.tests, "peer": args.peer or "", "all_reduce": {}, "models": [],
+        "ranks": args.ranks, "tests": args.tests, "peer": args.peer or "", "all_reduce": {}, "models": [],
     }  # fmt: skip
 
     def save() -> None:
@@ -306,7 +318,7 @@ def main() -> int:
             with context as model:
                 entry: dict[str, Any] = {"name": model.stem, "file_bytes": model.stat().st_size, "n_embd": embedding_length(model), "ours": {}, "peer": {}}
                 result["models"].append(entry)
-                for count in counts:
+                for count in args.ranks:
                     say(f"{model.stem}: {count} rank{'s' * (count > 1)}")
                     entry["ours"][str(count)] = measure_ours(model, args.devices, count, args)
                     save()

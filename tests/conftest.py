@@ -125,11 +125,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., s
 
 def emulated(ranks: int, arch: str = "sm_60", **more: str) -> dict[str, str]:
     """The settings for that many ranks: emulated, or with TEST_GPUS="0,1,..." on those GPUs, several to one where they are fewer."""
-    if gpus := os.environ.get("TEST_GPUS"):
-        ordinals = gpus.split(",")
-        return {
-            "GGML_TP_DEVICES": ",".join(ordinals[rank % len(ordinals)] for rank in range(ranks)),
-            "GGML_TP_NCCL": os.environ.get("TEST_NCCL", ""),
-            **more,
-        }
-    return {"GGML_TP_EMULATE": f"{arch}*{ranks}", **more}
+    gpus = os.environ.get("TEST_GPUS")
+    if not gpus:
+        return {"GGML_TP_EMULATE": f"{arch}*{ranks}", **more}
+    ordinals = gpus.split(",")
+    devices = more.pop("GGML_TP_DEVICES", ",".join(map(str, range(ranks)))).split(",")
+    return {
+        "GGML_TP_DEVICES": ",".join(ordinals[int(device) % len(ordinals)] for device in devices),
+        "GGML_TP_NCCL": os.environ.get("TEST_NCCL", ""),
+        **more,
+    }

@@ -324,12 +324,12 @@ def try_to_load(model: str) -> dict[str, Any]:
     return {"accepted": accepted, "devices": [name for name, _ in host.devices()], "tokens": tokens}
 
 
-def out_of_memory(model: str) -> dict[str, Any]:
-    """A context that cannot fit, then one that does."""
+def out_of_memory(model: str, kv_bytes: int) -> dict[str, Any]:
+    """A context for whose cache, of `kv_bytes` a token, the device has not the memory; then one that fits."""
     host = _with_plugin()
     loaded = host.model(model, "TP0")
     try:
-        loaded.context(n_ctx=64 << 20)
+        loaded.context(n_ctx=host.memory("TP0")[1] * 5 // 4 // kv_bytes)
         refused = False
     except HostError:
         refused = True

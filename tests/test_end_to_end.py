@@ -251,8 +251,8 @@ def test_one_rank_without_memory_for_activations_is_a_failed_decode(workers, lon
     assert not full["made"] and small["made"]
 
 
-def test_exhausted_memory_is_refused(workers, models):
-    result = workers.run(jobs.out_of_memory, emulated(2), model=models("llama", "F16"))
+def test_exhausted_memory_is_refused(workers, long_model):
+    result = workers.run(jobs.out_of_memory, emulated(2), model=long_model, kv_bytes=32 << 10)
     assert result["refused"] and len(result["tokens"]) == 2
 
 

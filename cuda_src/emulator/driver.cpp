@@ -397,8 +397,6 @@ API int ncclCommAbort(void* comm) {
 }
 API int ncclCommDestroy(void* comm) { return ncclCommAbort(comm); }
 API int ncclCommGetAsyncError(void*, int* code) { return *code = 0, kOk; }
-API int ncclGroupStart() { return kOk; }
-API int ncclGroupEnd() { return kOk; }
 API int ncclAllReduce(const void* source, void* target, size_t count, int type, int op, void* comm, void* stream) {
     if (op != 0 || !type_bytes(type)) return 4;
     Communicator* c = static_cast<Communicator*>(comm);

@@ -8,6 +8,8 @@ namespace ggml_tp {
 namespace {
 
 constexpr int kNcclSum = 0;
+constexpr size_t kMostCaptured = 512;  // a model of 80 layers asks for 160 in a token, some on the same memory
+constexpr double kDrainSeconds = 60;   // for a late rank to come to its kernel and find it given up
 
 /// All groups' locks, in an order that every Comm takes them in.
 std::vector<std::unique_lock<std::mutex>> lock_all(std::vector<Group*> groups) {
@@ -19,7 +21,7 @@ std::vector<std::unique_lock<std::mutex>> lock_all(std::vector<Group*> groups) {
 
 }  // namespace
 
-Comm::Comm(std::vector<Group*> groups) : groups_(std::move(groups)), comms_(groups_.size()) {
+Comm::Comm(std::vector<Group*> groups) : groups_(std::move(groups)), comms_(groups_.size()), workers_(static_cast<int>(groups_.size())) {
     const auto locks = lock_all(groups_);
     Driver& driver = groups_[0]->driver();
     const Config& config = groups_[0]->config;
@@ -37,9 +39,8 @@ Comm::Comm(std::vector<Group*> groups) : groups_(std::move(groups)), comms_(grou
     NcclId id{};
     TP_NCCL(driver, -1, ncclGetUniqueId, &id);
     const int n = static_cast<int>(groups_.size());
-    Workers workers(n);
     try {
-        workers.run([&](int r) {
+        workers_.run([&](int r) {
             groups_[static_cast<size_t>(r)]->device(0).make_current();
             TP_NCCL(driver, r, ncclCommInitRank, &comms_[static_cast<size_t>(r)], n, id, r);
         });
@@ -59,16 +60,60 @@ Comm::~Comm() {
         }
         group->end_overlap(this);
     }
-    if (!broken_.exchange(true))
-        for (Handle comm : comms_) groups_[0]->driver().ncclCommDestroy(comm);
+    if (broken_.exchange(true)) return;
+    for (Captured& c : captured_) destroy(c);
+    for (Handle comm : comms_) groups_[0]->driver().ncclCommDestroy(comm);
 }
 
-/// Any group's lock may be held, by any thread: nothing here takes one.
+void Comm::destroy(Captured& captured) const {
+    for (Handle executable : captured.executables)
+        if (executable) groups_[0]->driver().cuGraphExecDestroy(executable);
+}
+
+/// Any group's lock may be held, by any thread: nothing here takes one, and nothing waits: an abort may wait for a kernel that waits for its
+/// peers' aborts, and one that does not end must not take the host along. The order is Group::fail's: aborts end the kernels that wait, a
+/// late rank's kernel finds itself given up when its turn comes, and only then the graphs go, for which the aborts wait before they free
+/// what those kernels read (freed sooner, a late rank read it: an illegal address, seen on an H100).
 void Comm::give_up() {
     if (broken_.exchange(true)) return;
-    // An abort may wait for a kernel that waits for its peers' aborts, and one that does not end must not take the host along.
+    Driver& driver = groups_[0]->driver();
     for (Handle comm : comms_)
-        if (comm) std::thread([comm, abort = groups_[0]->driver().ncclCommAbort] { abort(comm); }).detach();
+        if (comm) std::thread([comm, abort = driver.ncclCommAbort] { abort(comm); }).detach();
+    std::thread([&driver, groups = groups_, captured = std::exchange(captured_, {})] {
+        try {
+            for (Group* group : groups)
+                if (!group->device(0).wait(kDrainSeconds)) return;  // what still runs keeps its memory
+            for (const Captured& c : captured)
+                for (Handle executable : c.executables) driver.cuGraphExecDestroy(executable);
+        } catch (const Error&) {  // a broken device: its group's next graph says so
+        }
+    }).detach();
+}
+
+/// Finds or captures it. All locks are held.
+const Comm::Captured& Comm::captured(const std::vector<void*>& pointers, i64 elems) {
+    const auto found = std::find_if(captured_.begin(), captured_.end(), [&](const Captured& c) { return c.elems == elems && c.pointers == pointers; });
+    if (found != captured_.end()) {
+        captured_.splice(captured_.begin(), captured_, found);
+        return captured_.front();
+    }
+    if (captured_.size() >= kMostCaptured) {
+        for (Group* group : groups_) group->finish();  // it may still run
+        destroy(captured_.back());
+        captured_.pop_back();
+    }
+    captured_.push_front({pointers, elems, std::vector<Handle>(groups_.size())});
+    Captured& made = captured_.front();
+    Driver& driver = groups_[0]->driver();  // the one in which NCCL is open
+    workers_.run([&](int rank) {
+        const auto r = static_cast<size_t>(rank);
+        const Device& device = groups_[r]->device(0);
+        made.executables[r] = device.capture([&] {
+            TP_NCCL(driver, rank, ncclAllReduce, pointers[r], pointers[r], static_cast<size_t>(elems), static_cast<int>(WireType::kF32), kNcclSum, comms_[r],
+                    device.stream);
+        });
+    });
+    return made;
 }
 
 bool Comm::all_reduce(const std::vector<Summand>& summands, i64 elems) {
@@ -88,14 +133,12 @@ bool Comm::all_reduce(const std::vector<Summand>& summands, i64 elems) {
             device.make_current();
             TP_CUDA(driver, static_cast<int>(r), cuMemsetD8Async, pointer, 0, static_cast<size_t>(elems * 4), device.stream);
         }
-        TP_NCCL(driver, -1, ncclGroupStart);
+        const Captured& reduce = captured(pointers, elems);
         for (size_t r = 0; r < summands.size(); ++r) {
             const Device& device = groups_[r]->device(0);
             device.make_current();
-            TP_NCCL(driver, static_cast<int>(r), ncclAllReduce, pointers[r], pointers[r], static_cast<size_t>(elems), static_cast<int>(WireType::kF32),
-                    kNcclSum, comms_[r], device.stream);
+            TP_CUDA(driver, static_cast<int>(r), cuGraphLaunch, reduce.executables[r], device.stream);
         }
-        TP_NCCL(driver, -1, ncclGroupEnd);
     } catch (...) {
         give_up();
         throw;

@@ -2,6 +2,7 @@
 // registration as ggml_backend_comm_*.
 #pragma once
 #include <atomic>
+#include <list>
 #include <string>
 #include <vector>
 
@@ -30,10 +31,21 @@ class Comm {
     const std::string& notes() const { return notes_; }
 
   private:
+    /// One all_reduce of every rank, captured: NCCL starts it in half the time (two H100, 16 KB: 6.9 us, 15.3 without a graph), and an
+    /// abort keeps a communicator's memory for as long as a graph holds it.
+    struct Captured {
+        std::vector<void*> pointers;  // by rank
+        i64 elems;
+        std::vector<Handle> executables;
+    };
+    const Captured& captured(const std::vector<void*>& pointers, i64 elems);
+    void destroy(Captured& captured) const;
     void give_up();
 
-    std::vector<Group*> groups_;  // by rank of this all_reduce
+    std::vector<Group*> groups_;  // by rank of this all_reduce; as their devices, they live as long as the process
     std::vector<Handle> comms_;
+    std::list<Captured> captured_;  // the last used first
+    Workers workers_;
     std::string notes_;
     std::atomic<bool> broken_{false};
 };

@@ -21,7 +21,8 @@ constexpr double kPollSeconds = 0.02;
 constexpr int kDefaultShared = 48 * 1024;  // more must be asked for, per kernel
 
 constexpr int kCooperative = 2, kProgrammaticStreamSerialization = 6;  // CUlaunchAttributeID
-struct LaunchAttribute {                                               // CUlaunchAttribute
+constexpr int kCaptureThreadLocal = 1;
+struct LaunchAttribute {  // CUlaunchAttribute
     int id;
     char pad[4];
     int value;
@@ -234,6 +235,23 @@ void Device::launch(Handle function, const Launch& l, const void* args) const {
         return;
     }
     TP_CUDA(driver, rank, cuLaunchKernel, function, grid[0], grid[1], grid[2], block[0], block[1], block[2], l.shared_bytes, stream, parameters, nullptr);
+}
+
+Handle Device::capture(const std::function<void()>& enqueue) const {
+    make_current();
+    TP_CUDA(driver, rank, cuStreamBeginCapture, stream, kCaptureThreadLocal);
+    Handle graph = nullptr, executable = nullptr;
+    try {
+        enqueue();
+    } catch (...) {  // the stream must not stay in capture
+        if (driver.cuStreamEndCapture(stream, &graph) == 0 && graph) driver.cuGraphDestroy(graph);
+        throw;
+    }
+    TP_CUDA(driver, rank, cuStreamEndCapture, stream, &graph);
+    const int code = driver.cuGraphInstantiate(&executable, graph, 0);
+    driver.cuGraphDestroy(graph);
+    driver.check_cuda(code, "cuGraphInstantiateWithFlags", rank, __FILE__, __LINE__);
+    return executable;
 }
 
 bool Device::wait(double deadline_s) const {

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -73,8 +74,6 @@ struct NcclId {
     X(ncclCommDestroy, ncclCommDestroy, (Handle))                      \
     X(ncclCommAbort, ncclCommAbort, (Handle))                          \
     X(ncclCommGetAsyncError, ncclCommGetAsyncError, (Handle, int*))    \
-    X(ncclGroupStart, ncclGroupStart, ())                              \
-    X(ncclGroupEnd, ncclGroupEnd, ())                                  \
     X(ncclAllReduce, ncclAllReduce, (const void*, void*, size_t, int, int, Handle, Handle))
 // Symmetric windows: newer NCCL. Null where the library has them not.
 #define GGML_TP_NCCL_OPTIONAL(X)                                                             \
@@ -134,6 +133,8 @@ class Device {
     void memory(size_t* free_bytes, size_t* total_bytes) const;
     Handle function(const std::string& name);  // resolved once, when a program is built
     void launch(Handle function, const Launch& launch, const void* args) const;
+    /// What `enqueue` puts on the stream, as a graph that can be launched (cuGraphExecDestroy it). Each rank on a thread of its own.
+    Handle capture(const std::function<void()>& enqueue) const;
     /// Waits for the stream; false when `deadline_s` passed first.
     bool wait(double deadline_s) const;
 

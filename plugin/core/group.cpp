@@ -25,7 +25,6 @@ const char* fault_text(u32 fault) {
 
 // Attention graphs change at every 256-token boundary and with the batch size; a captured graph of an 8B model holds about 1 MB.
 constexpr size_t kMostPrograms = 48;
-constexpr int kCaptureThreadLocal = 1;
 constexpr double kAbortSeconds = 10;
 constexpr int kTimedRepetitions = 4;
 constexpr int kNcclSum = 0;
@@ -280,7 +279,7 @@ double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
             TP_CUDA(driver_, r, cuMemsetD8Async, buffers[r], 0, elems * 4, devices_[r]->stream);
             enqueue(r, 1);
         });
-        if (how != Reduce::kNccl) workers_->run([&](int r) { timed.executables[r] = capture_stream(r, [&] { enqueue(r, rounds); }); });
+        if (how != Reduce::kNccl) workers_->run([&](int r) { timed.executables[r] = devices_[r]->capture([&] { enqueue(r, rounds); }); });
         for (int i = 0; i < kTimedRepetitions; ++i) {
             const double time = seconds([&](int r) {
                 devices_[r]->make_current();
@@ -355,28 +354,9 @@ void Group::record(const Program& program, int r) {
     }
 }
 
-/// What `enqueue` puts on rank r's stream, as a graph that can be launched. Called by that rank's worker.
-Handle Group::capture_stream(int r, const std::function<void()>& enqueue) {
-    Device& device = *devices_[r];
-    device.make_current();
-    TP_CUDA(driver_, r, cuStreamBeginCapture, device.stream, kCaptureThreadLocal);
-    Handle graph = nullptr, executable = nullptr;
-    try {
-        enqueue();
-    } catch (...) {  // the stream must not stay in capture
-        if (driver_.cuStreamEndCapture(device.stream, &graph) == 0 && graph) driver_.cuGraphDestroy(graph);
-        throw;
-    }
-    TP_CUDA(driver_, r, cuStreamEndCapture, device.stream, &graph);
-    const int code = driver_.cuGraphInstantiate(&executable, graph, 0);
-    driver_.cuGraphDestroy(graph);
-    driver_.check_cuda(code, "cuGraphInstantiateWithFlags", r, __FILE__, __LINE__);
-    return executable;
-}
-
 void Group::capture(Program& program) {
     program.executables.assign(devices_.size(), nullptr);
-    workers_->run([&](int r) { program.executables[r] = capture_stream(r, [&] { record(program, r); }); });
+    workers_->run([&](int r) { program.executables[r] = devices_[r]->capture([&] { record(program, r); }); });
 }
 
 std::unique_ptr<Program> Group::build(const Graph& graph, u64 key) {

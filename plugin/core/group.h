@@ -82,7 +82,6 @@ class Group {
     Program& program_for(const Graph& graph);
     std::unique_ptr<Program> build(const Graph& graph_in, u64 key);
     void capture(Program& program);
-    Handle capture_stream(int rank, const std::function<void()>& enqueue);
     void record(const Program& program, int rank);
     void connect();
     void destroy(Program& program);
