@@ -41,12 +41,12 @@ TP_DEVICE i64 wrap(i64 i, i64 n) { return i < n ? i : n == 1 ? 0 : (i64)((u32)i 
 TP_DEVICE Index wrap(const Index& i, const i64 (&ne)[4]) { return {wrap(i.i0, ne[0]), wrap(i.i1, ne[1]), wrap(i.i2, ne[2]), wrap(i.i3, ne[3])}; }
 
 /// ALiBi's slope of a head, as ggml computes it: `head` and `n_head` are global, over all ranks.
-TP_DEVICE float alibi_slope(float max_bias, i32 head, i32 n_head) {
-    if (max_bias <= 0.0f) return 1.0f;
+TP_OUTLINE float alibi_slope_of(float max_bias, i32 head, i32 n_head) {
     i32 n_head_log2 = 1;
     while (n_head_log2 * 2 <= n_head) n_head_log2 *= 2;
     if (head < n_head_log2) return powf(powf(2.0f, -max_bias / (float)n_head_log2), (float)(head + 1));
     return powf(powf(2.0f, -(max_bias / 2.0f) / (float)n_head_log2), (float)(2 * (head - n_head_log2) + 1));
 }
+TP_DEVICE float alibi_slope(float max_bias, i32 head, i32 n_head) { return max_bias <= 0.0f ? 1.0f : alibi_slope_of(max_bias, head, n_head); }
 
 }  // namespace ggml_tp

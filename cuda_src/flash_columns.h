@@ -17,18 +17,17 @@ TP_DEVICE u32 half2_of(float low, float high) { return (u32)tp_float_to_half(low
 TP_DEVICE float high_half(u32 w) { return tp_half_to_float((u16)(w >> 16)); }
 TP_DEVICE float low_half(u32 w) { return tp_half_to_float((u16)(w & 0xffff)); }
 
-/// The steps of a warp that have a cell to see: runs of `run` cells, of which warps take turns. Cells with a mask of -inf for this token (empty,
-/// another sequence's, the future) need not be read; 16 of them at a time are left out.
+/// The steps of a warp that have a cell to see. A look is at kColumnsRun cells' masks, two a lane: steps of kColumnsStep, `step` cells from one to
+/// the next. Cells with a mask of -inf for this token (empty, another sequence's, the future) need not be read; a step of them is left out.
 struct OpenSteps {
     const char* mask;  // of the token; null: every cell counts
-    int first, end, stride, run;
-    u32 ahead, words, open = 0;  // masks of two cells a lane: the next run's, this one's; its open steps
+    int first, end, step, stride;
+    u32 ahead, words, open = 0;  // masks of two cells a lane: the next look's, this one's; its open steps
     int base = 0;
 
     TP_MEMBER u32 load(int from) const {
-        const int at = 2 * (threadIdx.x % 32);
-        const int cell = from + at;
-        if (at >= run || cell >= end) return 0xfc00fc00u;
+        const int lane = threadIdx.x % 32, cell = from + lane / 8 * step + lane % 8 * 2;
+        if (cell >= end) return 0xfc00fc00u;
         if (!mask) return cell + 1 < end ? 0u : 0xfc000000u;
         const u32 low = *(const u16*)(mask + (i64)cell * 2), high = cell + 1 < end ? *(const u16*)(mask + (i64)cell * 2 + 2) : 0xfc00u;
         return low | high << 16;
@@ -41,8 +40,9 @@ struct OpenSteps {
             base = first;
             words = ahead;
             first += stride;
-            ahead = load(first);
+            if (first < end) ahead = load(first);
             const u32 lanes = __ballot_sync(0xffffffffu, words != 0xfc00fc00u);
+#pragma unroll
             for (int s = 0; s < kColumnsRun / kColumnsStep; ++s) open |= (lanes >> 8 * s & 0xff ? 1u : 0u) << s;
         }
         int s = 0;
@@ -51,7 +51,7 @@ struct OpenSteps {
         const int from = 8 * s + threadIdx.x % 4;
         pairs[0] = __shfl_sync(0xffffffffu, words, from);
         pairs[1] = __shfl_sync(0xffffffffu, words, from + 4);
-        return base + s * kColumnsStep;
+        return base + s * step;
     }
 };
 
@@ -74,6 +74,7 @@ TP_DEVICE UnitHeads heads_of_unit(const FlashSplitArgs& args, u32 unit) {
 struct QueriesInMemory {
     const FlashAttnArgs& a;
     i64 token, stream;
+    TP_MEMBER void begin() const {}
     TP_MEMBER void prepare() const {}
     TP_MEMBER TpInt4 eight(const UnitHeads& heads, int h, int at) const {
         const float* from = (const float*)(a.q.data + token * a.q.nb[1] + (heads.first + h) * a.q.nb[2] + stream * a.q.nb[3]) + at;
@@ -95,11 +96,11 @@ struct PieceResults {
 
 /// kAhead: a step's V is loaded with its K, K while the step before is worked on, and queries are kept, where there are registers for them.
 /// Piece `split` of the cells for `heads` and one token of one stream, by kWarps warps. kD: head size rounded up to a multiple of 64.
-/// merged: flash_columns_floats floats of shared memory. sync: a barrier of the block's threads. queries.prepare(): while the first masks
-/// are on their way.
+/// merged: flash_columns_floats floats of shared memory. sync: a barrier of the block's threads. queries: begin() what they are made of, and
+/// prepare() them while the first masks are on their way.
 template <int kD, int kWarps, bool kAhead, class Queries, class Results, class Sync>
-TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads, int split, i64 token, i64 stream, int thread, float* merged,
-                             const Queries& queries, const Results& results, Sync sync) {
+TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads, int split, i64 token, i64 stream, int thread, float* merged, Queries&& queries,
+                             const Results& results, Sync sync) {
     constexpr int kChunks = kD / 32, kBlocks = kD / 64;                                                                      // of K, of V
     constexpr int kChunksAtOnce = kAhead || kChunks < 4 ? kChunks : 4, kBlocksAtOnce = kAhead || kBlocks < 2 ? kBlocks : 2;  // 32 registers each
     static_assert((kWarps & (kWarps - 1)) == 0 && kWarps <= 32, "a lane has a warp's sums at the end");
@@ -114,11 +115,13 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
     OpenSteps steps;
     // One mask for all heads: with one per head the launcher takes the plain kernel.
     steps.mask = a.has_mask ? a.mask.data + token * a.mask.nb[1] + of_stream(a.mask) : nullptr;
-    const int share = (end - begin + kWarps * kColumnsStep - 1) / (kWarps * kColumnsStep) * kColumnsStep;
-    steps.run = share < kColumnsRun ? share : kColumnsRun;
-    steps.first = begin + warp * steps.run;
+    // Few cells: a warp's steps lie apart, so that each has some of a cache that is not full, and one look is enough.
+    const bool few = end - begin <= kWarps * kColumnsRun;
+    steps.first = begin + warp * (few ? kColumnsStep : kColumnsRun);
+    steps.step = few ? kWarps * kColumnsStep : kColumnsStep;
     steps.end = end;
-    steps.stride = kWarps * steps.run;
+    steps.stride = kWarps * kColumnsRun;
+    queries.begin();
     steps.begin();
     queries.prepare();
 
@@ -186,12 +189,16 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
 #pragma unroll
             for (int b = 0; b < kBlocksAtOnce; ++b) load_v(cell, b);
         float next_most = most;
+        if (a.logit_softcap != 0.0f)
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) score[j][i] = a.logit_softcap * tanhf(score[j][i]);
 #pragma unroll
         for (int j = 0; j < 2; ++j)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 float s = score[j][i];
-                if (a.logit_softcap != 0.0f) s = a.logit_softcap * tanhf(s);
                 s += slope * (i ? high_half(pairs[j]) : low_half(pairs[j]));
                 score[j][i] = s;
                 next_most = fmaxf(next_most, s);
@@ -247,28 +254,30 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     // Every warp's sums into shared memory; then a thread adds up two elements of all warps, in their order, and a lane knows what a warp's count.
-    const int stride_head = 2 + d, stride_warp = heads.n * stride_head;
+    const int stride_warp = heads.n * d;
     float* to = merged + warp * stride_warp;
-    if (t == 0 && g < heads.n) to[g * stride_head] = most, to[g * stride_head + 1] = sum;
+    float* const counts = merged + kWarps * stride_warp;  // {most, sum} of [warp][head]
+    if (t == 0 && g < heads.n) *(TpFloat2*)(counts + 2 * (warp * heads.n + g)) = {most, sum};
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
+    for (int i = 0; i < 2; ++i)
+        if (2 * t + i < heads.n)
 #pragma unroll
-        for (int w = 0; w < 4; ++w)
+            for (int b = 0; b < kBlocks; ++b)
+                if (const int at = b * 64 + g * 8; at < d)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int at = b * 64 + g * 8 + 2 * w + i / 2, h = 2 * t + i % 2;
-                if (at < d && h < heads.n) to[h * stride_head + 2 + at] = out[b][w][i];
-            }
+                    for (int w = 0; w < 4; w += 2)
+                        *(TpInt4*)(to + (2 * t + i) * d + at + 2 * w) = {__float_as_int(out[b][w][i]), __float_as_int(out[b][w][2 + i]),
+                                                                         __float_as_int(out[b][w + 1][i]), __float_as_int(out[b][w + 1][2 + i])};
     sync();
     for (int unit = warp; unit < heads.n * kBlocks; unit += kWarps) {
         const int h = unit / kBlocks, i = unit % kBlocks * 64 + 2 * lane;
-        const float* from = merged + h * stride_head;
-        const float* of_lane = from + lane % kWarps * stride_warp;
-        float all_most = of_lane[0];
+        const float* from = merged + h * d;
+        const TpFloat2 of_lane = *(const TpFloat2*)(counts + 2 * (lane % kWarps * heads.n + h));
+        float all_most = of_lane.x;
 #pragma unroll
         for (int o = 1; o < kWarps; o *= 2) all_most = fmaxf(all_most, __shfl_xor_sync(0xffffffffu, all_most, o));
-        const float keep = expf(of_lane[0] - (all_most > -INFINITY ? all_most : 0.0f));
-        float all_sum = of_lane[1] * keep;
+        const float keep = expf(of_lane.x - (all_most > -INFINITY ? all_most : 0.0f));
+        float all_sum = of_lane.y * keep;
 #pragma unroll
         for (int o = 1; o < kWarps; o *= 2) all_sum += __shfl_xor_sync(0xffffffffu, all_sum, o);
         TpFloat2 all = {0, 0};
@@ -276,7 +285,7 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
         for (int w = 0; w < kWarps; ++w) {
             const float share = __shfl_sync(0xffffffffu, keep, w);
             if (i >= d) continue;
-            const TpFloat2 its = *(const TpFloat2*)(from + w * stride_warp + 2 + i);
+            const TpFloat2 its = *(const TpFloat2*)(from + w * stride_warp + i);
             all.x += its.x * share, all.y += its.y * share;
         }
         if (i < d && heads.mine(h)) results.put(heads.first + h, i, all_most, all_sum, all);

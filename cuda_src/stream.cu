@@ -739,108 +739,110 @@ TP_OUTLINE void multiply_floats(int at) {
     }
 }
 
-/// The token's own heads of a unit: see StreamOwnToken. queries: as halves [heads.n][d], scaled. met: shared, where the squares of their heads meet;
-/// half a head is whole warps' then.
-template <bool kNorms>
-TP_DEVICE void turn_own(const StreamFlash& f, const UnitHeads& heads, int split, u16* queries, float* met) {
-    const StreamOwnToken& own = f.own;
-    const int d = (int)f.args.a.q.ne[0], half = d / 2, thread = threadIdx.x;
-    // Of the pairs of the query heads, of key and value a thread has kPairs at a time (8 heads of 128, their key and value at once).
-    constexpr int kPairs = 3;
-    const int n = (heads.n + 2) * half;
-    for (int first = 0; first < n; first += kPairs * kMultiply) {
-        int head[kPairs], at[kPairs], other[kPairs], row_low[kPairs], row_high[kPairs];
-        float a[kPairs], b[kPairs], cosine[kPairs], sine[kPairs], norm_a[kNorms ? kPairs : 1], norm_b[kNorms ? kPairs : 1];
-#pragma unroll
-        for (int j = 0; j < kPairs; ++j) {
-            const int i = first + j * kMultiply + thread, h = (int)((u64)(u32)i * own.half_inverse >> 32), pair = i - h * half;
-            const bool query = h < heads.n, inside = i < n && (!query || heads.mine(h)), value = h > heads.n;
-            head[j] = inside ? h : -1;
-            at[j] = 2 * pair, other[j] = at[j] + 1;
-            const bool turns = !value && at[j] >= own.n_offs && at[j] < own.n_offs + own.n_dims;
-            const int turned = pair - own.n_offs / 2;
-            if (turns && own.neox) at[j] = own.n_offs + turned, other[j] = at[j] + own.n_dims / 2;
-            const float* x = query ? own.q + (heads.first + h) * d : (value ? own.v : own.k) + heads.kv_head * d;
-            const StreamOwnToken::Cache& cache = value ? own.v_cache : own.k_cache;
-            row_low[j] = tp_load_word_in_order(cache.row, inside && !query);
-            row_high[j] = tp_load_word_in_order(cache.row + 4, inside && !query && cache.row_type == kI64);
-            a[j] = __int_as_float(tp_load_word_in_order(x + at[j], inside)), b[j] = __int_as_float(tp_load_word_in_order(x + other[j], inside));
-            cosine[j] = __int_as_float(tp_load_word_in_order(own.table + 2 * turned, inside && turns));
-            sine[j] = __int_as_float(tp_load_word_in_order(own.table + 2 * turned + 1, inside && turns));
-            if constexpr (kNorms) {
-                const float* const norm = query ? own.q_norm : own.k_norm;
-                const bool normed = inside && !value;
-                norm_a[j] = __int_as_float(tp_load_word_in_order(norm + at[j], normed));
-                norm_b[j] = __int_as_float(tp_load_word_in_order(norm + other[j], normed));
-            }
-            if (!turns) cosine[j] = 1;
-        }
-        if constexpr (kNorms) {
-#pragma unroll
-            for (int j = 0; j < kPairs; ++j) {
-                const float squares = tp_warp_sum(a[j] * a[j] + b[j] * b[j]);
-                if (thread % 32 == 0) met[(first + j * kMultiply + thread) / 32] = squares;
-            }
-            sync_multiplying();
-#pragma unroll
-            for (int j = 0; j < kPairs; ++j) {
-                const int h = head[j];
-                if (h < 0 || h > heads.n) continue;
-                float squares = 0;
-                for (int w = h * half / 32; w < (h + 1) * half / 32; ++w) squares += met[w];
-                const float scale = 1.0f / sqrtf(squares / (float)d + (h < heads.n ? own.q_eps : own.k_eps));
-                a[j] *= scale * norm_a[j], b[j] *= scale * norm_b[j];
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < kPairs; ++j) {
-            const int h = head[j];
-            if (h < 0) continue;
-            const float turned_a = a[j] * cosine[j] - b[j] * sine[j], turned_b = a[j] * sine[j] + b[j] * cosine[j];
-            float* y = h < heads.n ? own.q_y : h == heads.n ? own.k_y : nullptr;
-            if (y && split == 0) {
-                y += (h < heads.n ? heads.first + h : heads.kv_head) * d;
-                y[at[j]] = turned_a, y[other[j]] = turned_b;
-            }
-            if (h < heads.n) {
-                const float scale = f.args.a.scale;
-                queries[h * d + at[j]] = tp_float_to_half(turned_a * scale), queries[h * d + other[j]] = tp_float_to_half(turned_b * scale);
-                continue;
-            }
-            const StreamOwnToken::Cache& cache = h == heads.n ? own.k_cache : own.v_cache;
-            const i64 row = cache.row_type == kI64 ? (i64)((u64)(u32)row_high[j] << 32 | (u32)row_low[j]) : (i64)row_low[j];
-            if (row < 0 || row >= cache.n_rows) {
-                atomicExch(own.fault, (u32)kFaultKvCell);
-                continue;
-            }
-            // The piece that has the cell writes it; one that the attention does not see is the first piece's.
-            const i64 cell = row - cache.first, piece = f.args.n_splits == 1 || cell < 0 ? 0 : (u32)cell / (u32)f.args.cells;
-            if ((piece < f.args.n_splits ? piece : 0) != split) continue;
-            u16* to = (u16*)(cache.data + row * cache.row_bytes) + heads.kv_head * d;
-            to[at[j]] = tp_float_to_half(turned_a), to[other[j]] = tp_float_to_half(turned_b);
-        }
-    }
-}
-
+/// The queries of a unit, as halves [heads.n][d] in shared memory, scaled; its own key and value go to the cache: see StreamOwnToken. What they
+/// are made of comes by asynchronous copies, in one trip to the L2, and the loop over pairs is not unrolled: code that runs once a layer costs
+/// five cycles an instruction.
 struct QueriesShared {
     const StreamFlash& f;
     const UnitHeads& heads;
     int split, d;
-    u16* from;
-    TP_MEMBER void prepare() const {
+    u16* queries;
+    float* rows;                    // rows of d floats: the unit's query heads, key, value, the turns, and the weights of the heads' norms
+    int row[2] = {}, high[2] = {};  // of the caches, for key and value; -1: outside
+
+    TP_MEMBER const StreamOwnToken::Cache& cache(int i) const { return i ? f.own.v_cache : f.own.k_cache; }
+    TP_MEMBER int row_of(int pair) const { return (int)((u64)(u32)pair * f.own.half_inverse >> 32); }
+    TP_MEMBER TpInt4 eight(const UnitHeads&, int h, int at) const { return *(const TpInt4*)(queries + h * d + at); }
+
+    TP_MEMBER void begin() {
+        const StreamOwnToken& own = f.own;
+        if (!own.table) return;
+        const int key = heads.n, n = (key + 3 + (own.q_norm ? 2 : 0)) * d / 4;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < n; i += kMultiply) {
+            const int at = row_of(2 * i) - key;
+            if (at < 0 && !heads.mine(at + key)) continue;
+            const float* from = at < 0 ? own.q + (heads.first + at + key) * d : at == 0 ? own.k + heads.kv_head * d : own.v + heads.kv_head * d;
+            if (at > 1) from = at == 2 ? own.table : at == 3 ? own.q_norm : own.k_norm;
+            tp_copy_async(rows + 4 * i, from + (4 * i - (at + key) * d));
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            row[i] = tp_load_word_in_order(cache(i).row, true), high[i] = tp_load_word_in_order(cache(i).row + 4, cache(i).row_type == kI64);
+    }
+    TP_MEMBER void prepare() {
         if (f.own.table) {
-            float* const met = (float*)(shared_of().x + kStreamQueryBytes);
-            if (f.own.q_norm) turn_own<true>(f, heads, split, from, met);
-            else turn_own<false>(f, heads, split, from, met);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                if (!high[i] && row[i] >= 0 && row[i] < (int)cache(i).n_rows) continue;
+                row[i] = -1;
+                if (threadIdx.x == 0) atomicExch(f.own.fault, (u32)kFaultKvCell);
+            }
+            tp_copy_wait();
+            sync_multiplying();
+            turn();
         } else {
             for (int i = 8 * (int)threadIdx.x; i < heads.n * d; i += 8 * kMultiply) {
                 const int h = i / d;
-                if (heads.mine(h)) *(TpInt4*)(from + i) = QueriesInMemory{f.args.a, 0, 0}.eight(heads, h, i - h * d);
+                if (heads.mine(h)) *(TpInt4*)(queries + i) = QueriesInMemory{f.args.a, 0, 0}.eight(heads, h, i - h * d);
             }
         }
         sync_multiplying();
     }
-    TP_MEMBER TpInt4 eight(const UnitHeads&, int h, int at) const { return *(const TpInt4*)(from + h * d + at); }
+    TP_MEMBER void turn() const {
+        const StreamOwnToken& own = f.own;
+        const int half = d / 2, key = heads.n, lane = threadIdx.x % 32;
+        const float *const table = rows + (key + 2) * d, *const norms = table + d;
+        float* const scales = rows + (key + 5) * d;
+        const bool normed = own.q_norm;
+        if (normed) {
+#pragma unroll 1
+            for (int h = threadIdx.x / 32; h <= key; h += kStreamWarps) {
+                float squares = 0;
+#pragma unroll 1
+                for (int i = lane; i < d; i += 32) squares += rows[h * d + i] * rows[h * d + i];
+                squares = tp_warp_sum(squares);
+                if (lane == 0) scales[h] = 1.0f / sqrtf(squares / (float)d + (h < key ? own.q_eps : own.k_eps));
+            }
+            sync_multiplying();
+        }
+#pragma unroll 1
+        for (int i = threadIdx.x; i < (key + 2) * half; i += kMultiply) {
+            const int h = row_of(i), of_cache = h - key, pair = i - h * half, turned = pair - own.n_offs / 2;
+            if (of_cache < 0 && !heads.mine(h)) continue;
+            const bool turns = of_cache < 1 && turned >= 0 && turned < own.n_dims / 2;
+            int at = 2 * pair, other = at + 1;
+            if (turns && own.neox) at = own.n_offs + turned, other = at + own.n_dims / 2;
+            float a = rows[h * d + at], b = rows[h * d + other];
+            if (normed && of_cache < 1) {
+                const float* const weight = norms + (of_cache == 0 ? d : 0);
+                a *= scales[h] * weight[at], b *= scales[h] * weight[other];
+            }
+            if (turns) {
+                const float cosine = table[2 * turned], sine = table[2 * turned + 1], before = a;
+                a = before * cosine - b * sine, b = before * sine + b * cosine;
+            }
+            float* y = of_cache < 0 ? own.q_y : of_cache == 0 ? own.k_y : nullptr;
+            if (y && split == 0) {
+                y += (of_cache < 0 ? heads.first + h : heads.kv_head) * d;
+                y[at] = a, y[other] = b;
+            }
+            if (of_cache < 0) a *= f.args.a.scale, b *= f.args.a.scale;
+            const u16 first = tp_float_to_half(a), second = tp_float_to_half(b);
+            if (of_cache < 0) {
+                queries[h * d + at] = first, queries[h * d + other] = second;
+                continue;
+            }
+            const int to_row = of_cache ? row[1] : row[0];  // registers, not an array
+            if (to_row < 0) continue;
+            // The piece that has the cell writes it; one that the attention does not see is the first piece's.
+            const StreamOwnToken::Cache& to = cache(of_cache);
+            const int cell = to_row - (int)to.first, piece = f.args.n_splits == 1 || cell < 0 ? 0 : cell / f.args.cells;
+            if ((piece < f.args.n_splits ? piece : 0) != split) continue;
+            u16* const there = (u16*)(to.data + (i64)to_row * to.row_bytes) + heads.kv_head * d;
+            there[at] = first, there[other] = second;
+        }
+    }
 };
 /// What flash_combine will add up, or, where one piece has all cells, what it would say.
 struct StreamResults {
@@ -875,9 +877,9 @@ TP_OUTLINE void attend(int at) {
         const u32 head = unit / (u32)args.n_splits;
         const int split = (int)(unit - head * (u32)args.n_splits);
         const UnitHeads heads = heads_of_unit(args, head);
-        const QueriesShared from{f, heads, split, d, queries};
         const StreamResults to{f, split};
-        flash_columns<kD, kStreamWarps, false>(args, heads, split, 0, 0, thread, merged, from, to, sync_multiplying);
+        flash_columns<kD, kStreamWarps, false>(args, heads, split, 0, 0, thread, merged, QueriesShared{f, heads, split, d, queries, merged}, to,
+                                               sync_multiplying);
         sync_multiplying();  // the next unit writes there
     }
 }

@@ -144,16 +144,16 @@ def test_several_sequences(workers, models, family, ranks):
     assert nmse(workers.run(jobs.sequences, emulated(ranks), model=model, on_device=True), reference) <= TOLERANCE["F16"]
 
 
-@pytest.mark.parametrize("ranks", ALL_RANKS)
+@pytest.mark.parametrize("ranks", [r if r in (1, 2, 3, 8) else pytest.param(r, marks=pytest.mark.full) for r in ALL_RANKS])
 def test_shipped_model_says_the_same(workers, ranks):
-    arguments = {"model": SHIPPED, "prompt": "It was a ", "n": 64}
+    arguments = {"model": SHIPPED, "prompt": "It was a ", "n": 48}
     reference = workers.run(jobs.run_model, {}, on_device=False, **arguments)
     result = workers.run(jobs.run_model, emulated(ranks), on_device=True, **arguments)
     assert result["tokens"] == reference["tokens"]
 
 
 def test_perplexity(workers):
-    text = (Path(__file__).parent / "data" / "heldout.txt").read_text()[:1600]
+    text = (Path(__file__).parent / "data" / "heldout.txt").read_text()[:1100]
     reference = workers.run(jobs.perplexity, {}, model=SHIPPED, text=text, on_device=False)
     result = workers.run(jobs.perplexity, emulated(3), model=SHIPPED, text=text, on_device=True)
     assert abs(result / reference - 1) < 0.005

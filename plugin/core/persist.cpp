@@ -732,7 +732,7 @@ class RankRun {
             if (y.type != kF16 || y.nb[0] != 2 || store.row_period || y.ne[0] != d * k_heads || seen.ne[0] != d || seen.ne[2] != k_heads ||
                 (k_heads > 1 && seen.nb[2] != d * 2) || seen.nb[1] != y.nb[1] || y.nb[1] <= 0 || from % y.nb[1])
                 return false;
-            if (store.idx.type != kI64 && store.idx.type != kI32) return false;
+            if ((store.idx.type != kI64 && store.idx.type != kI32) || store.n_rows >= i64{1} << 31) return false;
             to = {y.data, store.idx.data, y.nb[1], store.n_rows, from / y.nb[1], store.idx.type, 0};
             own.fault = store.fault;
             return true;
@@ -755,6 +755,8 @@ class RankRun {
         const Draft before = stages.back();
         const std::vector<Span> inputs = {span_of(own.q, d * q_heads * 4), span_of(own.k, d * k_heads * 4), span_of(own.v, d * k_heads * 4)};
         if (meet(inputs, before.writes)) return false;
+        for (const float* p : {own.q, own.k, own.v, own.q_norm, own.k_norm})
+            if (reinterpret_cast<u64>(p) % 16) return false;  // it is copied in sixteens
         own.table = ropes.table[0];
         own.n_dims = q.n_dims, own.n_offs = q.n_offs, own.neox = q.neox;
         own.half_inverse = static_cast<u32>(((i64{1} << 32) + d / 2 - 1) / (d / 2));
