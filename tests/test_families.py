@@ -74,6 +74,15 @@ def test_family_whole_product(workers, models, family, ranks):
     check_family(workers, models, family, "F16", ranks)
 
 
+# Of every kind of layer: sliding windows, latent attention, states, experts, encoders. Most ranks have no head of K and V of their own, many none at all.
+MOST_RANKS = ("gemma3", "gpt-oss", "phi3", "olmo2", "deepseek2", "kimi-linear", "mamba2", "jamba", "qwen3next", "rwkv7", "lfm2", "llama4", "bert", "t5")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3moe", *(pytest.param(name, marks=full) for name in MOST_RANKS)])
+def test_family_on_sixteen_ranks(workers, models, family):
+    check_family(workers, models, family, "F16", 16)
+
+
 @full
 @pytest.mark.parametrize("quant", ["Q8_0", "Q4_0"])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if not has_experts(name) and name != "gemma3n"])
