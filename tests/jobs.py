@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import exact
 import families
 import gguf
 import graphs
@@ -143,6 +144,10 @@ def encode_decode(model: str, prompt: list[int], n: int, on_device: bool, flash_
     context.close()
     loaded.close()
     return out
+
+
+def exact_logits(model: str, prompt: list[int], kv_type: int) -> np.ndarray:
+    return exact.llama_logits(_host().path, model, prompt, kv_type)
 
 
 def write_draft(path: str, model: str, noise: float) -> None:
