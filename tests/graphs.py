@@ -75,7 +75,7 @@ void ggml_backend_tensor_copy(tensor source, tensor target);
 int ggml_backend_graph_compute(void *backend, void *graph);
 """
 
-F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, IQ4_XS, I32, I64, BF16 = 0, 1, 2, 8, 12, 14, 23, 26, 27, 30
+F32, F16, Q4_0, Q8_0, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, I32, I64, BF16 = 0, 1, 2, 8, 11, 12, 13, 14, 23, 26, 27, 30
 NAMES = {F32: "F32", F16: "F16", Q4_0: "Q4_0", Q8_0: "Q8_0", Q4_K: "Q4_K", Q6_K: "Q6_K", BF16: "BF16"}
 # Types that are read element by element.
 ELEMENT_TYPES = {

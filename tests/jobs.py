@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import exact
 import families
+import gguf
 import graphs
 import numpy as np
 import random_graphs
@@ -79,7 +82,6 @@ _MORE = """
     float *llama_get_embeddings_ith(void *context, int32_t i);
     int32_t llama_model_n_embd(const void *model);
     int32_t llama_model_decoder_start_token(const void *model);
-    bool llama_memory_seq_rm(void *memory, int32_t seq, int32_t from, int32_t to);
     void llama_memory_seq_cp(void *memory, int32_t seq, int32_t to_seq, int32_t from, int32_t to);
     void llama_memory_seq_add(void *memory, int32_t seq, int32_t from, int32_t to, int32_t delta);
     bool llama_memory_can_shift(void *memory);
@@ -144,6 +146,19 @@ def encode_decode(model: str, prompt: list[int], n: int, on_device: bool, flash_
     return out
 
 
+def exact_logits(model: str, prompt: list[int], kv_type: int) -> np.ndarray:
+    return exact.llama_logits(_host().path, model, prompt, kv_type)
+
+
+def write_draft(path: str, model: str, noise: float) -> None:
+    """A model that mostly says what another does: its matrices, each element off by a part of itself."""
+    shutil.copy(model, path)
+    rng = np.random.default_rng(0)
+    for tensor in gguf.GGUFReader(path, "r+").tensors:
+        if tensor.tensor_type == gguf.GGMLQuantizationType.F16:
+            tensor.data[...] = (tensor.data * (1 + noise * rng.normal(size=tensor.data.shape))).astype(np.float16)
+
+
 def write_lora(path: str, model: str) -> None:
     families.write_lora(Path(path), Path(model))
 
@@ -177,15 +192,49 @@ def edited_cache(model: str, prompt: list[int], on_device: bool, kv_type: int = 
     lib.llama_memory_seq_cp(memory, 0, 1, -1, -1)
     rows.append(context.decode_batch([(7, n, 0), (8, n, 1)], all_logits=True))
     if lib.llama_memory_can_shift(memory):
-        assert lib.llama_memory_seq_rm(memory, 0, 5, 13)
+        assert host.lib.llama_memory_seq_rm(memory, 0, 5, 13)
         lib.llama_memory_seq_add(memory, 0, 13, -1, -8)
         n -= 8
     rows.append(context.decode_batch([(9, n + 1, 0)], all_logits=True))
-    assert lib.llama_memory_seq_rm(memory, 1, -1, -1)
+    assert host.lib.llama_memory_seq_rm(memory, 1, -1, -1)
     rows.append(context.decode_batch([(10, n + 2, 0), (11, 0, 1)], all_logits=True))
     context.close()
     loaded.close()
     return np.concatenate(rows)
+
+
+def speculate(model: str, draft: str, prompt: list[int] | str, guesses: list[int], on_device: bool, flash_attn: bool = True) -> dict[str, Any]:
+    """Two models at once, by turns: the draft guesses as many tokens as each round says, the target reads them in one batch of one more and
+    says which of them it would have said; both forget the others."""
+    host = _with_plugin() if on_device else _host()
+    device = "TP0" if on_device else None
+    target, drafter = host.model(model, device), host.model(draft, device)
+    prompt = target.tokenize(prompt) if isinstance(prompt, str) else prompt
+    contexts = target.context(n_ctx=512, flash_attn=flash_attn), drafter.context(n_ctx=512, flash_attn=flash_attn)
+    logits, drafted = contexts[0].decode(prompt, 0), contexts[1].decode(prompt, 0)
+    text, rows, draft_rows, accepted = [int(np.argmax(logits[-1]))], [logits], [drafted], []
+    for n in guesses:
+        start, guess = len(prompt) + len(text) - 1, [text[-1]]
+        for _ in range(n):
+            drafted = contexts[1].decode([guess[-1]], start + len(guess) - 1)
+            draft_rows.append(drafted)
+            guess.append(int(np.argmax(drafted[-1])))
+        logits = contexts[0].decode(guess, start, all_logits=True)
+        said = [int(token) for token in np.argmax(logits, axis=1)]
+        right = next((i for i in range(n) if guess[i + 1] != said[i]), n)
+        rows.append(logits)
+        text += said[: right + 1]
+        accepted.append(right)
+        contexts[0].forget(start + right + 1)
+        if right == n:  # the draft has not read its own last guess
+            contexts[1].decode([guess[-1]], start + n)
+        contexts[1].forget(start + right + 1)
+    out = {"tokens": text, "accepted": accepted, "logits": np.concatenate(rows), "draft_logits": np.concatenate(draft_rows)}
+    for context in contexts:
+        context.close()
+    for loaded in (target, drafter):
+        loaded.close()
+    return out
 
 
 def run_devices(

@@ -152,6 +152,35 @@ def test_shipped_model_says_the_same(workers, ranks):
     assert result["tokens"] == reference["tokens"]
 
 
+GUESSES = [1, 2, 3, 4, 5, 6, 7]  # of each round: batches of 2 to 8 tokens
+
+
+def check_speculation(workers, ranks: int, arch: str = "sm_60", **arguments) -> dict:
+    reference = workers.run(jobs.speculate, {}, on_device=False, guesses=GUESSES, **arguments)
+    result = workers.run(jobs.speculate, emulated(ranks, arch), on_device=True, guesses=GUESSES, **arguments)
+    assert (result["tokens"], result["accepted"]) == (reference["tokens"], reference["accepted"])
+    assert nmse(result["logits"], reference["logits"]) <= TOLERANCE["F16"]
+    assert nmse(result["draft_logits"], reference["draft_logits"]) <= TOLERANCE["F16"]
+    return result
+
+
+@pytest.mark.parametrize(("ranks", "arch"), [(1, "sm_60"), (3, "sm_60"), (5, "sm_60"), (2, "sm_90")])
+def test_speculation(workers, tmp_path, ranks, arch):
+    """A draft and its target on one device: some rounds accept all, some none, some a part, and the text is what the target says by itself."""
+    draft = str(tmp_path / "draft.gguf")
+    workers.run(jobs.write_draft, {}, path=draft, model=SHIPPED, noise=0.2)
+    result = check_speculation(workers, ranks, arch, model=SHIPPED, draft=draft, prompt="It was a ")
+    rounds = list(zip(result["accepted"], GUESSES, strict=True))
+    assert any(right == n for right, n in rounds) and any(right == 0 for right, n in rounds) and any(0 < right < n for right, n in rounds)
+    assert result["tokens"] == workers.run(jobs.run_model, {}, on_device=False, model=SHIPPED, prompt="It was a ", n=len(result["tokens"]))["tokens"]
+
+
+@pytest.mark.parametrize(("target", "draft", "ranks"), [("qwen3moe", "llama", 3)])
+def test_speculation_with_a_draft_of_another_architecture(workers, models, target, draft, ranks):
+    """Which is never right: each round ends with what the target says, and all guesses are forgotten."""
+    check_speculation(workers, ranks, model=models(target, "F16"), draft=models(draft, "F16"), prompt=PROMPT)
+
+
 def test_perplexity(workers):
     text = (Path(__file__).parent / "data" / "heldout.txt").read_text()[:1100]
     reference = workers.run(jobs.perplexity, {}, model=SHIPPED, text=text, on_device=False)

@@ -389,43 +389,4 @@ Plan settle(const Graph& graph, int n_ranks, const std::vector<double>& split, c
     }
 }
 
-void verify(const Plan& plan, const Graph& graph) {
-    std::vector<char> is_partial(graph.tensors.size(), 0);
-    auto refuse = [&](const PlanStep& step, const char* why) {
-        throw Error("the plan is wrong at " + graph.tensors[step.tensor].name + ": " + why + " (a bug; please report the graph)");
-    };
-    for (const PlanStep& step : plan.steps) {
-        if (step.kind != PlanStep::kCompute) {
-            if (step.kind == PlanStep::kAllReduce && !is_partial[step.tensor]) refuse(step, "all_reduce of what is no Partial");
-            is_partial[step.tensor] = 0;
-            continue;
-        }
-        const Tensor& t = graph.tensors[step.tensor];
-        u32 partial_sources = 0;
-        for (size_t i = 0; i < step.inputs.size(); ++i) {
-            if (t.src[i] < 0) continue;
-            const bool p = is_partial[graph.tensors[t.src[i]].root];
-            if (p != (step.inputs[i].kind == Sharding::kPartial)) refuse(step, "a source's Partial is not accounted for");
-            partial_sources |= u32{p} << i;
-        }
-        if (partial_sources && step.output.kind != Sharding::kPartial) refuse(step, "a Partial is read before its all_reduce");
-        if (partial_sources && !may_pass_partial(t, partial_sources)) refuse(step, "an op that is not linear reads a Partial");
-        if (step.output.kind == Sharding::kPartial && t.stored) refuse(step, "a Partial would be stored");
-        if (step.output.kind == Sharding::kPartial && !partial_sources)
-            for (const Sharding& input : step.inputs)
-                if (overlap(input)) refuse(step, "what two ranks hold would be summed twice");
-        if (step.output.kind == Sharding::kSharded) {
-            if (static_cast<int>(step.output.ranges.size()) != plan.n_ranks) refuse(step, "ranges are missing");
-            for (int s = 0; s < step.output.n_segments(); ++s)
-                for (const Range& range : step.output.segment(s).ranges)
-                    if (range.begin < 0 || range.end > t.ne[step.output.axis] || range.begin > range.end) refuse(step, "a range lies outside the tensor");
-        }
-        is_partial[t.root] = step.output.kind == Sharding::kPartial;
-    }
-    // A Partial that a later node of the graph wrote over is nobody's; what the host can still read must be settled, or known for what it is.
-    for (const Plan::Survivor& s : plan.survivors)
-        if (is_partial[s.root] != s.part.extent.is_partial)
-            throw Error("the plan leaves " + graph.tensors[s.root].name + " as a Partial (a bug; please report the graph)");
-}
-
 }  // namespace ggml_tp

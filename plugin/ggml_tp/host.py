@@ -45,6 +45,7 @@ size_t llama_state_set_data(void *context, const uint8_t *data, size_t n);
 void llama_synchronize(void *context);
 void *llama_get_memory(const void *context);
 void llama_memory_clear(void *memory, bool data);
+bool llama_memory_seq_rm(void *memory, int32_t seq, int32_t from, int32_t to);
 void llama_log_set(void *callback, void *user);
 void *ggml_backend_load(const char *path);
 void *ggml_backend_dev_by_name(const char *name);
@@ -291,6 +292,12 @@ class Context:
         """Forgets all positions."""
         lib = self.model.host.lib
         lib.llama_memory_clear(lib.llama_get_memory(self.handle), False)
+
+    def forget(self, start: int, seq: int = 0) -> None:
+        """Forgets a sequence's positions from `start` on."""
+        lib = self.model.host.lib
+        if not lib.llama_memory_seq_rm(lib.llama_get_memory(self.handle), seq, start, -1):
+            raise HostError(f"the host cannot forget the positions from {start} on")
 
     def state(self) -> bytes:
         ffi, lib = self.model.host.ffi, self.model.host.lib

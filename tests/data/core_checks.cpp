@@ -1,5 +1,6 @@
 // Checks of plugin/core that need no host and no device. usage: core_checks SEED; prints what is wrong, exits with the number of faults.
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -7,6 +8,7 @@
 #include "memory.h"
 #include "plan.h"
 #include "rules.h"
+#include "token.h"
 
 using namespace ggml_tp;
 
@@ -145,21 +147,28 @@ void check_planes(std::mt19937& rng) {
     }
 }
 
-/// c = rms_norm(a + b) with hand-written shardings.
+/// p = w * x, s = p + b, n = rms_norm(s), whose shardings are written by hand.
+enum { kW, kX, kB, kP, kS, kN };
 Graph small_graph() {
     Graph graph;
-    for (int id = 0; id < 4; ++id) {
+    for (int id = kW; id <= kN; ++id) {
         Tensor t;
         t.id = t.root = id;
-        t.name = std::string(1, static_cast<char>('a' + id));
-        t.bytes = 64;
-        for (int d = 0; d < 4; ++d) t.ne[d] = d ? 1 : 16, t.nb[d] = d ? 64 : 4;
+        t.name = std::string(1, "wxbpsn"[id]);
+        t.type = kF32;
+        for (int d = 0; d < 4; ++d) t.ne[d] = d == 0 || (d == 1 && id == kW) ? 16 : 1, t.nb[d] = d == 0 ? 4 : t.nb[d - 1] * t.ne[d - 1];
+        t.bytes = t.nb[3];
+        t.address = static_cast<u64>(4096 * (1 + id));
         for (int& source : t.src) source = -1;
         graph.tensors.push_back(t);
     }
-    graph.tensors[2].op = abi::Op::ADD, graph.tensors[2].src[0] = 0, graph.tensors[2].src[1] = 1;
-    graph.tensors[3].op = abi::Op::RMS_NORM, graph.tensors[3].src[0] = 2;
-    for (int id : {2, 3}) graph.tensors[static_cast<size_t>(id)].is_node = true, graph.nodes.push_back(id);
+    auto node = [&](int id, abi::Op op, std::initializer_list<int> sources) {
+        Tensor& t = graph.tensors[static_cast<size_t>(id)];
+        t.op = op, t.is_node = true;
+        std::copy(sources.begin(), sources.end(), t.src);
+        graph.nodes.push_back(id);
+    };
+    node(kP, abi::Op::MUL_MAT, {kW, kX}), node(kS, abi::Op::ADD, {kP, kB}), node(kN, abi::Op::RMS_NORM, {kS});
     return graph;
 }
 bool accepted(const Plan& plan, const Graph& graph) {
@@ -187,37 +196,214 @@ void check_verifier() {
         out.n_ranks = 2, out.steps = std::move(steps);
         return out;
     };
-    const PlanStep add = compute(2, {replicated(), replicated()}, replicated()), norm = compute(3, {replicated()}, replicated());
-    expect(accepted(plan({add, norm}), graph), "a right plan is refused");
-    expect(!accepted(plan({add, reduce(2), norm}), graph), "an all_reduce of what is whole is accepted");
-    expect(!accepted(plan({compute(2, {partial(), replicated()}, partial()), reduce(2), norm}), graph), "an invented Partial is accepted");
-    const PlanStep makes_partial = compute(2, {replicated(), replicated()}, partial());
-    expect(accepted(plan({makes_partial, reduce(2), norm}), graph), "a reduced Partial is refused");
-    expect(!accepted(plan({makes_partial, norm}), graph), "a norm of a Partial is accepted as if it were whole");
-    expect(!accepted(plan({makes_partial, compute(3, {partial()}, partial())}), graph), "a norm passes a Partial on");
-    expect(!accepted(plan({compute(2, {replicated(), replicated()}, sharded(0, {{0, 8}, {8, 17}})), norm}), graph), "a range outside the tensor is accepted");
-    expect(!accepted(plan({compute(2, {replicated(), replicated()}, sharded(0, {{0, 16}})), norm}), graph), "ranges for too few ranks are accepted");
-    const auto sum_of = [&](Ranges ranges) { return plan({compute(2, {sharded(0, ranges), sharded(0, ranges)}, partial()), reduce(2), norm}); };
-    expect(accepted(sum_of({{0, 8}, {8, 16}}), graph), "a sum of shards is refused");
+    const Part in_halves{{0, 64}, {64, {{0, 32}, {32, 64}}}}, as_summands{{0, 64}, {0, {}, true}};
+    const Ranges halves{{0, 8}, {8, 16}};
+    const Sharding whole = replicated(), half = sharded(0, halves), half_rows = sharded(1, halves);
+    const PlanStep multiply = compute(kP, {whole, whole}, whole), add = compute(kS, {whole, whole}, whole), norm = compute(kN, {whole}, whole);
+    expect(accepted(plan({multiply, add, norm}), graph), "a right plan is refused");
+    expect(!accepted(plan({multiply, reduce(kP), add, norm}), graph), "an all_reduce of what is whole is accepted");
+    expect(!accepted(plan({multiply, compute(kS, {partial(), whole}, partial()), reduce(kS), norm}), graph), "an invented Partial is accepted");
+    const PlanStep summands = compute(kP, {half, half}, partial());
+    expect(accepted(plan({summands, reduce(kP), add, norm}), graph), "a reduced Partial is refused");
+    expect(!accepted(plan({summands, add, norm}), graph), "a Partial is read as if it were whole");
+    expect(!accepted(plan({summands, compute(kS, {partial(), whole}, whole), norm}), graph), "a sum with a Partial is accepted as if it were whole");
+    expect(!accepted(plan({multiply, compute(kS, {whole, whole}, partial()), reduce(kS), norm}), graph), "what is whole is summed");
+    expect(!accepted(plan({compute(kP, {whole, whole}, partial()), reduce(kP), add, norm}), graph), "whole products are summed");
+    const PlanStep passed = compute(kS, {partial(), whole}, partial());
+    Plan passes = plan({summands, passed, reduce(kS), norm});
+    expect(!accepted(passes, graph), "a Partial that the host would not know of is accepted");
+    passes.survivors.push_back({kP, as_summands});
+    expect(accepted(passes, graph), "a Partial to which one rank adds is refused");
+    expect(!accepted(plan({summands, passed, compute(kN, {partial()}, partial()), reduce(kN)}), graph), "a norm passes a Partial on");
+    const auto sum_of = [&](Ranges ranges) { return plan({compute(kP, {sharded(0, ranges), sharded(0, ranges)}, partial()), reduce(kP), add, norm}); };
+    expect(accepted(sum_of({{0, 5}, {5, 16}}), graph), "a sum of shards is refused");
     expect(!accepted(sum_of({{0, 10}, {8, 16}}), graph), "a sum of shards that two ranks hold a part of is accepted");
-    Plan left = plan({makes_partial});
-    left.survivors.push_back({2, {}});
+    expect(!accepted(sum_of({{0, 8}, {9, 16}}), graph), "a sum without a summand is accepted");
+    expect(!accepted(plan({compute(kP, {half, sharded(0, {{0, 7}, {7, 16}})}, partial()), reduce(kP), add, norm}), graph), "rows and columns do not meet");
+
+    // Rows of the product divided: a rank has its own only, until they are gathered.
+    const PlanStep rows = compute(kP, {half_rows, whole}, half), add_half = compute(kS, {half, half}, half);
+    PlanStep gather;
+    gather.kind = PlanStep::kAllGather, gather.tensor = kS, gather.part = in_halves;
+    const auto by_rows = [&](std::vector<PlanStep> steps, std::initializer_list<int> left) {
+        Plan out = plan(std::move(steps));
+        for (int root : left) out.survivors.push_back({root, in_halves});
+        return out;
+    };
+    expect(accepted(by_rows({rows, add_half, gather, norm}, {kP}), graph), "a gathered sum is refused");
+    expect(!accepted(by_rows({rows, add_half, gather, norm}, {}), graph), "a divided result that the host would not know of is accepted");
+    expect(!accepted(by_rows({rows, add_half, norm}, {kP, kS}), graph), "a norm reads what its rank has not");
+    expect(!accepted(by_rows({rows, add_half, compute(kN, {half}, half)}, {kP, kS, kN}), graph), "a norm of a half row is accepted");
+    expect(!accepted(by_rows({rows, add, norm}, {kP}), graph), "a sum reads what its rank has not");
+    expect(!accepted(by_rows({rows, compute(kS, {half, whole}, half), gather, norm}, {kP}), graph), "a rank adds the first half of what is whole to its own");
+    expect(!accepted(by_rows({compute(kP, {whole, whole}, half), add_half, gather, norm}, {kP}), graph), "a rank multiplies the first rows for its own");
+    PlanStep otherwise = gather;
+    otherwise.part.extent.ranges = {{0, 28}, {28, 64}};
+    expect(!accepted(by_rows({rows, add_half, otherwise, norm}, {kP}), graph), "an all_gather of other ranges is accepted");
+    const auto divided = [&](Ranges ranges) { return by_rows({compute(kP, {sharded(1, ranges), whole}, sharded(0, ranges)), add_half, gather, norm}, {kP}); };
+    expect(accepted(divided(halves), graph), "a product by rows is refused");
+    expect(!accepted(divided({{0, 8}, {8, 17}}), graph), "a range outside the tensor is accepted");
+    expect(!accepted(divided({{0, 16}}), graph), "ranges for too few ranks are accepted");
+    expect(!accepted(divided({{0, 8}, {9, 16}}), graph), "an element that no rank computes is accepted");
+
+    Plan left = plan({summands, passed});
+    left.survivors.push_back({kS, {}});
     expect(!accepted(left, graph), "a Partial that the host can read is accepted");
-    left.survivors[0].part.extent.is_partial = true;
+    left.survivors = {{kS, as_summands}, {kP, as_summands}};
     expect(accepted(left, graph), "a Partial that reads will sum is refused");
     Graph product = graph;
-    product.tensors[2].op = abi::Op::MUL;
-    const PlanStep first = compute(0, {}, partial()), second = compute(1, {}, partial());
-    expect(accepted(plan({first, compute(2, {partial(), replicated()}, partial()), reduce(2), norm}), product), "a scaled Partial is refused");
-    expect(!accepted(plan({first, second, compute(2, {partial(), partial()}, partial()), reduce(2), norm}), product), "a product of Partials is accepted");
-    expect(accepted(plan({first, compute(2, {partial(), replicated()}, partial()), reduce(2), norm}), graph), "a Partial to which one rank adds is refused");
-    product.tensors[2].op = abi::Op::SUB;
-    expect(!accepted(plan({first, compute(2, {partial(), replicated()}, partial()), reduce(2), norm}), product), "a Partial less a whole is accepted");
+    product.tensors[kS].op = abi::Op::MUL;
+    expect(accepted(plan({summands, passed, reduce(kP), reduce(kS), norm}), product), "a scaled Partial is refused");
+    product.tensors[kS].src[1] = kP;
+    expect(!accepted(plan({summands, compute(kS, {partial(), partial()}, partial()), reduce(kP), reduce(kS), norm}), product),
+           "a product of Partials is accepted");
+    product = graph;
+    product.tensors[kS].op = abi::Op::SUB;
+    expect(!accepted(plan({summands, passed, reduce(kP), reduce(kS), norm}), product), "a Partial less a whole is accepted");
+
+    // What is stored: no rank writes where it has no memory, none leaves out what it has.
+    Stored cache;
+    cache.name = "cache", cache.type = kF32, cache.ne[0] = 16, cache.bytes = 64, cache.extent = Extent{64, {{0, 32}, {32, 64}}};
+    Graph stores = graph;
+    stores.tensors[kS].stored = &cache;
+    const PlanStep norm_half = compute(kN, {whole}, whole);
+    stores.nodes.pop_back();
+    expect(accepted(plan({multiply, compute(kS, {half, half}, half)}), stores), "what is written as it is stored is refused");
+    expect(!accepted(plan({multiply, add}), stores), "a rank writes more than it stores");
+    const Sharding other = sharded(0, {{0, 7}, {7, 16}});
+    expect(!accepted(plan({multiply, compute(kS, {other, other}, other)}), stores), "a rank writes beyond what it stores");
+    expect(!accepted(plan({multiply, compute(kS, {half, half}, half), norm_half}), stores), "a rank reads what it does not store");
+    cache.extent->ranges[1].end = 68;
+    expect(!accepted(plan({multiply, compute(kS, {half, half}, half)}), stores), "a shard beyond its tensor is accepted");
+}
+
+/// Two layers of 8 heads, 4 of K and V: with experts, or Q, K and V in one weight and gate and up in one, or states instead of attention.
+enum class Kind { kPlain, kExperts, kFused, kStates };
+ModelShape small_model(Kind kind) {
+    ModelShape m;
+    m.n_embd = 256, m.n_expert_used = 3, m.type_k = m.type_v = kF16;
+    auto add = [&](const std::string& name, int type, i64 n0, i64 n1 = 1, i64 n2 = 1) { m.tensors.push_back({name, type, {n0, n1, n2, 1}}); };
+    for (int i = 0; i < 2; ++i) {
+        const std::string p = "blk." + std::to_string(i) + ".";
+        add(p + "attn_norm.weight", kF32, 256);
+        if (kind == Kind::kStates) {
+            add(p + "ssm_in.weight", kF16, 256, 1168), add(p + "ssm_conv1d.weight", kF32, 4, 640), add(p + "ssm_conv1d.bias", kF32, 640);
+            add(p + "ssm_dt.bias", kF32, 16), add(p + "ssm_a", kF32, 1, 16), add(p + "ssm_d", kF32, 1, 16);
+            add(p + "ssm_norm.weight", kF32, 256, 2), add(p + "ssm_out.weight", kF16, 512, 256);
+            m.layers.push_back({});
+            continue;
+        }
+        if (kind == Kind::kFused) add(p + "attn_qkv.weight", kF16, 256, 512);
+        else add(p + "attn_q.weight", kF16, 256, 256), add(p + "attn_k.weight", kF16, 256, 128), add(p + "attn_v.weight", kF16, 256, 128);
+        add(p + "attn_output.weight", kF16, 256, 256), add(p + "ffn_norm.weight", kF32, 256);
+        if (kind == Kind::kExperts) {
+            add(p + "ffn_gate_inp.weight", kF32, 256, 6), add(p + "ffn_gate_exps.weight", kF16, 256, 192, 6);
+            add(p + "ffn_up_exps.weight", kF16, 256, 192, 6), add(p + "ffn_down_exps.weight", kF16, 192, 256, 6);
+        } else {
+            if (kind == Kind::kPlain) add(p + "ffn_gate.weight", kF16, 256, 768);
+            add(p + "ffn_up.weight", kF16, 256, kind == Kind::kPlain ? 768 : 1536), add(p + "ffn_down.weight", kF16, 768, 256);
+        }
+        m.layers.push_back({8, 4, 32, 32, 256});
+    }
+    add("output_norm.weight", kF32, 256), add("output.weight", kF16, 256, 320);
+    return m;
+}
+
+/// Every way in which one number of a right plan can be wrong, for each of its steps: none may be accepted.
+void check_broken_plans(Kind kind, int n_ranks) {
+    TokenGraph token = token_graph(small_model(kind), n_ranks, {});
+    const Graph& graph = token.graph;
+    const Plan right = settle(graph, n_ranks, {}, [&](Stored& tensor, const Sharding& sharding, const std::optional<Extent>& extent) {
+        tensor.sharding = sharding;
+        tensor.extent = extent;
+        lay_out_planes(tensor, n_ranks);
+    });
+    expect(token.notes.empty() && accepted(right, graph), "the plan of a model is refused");
+    int n_broken = 0;
+    const auto refused = [&](const Plan& plan, const PlanStep& step, const char* how) {
+        ++n_broken;
+        if (!accepted(plan, graph)) return;
+        ++faults;
+        std::printf("wrong: model %d, %d ranks, accepted at %s: %s\n", static_cast<int>(kind), n_ranks,
+                    graph.tensors[static_cast<size_t>(step.tensor)].name.c_str(), how);
+    };
+    const auto is_cut = [](const Sharding& s) {
+        return s.kind == Sharding::kSharded && std::any_of(s.ranges.begin(), s.ranges.end(), [&](const Range& r) { return r != s.ranges[0]; });
+    };
+    const auto turn = [&](Sharding& s) {  // each rank has another's part
+        if (!is_cut(s)) return false;
+        std::rotate(s.ranges.begin(), s.ranges.begin() + 1, s.ranges.end());
+        for (Ranges& ranges : s.rest) std::rotate(ranges.begin(), ranges.begin() + 1, ranges.end());
+        return true;
+    };
+    const auto later = [](Sharding& s) {  // the first rank that has something has it from the next element on
+        for (Range& range : s.ranges)
+            if (range.size()) return ++range.begin, true;
+        return false;
+    };
+    for (size_t i = 0; i < right.steps.size(); ++i) {
+        const PlanStep& step = right.steps[i];
+        Plan plan = right;
+        if (step.kind != PlanStep::kCompute) {
+            plan.steps.erase(plan.steps.begin() + static_cast<std::ptrdiff_t>(i));
+            refused(plan, step, "it is not reduced or gathered");
+            continue;
+        }
+        const Tensor& t = graph.tensors[static_cast<size_t>(step.tensor)];
+        PlanStep& broken = plan.steps[i];
+        bool turned = turn(broken.output);
+        for (Sharding& input : broken.inputs) turned |= turn(input);
+        if (turned) refused(plan, step, "ranks have each other's part");
+        const auto with_output = [&](const Sharding& output, const char* how) {
+            broken = step;
+            broken.output = output;
+            refused(plan, step, how);
+        };
+        if (step.output.kind != Sharding::kReplicated) with_output(replicated(), "its result is called whole");
+        if (step.output.kind != Sharding::kPartial) with_output(partial(), "its result is called a Partial");
+        if (Sharding output = step.output; later(output)) with_output(output, "an element is nobody's");
+        for (int axis = 0; axis < 4 && step.output.kind != Sharding::kSharded; ++axis)
+            if (t.ne[axis] > 1) with_output(sharded(axis, divide(t.ne[axis], 1, n_ranks, {})), "its result is called divided");
+        for (size_t k = 0; k < step.inputs.size(); ++k) {
+            if ((t.op == abi::Op::CPY || t.op == abi::Op::SET_ROWS) && k == (t.op == abi::Op::CPY ? 1 : 2)) continue;  // where it goes
+            const Tensor& source = graph.tensors[static_cast<size_t>(t.src[k])];
+            const auto with_input = [&](const Sharding& input, const char* how) {
+                broken = step;
+                broken.inputs[k] = input;
+                refused(plan, step, how);
+            };
+            if (step.inputs[k].kind == Sharding::kPartial || is_cut(step.inputs[k])) with_input(replicated(), "a source is called whole");
+            if (step.inputs[k].kind != Sharding::kPartial) with_input(partial(), "a source is called a Partial");
+            if (Sharding input = step.inputs[k]; later(input)) with_input(input, "an element of a source is not read");
+            for (int axis = 0; axis < 4 && step.inputs[k].kind == Sharding::kReplicated; ++axis)
+                if (source.ne[axis] > 1) with_input(sharded(axis, divide(source.ne[axis], 1, n_ranks, {})), "a whole source is called divided");
+        }
+    }
+    if (!right.survivors.empty()) {
+        Plan plan = right;
+        plan.survivors.pop_back();
+        refused(plan, right.steps.back(), "what stays divided is not said");
+    }
+    // And the plan is that of weights and caches that lie so.
+    for (std::deque<Stored>* list : {&token.weights, &token.caches})
+        for (Stored& s : *list) {
+            if (!s.is_sharded()) continue;
+            const Stored before = s;
+            Ranges& ranges = s.format ? s.sharding.ranges : s.extent->ranges;
+            std::rotate(ranges.begin(), ranges.begin() + 1, ranges.end());
+            refused(right, right.steps[0], (s.name + " lies otherwise").c_str());
+            s = before;
+            (s.format ? s.sharding.ranges : s.extent->ranges).back().end = s.bytes + 1;
+            refused(right, right.steps[0], (s.name + " is larger than itself").c_str());
+            s = before;
+        }
+    expect(n_broken > 100, "hardly a plan was broken");
 }
 
 int main(int, char** argv) {
     std::mt19937 rng(static_cast<unsigned>(std::atoi(argv[1])));
     for (int i = 0; i < 2000; ++i) check_divide(rng), check_heads(rng), check_views(rng), check_segments(rng), check_planes(rng);
     check_verifier();
+    for (const Kind kind : {Kind::kPlain, Kind::kExperts, Kind::kFused, Kind::kStates}) check_broken_plans(kind, std::array{2, 3, 5, 7, 16}[rng() % 5]);
     return faults > 100 ? 100 : faults;
 }
