@@ -21,7 +21,18 @@
 namespace tp_emulator {
 namespace {
 
-enum : int { kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kNotInitialized = 3, kInvalidDevice = 101, kNotFound = 500, kNotReady = 600, kLaunchFailed = 719 };
+enum : int {
+    kOk = 0,
+    kInvalidValue = 1,
+    kOutOfMemory = 2,
+    kNotInitialized = 3,
+    kNcclInternalError = 3,
+    kInvalidDevice = 101,
+    kNotFound = 500,
+    kNotReady = 600,
+    kIllegalAddress = 700,
+    kLaunchFailed = 719
+};
 
 constexpr unsigned kMultiprocessors = 4;
 
@@ -45,6 +56,12 @@ struct Stream {
         }
         changed.notify_all();
         thread.join();
+    }
+    /// An illegal address is for ever, as on a GPU.
+    int take_error() { return error == kIllegalAddress ? kIllegalAddress : error.exchange(0); }
+    bool is_capturing() {
+        std::lock_guard lock(mutex);
+        return capture != nullptr;
     }
     void submit(Operation op) {
         std::lock_guard lock(mutex);
@@ -115,6 +132,8 @@ struct Meeting {
 struct Communicator {
     std::shared_ptr<Meeting> meeting;
     int rank;
+    bool connected = false;
+    std::shared_ptr<char> memory = std::make_shared<char>();  // what kernels read; a captured graph keeps it
 };
 std::mutex meetings_mutex;
 std::map<std::string, std::shared_ptr<Meeting>> meetings;
@@ -149,7 +168,7 @@ int all_reduce(Communicator& comm, const void* source, void* target, size_t coun
     Meeting& m = *comm.meeting;
     std::unique_lock lock(m.mutex);
     m.changed.wait(lock, [&] { return m.aborted || m.left == 0; });  // the meeting before this one is over
-    if (m.aborted) return kLaunchFailed;
+    if (m.aborted) return kOk;                                       // the kernel ends, whatever it has summed
     if (m.arrived == 0) m.count = count, m.type = type, m.mismatch = false;
     if (m.count != count || m.type != type) m.mismatch = true;
     m.sources[comm.rank] = source;
@@ -159,7 +178,7 @@ int all_reduce(Communicator& comm, const void* source, void* target, size_t coun
         m.changed.notify_all();
     } else {
         m.changed.wait(lock, [&] { return m.aborted || m.left > 0; });
-        if (m.left == 0) return kLaunchFailed;
+        if (m.left == 0) return kOk;
     }
     const bool bad = m.mismatch;
     if (!bad) std::memcpy(target, m.result.data(), m.result.size());
@@ -294,7 +313,7 @@ API int cuStreamSynchronize(void* stream) {
     Stream& s = *stream_of(stream);
     std::unique_lock lock(s.mutex);
     s.changed.wait(lock, [&] { return s.queue.empty() && !s.busy; });
-    return s.error.exchange(0);
+    return s.take_error();
 }
 API int cuStreamQuery(void* stream) {
     Stream& s = *stream_of(stream);
@@ -302,7 +321,7 @@ API int cuStreamQuery(void* stream) {
     // A poll costs the emulated kernels a core: sleep on the queue a little instead.
     s.changed.wait_for(lock, std::chrono::milliseconds(2), [&] { return s.queue.empty() && !s.busy; });
     if (!s.queue.empty() || s.busy) return kNotReady;
-    return s.error.exchange(0);
+    return s.take_error();
 }
 API int cuStreamBeginCapture_v2(void* stream, int) {
     Stream& s = *stream_of(stream);
@@ -386,20 +405,38 @@ API int ncclCommInitRank(void** comm, int n_ranks, NcclId id, int rank) {
     if (!meeting->changed.wait_for(lock, std::chrono::seconds(60), [&] { return meeting->joined == n_ranks; })) return 6;
     return *comm = new Communicator{meeting, rank}, kOk;
 }
+/// As NCCL: ends the kernels that wait for a peer, waits until no graph holds the communicator, frees what its kernels read.
 API int ncclCommAbort(void* comm) {
     auto* c = static_cast<Communicator*>(comm);
-    {
-        std::lock_guard lock(c->meeting->mutex);
-        c->meeting->aborted = true;
-    }
+    std::unique_lock lock(c->meeting->mutex);
+    c->meeting->aborted = true;
     c->meeting->changed.notify_all();
-    return kOk;  // recorded graphs may still name it: it is kept
+    while (c->memory && c->memory.use_count() > 1) {
+        lock.unlock();
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        lock.lock();
+    }
+    c->memory.reset();
+    return kOk;
 }
 API int ncclCommDestroy(void* comm) { return ncclCommAbort(comm); }
 API int ncclCommGetAsyncError(void*, int* code) { return *code = 0, kOk; }
 API int ncclAllReduce(const void* source, void* target, size_t count, int type, int op, void* comm, void* stream) {
     if (op != 0 || !type_bytes(type)) return 4;
     Communicator* c = static_cast<Communicator*>(comm);
-    stream_of(stream)->submit([=] { return all_reduce(*c, source, target, count, type); });
+    std::shared_ptr<char> held;
+    std::weak_ptr<char> memory;
+    {
+        std::lock_guard lock(c->meeting->mutex);
+        const bool captured = stream_of(stream)->is_capturing();
+        if (captured && !c->connected) return kNcclInternalError;  // it connects its peers at the first call, which cannot be captured
+        c->connected = true;
+        memory = c->memory;
+        if (captured) held = c->memory;
+    }
+    stream_of(stream)->submit([=] {
+        (void)held;
+        return memory.expired() ? kIllegalAddress : all_reduce(*c, source, target, count, type);
+    });
     return kOk;
 }

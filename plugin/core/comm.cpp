@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <thread>
 
+#include "connect.h"
+
 namespace ggml_tp {
 namespace {
 
@@ -21,7 +23,7 @@ std::vector<std::unique_lock<std::mutex>> lock_all(std::vector<Group*> groups) {
 
 }  // namespace
 
-Comm::Comm(std::vector<Group*> groups) : groups_(std::move(groups)), comms_(groups_.size()), workers_(static_cast<int>(groups_.size())) {
+Comm::Comm(std::vector<Group*> groups) : groups_(std::move(groups)), workers_(static_cast<int>(groups_.size())) {
     const auto locks = lock_all(groups_);
     Driver& driver = groups_[0]->driver();
     const Config& config = groups_[0]->config;
@@ -36,14 +38,8 @@ Comm::Comm(std::vector<Group*> groups) : groups_(std::move(groups)), comms_(grou
         notes_ = "direct copies between GPUs corrupt data (an IOMMU?): turned off for NCCL";
     }
     driver.open_nccl();
-    NcclId id{};
-    TP_NCCL(driver, -1, ncclGetUniqueId, &id);
-    const int n = static_cast<int>(groups_.size());
     try {
-        workers_.run([&](int r) {
-            groups_[static_cast<size_t>(r)]->device(0).make_current();
-            TP_NCCL(driver, r, ncclCommInitRank, &comms_[static_cast<size_t>(r)], n, id, r);
-        });
+        connect_ranks(driver, devices, workers_, config.deadline_s, comms_);
     } catch (...) {
         give_up();
         throw;

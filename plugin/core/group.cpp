@@ -10,6 +10,7 @@
 
 #include "abi/host.h"
 #include "abi/tensor.h"
+#include "connect.h"
 #include "fuse.h"
 
 namespace ggml_tp {
@@ -29,7 +30,6 @@ constexpr double kAbortSeconds = 10;
 constexpr int kTimedRepetitions = 4;
 constexpr int kNcclSum = 0;
 constexpr int kNcclSeveralRanksOnAGpu = 23003;  // NCCL_MULTI_RANK_GPU_ENABLE came with 2.30.3
-constexpr size_t kWarmUpElems[] = {1024, 1 << 18};
 constexpr unsigned kHostAllocPortableMapped = 1 | 2;
 
 }  // namespace
@@ -137,25 +137,9 @@ void Group::delay(int rank, double seconds) { delays_.push_back({rank, seconds})
 
 void Group::connect() {
     if (!comms_.empty() || n_ranks() == 1) return;
-    NcclId id{};
-    TP_NCCL(driver_, -1, ncclGetUniqueId, &id);
-    std::vector<Handle> comms(devices_.size());
-    workers_->run([&](int r) {
-        devices_[r]->make_current();
-        TP_NCCL(driver_, r, ncclCommInitRank, &comms[r], n_ranks(), id, r);
-    });
-    comms_ = comms;
-    // Once each outside of a capture: NCCL connects its peers, allocates and loads kernels at the first call of a kind.
-    workers_->run([&](int r) {
-        const DevicePtr buffer = devices_[r]->allocate(kWarmUpElems[1] * 4);
-        TP_CUDA(driver_, r, cuMemsetD8Async, buffer, 0, kWarmUpElems[1] * 4, devices_[r]->stream);
-        for (const size_t elems : kWarmUpElems)
-            TP_NCCL(driver_, r, ncclAllReduce, reinterpret_cast<const void*>(buffer), reinterpret_cast<void*>(buffer), elems, static_cast<int>(WireType::kF32),
-                    kNcclSum, comms_[r], devices_[r]->stream);
-        const bool done = devices_[r]->wait(config.deadline_s);
-        if (done) devices_[r]->release(buffer);  // else NCCL may still write to it
-        if (!done) throw Error("NCCL's first all_reduce did not end within " + std::to_string(config.deadline_s) + " s on rank " + std::to_string(r));
-    });
+    std::vector<const Device*> devices;
+    for (const auto& device : devices_) devices.push_back(device.get());
+    connect_ranks(driver_, devices, *workers_, config.deadline_s, comms_);
 }
 
 void Group::destroy(Program& program) {
