@@ -9,7 +9,6 @@
 namespace ggml_tp {
 namespace {
 
-constexpr int kNcclSum = 0;
 constexpr size_t kMostCaptured = 512;  // a model of 80 layers asks for 160 in a token, some on the same memory
 constexpr double kDrainSeconds = 60;   // for a late rank to come to its kernel and find it given up
 
@@ -57,13 +56,14 @@ Comm::~Comm() {
         group->end_overlap(this);
     }
     if (broken_.exchange(true)) return;
-    for (Captured& c : captured_) destroy(c);
+    for (const Captured& c : captured_) destroy(groups_[0]->driver(), c);
     for (Handle comm : comms_) groups_[0]->driver().ncclCommDestroy(comm);
 }
 
-void Comm::destroy(Captured& captured) const {
+/// Of one whose capture failed some ranks have none.
+void Comm::destroy(const Driver& driver, const Captured& captured) {
     for (Handle executable : captured.executables)
-        if (executable) groups_[0]->driver().cuGraphExecDestroy(executable);
+        if (executable) driver.cuGraphExecDestroy(executable);
 }
 
 /// Any group's lock may be held, by any thread: nothing here takes one, and nothing waits: an abort may wait for a kernel that waits for its
@@ -79,8 +79,7 @@ void Comm::give_up() {
         try {
             for (Group* group : groups)
                 if (!group->device(0).wait(kDrainSeconds)) return;  // what still runs keeps its memory
-            for (const Captured& c : captured)
-                for (Handle executable : c.executables) driver.cuGraphExecDestroy(executable);
+            for (const Captured& c : captured) destroy(driver, c);
         } catch (const Error&) {  // a broken device: its group's next graph says so
         }
     }).detach();
@@ -95,7 +94,7 @@ const Comm::Captured& Comm::captured(const std::vector<void*>& pointers, i64 ele
     }
     if (captured_.size() >= kMostCaptured) {
         for (Group* group : groups_) group->finish();  // it may still run
-        destroy(captured_.back());
+        destroy(groups_[0]->driver(), captured_.back());
         captured_.pop_back();
     }
     captured_.push_front({pointers, elems, std::vector<Handle>(groups_.size())});

@@ -39,7 +39,7 @@ class Comm {
         std::vector<Handle> executables;
     };
     const Captured& captured(const std::vector<void*>& pointers, i64 elems);
-    void destroy(Captured& captured) const;
+    static void destroy(const Driver& driver, const Captured& captured);
     void give_up();
 
     std::vector<Group*> groups_;  // by rank of this all_reduce; as their devices, they live as long as the process

@@ -7,7 +7,6 @@
 namespace ggml_tp {
 namespace {
 
-constexpr int kNcclSum = 0;
 constexpr size_t kWarmUpElems[] = {1024, 1 << 18};
 
 }  // namespace

@@ -7,6 +7,8 @@
 
 namespace ggml_tp {
 
+constexpr int kNcclSum = 0;  // ncclSum, of all all_reduces
+
 /// A communicator for each of `devices` into `comms`, on the worker of its number, and one all_reduce of each size class outside of a capture:
 /// NCCL connects its peers, allocates and loads kernels at the first call of a kind, and a capture that comes first fails (internal error, seen
 /// on four H100). driver: the one in which NCCL is open. comms is empty unless all have one; who catches an Error has to abort what is there.

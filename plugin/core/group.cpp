@@ -28,7 +28,6 @@ const char* fault_text(u32 fault) {
 constexpr size_t kMostPrograms = 48;
 constexpr double kAbortSeconds = 10;
 constexpr int kTimedRepetitions = 4;
-constexpr int kNcclSum = 0;
 constexpr int kNcclSeveralRanksOnAGpu = 23003;  // NCCL_MULTI_RANK_GPU_ENABLE came with 2.30.3
 constexpr unsigned kHostAllocPortableMapped = 1 | 2;
 
