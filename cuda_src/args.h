@@ -466,6 +466,7 @@ struct StreamProduct {
     u64* inbox[16];   // where this rank's sums go on every rank instead of to y: the all_reduce behind this product
     i32 glu_k, glu_begin;
     i32 lanes, y_stride;  // lanes that share a row of a slot (kExpertsSum); from slot to slot of y and glu_y
+    i32 piece_shift;      // rows of a tile's piece, of gates and of ups each where there are both: 1 << piece_shift
 };
 constexpr i32 kStreamMostExperts = 512;
 // A router's choice, for one token: of the logits (plus logits_bias) a soft max or sigmoids, of which (plus selection_bias) the n_used largest

@@ -25,11 +25,10 @@ namespace ggml_tp {
 namespace {
 
 constexpr int kMultiply = 32 * kStreamWarps;
-constexpr int kOuts = 4;      // tiles whose sums may wait to be stored
-constexpr int kInFlight = 2;  // tiles on their way: more would queue the activations' loads behind them (719 -> 744 tokens/s in the prototype)
-// Cycles between tiles that are fetched ahead of their stage: while a stage hands over to the next, a full stream makes its stores and loads
-// wait in line (447 -> 466 tokens/s, llama 8B Q4_0, H200; from 1000 to 8000 alike).
-constexpr u64 kEarlyPause = 4000;
+constexpr int kOuts = 3;  // tiles whose sums may wait to be stored: what shared memory has left
+// Pieces on their way to a multiprocessor. More would queue the activations' loads and the results' stores behind them: 55 KB of the stage that
+// is multiplied, where bandwidth counts; 18 KB ahead of it, while stages hand over (docs/decisions.md). Experts' tiles are small.
+constexpr int kInFlight = 3, kInFlightEarly = 1, kInFlightExperts = 2 * kStreamPieces;
 constexpr int kAheadCells = 512;     // of the cache, that a block asks for ahead
 constexpr u32 kPollsPerLook = 1024;  // at the clock
 constexpr int kFloatRows = 4;        // of a product of floats, that a block computes at once
@@ -43,7 +42,7 @@ struct Shared {
     float squares[kStreamWarps];
     i32 experts[kVecSlots];  // that the last router chose
     float weights[kVecSlots];
-    TpBarrier full[kStreamSlots], empty[kStreamSlots], out_full[kOuts], out_empty[kOuts];
+    TpBarrier full[kStreamSlots * kStreamPieces], empty[kStreamSlots], out_full[kOuts], out_empty[kOuts];
     TpBarrier routed;   // the blocks have arrived that a router's choice waits for
     TpBarrier weighed;  // the storing warp has read what the last one chose
     u32 late, stage_now;
@@ -225,36 +224,37 @@ TP_OUTLINE void weigh_experts(const StreamRoute& r, const StreamProduct& p) {
 // for each of a tile's copies, 6,700 for those of eight experts.
 struct Copy {
     const char* from = nullptr;
-    u32 bytes = 0, to = 0;  // of a row; within the ring
-    TP_MEMBER void issue(const Shared& s, char* ring, int slot, i64 row, u32 rows, u64 once) const {
-        if (bytes) tp_bulk_load_once(ring + to + slot * kStreamSlotBytes, from + row * bytes, rows * bytes, (TpBarrier*)&s.full[slot], once);
+    u32 bytes = 0, to = 0;  // of a row; within a slot
+    /// Rows [row, row + rows) of the matrix, into the slot from its row `at` on.
+    TP_MEMBER void issue(TpSharedAt slot, TpBarrierAt full, u32 at, i64 row, u32 rows, u64 once) const {
+        const u32 n = rows * bytes;
+        if (n) tp_bulk_load_once(slot + (to + at * bytes), from + row * bytes, n, full, once);
     }
 };
 TP_OUTLINE void stream_weights(const StreamArgs& args) {
     Shared& s = shared_of();
-    char* ring = ring_of();
+    const TpSharedAt ring(ring_of());
+    const TpBarrierAt full(s.full), empty(s.empty);
     const int lane = threadIdx.x % 32;
-    Turn<kStreamSlots> slot, ahead;
+    Turn<kStreamSlots> slot;
+    Turn<kStreamSlots * kStreamPieces> ahead;
     Turn<1> routed, weighed;
     bool weighs = false;  // the storing warp, what was chosen last
     const u64 once = tp_read_once();
-    int issued = 0, landed = 0;
-    // Room for the next tile of product i, and its bytes announced.
-    bool pauses = true;
-    auto begin_tile = [&](int i, u32 bytes) {
-        if (lane == 0) {
-            while (issued - landed >= kInFlight) {
-                tp_barrier_wait(&s.full[ahead.at], ahead.parity);
-                ahead.next();
-                ++landed;
-                const u64 begin = tp_cycles();
-                while (pauses && i > (int)tp_peek(&s.stage_now) && tp_cycles() - begin < kEarlyPause) tp_spin();
-            }
-            ++issued;
-            tp_barrier_wait(&s.empty[slot.at], slot.parity ^ 1);
-            tp_barrier_expect(&s.full[slot.at], bytes);
+    int in_flight = 0, most_in_flight = kInFlight;
+    bool early = true;  // ahead of the stage that is multiplied
+    // Room for piece q of the next tile of product i, and its bytes announced (a copy may land before: the phase waits for the announcement). All
+    // lanes wait: one that did so for the others cost 1,000 cycles a tile, in leaving and joining them again.
+    auto begin_piece = [&](int i, int q, u32 bytes) {
+        while (in_flight >= (early ? kInFlightEarly : most_in_flight)) {
+            tp_barrier_wait(full + ahead.at, ahead.parity);
+            ahead.next();
+            --in_flight;
+            if (early) early = i > (int)tp_peek(&s.stage_now);
         }
-        __syncwarp();
+        ++in_flight;
+        if (q == 0) tp_barrier_wait(empty + slot.at, slot.parity ^ 1);
+        if (lane == 0) tp_barrier_expect(full + (slot.at * kStreamPieces + q), bytes);
     };
     for (int i = args.first_product, next; i < args.n_stages; i = next) {
         const StreamExperts& experts = fetch_product(args.stages[i], s.streamed, next);
@@ -270,8 +270,9 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
             weighs = (int)blockIdx.x < p.n_tiles;
             if (!weighs) weigh_experts(experts.route, p);
         }
-        pauses = !p.role;
-        const int pieces = p.glu ? 2 : 1, step = p.rows / pieces, n_planes = p.n_planes, n_tiles = p.n_tiles;
+        early = !p.role;
+        most_in_flight = p.role ? kInFlightExperts : kInFlight;
+        const int halves = p.glu ? 2 : 1, step = p.rows / halves, n_planes = p.n_planes, n_tiles = p.n_tiles, piece_rows = 1 << p.piece_shift;
         u32 row_bytes = 0;  // of all copies
         for (int f = 0; f < n_planes; ++f) row_bytes += (u32)p.row_bytes[f];
         if (p.role == kExpertsSum) {
@@ -287,17 +288,21 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
             }
             for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
                 const int row = tile * step, rows = n - row < step ? n - row : step;
-                begin_tile(i, (u32)(rows * slots) * row_bytes);
 #pragma unroll
-                for (int c = 0; c < 2; ++c) copies[c].issue(s, ring, slot.at, row, (u32)rows, once);
+                for (int q = 0; q < kStreamPieces; ++q) {
+                    begin_piece(i, q, q ? 0u : (u32)(rows * slots) * row_bytes);
+#pragma unroll
+                    for (int c = 0; c < 2; ++c)
+                        copies[c].issue(ring + slot.at * kStreamSlotBytes, full + slot.at * kStreamPieces, 0, row, q ? 0u : (u32)rows, once);
+                }
                 slot.next();
             }
             continue;
         }
-        const int f = lane / pieces, half = lane - f * pieces, n_parts = p.glu ? 1 : p.n_parts;
+        const int f = lane / halves, half = lane - f * halves, n_parts = p.glu ? 1 : p.n_parts;
         Copy copy;
         if (f < n_planes) copy.bytes = (u32)p.row_bytes[f], copy.to = (u32)(p.slot_offset[f] + half * step * p.row_bytes[f]);
-        row_bytes *= (u32)pieces;
+        row_bytes *= (u32)halves;
         int tile = blockIdx.x;
         for (int part = 0; part < n_parts; ++part) {
             const int n = (int)p.part[part].n, tiles_each = (n + step - 1) / step, tiles = p.role == kExpertsEach ? n_tiles : tiles_each;
@@ -305,8 +310,12 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
             for (; tile < tiles; tile += gridDim.x) {
                 const int j = tiles > tiles_each ? tile / tiles_each : 0, row = (tile - j * tiles_each) * step, rows = n - row < step ? n - row : step;
                 const i64 from_row = p.role == kExpertsEach ? (i64)s.experts[j] * n + row : row;
-                begin_tile(i, (u32)rows * row_bytes);
-                copy.issue(s, ring, slot.at, from_row, (u32)rows, once);
+#pragma unroll
+                for (int q = 0; q < kStreamPieces; ++q) {
+                    const int at = q * piece_rows, left = rows - at, of_piece = left < 0 ? 0 : left < piece_rows ? left : piece_rows;
+                    begin_piece(i, q, (u32)of_piece * row_bytes);
+                    copy.issue(ring + slot.at * kStreamSlotBytes, full + (slot.at * kStreamPieces + q), (u32)at, from_row + at, (u32)of_piece, once);
+                }
                 slot.next();
             }
             tile -= tiles;
@@ -380,11 +389,11 @@ TP_DEVICE void store_rows(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
         const bool inside = lane < rows && at < part.n;
         const Destination to(p, part);
         const float added = part.bias && inside ? part.bias[at] : 0.0f;  // on its way while the tile is multiplied
-        tp_barrier_wait(&s.out_full[out.at], out.parity);
+        tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
         float v = 0;
         if (lane < rows)
             for (int g = 0; g < groups; ++g) v += s.out[out.at][g * rows + lane];
-        tp_barrier_arrive(&s.out_empty[out.at]);
+        tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
         out.next();
         if (inside) to.put(s, at, v, added);
     }
@@ -399,11 +408,11 @@ TP_DEVICE void store_glu(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
         const int slot = p.role ? tile / tiles_each : 0;
         const i64 row = (i64)(tile - slot * tiles_each) * half, at = row + lane, to = slot * (i64)p.y_stride + at;
         float* const copy = p.glu_copy ? p.glu_copy + (i64)slot * p.glu_k : nullptr;
-        tp_barrier_wait(&s.out_full[out.at], out.parity);
+        tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
         float v = 0;
         if (lane < rows)
             for (int g = 0; g < groups; ++g) v += s.out[out.at][g * rows + lane];
-        tp_barrier_arrive(&s.out_empty[out.at]);
+        tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
         out.next();
         const float up = __shfl_sync(0xffffffffu, v, lane + half < 32 ? lane + half : lane);
         if (lane < half && at < n) {
@@ -424,9 +433,9 @@ TP_OUTLINE void store_sums(const StreamExperts& experts, Shared& s, Turn<kOuts>&
     const int lane = threadIdx.x % 32;
     for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
         const i64 row = (i64)tile * p.rows, at = row + lane;
-        tp_barrier_wait(&s.out_full[out.at], out.parity);
+        tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
         const float v = store_slots(experts, s.out[out.at], row);
-        tp_barrier_arrive(&s.out_empty[out.at]);
+        tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
         out.next();
         const StreamPart& part = p.part[0];
         if (lane < p.rows && at < part.n) Destination(p, part).put(s, at, v, part.bias ? part.bias[at] : 0.0f);
@@ -576,17 +585,20 @@ TP_OUTLINE u32 multiply(int at_stage, u32 packed_walk, float scale) {
                 d[j][w / (U::kWords / 2)] = {inside ? s.xd[at / 32 * 2] * scale : 0.0f, inside ? s.xd[at / 32 * 2 + 1] * scale : 0.0f};
         }
     }
-    const int rows = p.rows, n_tiles = p.n_tiles;
+    const int rows = p.rows, n_tiles = p.n_tiles, last_of_half = (p.glu ? rows / 2 : rows) - 1, shift = p.piece_shift;
     int offset[4], stride[4];
 #pragma unroll
     for (int f = 0; f < 4; ++f) offset[f] = p.slot_offset[f], stride[f] = p.row_bytes[f];
+    const TpBarrierAt all_full(s.full), empty(s.empty), out_full(s.out_full), out_empty(s.out_empty);
     for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
-        tp_barrier_wait(&s.full[walk.slot.at], walk.slot.parity);
-        tp_barrier_wait(&s.out_empty[walk.out.at], walk.out.parity ^ 1);
+        tp_barrier_wait(out_empty + walk.out.at, walk.out.parity ^ 1);
+        const TpBarrierAt full = all_full + walk.slot.at * kStreamPieces;
         const char* slot = ring + walk.slot.at * kStreamSlotBytes;
         for (int row = first_row; row < rows; row += 2 * row_groups) {
             const bool two = row + row_groups < rows;
             const int other = two ? row + row_groups : row;
+            tp_barrier_wait(full + ((row & last_of_half) >> shift), walk.slot.parity);
+            tp_barrier_wait(full + ((other & last_of_half) >> shift), walk.slot.parity);
             const char *plane[4], *plane_of_other[4];
 #pragma unroll
             for (int f = 0; f < 4; ++f) plane[f] = slot + offset[f] + row * stride[f], plane_of_other[f] = slot + offset[f] + other * stride[f];
@@ -606,8 +618,8 @@ TP_OUTLINE u32 multiply(int at_stage, u32 packed_walk, float scale) {
             if (lane == 0) s.out[walk.out.at][group * rows + row] = sum;
             if (lane == 0 && two) s.out[walk.out.at][group * rows + other] = sum_of_other;
         }
-        tp_barrier_arrive(&s.empty[walk.slot.at]);
-        tp_barrier_arrive(&s.out_full[walk.out.at]);
+        tp_barrier_arrive(empty + walk.slot.at);
+        tp_barrier_arrive(out_full + walk.out.at);
         walk.slot.next();
         walk.out.next();
     }
@@ -637,8 +649,8 @@ TP_OUTLINE u32 multiply_slots(int at_stage, u32 packed_walk) {
 #pragma unroll
     for (int f = 0; f < 4; ++f) offset[f] = p.slot_offset[f], stride[f] = p.row_bytes[f];
     for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
-        tp_barrier_wait(&s.full[walk.slot.at], walk.slot.parity);
-        tp_barrier_wait(&s.out_empty[walk.out.at], walk.out.parity ^ 1);
+        tp_barrier_wait(TpBarrierAt(s.full) + walk.slot.at * kStreamPieces, walk.slot.parity);
+        tp_barrier_wait(TpBarrierAt(s.out_empty) + walk.out.at, walk.out.parity ^ 1);
         const char* tile_at = ring_of() + walk.slot.at * kStreamSlotBytes;
         // The warp's first row: whole warps leave the loop together.
         for (int base = 0; base < n_sums; base += 2 * step) {
@@ -674,8 +686,8 @@ TP_OUTLINE u32 multiply_slots(int at_stage, u32 packed_walk) {
             for (int r = 0; r < 2; ++r)
                 if (lane == 0 && base + r * step + first < n_sums) s.out[walk.out.at][row[r]] = sum[r];
         }
-        tp_barrier_arrive(&s.empty[walk.slot.at]);
-        tp_barrier_arrive(&s.out_full[walk.out.at]);
+        tp_barrier_arrive(TpBarrierAt(s.empty) + walk.slot.at);
+        tp_barrier_arrive(TpBarrierAt(s.out_full) + walk.out.at);
         walk.slot.next();
         walk.out.next();
     }
@@ -1099,8 +1111,9 @@ TP_KERNEL_COOPERATIVE(stream, StreamArgs, 320) {
     Shared& s = shared_of();
     const int thread = threadIdx.x;
     if (thread == 0) {
-        for (int i = 0; i < kStreamSlots; ++i) tp_barrier_init(&s.full[i], 1), tp_barrier_init(&s.empty[i], kMultiply);
-        for (int i = 0; i < kOuts; ++i) tp_barrier_init(&s.out_full[i], kMultiply), tp_barrier_init(&s.out_empty[i], 32);
+        for (int i = 0; i < kStreamSlots * kStreamPieces; ++i) tp_barrier_init(TpBarrierAt(s.full) + i, 1);
+        for (int i = 0; i < kStreamSlots; ++i) tp_barrier_init(TpBarrierAt(s.empty) + i, kMultiply);
+        for (int i = 0; i < kOuts; ++i) tp_barrier_init(TpBarrierAt(s.out_full) + i, kMultiply), tp_barrier_init(TpBarrierAt(s.out_empty) + i, 32);
         tp_barrier_init(&s.routed, 1), tp_barrier_init(&s.weighed, 32);
         s.late = 0, s.stage_now = 0;
         s.pushed_before = args.state->pushed_before, s.inbox_words = args.inbox_words, s.deadline_ns = args.deadline_ns, s.fault = args.fault;

@@ -6,6 +6,7 @@
 
 namespace ggml_tp {
 
+constexpr int kStreamPieces = 2;                          // of a tile, that arrive one by one
 constexpr i32 kStreamArch = 900;                          // bulk copies and mbarriers
 constexpr int kStreamThreads = 32 * (kStreamWarps + 2);   // and a warp that streams weights, a warp that stores results
 constexpr int kStreamMostRows = 32;                       // of a tile: a lane of the storing warp each
@@ -60,6 +61,14 @@ inline bool stream_fit(StreamProduct& p) {
     }
     // Every copy is of whole 16 bytes from a multiple of 16: also the last tile's.
     const i32 step = p.glu ? p.rows / 2 : p.rows;
+    i32 piece_rows = step > kStreamPieces ? step / kStreamPieces : 1;
+    auto aligned = [&] {
+        for (int f = 0; f < p.n_planes; ++f)
+            if (piece_rows * p.row_bytes[f] % 16) return false;
+        return true;
+    };
+    while (piece_rows < step && !aligned()) piece_rows *= 2;
+    for (p.piece_shift = 0; 1 << p.piece_shift < piece_rows;) ++p.piece_shift;
     p.n_tiles = 0;
     for (int i = 0; i < 3; ++i) p.first_tile[i] = 0;
     for (int i = 0; i < p.n_parts; ++i) {

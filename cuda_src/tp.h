@@ -166,25 +166,43 @@ TP_DEVICE u32 tp_shared_address(const void* p) {
 struct TpBarrier {
     u64 word;
 };
-TP_DEVICE void tp_barrier_init(TpBarrier* b, int count) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(tp_shared_address(b)), "r"(count) : "memory");
-}
+/// Where something is in shared memory: an address of 32 bits. Of a pointer the compiler finds the upper half again at each use, which takes 35
+/// cycles, and throws it away; volatile, as it would not be kept either.
+struct TpSharedAt {
+    u32 address;
+    TP_MEMBER TpSharedAt(const void* p) { asm volatile("{ .reg .u64 p; cvta.to.shared.u64 p, %1; cvt.u32.u64 %0, p; }" : "=r"(address) : "l"(p)); }
+    TP_MEMBER TpSharedAt operator+(u32 bytes) const {
+        TpSharedAt other = *this;
+        other.address += bytes;
+        return other;
+    }
+};
+/// A barrier, or the first of some.
+struct TpBarrierAt {
+    u32 address;
+    TP_MEMBER TpBarrierAt(const TpBarrier* b) : address(TpSharedAt(b).address) {}
+    TP_MEMBER TpBarrierAt operator+(int i) const {
+        TpBarrierAt other = *this;
+        other.address += (u32)i * 8;
+        return other;
+    }
+};
+TP_DEVICE void tp_barrier_init(TpBarrierAt b, int count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(b.address), "r"(count) : "memory"); }
 /// After the last init, before the block's first barrier.
 TP_DEVICE void tp_barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-TP_DEVICE void tp_barrier_arrive(TpBarrier* b) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(tp_shared_address(b)) : "memory"); }
-TP_DEVICE void tp_barrier_expect(TpBarrier* b, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(tp_shared_address(b)), "r"(bytes) : "memory");
+TP_DEVICE void tp_barrier_arrive(TpBarrierAt b) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(b.address) : "memory"); }
+TP_DEVICE void tp_barrier_expect(TpBarrierAt b, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(b.address), "r"(bytes) : "memory");
 }
 /// Until the phase of this parity has ended.
-TP_DEVICE void tp_barrier_wait(TpBarrier* b, int parity) {
-    asm volatile("{ .reg .pred p; AGAIN: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @p bra DONE; bra AGAIN; DONE: }" ::"r"(tp_shared_address(b)),
-                 "r"(parity)
+TP_DEVICE void tp_barrier_wait(TpBarrierAt b, int parity) {
+    asm volatile("{ .reg .pred p; AGAIN: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @p bra DONE; bra AGAIN; DONE: }" ::"r"(b.address), "r"(parity)
                  : "memory");
 }
 /// Copies `bytes` (a multiple of 16, both ends 16-byte aligned) to shared memory; they count towards b's announced bytes.
-TP_DEVICE void tp_bulk_load(void* to, const char* from, u32 bytes, TpBarrier* b) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(tp_shared_address(to)), "l"(from), "r"(bytes),
-                 "r"(tp_shared_address(b))
+TP_DEVICE void tp_bulk_load(TpSharedAt to, const char* from, u32 bytes, TpBarrierAt b) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to.address), "l"(from), "r"(bytes),
+                 "r"(b.address)
                  : "memory");
 }
 /// The same of bytes that nobody reads again soon: they leave the L2 first. once: tp_read_once().
@@ -193,9 +211,9 @@ TP_DEVICE u64 tp_read_once() {
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
-TP_DEVICE void tp_bulk_load_once(void* to, const char* from, u32 bytes, TpBarrier* b, u64 once) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(tp_shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(tp_shared_address(b)), "l"(once)
+TP_DEVICE void tp_bulk_load_once(TpSharedAt to, const char* from, u32 bytes, TpBarrierAt b, u64 once) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to.address), "l"(from),
+                 "r"(bytes), "r"(b.address), "l"(once)
                  : "memory");
 }
 /// A barrier of the first `threads` threads of a block.

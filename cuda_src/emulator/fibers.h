@@ -145,6 +145,8 @@ struct TpBarrier {
     u32 phase;
     int count, pending, bytes;
 };
+using TpBarrierAt = TpBarrier*;
+using TpSharedAt = char*;
 namespace tp_emulator {
 void barrier_arrive(TpBarrier* b, int bytes_expected, int bytes_done, int arrivals);
 void barrier_wait(TpBarrier* b, int parity);
