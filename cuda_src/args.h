@@ -208,6 +208,11 @@ struct FlashAttnArgs {
     i32 head_offset, kv_head_offset, n_head_global, gqa_ratio;  // kv head of local head h = (h + head_offset) / gqa_ratio - kv_head_offset
     float scale, max_bias, logit_softcap;
 };
+// Flash attention of many tokens: a block has `warps` times 16 rows, which are `heads` query heads of one KV head, of warps * 16 / heads tokens.
+struct FlashTileArgs {
+    FlashAttnArgs a;
+    i32 heads, warps;
+};
 // A piece of flash attention: cells [split * cells, ...) of one KV head against all its query heads. Per (token, local head, split):
 // acc [dv] unscaled, meta {max, sum}. flash_combine adds the splits up.
 struct FlashSplitArgs {

@@ -483,7 +483,8 @@ void lower_flash_attn(const Site& s, Lowered& out) {
         *cache = halves;
     }
     if (flash_tile_can(args, s.arch)) {
-        out.add(flash_tile_launch(args, s.arch), args);
+        const FlashTileArgs tile = flash_tile_args(args, s.arch);
+        out.add(flash_tile_launch(tile, s.arch), tile);
         return;
     }
     if (!flash_split_can(args)) {
