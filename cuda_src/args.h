@@ -193,7 +193,7 @@ struct RopeArgs {
     i32 sectioned;    // a RopeSections: pairs take their position from one of four rows
     i32 sections[4];  // pairs of each
     float direction;  // -1 turns back
-    i32 pad;
+    i32 heads;        // of a token, that a thread turns one behind the other: rope_heads()
     float freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow;
 };
 struct SoftMaxArgs {

@@ -362,6 +362,37 @@ def _ropes() -> None:
         case(f"rope {name}, from an offset")(lambda g, m=mode: offset(g, rope(g, m, n_dims=32)))
         case(f"rope {name}, F16", F16)(lambda g, m=mode: rope(g, m, type_=F16))
 
+    # Heads that a thread turns one behind the other: 8 of 11 and the other 3, all 3, and 2 of 6 in a few tokens.
+    def many(g: Case, mode: int = 0, heads: int = 11, tokens: int = 90, type_: int = F32, n_dims: int = 64) -> Any:
+        x = g.leaf(type_, 64, heads, tokens)
+        pos = g.leaf(I32, tokens, values=g.rng.integers(0, 4000, tokens))
+        f = g.leaf(F32, n_dims // 2, values=np.linspace(1, 8, n_dims // 2))
+        return g.lib.ggml_rope_ext(g.c, x, pos, f, n_dims, mode, 512, 10000.0, 0.25, 1.0, 1.0, 32.0, 1.0)
+
+    def many_multi(g: Case, mode: int, tokens: int = 90) -> Any:
+        pos = g.leaf(I32, 4 * tokens, values=g.rng.integers(0, 900, 4 * tokens))
+        sections = g.ggml.ffi.new("int[4]", (12, 8, 8, 4))
+        return g.lib.ggml_rope_multi(g.c, g.leaf(F32, 64, 11, tokens), pos, g.null, 64, sections, mode, 512, 10000.0, 1.0, 0.0, 1.0, 32.0, 1.0)
+
+    def stored(g: Case, mode: int, tokens: int, heads: int = 11) -> Any:
+        """Turned keys, and values, in rows of their caches, side by side: rope and stores are one kernel."""
+        rows = g.leaf(I64, tokens, values=g.rng.permutation(tokens + 9)[:tokens])
+        keys = g.lib.ggml_reshape_3d(g.c, many(g, mode, heads, tokens), 64 * heads, tokens, 1)
+        values = g.leaf(F32, 64 * heads, tokens)
+        caches = [g.lib.ggml_set_rows(g.c, g.leaf(F32, 64 * heads, tokens + 9), x, rows) for x in (keys, values)]
+        return g.lib.ggml_concat(g.c, caches[0], caches[1], 0)
+
+    for mode, name in ((0, "normal"), (2, "neox")):
+        case(f"rope {name}, many tokens")(lambda g, m=mode: many(g, m))
+        case(f"rope {name}, many tokens, part of a head")(lambda g, m=mode: many(g, m, n_dims=32))
+        case(f"rope {name}, many tokens of three heads")(lambda g, m=mode: many(g, m, 3, 200))
+        case(f"rope {name}, 22 tokens of six heads")(lambda g, m=mode: many(g, m, 6, 22))
+        case(f"rope {name}, many tokens, F16", F16)(lambda g, m=mode: many(g, m, type_=F16))
+        for tokens in (3, 22, 90):
+            case(f"rope {name} and stores, {tokens} tokens")(lambda g, m=mode, n=tokens: stored(g, m, n))
+    for mode, name in ((8, "multi"), (40, "interleaved")):
+        case(f"rope {name}, many tokens")(lambda g, m=mode: many_multi(g, m))
+
 
 def causal(n_kv: int, n_tokens: int) -> np.ndarray:
     return np.where(np.arange(n_kv)[None, :] <= np.arange(n_tokens)[:, None] + n_kv - n_tokens, 0.0, -np.inf).astype(np.float32)
