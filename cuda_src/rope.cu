@@ -23,7 +23,8 @@ TP_DEVICE void rope(const RopeArgs& args) {
 
 using namespace ggml_tp;
 
-TP_KERNEL(rope_normal, RopeArgs, 256) { rope<false>(args); }
-TP_KERNEL(rope_neox, RopeArgs, 256) { rope<true>(args); }
+// Three blocks are more than kRopeThreads.
+TP_KERNEL_RESIDENT(rope_normal, RopeArgs, 256, 3) { rope<false>(args); }
+TP_KERNEL_RESIDENT(rope_neox, RopeArgs, 256, 3) { rope<true>(args); }
 
-TP_KERNEL(rope_store, RopeStoreArgs, 256) { rope_store_one<false>(args, blockIdx.x, (int)threadIdx.x, nullptr); }
+TP_KERNEL_RESIDENT(rope_store, RopeStoreArgs, 256, 3) { rope_store_one<false>(args, blockIdx.x, (int)threadIdx.x, nullptr); }

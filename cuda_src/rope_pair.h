@@ -98,16 +98,15 @@ TP_DEVICE void turn_run(const RopeArgs& args, i64 pair, u32 run, bool neox, cons
 /// Thread `thread` of block `block` (of 256): a pair of a run of a rope, or one element to be stored. With tables runs are of one head.
 template <bool kTables>
 TP_DEVICE void rope_store_one(const RopeStoreArgs& args, i64 block, int thread, const float* const* tables) {
-    const u32 i0 = (u32)thread;
-    u32 at_block = (u32)block;
+    u32 left = (u32)block;
     for (int r = 0; r < args.n_ropes; ++r) {
         const RopeArgs& rope = args.rope[r];
         const u32 half = (u32)rope.x.ne[0] / 2, n = half * (u32)(kTables ? n_rows(rope.x) : rope_runs(rope)), blocks = (n + 255) / 256;
-        if (at_block >= blocks) {
-            at_block -= blocks;
+        if (left >= blocks) {
+            left -= blocks;
             continue;
         }
-        const u32 i = at_block * 256 + i0;
+        const u32 i = left * 256 + (u32)thread;
         if (i >= n) return;
         const u32 run = i / half;
         i64 token = -1, row = -1;
@@ -127,11 +126,11 @@ TP_DEVICE void rope_store_one(const RopeStoreArgs& args, i64 block, int thread, 
     for (int s = args.stored_rope >= 0 ? 1 : 0; s < args.n_stores; ++s) {
         const View& x = args.store[s].x;
         const u32 n = (u32)(x.ne[0] * x.ne[1] * x.ne[2] * x.ne[3]), blocks = (n + 255) / 256;
-        if (at_block >= blocks) {
-            at_block -= blocks;
+        if (left >= blocks) {
+            left -= blocks;
             continue;
         }
-        const u32 i = at_block * 256 + i0;
+        const u32 i = left * 256 + (u32)thread;
         if (i >= n) return;
         const u32 row = i / (u32)x.ne[0];
         Index at = row_index(row, x.ne);
