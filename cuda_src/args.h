@@ -193,7 +193,7 @@ struct RopeArgs {
     i32 sectioned;    // a RopeSections: pairs take their position from one of four rows
     i32 sections[4];  // pairs of each
     float direction;  // -1 turns back
-    i32 pad;
+    i32 heads;        // of a token, that a thread turns one behind the other: rope_heads()
     float freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow;
 };
 struct SoftMaxArgs {
@@ -207,6 +207,11 @@ struct FlashAttnArgs {
     i32 has_mask, has_sinks;
     i32 head_offset, kv_head_offset, n_head_global, gqa_ratio;  // kv head of local head h = (h + head_offset) / gqa_ratio - kv_head_offset
     float scale, max_bias, logit_softcap;
+};
+// Flash attention of many tokens: a block has `warps` times 16 rows, which are `heads` query heads of one KV head, of warps * 16 / heads tokens.
+struct FlashTileArgs {
+    FlashAttnArgs a;
+    i32 heads, warps;
 };
 // A piece of flash attention: cells [split * cells, ...) of one KV head against all its query heads. Per (token, local head, split):
 // acc [dv] unscaled, meta {max, sum}. flash_combine adds the splits up.

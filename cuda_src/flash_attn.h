@@ -92,26 +92,64 @@ inline Launch flash_combine_launch(const FlashCombineArgs& c, Arch) {
     return out;
 }
 
-constexpr int kFlashTile = 64;        // tokens of a block, and cells of a step
-constexpr i64 kFlashTileTokens = 64;  // with fewer the tensor cores idle
+constexpr i64 kFlashTileTokens = 64;                                  // with fewer the tensor cores idle
+constexpr int kFlashTileRows = 16;                                    // of a warp: a token of a head each
+constexpr int kFlashTileWindow = 32;                                  // steps whose mask a block looks at together: bits of a word
+constexpr int flash_tile_cells(int d) { return d <= 128 ? 64 : 32; }  // of a step: two stages of wide heads would not fit
+constexpr bool flash_tile_keeps_q(int d) { return d <= 128; }         // in registers, beside the sums
 
-/// Whether the tensor-core kernel can: many tokens, the split kernel's cache, heads up to 128.
+/// Whether the tensor-core kernel can: many tokens, the split kernel's cache, rows in pairs of floats.
 inline bool flash_tile_can(const FlashAttnArgs& a, Arch arch) {
-    return arch.cc >= 800 && flash_split_can(a) && a.q.ne[1] >= kFlashTileTokens && a.q.ne[0] <= 128 && (!a.has_mask || a.mask.nb[1] % 16 == 0);
+    auto pairs = [](const View& v) { return ((u64)v.data | (u64)v.nb[1] | (u64)v.nb[2] | (u64)v.nb[3]) % 8 == 0; };
+    return arch.cc >= 800 && flash_split_can(a) && a.q.ne[1] >= kFlashTileTokens && a.q.ne[1] < 1 << 30 && (!a.has_mask || a.mask.nb[1] % 16 == 0) &&
+           pairs(a.q) && pairs(a.y);
 }
-/// Bytes of a step's K, V and mask.
-constexpr u32 flash_tile_shared(int d) { return 2u * kFlashTile * (u32)(d + 8) * 2u + kFlashTile * (kFlashTile + 8) * 2u; }
+/// Bytes of two stages of K and V, of Q where registers have no room, and of what every warp has seen in two windows of the mask.
+constexpr u32 flash_tile_shared(int d, int warps) {
+    const int stages = 2 * 2 * flash_tile_cells(d) * (d + 8) * 2, q = flash_tile_keeps_q(d) ? 0 : warps * kFlashTileRows * d * 2;
+    return (u32)(stages + q + 2 * 2 * warps * 4);
+}
+static_assert(flash_tile_shared(128, 8) <= 99 << 10 && flash_tile_shared(256, 4) <= 99 << 10, "what a block may have on sm_86, sm_89 and sm_120");
 
-inline Launch flash_tile_launch(const FlashAttnArgs& a, Arch arch) {
+/// Query heads that share the block's K and V: as many as divide, up to one per warp. The more, the fewer tokens are in a block, and
+/// the fewer cells lie between what its first and its last token see.
+inline i32 flash_tile_heads(const FlashAttnArgs& a, i32 warps) {
+    i32 heads = warps;
+    while (heads > 1 && (a.gqa_ratio % heads || a.head_offset % heads || a.q.ne[2] % heads)) heads /= 2;
+    return heads;
+}
+inline i64 flash_tile_tiles(const FlashTileArgs& t) {
+    const i64 tokens = t.warps * kFlashTileRows / t.heads;
+    return (t.a.q.ne[1] + tokens - 1) / tokens;
+}
+/// Eight warps read K and V half as often as four; where that leaves multiprocessors without a block, four. Q of wide heads is too
+/// large for eight.
+inline FlashTileArgs flash_tile_args(const FlashAttnArgs& a, Arch arch) {
+    FlashTileArgs t{a, flash_tile_heads(a, 8), 8};
+    if (a.q.ne[0] <= 128 && flash_tile_tiles(t) * (a.q.ne[2] / t.heads) * a.q.ne[3] >= arch.n_sm) return t;
+    return {a, flash_tile_heads(a, 4), 4};
+}
+
+inline Launch flash_tile_launch(const FlashTileArgs& t, Arch arch) {
+    struct Width {
+        int d;
+        const char *four, *eight;  // warps
+    };
+    static constexpr Width kWidths[] = {{64, "flash_tile_64_4", "flash_tile_64_8"},
+                                        {96, "flash_tile_96_4", "flash_tile_96_8"},
+                                        {128, "flash_tile_128_4", "flash_tile_128_8"},
+                                        {256, "flash_tile_256_4", nullptr}};
     Launch out;
-    if (!flash_tile_can(a, arch) || a.q.ne[2] > 65535 || a.q.ne[3] > 65535) return out;
-    const int d = a.q.ne[0] <= 64 ? 64 : a.q.ne[0] <= 96 ? 96 : 128;
-    out.kernel = d == 64 ? "flash_tile_64" : d == 96 ? "flash_tile_96" : "flash_tile_128";
-    out.grid[0] = (u32)((a.q.ne[1] + kFlashTile - 1) / kFlashTile);
-    out.grid[1] = (u32)a.q.ne[2];
-    out.grid[2] = (u32)a.q.ne[3];
-    out.block[0] = 128;
-    out.shared_bytes = flash_tile_shared(d);
+    const i64 tiles = flash_tile_tiles(t);
+    if (!flash_tile_can(t.a, arch) || t.a.q.ne[2] > 65535 || tiles > 65535 || t.a.q.ne[3] > 65535) return out;
+    const Width* width = kWidths;
+    while (width->d < t.a.q.ne[0]) ++width;
+    out.kernel = t.warps == 8 ? width->eight : width->four;
+    out.grid[0] = (u32)(t.a.q.ne[2] / t.heads);
+    out.grid[1] = (u32)tiles;
+    out.grid[2] = (u32)t.a.q.ne[3];
+    out.block[0] = (u32)(32 * t.warps);
+    out.shared_bytes = flash_tile_shared(width->d, t.warps);
     return out;
 }
 

@@ -1,7 +1,9 @@
-// FLASH_ATTN_EXT of many tokens (prefill) on tensor cores, after FlashAttention-2: a block takes 64 tokens of one head and walks the cache
-// in steps of 64 cells; each of four warps owns 16 tokens, so its soft max needs no other warp, and the probabilities go from the
-// accumulators of Q·K straight into the fragments of P·V. Steps whose mask is -inf everywhere (the future of a causal prompt, empty
-// cells) are skipped. Q, K, V and P are halves, sums f32. grid: (n_tok / 64, n_head, ns).
+// FLASH_ATTN_EXT of many tokens (prefill) on tensor cores, after FlashAttention-2: a block's rows are tokens of query heads that share one
+// KV head, 16 rows a warp, and it walks the cache in steps of kCells cells. A row's soft max needs no other warp, and the probabilities go
+// from the accumulators of Q·K straight into the fragments of P·V. While a step is multiplied the next one's K and V are on their way to
+// the other stage: one barrier a step. Before that the block has looked at the mask of 32 steps at once: those that are -inf everywhere
+// (the future of a causal prompt, empty cells) do not exist for it, and those that are 0 everywhere read no mask.
+// Q, K, V and P are halves, sums f32. grid: (n_head / heads, tiles of tokens, ns); the last tokens, which see most, go first.
 #include "element.h"
 #include "flash_attn.h"
 
@@ -11,112 +13,198 @@ namespace ggml_tp {
 
 TP_DEVICE u32 pack(float low, float high) { return (u32)tp_float_to_half(low) | (u32)tp_float_to_half(high) << 16; }
 
-/// kD: head size, rounded up to a multiple of 32; what lies beyond the real one is zero.
-template <int kD>
-TP_DEVICE void flash_tile(const FlashAttnArgs& a) {
-    constexpr int kStride = kD + 8, kMaskStride = kFlashTile + 8, kTile = kFlashTile;
-    TP_DYN_SHARED(u16, shared);
-    u16 *k_tile = shared, *v_tile = k_tile + kTile * kStride, *mask_tile = v_tile + kTile * kStride;
-    __shared__ u32 any[4];
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, d = (int)a.q.ne[0];
-    const i64 token0 = (i64)blockIdx.x * kTile, head = blockIdx.y, stream = blockIdx.z, n_kv = a.k.ne[1], n_tokens = a.q.ne[1];
-    const i64 kv_head = (head + a.head_offset) / a.gqa_ratio - a.kv_head_offset;
+constexpr u16 kClosed = 0xfc00;  // -inf: a cell that a token does not see
+constexpr float kLog2E = 1.44269504088896340736f;
+
+/// kD: head size, rounded up; what lies beyond the real one is zero.
+template <int kD, int kWarps>
+TP_DEVICE void flash_tile(const FlashTileArgs& args) {
+    constexpr int kCells = flash_tile_cells(kD), kThreads = 32 * kWarps, kRows = kFlashTileRows;
+    constexpr int kStride = kD + 8;  // halves between rows of a tile: eight rows' 16 bytes lie in different banks
+    constexpr int kWords = kD / 8;   // of 16 bytes, in a row
+    constexpr bool kKeepsQ = flash_tile_keeps_q(kD);
+    static_assert(kCells * kWords % kThreads == 0, "");
+    const FlashAttnArgs& a = args.a;
+    TP_DYN_SHARED(u16, shared);  // stage: K, V; stage: K, V; Q; looks
+    TpInt4* q_shared = (TpInt4*)(shared + 4 * kCells * kStride);
+    u32* looks = (u32*)(q_shared + (kKeepsQ ? 0 : kWarps * (kD / 16) * 32));
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+    const int d = (int)a.q.ne[0], n_tokens = (int)a.q.ne[1], n_kv = (int)a.k.ne[1], n_steps = (n_kv + kCells - 1) / kCells;
+    const int tokens = kRows * kWarps / args.heads, token0 = (int)(gridDim.y - 1 - blockIdx.y) * tokens;
+    const int warp_token = token0 + warp * kRows % tokens, head = (int)blockIdx.x * args.heads + warp * kRows / tokens;
+    const i64 stream = blockIdx.z, kv_head = ((i64)blockIdx.x * args.heads + a.head_offset) / a.gqa_ratio - a.kv_head_offset;
     const char* k = a.k.data + kv_head * a.k.nb[2] + stream % a.k.ne[3] * a.k.nb[3];
     const char* v = a.v.data + kv_head * a.v.nb[2] + stream % a.v.ne[3] * a.v.nb[3];
     const char* mask = a.has_mask ? a.mask.data + stream % a.mask.ne[3] * a.mask.nb[3] : nullptr;
-    const float slope = alibi_slope(a.max_bias, (i32)(head + a.head_offset), a.n_head_global);
-    // Q as fragments: rows g and g + 8 of this warp's 16 tokens.
-    const int g = lane / 4, t = lane % 4;
-    u32 q[kD / 16][4];
+    // Scores are powers of 2: log2(e) is in Q's scale, in ALiBi's slope, and in what the soft cap multiplies by.
+    const float slope = kLog2E * alibi_slope(a.max_bias, head + a.head_offset, a.n_head_global);
+    const float q_scale = a.logit_softcap != 0.0f ? a.scale : a.scale * kLog2E;
+
+    // Q as fragments: rows g and g + 8 of this warp's. Those that are not kept are written and read by the same thread.
+    u32 q[kKeepsQ ? kD / 16 : 1][4];
+    auto q_at = [&](int c) -> TpInt4& { return q_shared[(warp * (kD / 16) + c) * 32 + lane]; };
 #pragma unroll
-    for (int c = 0; c < kD / 16; ++c)
+    for (int c = 0; c < kD / 16; ++c) {
+        u32 four[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const i64 token = token0 + warp * 16 + g + i % 2 * 8;
-            const int at = c * 16 + 2 * t + i / 2 * 8;
-            const float* from = (const float*)(a.q.data + (token < n_tokens ? token : 0) * a.q.nb[1] + head * a.q.nb[2] + stream * a.q.nb[3]);
-            const bool inside = token < n_tokens && at < d;
-            q[c][i] = inside ? pack(from[at] * a.scale, from[at + 1] * a.scale) : 0u;
+            const int token = warp_token + g + i % 2 * 8, at = c * 16 + 2 * t + i / 2 * 8;
+            TpFloat2 two = {0.0f, 0.0f};
+            if (token < n_tokens && at < d) two = *(const TpFloat2*)(a.q.data + token * a.q.nb[1] + head * a.q.nb[2] + stream * a.q.nb[3] + at * 4);
+            four[i] = pack(two.x * q_scale, two.y * q_scale);
+            if constexpr (kKeepsQ) q[c][i] = four[i];
         }
-    float out[kD / 8][4] = {}, most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-    for (i64 first = 0; first < n_kv; first += kTile) {
-        // Every warp reads its own tokens' rows of the mask, and says whether any cell counts.
-        u32 open = mask ? 0u : 1u;
-        __syncwarp();  // its lanes have read the rows of the step before
-        if (mask) {
+        if constexpr (!kKeepsQ) q_at(c) = {(int)four[0], (int)four[1], (int)four[2], (int)four[3]};
+    }
+
+    // Bits of the steps of a window: some token sees a cell; some value is not 0, or a cell lies beyond the last.
+    u32 open = 0, mixed = 0;
+    int window = -1;
+    auto look = [&](int next) {
+        window = next;
+        const int left = n_steps - window * kFlashTileWindow;  // steps, at least one
+        const u32 there = left < kFlashTileWindow ? (1u << left) - 1 : ~0u;
+        const u32 ragged = n_kv % kCells && left <= kFlashTileWindow ? 1u << (left - 1) : 0u;
+        open = mask ? 0u : there, mixed = ragged;
+        if (!mask) return;
+        // A warp reads 256 cells of 8 tokens at a time: all loads are under way together, and a lane has cells of one step.
+        constexpr int kLanes = kCells / 8, kSteps = 32 / kLanes, kGroups = kFlashTileWindow / kSteps, kLook = 8;
+        u32 seen = 0, other = 0;
+        for (int i = warp; i < kGroups * (tokens / kLook); i += kWarps) {
+            const int group = i % kGroups, token = token0 + i / kGroups * kLook;
+            const int cell = window * kFlashTileWindow * kCells + group * 256 + lane * 8;
+            const char* from = mask + token * a.mask.nb[1] + (i64)cell * 2;
+            const bool whole = cell + 8 <= n_kv;
+            TpInt4 eight[kLook];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int row = warp * 16 + i * 4 + lane / 8, column = lane % 8 * 8;
-                const i64 token = token0 + row, cell = first + column;
-                u16 eight[8];
-                const bool whole = token < n_tokens && cell + 8 <= n_kv;
-                if (whole) *(TpInt4*)eight = *(const TpInt4*)(mask + token * a.mask.nb[1] + cell * 2);
+            for (int row = 0; row < kLook; ++row) eight[row] = tp_load_in_order(from + row * a.mask.nb[1], whole && token + row < n_tokens);
+            u32 not_closed = 0, not_zero = 0;
 #pragma unroll
-                for (int e = 0; e < 8; ++e) {
-                    if (!whole) eight[e] = token < n_tokens && cell + e < n_kv ? *(const u16*)(mask + token * a.mask.nb[1] + (cell + e) * 2) : (u16)0xfc00;
-                    open |= eight[e] != 0xfc00;
-                    mask_tile[row * kMaskStride + column + e] = eight[e];
-                }
+            for (int row = 0; row < kLook; ++row) {
+                if (token + row >= n_tokens) break;
+                constexpr int kTwo = (int)(kClosed | (u32)kClosed << 16);
+                if (whole) not_closed |= (u32)((eight[row].x ^ kTwo) | (eight[row].y ^ kTwo) | (eight[row].z ^ kTwo) | (eight[row].w ^ kTwo));
+                if (whole) not_zero |= (u32)(eight[row].x | eight[row].y | eight[row].z | eight[row].w);
+                for (int e = 0; !whole && cell + e < n_kv; ++e) not_closed |= (u32)(*(const u16*)(from + row * a.mask.nb[1] + e * 2) ^ kClosed);
             }
-            open = __ballot_sync(0xffffffffu, (int)open);
-        }
-        if (lane == 0) any[warp] = open;
-        __syncthreads();  // the stage before is read to its end, and the mask is there
-        const bool skip = !(any[0] | any[1] | any[2] | any[3]);
-        __syncthreads();
-        if (skip) continue;
-#pragma unroll 4
-        for (int i = thread; i < kTile * (kD / 8); i += 128) {
-            const int row = i / (kD / 8), column = i % (kD / 8) * 8;
-            const bool inside = first + row < n_kv && column < d;
-            *(TpInt4*)(k_tile + row * kStride + column) = inside ? *(const TpInt4*)(k + (first + row) * a.k.nb[1] + column * 2) : TpInt4{0, 0, 0, 0};
-            *(TpInt4*)(v_tile + row * kStride + column) = inside ? *(const TpInt4*)(v + (first + row) * a.v.nb[1] + column * 2) : TpInt4{0, 0, 0, 0};
-        }
-        __syncthreads();
-        float score[kTile / 8][4] = {};
+            const u32 lanes_seen = __ballot_sync(0xffffffffu, not_closed != 0), lanes_other = __ballot_sync(0xffffffffu, not_zero != 0);
 #pragma unroll
-        for (int c = 0; c < kD / 16; ++c)
+            for (int step = 0; step < kSteps; ++step) {
+                constexpr u32 kOne = (1u << kLanes) - 1;
+                seen |= (u32)((lanes_seen >> step * kLanes & kOne) != 0) << (group * kSteps + step);
+                other |= (u32)((lanes_other >> step * kLanes & kOne) != 0) << (group * kSteps + step);
+            }
+        }
+        // Windows take turns: who writes a window's words is behind the barrier of the one before, and all had read these words before that.
+        u32* words = looks + window % 2 * 2 * kWarps;
+        if (lane == 0) words[warp] = seen, words[kWarps + warp] = other;
+        __syncthreads();
 #pragma unroll
-            for (int j = 0; j < kTile / 8; j += 2) {
+        for (int w = 0; w < kWarps; ++w) open |= words[w], mixed |= words[kWarps + w];
+    };
+    // The first open step from `step` on, and whether it is mixed; n_steps: none.
+    struct Step {
+        int number;
+        bool mixed;
+    };
+    auto next_open = [&](int step) -> Step {
+        while (step < n_steps) {
+            if (step / kFlashTileWindow != window) look(step / kFlashTileWindow);
+            const u32 ahead = open >> step % kFlashTileWindow;
+            if (ahead) {
+                step += __ffs((int)ahead) - 1;
+                return {step, (mixed >> step % kFlashTileWindow & 1) != 0};
+            }
+            step = (step / kFlashTileWindow + 1) * kFlashTileWindow;
+        }
+        return {n_steps, false};
+    };
+    auto fetch = [&](int step, int stage) {
+        u16* k_tile = shared + stage * 2 * kCells * kStride;
+#pragma unroll
+        for (int s = 0; s < kCells * kWords / kThreads; ++s) {
+            const int i = s * kThreads + thread, row = i / kWords, column = i % kWords * 8, cell = step * kCells + row;
+            const bool inside = cell < n_kv && column < d;
+            u16* to = k_tile + row * kStride + column;
+            tp_copy_async_or_zero(to, k + (u64)(u32)cell * (u32)a.k.nb[1] + column * 2, inside);
+            tp_copy_async_or_zero(to + kCells * kStride, v + (u64)(u32)cell * (u32)a.v.nb[1] + column * 2, inside);
+        }
+    };
+
+    float out[kD / 8][4] = {}, most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+    Step step = {-1, false};
+    for (int stage = 1; step.number < n_steps; stage ^= 1) {
+        const Step next = next_open(step.number + 1);
+        tp_copy_wait();
+        __syncthreads();  // all threads' copies of this step are there, and all have read the other stage to its end
+        if (next.number < n_steps) fetch(next.number, stage ^ 1);
+        const int first = step.number * kCells;
+        const bool masked = step.mixed;
+        step = next;
+        if (first < 0 || warp_token >= n_tokens) continue;  // the first round fetches alone
+        const u16 *k_tile = shared + stage * 2 * kCells * kStride, *v_tile = k_tile + kCells * kStride;
+        float score[kCells / 8][4] = {};
+#pragma unroll
+        for (int c = 0; c < kD / 16; ++c) {
+            if constexpr (!kKeepsQ) {
+                const TpInt4 four = q_at(c);
+                q[0][0] = (u32)four.x, q[0][1] = (u32)four.y, q[0][2] = (u32)four.z, q[0][3] = (u32)four.w;
+            }
+#pragma unroll
+            for (int j = 0; j < kCells / 8; j += 2) {
                 u32 kf[4];
                 tp_ldmatrix_x4(kf, k_tile + (j * 8 + lane % 8 + lane / 16 * 8) * kStride + c * 16 + lane / 8 % 2 * 8);
                 const u32 left[2] = {kf[0], kf[1]}, right[2] = {kf[2], kf[3]};
-                tp_mma_f16(score[j], q[c], left);
-                tp_mma_f16(score[j + 1], q[c], right);
+                tp_mma_f16(score[j], q[kKeepsQ ? c : 0], left);
+                tp_mma_f16(score[j + 1], q[kKeepsQ ? c : 0], right);
             }
-        float next[2] = {most[0], most[1]};
+        }
+        if (a.logit_softcap != 0.0f) {
+            // tanh(s) is 1 - 2 / (e^2s + 1): off by 1e-7 of the cap, which is what a sum of halves' products is off by.
 #pragma unroll
-        for (int j = 0; j < kTile / 8; ++j)
+            for (int j = 0; j < kCells / 8; ++j)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int row = warp * 16 + g + e / 2 * 8, column = j * 8 + 2 * t + e % 2;
-                float s = score[j][e];
-                if (a.logit_softcap != 0.0f) s = a.logit_softcap * tanhf(s);
-                if (mask) s += slope * tp_half_to_float(mask_tile[row * kMaskStride + column]);
-                else if (first + column >= n_kv) s = -INFINITY;
-                score[j][e] = s;
-                next[e / 2] = fmaxf(next[e / 2], s);
+                for (int e = 0; e < 4; ++e) score[j][e] = a.logit_softcap * kLog2E * (1.0f - __fdividef(2.0f, tp_exp2(2.0f * kLog2E * score[j][e]) + 1.0f));
+        }
+        if (masked) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int token = warp_token + g + half * 8;
+                const char* row = mask + (token < n_tokens ? token : n_tokens - 1) * a.mask.nb[1];
+#pragma unroll
+                for (int j = 0; j < kCells / 8; ++j) {
+                    const int cell = first + j * 8 + 2 * t;
+                    u32 two = kClosed | (u32)kClosed << 16;
+                    if (cell + 1 < n_kv) two = mask ? *(const u32*)(row + (i64)cell * 2) : 0u;
+                    else if (cell < n_kv) two = (mask ? *(const u16*)(row + (i64)cell * 2) : 0u) | (u32)kClosed << 16;
+                    score[j][2 * half] += slope * tp_half_to_float((u16)two);
+                    score[j][2 * half + 1] += slope * tp_half_to_float((u16)(two >> 16));
+                }
             }
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            next[half] = fmaxf(next[half], __shfl_xor_sync(0xffffffffu, next[half], 1));
-            next[half] = fmaxf(next[half], __shfl_xor_sync(0xffffffffu, next[half], 2));
-            const float base = next[half] == -INFINITY ? 0.0f : next[half], keep = expf(most[half] - base);
-            most[half] = next[half];
+            float top = most[half];
+#pragma unroll
+            for (int j = 0; j < kCells / 8; ++j) top = fmaxf(top, fmaxf(score[j][2 * half], score[j][2 * half + 1]));
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+            const float base = top == -INFINITY ? 0.0f : top, keep = tp_exp2(most[half] - base);
+            most[half] = top;
             sum[half] *= keep;
 #pragma unroll
             for (int j = 0; j < kD / 8; ++j) out[j][2 * half] *= keep, out[j][2 * half + 1] *= keep;
 #pragma unroll
-            for (int j = 0; j < kTile / 8; ++j)
+            for (int j = 0; j < kCells / 8; ++j)
 #pragma unroll
                 for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                    score[j][e] = expf(score[j][e] - base);
+                    score[j][e] = tp_exp2(score[j][e] - base);
                     sum[half] += score[j][e];
                 }
         }
         // 16 cells of P are two accumulator tiles side by side.
 #pragma unroll
-        for (int c = 0; c < kTile / 16; ++c) {
+        for (int c = 0; c < kCells / 16; ++c) {
             const u32 p[4] = {pack(score[2 * c][0], score[2 * c][1]), pack(score[2 * c][2], score[2 * c][3]), pack(score[2 * c + 1][0], score[2 * c + 1][1]),
                               pack(score[2 * c + 1][2], score[2 * c + 1][3])};
 #pragma unroll
@@ -136,25 +224,31 @@ TP_DEVICE void flash_tile(const FlashAttnArgs& a) {
         total += __shfl_xor_sync(0xffffffffu, total, 2);
         float scale = total > 0 ? 1.0f / total : 0.0f;
         if (a.has_sinks) {
-            const float sink = *(const float*)(a.sinks.data + (head + a.head_offset) * a.sinks.nb[0]), top = fmaxf(most[half], sink);
-            const float keep = most[half] > -INFINITY ? expf(most[half] - top) : 0.0f;
-            scale = keep / (total * keep + expf(sink - top));
+            const float sink = kLog2E * *(const float*)(a.sinks.data + (head + a.head_offset) * a.sinks.nb[0]), top = fmaxf(most[half], sink);
+            const float keep = most[half] > -INFINITY ? tp_exp2(most[half] - top) : 0.0f;
+            scale = keep / (total * keep + tp_exp2(sink - top));
         }
-        const i64 token = token0 + warp * 16 + g + half * 8;
+        const int token = warp_token + g + half * 8;
         if (token >= n_tokens) continue;
         char* y = a.y.data + head * a.y.nb[1] + token * a.y.nb[2] + stream * a.y.nb[3];
 #pragma unroll
         for (int j = 0; j < kD / 8; ++j)
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-                if (j * 8 + 2 * t + e < d) *(float*)(y + (j * 8 + 2 * t + e) * 4) = out[j][2 * half + e] * scale;
+            if (j * 8 < d) *(TpFloat2*)(y + (j * 8 + 2 * t) * 4) = {out[j][2 * half] * scale, out[j][2 * half + 1] * scale};
     }
 }
 
 }  // namespace ggml_tp
 
-TP_KERNEL(flash_tile_64, FlashAttnArgs, 128) { ggml_tp::flash_tile<64>(args); }
-TP_KERNEL(flash_tile_96, FlashAttnArgs, 128) { ggml_tp::flash_tile<96>(args); }
-TP_KERNEL(flash_tile_128, FlashAttnArgs, 128) { ggml_tp::flash_tile<128>(args); }
+// Eight warps of 255 registers are what a multiprocessor has: one block or two.
+#define FLASH_TILE(d, warps) \
+    TP_KERNEL_RESIDENT(flash_tile_##d##_##warps, FlashTileArgs, 32 * warps, 8 / warps) { ggml_tp::flash_tile<d, warps>(args); }
+
+FLASH_TILE(64, 4)
+FLASH_TILE(64, 8)
+FLASH_TILE(96, 4)
+FLASH_TILE(96, 8)
+FLASH_TILE(128, 4)
+FLASH_TILE(128, 8)
+FLASH_TILE(256, 4)
 
 #endif

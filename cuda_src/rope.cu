@@ -1,5 +1,6 @@
-// Rotary position embedding with YaRN scaling, after ggml's rope_yarn; forward and back, positions of one kind or of four. One thread per pair of elements; elements from
-// n_dims on pass through. y may be x: a thread reads its pair before it writes it.
+// Rotary position embedding with YaRN scaling, after ggml's rope_yarn; forward and back, positions of one kind or of four. One thread per
+// pair of elements of a run of heads of one token; elements from n_dims on pass through. y may be x: a thread reads its pairs before it
+// writes them.
 #include "rope_pair.h"
 
 namespace ggml_tp {
@@ -9,11 +10,12 @@ template <bool kNeox>
 TP_DEVICE void rope(const RopeArgs& args) {
     const View &x = args.x, &y = args.y;
     const i64 pair = (i64)blockIdx.y * blockDim.x + threadIdx.x;
-    const i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y;
-    if (2 * pair >= x.ne[0] || row >= x.ne[1] * x.ne[2] * x.ne[3]) return;
-    const Pair p = rotate(args, pair, row, kNeox);
-    store(y, p.first, p.a);
-    if (p.second.i0 < x.ne[0]) store(y, p.second, p.b);
+    const i64 run = (i64)blockIdx.x * blockDim.y + threadIdx.y;
+    if (2 * pair >= x.ne[0] || run >= rope_runs(args)) return;
+    turn_run<kRopeHeads>(args, pair, (u32)run, kNeox, nullptr, [&](const Index& first, const Index& second, float a, float b) {
+        store(y, first, a);
+        if (second.i0 < x.ne[0]) store(y, second, b);
+    });
 }
 
 }  // namespace
@@ -21,7 +23,8 @@ TP_DEVICE void rope(const RopeArgs& args) {
 
 using namespace ggml_tp;
 
-TP_KERNEL(rope_normal, RopeArgs, 256) { rope<false>(args); }
-TP_KERNEL(rope_neox, RopeArgs, 256) { rope<true>(args); }
+// Three blocks are more than kRopeThreads.
+TP_KERNEL_RESIDENT(rope_normal, RopeArgs, 256, 3) { rope<false>(args); }
+TP_KERNEL_RESIDENT(rope_neox, RopeArgs, 256, 3) { rope<true>(args); }
 
-TP_KERNEL(rope_store, RopeStoreArgs, 256) { rope_store_one<false>(args, blockIdx.x, (int)threadIdx.x, nullptr); }
+TP_KERNEL_RESIDENT(rope_store, RopeStoreArgs, 256, 3) { rope_store_one<false>(args, blockIdx.x, (int)threadIdx.x, nullptr); }

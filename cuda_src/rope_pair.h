@@ -1,4 +1,4 @@
-// One pair of elements of a rope, and what a thread of rope_store does: shared by rope.cu and stream.cu.
+// Pairs of elements of a rope, and what a thread of rope_store does: shared by rope.cu and stream.cu.
 #pragma once
 #include "element.h"
 #include "rope.h"
@@ -48,74 +48,93 @@ TP_DEVICE void rotation(const RopeArgs& args, float pos, i64 i, i64 power, float
     *sine = sinf(theta) * magnitude * args.direction;
 }
 
-/// Where the two elements of pair `pair` of a row lie, and what becomes of them. table: {cos, sin} of the pair at 2 * its number, where they
-/// are known already (and positions are of one kind); else null.
-struct Pair {
-    Index first, second;
-    float a, b;
-};
-TP_DEVICE Pair rotate(const RopeArgs& args, i64 pair, i64 row, bool neox, const float* table = nullptr) {
-    const View& x = args.x;
-    Pair p;
-    p.first = p.second = row_index((u32)row, x.ne);
-    const i64 turning = args.sectioned == kVision ? 2 * args.n_dims : args.n_dims;
-    if (2 * pair < args.n_offs || 2 * pair >= args.n_offs + turning) {
-        p.first.i0 = 2 * pair;
-        p.second.i0 = 2 * pair + 1;
-        p.a = load(x, p.first);
-        p.b = p.second.i0 < x.ne[0] ? load(x, p.second) : 0.0f;
-        return p;
-    }
-    const i64 turned = pair - args.n_offs / 2;
-    p.first.i0 = args.n_offs + (neox ? turned : 2 * turned);
-    p.second.i0 = args.n_offs + (neox ? turned + turning / 2 : 2 * turned + 1);
+/// Where the two elements of pair `pair` lie in a head, and how they turn: the same in all heads of a token. table: {cos, sin} of the pair
+/// at 2 * its number, where they are known already (and positions are of one kind); else null.
+struct Turn {
+    i64 first, second;
+    bool turns;  // else they pass through
     float cosine, sine;
+};
+TP_DEVICE Turn turn_of(const RopeArgs& args, i64 pair, i64 token, bool neox, const float* table) {
+    const i64 turning = args.sectioned == kVision ? 2 * args.n_dims : args.n_dims;
+    if (2 * pair < args.n_offs || 2 * pair >= args.n_offs + turning) return {2 * pair, 2 * pair + 1, false, 1.0f, 0.0f};
+    const i64 turned = pair - args.n_offs / 2;
+    Turn turn = {args.n_offs + (neox ? turned : 2 * turned), args.n_offs + (neox ? turned + turning / 2 : 2 * turned + 1), true, 0.0f, 0.0f};
     if (table) {
-        cosine = table[2 * turned], sine = table[2 * turned + 1];
+        turn.cosine = table[2 * turned], turn.sine = table[2 * turned + 1];
     } else {
         const Angle angle = angle_of(args, turned);
-        const i32 pos = *(const i32*)(args.pos.data + (p.first.i2 + angle.row * x.ne[2]) * args.pos.nb[0]);
-        rotation(args, (float)pos, turned, angle.power, &cosine, &sine);
+        const i32 pos = *(const i32*)(args.pos.data + (token + angle.row * args.x.ne[2]) * args.pos.nb[0]);
+        rotation(args, (float)pos, turned, angle.power, &turn.cosine, &turn.sine);
     }
-    const float a = load(x, p.first), b = load(x, p.second);
-    p.a = a * cosine - b * sine;
-    p.b = a * sine + b * cosine;
-    return p;
+    return turn;
 }
 
-/// Thread `thread` of block `block` (of 256): one pair of a rope, or one element to be stored.
+/// Pair `pair` of run `run`, which is args.heads heads of a token, at most kMost. All are read before done(first, second, a, b) is told
+/// where the elements lie and what becomes of them, head by head. kMost = 1: runs are of one head.
+template <int kMost, class Done>
+TP_DEVICE void turn_run(const RopeArgs& args, i64 pair, u32 run, bool neox, const float* table, const Done& done) {
+    const View& x = args.x;
+    const i64 heads = kMost == 1 ? 1 : args.heads, ne[4] = {x.ne[0], (x.ne[1] + heads - 1) / heads, x.ne[2], x.ne[3]};
+    Index at = row_index(run, ne);
+    at.i1 *= heads;
+    const int left = (int)(x.ne[1] - at.i1 < heads ? x.ne[1] - at.i1 : heads);
+    const Turn turn = turn_of(args, pair, at.i2, neox, table);
+    float a[kMost], b[kMost];
+#pragma unroll
+    for (int h = 0; h < kMost; ++h) {
+        if (h >= left) break;
+        a[h] = load(x, {turn.first, at.i1 + h, at.i2, at.i3});
+        b[h] = turn.second < x.ne[0] ? load(x, {turn.second, at.i1 + h, at.i2, at.i3}) : 0.0f;
+    }
+#pragma unroll
+    for (int h = 0; h < kMost; ++h) {
+        if (h >= left) break;
+        const float first = turn.turns ? a[h] * turn.cosine - b[h] * turn.sine : a[h], second = turn.turns ? a[h] * turn.sine + b[h] * turn.cosine : b[h];
+        done(Index{turn.first, at.i1 + h, at.i2, at.i3}, Index{turn.second, at.i1 + h, at.i2, at.i3}, first, second);
+    }
+}
+
+/// Thread `thread` of block `block` (of 256): a pair of a run of a rope, or one element to be stored. With tables runs are of one head.
 template <bool kTables>
 TP_DEVICE void rope_store_one(const RopeStoreArgs& args, i64 block, int thread, const float* const* tables) {
+    u32 left = (u32)block;
     for (int r = 0; r < args.n_ropes; ++r) {
         const RopeArgs& rope = args.rope[r];
-        const i64 half = rope.x.ne[0] / 2, n = half * rope.x.ne[1] * rope.x.ne[2] * rope.x.ne[3], blocks = (n + 255) / 256;
-        if (block >= blocks) {
-            block -= blocks;
+        const u32 half = (u32)rope.x.ne[0] / 2, n = half * (u32)(kTables ? n_rows(rope.x) : rope_runs(rope)), blocks = (n + 255) / 256;
+        if (left >= blocks) {
+            left -= blocks;
             continue;
         }
-        const i64 i = block * 256 + thread;
+        const u32 i = left * 256 + (u32)thread;
         if (i >= n) return;
-        const Pair p = rotate(rope, i % half, i / half, rope.neox, kTables ? tables[r] : nullptr);
-        store(rope.y, p.first, p.a);
-        store(rope.y, p.second, p.b);
-        if (args.stored_rope == r) {
-            const i64 head = p.first.i1 * rope.y.ne[0];
-            set_row_element(args.store[0], head + p.first.i0, p.first.i2, 0, 0, p.a);
-            set_row_element(args.store[0], head + p.second.i0, p.first.i2, 0, 0, p.b);
-        }
+        const u32 run = i / half;
+        i64 token = -1, row = -1;
+        turn_run<kTables ? 1 : kRopeHeads>(rope, i - run * half, run, rope.neox, kTables ? tables[r] : nullptr,
+                                           [&](const Index& first, const Index& second, float a, float b) {
+                                               store(rope.y, first, a);
+                                               store(rope.y, second, b);
+                                               if (args.stored_rope != r) return;
+                                               if (token < 0) token = first.i2, row = target_row(args.store[0], token, 0, 0);  // once for all heads
+                                               if (row < 0) return;
+                                               const i64 head = first.i1 * rope.y.ne[0];
+                                               store(args.store[0].y, {head + first.i0, row, 0, 0}, a);
+                                               store(args.store[0].y, {head + second.i0, row, 0, 0}, b);
+                                           });
         return;
     }
     for (int s = args.stored_rope >= 0 ? 1 : 0; s < args.n_stores; ++s) {
         const View& x = args.store[s].x;
-        const i64 n = x.ne[0] * x.ne[1] * x.ne[2] * x.ne[3], blocks = (n + 255) / 256;
-        if (block >= blocks) {
-            block -= blocks;
+        const u32 n = (u32)(x.ne[0] * x.ne[1] * x.ne[2] * x.ne[3]), blocks = (n + 255) / 256;
+        if (left >= blocks) {
+            left -= blocks;
             continue;
         }
-        const i64 i = block * 256 + thread;
+        const u32 i = left * 256 + (u32)thread;
         if (i >= n) return;
-        Index at = row_index((u32)(i / x.ne[0]), x.ne);
-        at.i0 = i % x.ne[0];
+        const u32 row = i / (u32)x.ne[0];
+        Index at = row_index(row, x.ne);
+        at.i0 = i - row * (u32)x.ne[0];
         set_row_element(args.store[s], at.i0, at.i1, at.i2, at.i3, load(x, at));
         return;
     }

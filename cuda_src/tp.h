@@ -40,18 +40,22 @@ using ggml_tp::u64;
 #else
 #define TP_GRID_CONSTANT
 #endif
-#define TP_KERNEL_BODY(name, Args, max_threads, before)                                                         \
+// The last arguments: the most threads of a block, and how many blocks a multiprocessor is to hold.
+#define TP_KERNEL_BODY(name, Args, before, ...)                                                                 \
     static __device__ __forceinline__ void name##_body(const ggml_tp::Args& args);                              \
-    extern "C" __global__ void __launch_bounds__(max_threads) name(const TP_GRID_CONSTANT ggml_tp::Args args) { \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const TP_GRID_CONSTANT ggml_tp::Args args) { \
         before;                                                                                                 \
         name##_body(args);                                                                                      \
     }                                                                                                           \
     static __device__ __forceinline__ void name##_body(const ggml_tp::Args& args)
-#define TP_KERNEL(name, Args, max_threads) TP_KERNEL_BODY(name, Args, max_threads, tp_grid_wait())
+#define TP_KERNEL(name, Args, max_threads) TP_KERNEL_BODY(name, Args, tp_grid_wait(), max_threads)
+// A kernel that may have all registers of so many blocks: the compiler, which knows no more than its threads, would rather spill some to
+// fit one block more.
+#define TP_KERNEL_RESIDENT(name, Args, max_threads, blocks) TP_KERNEL_BODY(name, Args, tp_grid_wait(), max_threads, blocks)
 // A kernel that calls tp_grid_wait itself, after it has begun to read what no kernel of the graph writes: weights.
-#define TP_KERNEL_EARLY(name, Args, max_threads) TP_KERNEL_BODY(name, Args, max_threads, (void)0)
+#define TP_KERNEL_EARLY(name, Args, max_threads) TP_KERNEL_BODY(name, Args, (void)0, max_threads)
 // A kernel whose blocks wait for each other: all of them are on the device at once.
-#define TP_KERNEL_COOPERATIVE(name, Args, max_threads) TP_KERNEL_BODY(name, Args, max_threads, (void)0)
+#define TP_KERNEL_COOPERATIVE(name, Args, max_threads) TP_KERNEL_BODY(name, Args, (void)0, max_threads)
 #define TP_DYN_SHARED(T, name)                                \
     extern __shared__ __align__(16) char tp_dynamic_shared[]; \
     T* name = (T*)tp_dynamic_shared
@@ -121,6 +125,12 @@ TP_DEVICE u16 tp_float_to_bf16(float f) {
 }
 /// A product that is rounded, never part of a fused multiply-add.
 TP_DEVICE float tp_mul_rounded(float a, float b) { return __fmul_rn(a, b); }
+/// 2 to the x, in one instruction: 2 units in the last place; 0 of -inf and of what would be denormal.
+TP_DEVICE float tp_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 TP_DEVICE float tp_warp_sum(float v) {
 #pragma unroll
     for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
@@ -254,6 +264,10 @@ TP_DEVICE u32 tp_warp_min(u32 v) { return __reduce_min_sync(0xffffffffu, v); }
 /// Sixteen bytes to shared memory, without waiting; tp_copy_wait waits for all that this thread has begun.
 TP_DEVICE void tp_copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(tp_shared_address(to)), "l"(from) : "memory");
+}
+/// The same; zeros where not `inside`, and nothing is read.
+TP_DEVICE void tp_copy_async_or_zero(void* to, const void* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tp_shared_address(to)), "l"(from), "r"(inside ? 16 : 0) : "memory");
 }
 /// Ends a group of them; tp_copy_wait_but<n> waits for all groups but the last n.
 TP_DEVICE void tp_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -362,6 +362,37 @@ def _ropes() -> None:
         case(f"rope {name}, from an offset")(lambda g, m=mode: offset(g, rope(g, m, n_dims=32)))
         case(f"rope {name}, F16", F16)(lambda g, m=mode: rope(g, m, type_=F16))
 
+    # Heads that a thread turns one behind the other: 8 of 11 and the other 3, all 3, and 2 of 6 in a few tokens.
+    def many(g: Case, mode: int = 0, heads: int = 11, tokens: int = 90, type_: int = F32, n_dims: int = 64) -> Any:
+        x = g.leaf(type_, 64, heads, tokens)
+        pos = g.leaf(I32, tokens, values=g.rng.integers(0, 4000, tokens))
+        f = g.leaf(F32, n_dims // 2, values=np.linspace(1, 8, n_dims // 2))
+        return g.lib.ggml_rope_ext(g.c, x, pos, f, n_dims, mode, 512, 10000.0, 0.25, 1.0, 1.0, 32.0, 1.0)
+
+    def many_multi(g: Case, mode: int, tokens: int = 90) -> Any:
+        pos = g.leaf(I32, 4 * tokens, values=g.rng.integers(0, 900, 4 * tokens))
+        sections = g.ggml.ffi.new("int[4]", (12, 8, 8, 4))
+        return g.lib.ggml_rope_multi(g.c, g.leaf(F32, 64, 11, tokens), pos, g.null, 64, sections, mode, 512, 10000.0, 1.0, 0.0, 1.0, 32.0, 1.0)
+
+    def stored(g: Case, mode: int, tokens: int, heads: int = 11) -> Any:
+        """Turned keys, and values, in rows of their caches, side by side: rope and stores are one kernel."""
+        rows = g.leaf(I64, tokens, values=g.rng.permutation(tokens + 9)[:tokens])
+        keys = g.lib.ggml_reshape_3d(g.c, many(g, mode, heads, tokens), 64 * heads, tokens, 1)
+        values = g.leaf(F32, 64 * heads, tokens)
+        caches = [g.lib.ggml_set_rows(g.c, g.leaf(F32, 64 * heads, tokens + 9), x, rows) for x in (keys, values)]
+        return g.lib.ggml_concat(g.c, caches[0], caches[1], 0)
+
+    for mode, name in ((0, "normal"), (2, "neox")):
+        case(f"rope {name}, many tokens")(lambda g, m=mode: many(g, m))
+        case(f"rope {name}, many tokens, part of a head")(lambda g, m=mode: many(g, m, n_dims=32))
+        case(f"rope {name}, many tokens of three heads")(lambda g, m=mode: many(g, m, 3, 200))
+        case(f"rope {name}, 22 tokens of six heads")(lambda g, m=mode: many(g, m, 6, 22))
+        case(f"rope {name}, many tokens, F16", F16)(lambda g, m=mode: many(g, m, type_=F16))
+        for tokens in (3, 22, 90):
+            case(f"rope {name} and stores, {tokens} tokens")(lambda g, m=mode, n=tokens: stored(g, m, n))
+    for mode, name in ((8, "multi"), (40, "interleaved")):
+        case(f"rope {name}, many tokens")(lambda g, m=mode: many_multi(g, m))
+
 
 def causal(n_kv: int, n_tokens: int) -> np.ndarray:
     return np.where(np.arange(n_kv)[None, :] <= np.arange(n_tokens)[:, None] + n_kv - n_tokens, 0.0, -np.inf).astype(np.float32)
@@ -398,7 +429,7 @@ def _attention() -> None:
             g.lib.ggml_flash_attn_ext_add_sinks(out, g.leaf(F32, heads))
         return out
 
-    def of_cache(g: Case, type_: int, heads: int, kv_heads: int, d: int = 64, n_kv: int = 96) -> Any:
+    def of_cache(g: Case, type_: int, heads: int, kv_heads: int, d: int = 64, n_kv: int = 96, n_tokens: int = 3, max_bias: float = 0.0) -> Any:
         """Keys and values as views of caches, which ranks divide by heads."""
 
         def view(name: str) -> Any:
@@ -406,8 +437,8 @@ def _attention() -> None:
             head, row = g.lib.ggml_row_size(type_, d), g.lib.ggml_row_size(type_, d * kv_heads)
             return g.lib.ggml_permute(g.c, g.lib.ggml_view_4d(g.c, cache, d, kv_heads, n_kv, 1, head, row, row * n_kv, 0), 0, 2, 1, 3)
 
-        mask = g.leaf(F16, n_kv, 3, values=causal(n_kv, 3))
-        return g.lib.ggml_flash_attn_ext(g.c, g.leaf(F32, d, 3, heads), view("cache_k_l0"), view("cache_v_l0"), mask, d**-0.5, 0.0, 0.0)
+        mask = g.leaf(F16, n_kv, n_tokens, values=causal(n_kv, n_tokens))
+        return g.lib.ggml_flash_attn_ext(g.c, g.leaf(F32, d, n_tokens, heads), view("cache_k_l0"), view("cache_v_l0"), mask, d**-0.5, max_bias, 0.0)
 
     for kv_heads in (2, 3, 6):
         case(f"flash_attn of caches, {kv_heads} heads")(lambda g, n=kv_heads: of_cache(g, F16, 6, n))
@@ -422,12 +453,35 @@ def _attention() -> None:
         case(f"flash_attn d{d}")(lambda g, d=d: flash(g, d))
     for n_tokens in (1, 2, 17, 40):
         case(f"flash_attn {n_tokens} tokens")(lambda g, n=n_tokens: flash(g, n_tokens=n, n_kv=256))
-    for d in (32, 64, 80, 96, 128):
+    for d in (32, 64, 80, 96, 112, 128):
         case(f"flash_attn d{d}, 70 tokens")(lambda g, d=d: flash(g, d, n_tokens=70, n_kv=256))
+    for d in (192, 256):
+        case(f"flash_attn d{d}, 70 tokens")(lambda g, d=d: flash(g, d, n_tokens=70, n_kv=136, heads=2, kv_heads=1))
     case("flash_attn, 70 tokens, odd number of cells")(lambda g: flash(g, n_tokens=70, n_kv=101))
     case("flash_attn, 70 tokens, no mask")(lambda g: flash(g, n_tokens=70, n_kv=101, mask=False))
     case("flash_attn, 70 tokens, ALiBi, softcap, sinks")(lambda g: flash(g, n_tokens=70, n_kv=128, max_bias=8.0, softcap=20.0, sinks=True))
     case("flash_attn, 130 tokens, two streams")(lambda g: flash(g, n_tokens=130, n_kv=160, streams=2))
+    # Heads that share a block's K and V: 1, 2, 4 and 8 of one KV head, in blocks of four warps and of eight.
+    for heads, kv_heads in ((3, 1), (9, 3), (4, 2), (8, 2), (8, 1)):
+        case(f"flash_attn, 100 tokens, {heads} heads of {kv_heads}")(lambda g, h=heads, n=kv_heads: flash(g, n_tokens=100, n_kv=200, heads=h, kv_heads=n))
+    # Whole steps, and whole windows of 32 steps, that nobody sees, in between.
+    for d in (64, 128, 256):
+        case(f"flash_attn d{d}, 100 tokens, steps closed between")(lambda g, d=d: flash(g, d, 400, 100, 2, 1, closed=(70, 280)))
+    for d, cells in ((64, 64), (256, 32)):
+        case(f"flash_attn d{d}, 70 tokens, windows closed between")(lambda g, d=d, n=cells: flash(g, d, 66 * n + 8, 70, 2, 1, closed=(100, 65 * n + 5)))
+    case("flash_attn, 70 tokens, windows seen by all")(lambda g: flash(g, n_tokens=70, n_kv=35 * 64, heads=2, kv_heads=1))
+    case("flash_attn, 100 tokens, some see nothing")(lambda g: flash(g, n_tokens=100, n_kv=40))
+    case("flash_attn, 130 tokens, whole blocks see nothing")(lambda g: flash(g, n_tokens=130, n_kv=40, heads=8, kv_heads=1))
+    case("flash_attn, 70 tokens, no mask, whole steps")(lambda g: flash(g, n_tokens=70, n_kv=128, mask=False))
+    case("flash_attn, 70 tokens, a mask of any values")(lambda g: flash(g, 80, n_tokens=70, n_kv=200, slanted=True))
+    case("flash_attn, 130 tokens, two streams, sinks, 4 heads of one KV head")(
+        lambda g: flash(g, 128, n_tokens=130, n_kv=192, heads=4, kv_heads=1, streams=2, sinks=True, closed=(64, 128))
+    )
+    case("flash_attn d256, 70 tokens, softcap, sinks")(lambda g: flash(g, 256, n_tokens=70, n_kv=104, heads=4, softcap=30.0, sinks=True))
+    for heads, kv_heads in ((6, 2), (6, 3), (8, 2), (8, 4), (12, 3)):
+        case(f"flash_attn of caches, 70 tokens, {heads} heads of {kv_heads}")(
+            lambda g, h=heads, n=kv_heads: of_cache(g, F16, h, n, n_kv=136, n_tokens=70, max_bias=8.0)
+        )
     case("flash_attn 1 token, many cells")(lambda g: flash(g, d=128, n_tokens=1, n_kv=1536))
     case("flash_attn 1 token, cells of others between")(lambda g: flash(g, d=128, n_tokens=1, n_kv=1536, closed=(33, 1301)))
     case("flash_attn, 20 heads of one KV head")(lambda g: flash(g, heads=20, kv_heads=1))

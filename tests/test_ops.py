@@ -69,6 +69,26 @@ def test_products_of_warpgroups(workers, reference, ranks):
     check(workers, reference, "sm_90", ranks, [name for name in CASES if many.match(name)])
 
 
+@pytest.mark.parametrize(("arch", "ranks"), [("sm_86", 1), ("sm_90", 3)])
+def test_attention_of_many_tokens(workers, reference, arch, ranks):
+    """Tensor cores, whole and in shards whose first head is one of a KV head's others."""
+    check(workers, reference, arch, ranks, [name for name in CASES if re.match(r"flash_attn.* (70|100|130) tokens", name)])
+
+
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
+def test_attention_of_many_tokens_has_blocks_of_eight_warps_where_they_suffice(workers):
+    """The emulated GPUs have four multiprocessors."""
+    kernels = {
+        "flash_attn, 100 tokens, 3 heads of 1": "flash_tile_64_4<",
+        "flash_attn, 100 tokens, 9 heads of 3": "flash_tile_64_8<",
+        "flash_attn, 100 tokens, 8 heads of 1": "flash_tile_64_8<",
+        "flash_attn d112, 70 tokens": "flash_tile_128_8<",
+        "flash_attn d192, 70 tokens": "flash_tile_256_4<",
+    }
+    for text, kernel in zip(workers.run(jobs.programs, emulated(1, "sm_86"), names=list(kernels)).values(), kernels.values(), strict=True):
+        assert kernel in text, text
+
+
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
 def test_warpgroups_take_what_they_can(workers):
     """Q, K and V are one launch, so are gate and up; norm and GLU leave what the products read, whose weights have their own type's kernel."""

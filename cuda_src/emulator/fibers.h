@@ -102,6 +102,7 @@ bool run(const Kernel& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_byte
         tp_emulator::Kernel{#name, TP_ARCH, name##_entry, sizeof(ggml_tp::Args), static_cast<unsigned>(max_threads), cooperative}); \
     static void name(const ggml_tp::Args args)
 #define TP_KERNEL(name, Args, max_threads) TP_KERNEL_OF_KIND(name, Args, max_threads, false)
+#define TP_KERNEL_RESIDENT(name, Args, max_threads, blocks) TP_KERNEL(name, Args, max_threads)
 #define TP_KERNEL_COOPERATIVE(name, Args, max_threads) TP_KERNEL_OF_KIND(name, Args, max_threads, true)
 #define TP_KERNEL_EARLY(name, Args, max_threads) TP_KERNEL(name, Args, max_threads)
 static inline void tp_grid_wait() {}
@@ -164,6 +165,7 @@ static inline void tp_prefetch(const void*) {}
 static inline u64 tp_read_once() { return 0; }
 static inline void tp_bulk_load_once(void* to, const char* from, u32 bytes, TpBarrier* b, u64) { tp_bulk_load(to, from, bytes, b); }
 static inline void tp_copy_async(void* to, const void* from) { std::memcpy(to, from, 16); }
+static inline void tp_copy_async_or_zero(void* to, const void* from, bool inside) { inside ? std::memcpy(to, from, 16) : std::memset(to, 0, 16); }
 static inline void tp_copy_commit() {}
 template <int n>
 static inline void tp_copy_wait_but() {}
@@ -196,6 +198,9 @@ static inline int __float_as_int(float f) {
     return x;
 }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static inline float tp_exp2(float x) { return exp2f(x); }
+static inline float __fdividef(float x, float y) { return x / y; }
+static inline int __ffs(int x) { return __builtin_ffs(x); }
 static inline float tp_half_to_float(u16 h) {
     _Float16 f;
     std::memcpy(&f, &h, 2);

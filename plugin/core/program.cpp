@@ -430,6 +430,7 @@ void lower_rope(const Site& s, Lowered& out) {
     args.beta_fast = s.t->param_f32(9);
     args.beta_slow = s.t->param_f32(10);
     if (args.sectioned == kVision) args.n_offs = 0;  // all of a head turns
+    args.heads = rope_heads(args, s.arch);
     out.add(rope_launch(args, s.arch), args);
 }
 void lower_soft_max(const Site& s, Lowered& out) {
@@ -483,7 +484,8 @@ void lower_flash_attn(const Site& s, Lowered& out) {
         *cache = halves;
     }
     if (flash_tile_can(args, s.arch)) {
-        out.add(flash_tile_launch(args, s.arch), args);
+        const FlashTileArgs tile = flash_tile_args(args, s.arch);
+        out.add(flash_tile_launch(tile, s.arch), tile);
         return;
     }
     if (!flash_split_can(args)) {
