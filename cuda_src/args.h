@@ -134,9 +134,9 @@ struct MulWideArgs {
     i32 n_parts, pad;
 };
 
-// The same for few columns (mul_few.cu). k is divided in n_pieces of `chunks` times 128, whose sums, [n_pieces][m][n_rows], sum_few adds up
-// where there is more than one. n_rows: of all parts.
-struct MulFewArgs {
+// The same where the rows alone may leave multiprocessors idle (mul_few.cu, mul_wgmma.cu). k is divided in n_pieces of `chunks` times 128, whose
+// sums, [n_pieces][m][n_rows], sum_pieces adds up where there is more than one. n_rows: of all parts. sums: null where one piece is enough.
+struct MulPiecesArgs {
     MulWideArgs wide;
     float* sums;
     i64 n_rows;

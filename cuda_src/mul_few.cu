@@ -12,7 +12,7 @@
 namespace ggml_tp {
 
 /// The part that a row block belongs to, and its first row there; before: rows of the parts in front.
-TP_DEVICE int few_part(const MulFewArgs& a, i64 block, i64& row, i64& before) {
+TP_DEVICE int few_part(const MulPiecesArgs& a, i64 block, i64& row, i64& before) {
     int part = 0;
     before = 0;
     for (; part + 1 < a.wide.n_parts; ++part) {
@@ -26,7 +26,7 @@ TP_DEVICE int few_part(const MulFewArgs& a, i64 block, i64& row, i64& before) {
 }
 
 template <int kType, int kColumns>
-TP_DEVICE void mul_few(const MulFewArgs& a) {
+TP_DEVICE void mul_few(const MulPiecesArgs& a) {
     // Of 128 bytes a column and step; the second step's lie so that the lanes of a quarter warp meet no bank twice (strips take their x 32 or 16
     // halves apart).
     constexpr int kApart = kColumns * 128 + (kType == kQ4_K ? 64 : 32), kStage = kApart + kColumns * 128;
@@ -113,10 +113,10 @@ TP_DEVICE void mul_few(const MulFewArgs& a) {
 
 }  // namespace ggml_tp
 
-#define MUL_FEW(name, type)                                                               \
-    TP_KERNEL(mul_few_##name##_16, MulFewArgs, 128) { ggml_tp::mul_few<type, 16>(args); } \
-    TP_KERNEL(mul_few_##name##_32, MulFewArgs, 128) { ggml_tp::mul_few<type, 32>(args); } \
-    TP_KERNEL(mul_few_##name##_64, MulFewArgs, 128) { ggml_tp::mul_few<type, 64>(args); }
+#define MUL_FEW(name, type)                                                                  \
+    TP_KERNEL(mul_few_##name##_16, MulPiecesArgs, 128) { ggml_tp::mul_few<type, 16>(args); } \
+    TP_KERNEL(mul_few_##name##_32, MulPiecesArgs, 128) { ggml_tp::mul_few<type, 32>(args); } \
+    TP_KERNEL(mul_few_##name##_64, MulPiecesArgs, 128) { ggml_tp::mul_few<type, 64>(args); }
 
 MUL_FEW(q4_0, ggml_tp::kQ4_0)
 MUL_FEW(q8_0, ggml_tp::kQ8_0)
@@ -126,7 +126,7 @@ MUL_FEW(f16, ggml_tp::kF16)
 MUL_FEW(bf16, ggml_tp::kBF16)
 
 // The pieces of k, in their order. grid: (rows of all parts / 256, m).
-TP_KERNEL(sum_few, MulFewArgs, 256) {
+TP_KERNEL(sum_pieces, MulPiecesArgs, 256) {
     using namespace ggml_tp;
     i64 row = (i64)blockIdx.x * 256 + threadIdx.x;
     const i64 column = blockIdx.y;

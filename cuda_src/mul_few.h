@@ -14,40 +14,19 @@ constexpr i32 kFewLeastChunks = 4;  // of a piece of k: 512
 /// Whether a product is the kind that mul_few computes: mul_tile's kind, of few columns.
 inline bool mul_few_can(const MulMatArgs& a, Arch arch) { return a.x.ne[1] <= kFewColumns && mul_tile_can(a, arch); }
 
-inline i64 few_row_blocks(const MulFewArgs& a) {
-    i64 blocks = 0;
-    for (int i = 0; i < a.wide.n_parts; ++i) blocks += (a.wide.part[i].w.n + kFewRows - 1) / kFewRows;
-    return blocks;
-}
+inline i64 few_row_blocks(const MulPiecesArgs& a) { return row_tiles(a.wide, kFewRows); }
 /// Divides k where the rows alone leave multiprocessors idle. The division depends on shapes and device alone, so results repeat.
-inline void few_divide(MulFewArgs& a, Arch arch) {
-    const i64 blocks = few_row_blocks(a), chunks = ((a.wide.k + kTileStep - 1) / kTileStep + 1) / 2;
+inline void few_divide(MulPiecesArgs& a, Arch arch) {
+    const i64 blocks = few_row_blocks(a), chunks = piece_chunks(a.wide.k);
     i64 pieces = blocks > 0 ? (i64)arch.n_sm * kFewBlocks / blocks : 1;
     const i64 most = chunks / kFewLeastChunks;
     pieces = pieces > most ? most : pieces;
-    if (pieces < 1) pieces = 1;
-    a.chunks = (i32)((chunks + pieces - 1) / pieces);
-    a.n_pieces = (i32)((chunks + a.chunks - 1) / a.chunks);
-    a.n_rows = 0;
-    for (int i = 0; i < a.wide.n_parts; ++i) a.n_rows += a.wide.part[i].w.n;
+    divide_pieces(a, pieces);
 }
 /// Bytes of `sums`, whatever else is joined to a product of m columns.
 inline i64 few_sums_bytes(i64 m, Arch arch) { return (i64)arch.n_sm * kFewBlocks * kFewRows * m * 4; }
 
-/// One piece: few_divide is for when what can be joined has been.
-inline MulFewArgs mul_few_args(const MulTileArgs& a, char* sums) {
-    MulFewArgs out{};
-    out.wide = mul_wide_args(a);
-    out.sums = (float*)sums;
-    out.n_rows = a.w.n;
-    out.n_pieces = 1;
-    out.chunks = (i32)(((a.k + kTileStep - 1) / kTileStep + 1) / 2);
-    return out;
-}
-/// Adds b's products to a's, as mul_wide_join.
-inline bool mul_few_join(MulFewArgs& a, const MulFewArgs& b) { return mul_wide_join(a.wide, b.wide); }
-
-inline Launch mul_few_launch(const MulFewArgs& a, Arch) {
+inline Launch mul_few_launch(const MulPiecesArgs& a, Arch) {
     struct Row {
         i32 type;
         const char* kernel[3];
@@ -67,14 +46,6 @@ inline Launch mul_few_launch(const MulFewArgs& a, Arch) {
     out.grid[1] = (u32)a.n_pieces;
     out.block[0] = kFewThreads;
     out.shared_bytes = (u32)(kFewStages * (2 * columns * 128 + 64));
-    return out;
-}
-inline Launch sum_few_launch(const MulFewArgs& a, Arch) {
-    Launch out;
-    out.kernel = "sum_few";
-    out.grid[0] = (u32)((a.n_rows + 255) / 256);
-    out.grid[1] = (u32)a.wide.m;
-    out.block[0] = 256;
     return out;
 }
 

@@ -3,7 +3,7 @@
 // registers, several steps of loads ahead, as strips expanded to halves. Two warpgroups multiply, 64 rows of w each. While they do (1024
 // cycles a step of 128 x 256, 512 of 128 x 128), expanding the next step's weights costs about 200 instructions a warp of the first: it is
 // hidden, and weights are never anywhere as halves but here.
-// grid: (m / kColumns, n / 128 of all matrices), of experts (n / 128, tiles); block: 512, for 256 columns 384; the ring dynamic.
+// grid: (m / kColumns, n / 128 of all matrices, pieces of k), of experts (n / 128, tiles); block: 512, for 256 columns 384; the ring dynamic.
 #include "mul_wgmma.h"
 
 #include "tile_piece.h"
@@ -12,9 +12,9 @@
 
 namespace ggml_tp {
 
-/// Rows [row0, row0 + 128) of a matrix times the columns. xh: the activations as panels; row_bytes: between rows of y.
+/// Rows [row0, row0 + 128) of a matrix times the columns, in steps [begin, end) of k. xh: the activations as panels; row_bytes: between rows of y.
 template <int kType, int kColumns, class Columns>
-TP_DEVICE void mul_wgmma(const Matrix& w, i64 matrix, i64 row0, const char* xh, i64 row_bytes, const Columns& columns) {
+TP_DEVICE void mul_wgmma(const Matrix& w, i64 matrix, i64 row0, const char* xh, i64 row_bytes, const Columns& columns, u32 begin, u32 end) {
     constexpr int kStages = wide_stages(kColumns), kProducers = wide_producers(kColumns), kAhead = 2 / kProducers;
     constexpr int kStrips = kWideRows * 2 / 128;  // of a thread and step
     constexpr u32 kPanel = panel_columns_bytes(kColumns), kWBytes = kWideRows * 128, kStageBytes = wide_stage_bytes(kColumns);
@@ -43,13 +43,13 @@ TP_DEVICE void mul_wgmma(const Matrix& w, i64 matrix, i64 row0, const char* xh, 
 #pragma unroll
         for (int i = 0; i < kAhead; ++i)
 #pragma unroll
-            for (int s = 0; s < kStrips; ++s) load_strip<kType>(strip[i][s], plane[s], (u32)(first + i * kProducers), t % 2, w.k);
+            for (int s = 0; s < kStrips; ++s) load_strip<kType>(strip[i][s], plane[s], begin + (u32)(first + i * kProducers), t % 2, w.k);
         int stage = first, phase = 1;  // a barrier's phase before the first counts as ended
-        for (u32 step0 = (u32)first; step0 < steps; step0 += kAhead * kProducers) {
+        for (u32 step0 = begin + (u32)first; step0 < end; step0 += kAhead * kProducers) {
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
                 const u32 step = step0 + (u32)(i * kProducers);
-                if (step >= steps) break;
+                if (step >= end) break;
                 tp_barrier_wait(&empty[stage], phase);
                 char *const w_tile = ring + (u32)stage * kStageBytes, *const x_tile = w_tile + kWBytes;
                 if (t == 0) {
@@ -86,7 +86,7 @@ TP_DEVICE void mul_wgmma(const Matrix& w, i64 matrix, i64 row0, const char* xh, 
     float acc[kColumns / 2];
     for (int i = 0; i < kColumns / 2; ++i) acc[i] = 0.0f;
     int stage = 0, phase = 0, before = 0;
-    for (u32 step = 0; step < steps; ++step) {
+    for (u32 step = begin; step < end; ++step) {
         tp_barrier_wait(&full[stage], phase);
         const char *const x_tile = ring + (u32)stage * kStageBytes + kWBytes, *const w_tile = ring + (u32)stage * kStageBytes + group * 8192;
         tp_wgmma_fence();
@@ -94,7 +94,7 @@ TP_DEVICE void mul_wgmma(const Matrix& w, i64 matrix, i64 row0, const char* xh, 
         for (int k = 0; k < kTileStep; k += 16) tp_wgmma<kColumns, kType == kBF16>(acc, tp_wgmma_tile(w_tile + k * 2), tp_wgmma_tile(x_tile + k * 2));
         tp_wgmma_commit();
         tp_wgmma_wait<1>();  // the step before: its stage is free
-        if (step > 0 && lane == 0) tp_barrier_arrive(&empty[before]);
+        if (step > begin && lane == 0) tp_barrier_arrive(&empty[before]);
         before = stage;
         if (++stage == kStages) stage = 0, phase ^= 1;
     }
@@ -114,15 +114,24 @@ TP_DEVICE void mul_wgmma(const Matrix& w, i64 matrix, i64 row0, const char* xh, 
 
 /// Tiles of rows are counted through the matrices.
 template <int kType, int kColumns>
-TP_DEVICE void mul_wgmma_columns(const MulWideArgs& a) {
+TP_DEVICE void mul_wgmma_columns(const MulPiecesArgs& args) {
+    const MulWideArgs& a = args.wide;
     u32 tile = blockIdx.y, part = 0;
+    i64 rows_before = 0;
     while (part + 1 < (u32)a.n_parts) {
         const u32 tiles = (u32)((a.part[part].w.n + kWideRows - 1) / kWideRows);
         if (tile < tiles) break;
-        tile -= tiles, ++part;
+        tile -= tiles;
+        rows_before += a.part[part++].w.n;
     }
-    const View& y = a.part[part].y;
-    mul_wgmma<kType, kColumns>(a.part[part].w, 0, (i64)tile * kWideRows, a.xh, y.nb[0], TileColumns{y, a.m, (i64)blockIdx.x * kColumns});
+    View y = a.part[part].y;
+    if (args.n_pieces > 1) {
+        y.data = (char*)(args.sums + (i64)blockIdx.z * a.m * args.n_rows + rows_before);
+        y.nb[0] = 4, y.nb[1] = args.n_rows * 4;
+    }
+    const u32 steps = (u32)((a.k + kTileStep - 1) / kTileStep), begin = blockIdx.z * (u32)args.chunks * 2, end = begin + (u32)args.chunks * 2;
+    mul_wgmma<kType, kColumns>(a.part[part].w, 0, (i64)tile * kWideRows, a.xh, y.nb[0], TileColumns{y, a.m, (i64)blockIdx.x * kColumns}, begin,
+                               end < steps ? end : steps);
 }
 
 /// The grid is for the worst case: blocks without a tile leave.
@@ -131,13 +140,13 @@ TP_DEVICE void mul_wgmma_entries(const MulTileIdArgs& a) {
     if ((i32)blockIdx.y >= *a.n_tiles) return;
     const ExpertTile& tile = a.tiles[blockIdx.y];
     mul_wgmma<kType, kColumns>(a.w, tile.expert, (i64)blockIdx.x * kWideRows, a.xh, a.y.nb[0],
-                               TileEntries{a, a.entries + tile.first, tile.count, (i64)blockIdx.y});
+                               TileEntries{a, a.entries + tile.first, tile.count, (i64)blockIdx.y}, 0, (u32)((a.w.k + kTileStep - 1) / kTileStep));
 }
 
 }  // namespace ggml_tp
 
 #define MUL_WGMMA_OF(name, type, columns) \
-    TP_KERNEL(mul_wgmma_##name##_##columns, MulWideArgs, ggml_tp::wide_threads(columns)) { ggml_tp::mul_wgmma_columns<type, columns>(args); }
+    TP_KERNEL(mul_wgmma_##name##_##columns, MulPiecesArgs, ggml_tp::wide_threads(columns)) { ggml_tp::mul_wgmma_columns<type, columns>(args); }
 #define MUL_WGMMA_ID_OF(name, type, columns) \
     TP_KERNEL(mul_wgmma_id_##name##_##columns, MulTileIdArgs, ggml_tp::wide_threads(columns)) { ggml_tp::mul_wgmma_entries<type, columns>(args); }
 #define MUL_WGMMA(name, type)       \

@@ -203,6 +203,13 @@ def three_products(g: Case, type_: int, k: int, m: int) -> Any:
     return g.lib.ggml_concat(g.c, g.lib.ggml_concat(g.c, q, key, 0), v, 0)
 
 
+def two_products(g: Case, type_: int, k: int, m: int) -> Any:
+    """A tile of 128 rows each."""
+    x = g.leaf(F32, k, m)
+    a, b = (g.lib.ggml_mul_mat(g.c, g.leaf(type_, k, n, scale=k**-0.5, name=f"blk.0.ffn_{name}.weight"), x) for name, n in (("gate", 40), ("up", 30)))
+    return g.lib.ggml_concat(g.c, a, b, 0)
+
+
 def feed_forward(g: Case, type_: int, k: int, n: int, m: int) -> Any:
     """Norm, gate and up, GLU, down: what is fused around the products."""
 
@@ -235,6 +242,11 @@ def _mul_mats() -> None:
         case(f"mul_mat {NAMES[t]} 2304x150, k in pieces, m12")(
             lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 2304, 150, scale=1 / 48), g.leaf(F32, 2304, 12))
         )
+        if t in (Q4_0, Q8_0, Q4_K, Q6_K, F16, BF16):  # which tiles of many columns multiply without a copy
+            case(f"mul_mat {NAMES[t]} 2304x150, k in pieces, m100")(
+                lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 2304, 150, scale=1 / 48), g.leaf(F32, 2304, 100))
+            )
+            case(f"mul_mat {NAMES[t]}, two of one input, k in pieces, m70")(lambda g, t=t: two_products(g, t, 2304, 70))
         case(f"mul_mat {NAMES[t]} of a feed-forward network m40")(lambda g, t=t: feed_forward(g, t, 768, 1280, 40))
         case(f"mul_mat {NAMES[t]}, three of one input m20")(lambda g, t=t: three_products(g, t, 1280, 20))
         case(f"mul_mat {NAMES[t]} broadcast")(lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 16, 2, 1, scale=1 / 16), g.leaf(F32, 256, 3, 4, 2)))

@@ -65,7 +65,7 @@ def test_ops(workers, reference, arch, ranks):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_products_of_warpgroups(workers, reference, ranks):
     """sm_90's own instructions, for all products of more columns than mul_vec takes, and those of many experts' tokens."""
-    many = re.compile(r"mul_mat (Q5_K .* m33|.* m(130|150|300))$|mul_mat_id .*(130|many) tokens|large activations")
+    many = re.compile(r"mul_mat (Q5_K .* m33|.* m(130|150|300)|.* in pieces, m(70|100))$|mul_mat_id .*(130|many) tokens|large activations")
     check(workers, reference, "sm_90", ranks, [name for name in CASES if many.match(name)])
 
 
@@ -91,12 +91,16 @@ def test_attention_of_many_tokens_has_blocks_of_eight_warps_where_they_suffice(w
 
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
 def test_warpgroups_take_what_they_can(workers):
-    """Q, K and V are one launch, so are gate and up; norm and GLU leave what the products read, whose weights have their own type's kernel."""
+    """Q, K and V are one launch, so are gate and up; norm and GLU leave what the products read, whose weights have their own type's kernel; few tiles
+    divide k."""
     names = ["mul_mat Q4_0, three of one input m150", "mul_mat BF16 of a feed-forward network m150", "mul_mat_id Q4_K, many tokens of few experts"]
-    three, network, experts = workers.run(jobs.programs, emulated(1, "sm_90"), names=names).values()
+    names.append("mul_mat Q8_0, two of one input, k in pieces, m70")
+    three, network, experts, pieces = workers.run(jobs.programs, emulated(1, "sm_90"), names=names).values()
     assert [three.count(kernel) for kernel in ("half_panels<", "mul_wgmma_q4_0_", "mul_tile_")] == [1, 1, 0], three
     assert [network.count(kernel) for kernel in ("bf16_panels<", "mul_wgmma_bf16_", "fused_norm<", "fused_glu_swiglu<")] == [0, 2, 1, 1], network
     assert "half_entries<" in experts and "mul_wgmma_id_q4_K_128<" in experts, experts
+    # The emulated GPUs have four multiprocessors: two tiles leave room for two pieces of k.
+    assert "mul_wgmma_q8_0_128<1,2,2>" in pieces and "sum_pieces<" in pieces, pieces
     for text in workers.run(jobs.programs, emulated(1, "sm_86"), names=names).values():
         assert "mul_tile_" in text and "mul_wgmma" not in text, text
 

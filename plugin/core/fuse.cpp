@@ -98,8 +98,7 @@ bool apart(const View& a, const View& b) {
 bool same_or_apart(const View& a, const View& b) { return same_view(a, b) || apart(a, b); }
 
 const MulVecArgs& parts_of(const MulVecArgs& a) { return a; }
-const MulWideArgs& parts_of(const MulWideArgs& a) { return a; }
-const MulWideArgs& parts_of(const MulFewArgs& a) { return a.wide; }
+const MulWideArgs& parts_of(const MulPiecesArgs& a) { return a.wide; }
 /// Products of the same activations side by side: join(args, more) adds the second's, launch(args, arch) is both's.
 template <class Args, bool (*join)(Args&, const Args&), Launch (*launch)(const Args&, Arch)>
 bool join_products(RankLaunch& a, const RankLaunch& b, Arch arch) {
@@ -366,8 +365,8 @@ struct Merge {
 };
 constexpr Merge kMerges[] = {
     {is_mul_vec, is_mul_vec, join_products<MulVecArgs, mul_vec_join, mul_vec_launch>},
-    {is_mul_few, is_mul_few, join_products<MulFewArgs, mul_few_join, mul_few_launch>},
-    {is_mul_wgmma, is_mul_wgmma, join_products<MulWideArgs, mul_wide_join, mul_wgmma_launch>},
+    {is_mul_few, is_mul_few, join_products<MulPiecesArgs, mul_pieces_join, mul_few_launch>},
+    {is_mul_wgmma, is_mul_wgmma, join_products<MulPiecesArgs, mul_pieces_join, mul_wgmma_launch>},
     {is_add, is_norm, sum_then_norm},
     {is_norm, is_mul, norm_then_weight},
     {is_norm, makes_form, norm_then_quantize},
@@ -401,7 +400,7 @@ bool try_merge(ProgramStep& a, const ProgramStep& b, const std::vector<Arch>& ar
     return false;
 }
 
-/// Products of few columns are divided along k when it is known what shares their launch; the sums of the pieces are a step behind it.
+/// Products are divided along k when it is known what shares their launch; the sums of the pieces are a step behind it.
 bool divide_products(ProgramStep& step, ProgramStep& sums, const std::vector<Arch>& archs) {
     bool any = false;
     if (step.kind != ProgramStep::kLaunch) return false;
@@ -410,11 +409,13 @@ bool divide_products(ProgramStep& step, ProgramStep& sums, const std::vector<Arc
     sums.launches.resize(step.launches.size());
     for (size_t r = 0; r < step.launches.size(); ++r) {
         RankLaunch& launch = step.launches[r];
-        if (!launch.launch.kernel || !is_mul_few(launch.launch.kernel)) continue;
-        MulFewArgs args = args_of<MulFewArgs>(launch);
-        few_divide(args, archs[r]);
-        replace(launch, mul_few_launch(args, archs[r]), args);
-        if (args.n_pieces > 1) any |= replace(sums.launches[r], sum_few_launch(args, archs[r]), args);
+        const char* kernel = launch.launch.kernel;
+        const bool few = kernel && is_mul_few(kernel);
+        if (!few && !(kernel && is_mul_wgmma(kernel))) continue;
+        MulPiecesArgs args = args_of<MulPiecesArgs>(launch);
+        few ? few_divide(args, archs[r]) : wide_divide(args, archs[r]);
+        replace(launch, few ? mul_few_launch(args, archs[r]) : mul_wgmma_launch(args, archs[r]), args);
+        if (args.n_pieces > 1) any |= replace(sums.launches[r], sum_pieces_launch(args, archs[r]), args);
     }
     return any;
 }

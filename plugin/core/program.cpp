@@ -162,8 +162,8 @@ bool lower_quantize(const Site& s, Lowered& out, QuantizeArgs& prepare) {
     return true;
 }
 
-/// A product of many columns on tensor cores, and before it its activations as halves.
-void lower_tiles(const Site& s, Lowered& out, const MulMatArgs& args, const QuantizeArgs& prepare) {
+/// A product of many columns on tensor cores, and before it its activations as halves. sums_at: where in the partials its pieces may meet.
+void lower_tiles(const Site& s, Lowered& out, const MulMatArgs& args, const QuantizeArgs& prepare, i64 sums_at) {
     const MulTileArgs tile{args.w, args.y, prepare.xq, s.w.k, args.x.ne[1]};
     const bool bf16 = args.w.type == kBF16, few = mul_few_can(args, s.arch), panels = few || mul_wgmma_can(args, s.arch);
     out.scratch_bytes = panels ? panel_bytes(tile.m, tile.k) : tile.m * tile.k * 2;
@@ -172,14 +172,13 @@ void lower_tiles(const Site& s, Lowered& out, const MulMatArgs& args, const Quan
                                                                : Prepared::kHalf);
     if (s.prepared != out.prepared && before != out.prepared)
         out.add(panels ? halve_panels_launch(prepare, bf16, s.arch) : halve_launch(prepare, bf16, s.arch), prepare);
-    if (few) {
-        const MulFewArgs product = mul_few_args(tile, reinterpret_cast<char*>(s.partials + static_cast<u64>(out.partial_bytes)));
-        out.partial_bytes += few_sums_bytes(tile.m, s.arch);
-        return out.add(mul_few_launch(product, s.arch), product);
-    }
     if (!panels) return out.add(mul_tile_launch(tile, s.arch), tile);
-    const MulWideArgs wide = mul_wide_args(tile);
-    out.add(mul_wgmma_launch(wide, s.arch), wide);
+    MulPiecesArgs product = mul_pieces_args(tile, nullptr);
+    if (const i64 bytes = few ? few_sums_bytes(tile.m, s.arch) : wide_sums_bytes(product, s.arch)) {
+        product.sums = reinterpret_cast<float*>(s.partials + static_cast<u64>(sums_at));
+        out.partial_bytes = std::max(out.partial_bytes, sums_at + bytes);
+    }
+    out.add(few ? mul_few_launch(product, s.arch) : mul_wgmma_launch(product, s.arch), product);
 }
 
 void lower_mul_mat(const Site& s, Lowered& out) {
@@ -205,17 +204,18 @@ void lower_mul_mat(const Site& s, Lowered& out) {
     }
     const bool vec = mul_vec_can(args) && (args.x.ne[1] <= kFewLeast || !mul_few_can(args, s.arch));
     QuantizeArgs prepare{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
-    if (!vec && mul_tile_can(args, s.arch)) return lower_tiles(s, out, args, prepare);
+    if (!vec && mul_tile_can(args, s.arch)) return lower_tiles(s, out, args, prepare, 0);
     if (!vec && halve_weights_can(args, s.arch)) {
         const i64 step = halved_rows(args.w);
-        out.partial_bytes = step * s.w.k * 2;
+        const i64 halved_bytes = step * s.w.k * 2;
+        out.partial_bytes = halved_bytes;
         for (i64 row = 0; row < args.w.n; row += step) {
             const HalveWeightsArgs weights{args.w, reinterpret_cast<char*>(s.partials), row, std::min(step, args.w.n - row)};
             MulMatArgs part = args;
             part.w = halved(args.w, weights.out, weights.rows);
             part.y = of_rows(args.y, row, weights.rows);
             out.add(halve_weights_launch(weights, s.arch), weights);
-            lower_tiles(s, out, part, prepare);
+            lower_tiles(s, out, part, prepare, halved_bytes);
         }
         return;
     }
