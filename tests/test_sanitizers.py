@@ -54,7 +54,7 @@ def without_aslr(command: list[str]) -> list[str]:
 @pytest.mark.parametrize("sanitizer", RUNTIMES)
 def test_a_part_of_the_tests_is_clean(sanitizer, tmp_path):
     library = libraries(sanitizer, tmp_path)
-    environment = {**os.environ, **OPTIONS, "LD_PRELOAD": preload(sanitizer), "TEST_LIBRARY": str(library), "TEST_EVERY": "23"}
+    environment = {**os.environ, **OPTIONS, "LD_PRELOAD": preload(sanitizer), "TEST_LIBRARY": str(library), "TEST_EVERY": "31"}
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-x", *(str(TESTS / part) for part in PART)]
     done = subprocess.run(without_aslr(command), capture_output=True, text=True, env=environment, cwd=ROOT, timeout=1400)
     report = done.stdout[-6000:] + done.stderr[-6000:]
