@@ -187,7 +187,27 @@ def test_scaling_reports_what_ran_and_what_did_not(tmp_path):
     assert "| tiny-Q4_0 | tg4 |" in done.stdout and "peer tensor: status 1: no tensor split here" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["scaling.py", "shapes.py", "op_support.py"])
+@pytest.mark.parametrize(
+    ("script", "seconds", "status", "says"),
+    [
+        ("echo llama_model_loader: loaded meta data; sleep 0.2; echo llama_context: constructing; [ $4 = CUDA0 ] || test -f $GGML_BACKEND_PATH", 60, 0, ""),
+        ("echo no GPU here; exit 3", 60, 1, "on CUDA0 ended with status 3:  | no GPU here"),
+        ("echo llama_model_loader: loaded meta data; exec sleep 60", 1, 1, "on CUDA0 ended with status -9"),
+    ],
+)
+def test_load_times_are_of_the_hosts_own_lines(tmp_path, script, seconds, status, says):
+    bench = tmp_path / "llama-bench"
+    bench.write_text(f"#!/bin/sh\n{script}\n")
+    bench.chmod(0o755)
+    command = [sys.executable, str(ROOT / "integration" / "load_time.py"), str(bench), "--bench", str(bench), "-r", "2", "--timeout", str(seconds), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status and says in done.stderr, done.stderr
+    if not status:
+        times = json.loads(done.stdout)["seconds"]
+        assert set(times) == {"CUDA0", "TP0"} and all(len(each) == 2 and min(each) >= 0.19 for each in times.values()), times
+
+
+@pytest.mark.parametrize("script", ["scaling.py", "shapes.py", "op_support.py", "load_time.py"])
 def test_help_of_integration_scripts_has_an_example(script):
     done = subprocess.run([sys.executable, str(ROOT / "integration" / script), "--help"], capture_output=True, text=True, timeout=60)
     assert "example: " in done.stdout
