@@ -16,6 +16,8 @@ from graphs import ELEMENT_TYPES, FOREIGN, OUTSIDE
 # Sanitizers are slow: they take every so many cases, which meets each family of kernels.
 CASES = list(ALL_CASES)[:: int(os.environ.get("TEST_EVERY", "1"))]
 SETTINGS = [("sm_60", 1), ("sm_60", 3), ("sm_86", 2)]
+# Emulated, several ranks share the cases by default: every case is computed by one rank, and by three or by two of another architecture.
+SHARES = {("sm_60", 3): slice(0, None, 2), ("sm_86", 2): slice(1, None, 2)} if "TEST_GPUS" not in os.environ else {}
 
 
 def tolerance(name: str) -> float:
@@ -69,6 +71,12 @@ def check(workers, reference, arch, ranks, names):
 
 @pytest.mark.parametrize(("arch", "ranks"), SETTINGS)
 def test_ops(workers, reference, arch, ranks):
+    check(workers, reference, arch, ranks, CASES[SHARES.get((arch, ranks), slice(None))])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("arch", "ranks"), SHARES)
+def test_all_ops_of_several_ranks(workers, reference, arch, ranks):
     check(workers, reference, arch, ranks, CASES)
 
 
