@@ -16,7 +16,7 @@ import graphs
 import numpy as np
 import random_graphs
 from ggml_tp import LIBRARY as INSTALLED
-from ggml_tp.host import N_GPU_LAYERS_OFFSET, SPLIT_TENSORS, Host, HostError
+from ggml_tp.host import N_GPU_LAYERS_OFFSET, SPLIT_TENSORS, Host, HostError, nmse
 from ggml_tp.inspection import REDUCES, Inspection
 
 LIBRARY = Path(os.environ.get("TEST_LIBRARY", INSTALLED))  # a sanitizer's build, when tests ask for it
@@ -524,24 +524,39 @@ def result_without_memory() -> tuple[int, np.ndarray]:
     return status, after.run(after.lib.ggml_neg(after.c, after.leaf(graphs.F32, 3, values=np.arange(3))))[1]
 
 
-def late_peer(model: str, seconds: float) -> dict[str, Any]:
-    """A generation, a decode with a late rank, the same generation again."""
+def late_peer(model: str, seconds: float, n_ubatch: int = 512) -> dict[str, Any]:
+    """A generation, a prompt of 40 tokens whose first n_ubatch find a rank late, the same generation again."""
     loaded = _with_plugin().model(model, "TP0")
     inspection = Inspection(LIBRARY)
-    context = loaded.context(n_ctx=256)
+    context = loaded.context(n_ctx=256, n_ubatch=n_ubatch)
     before, _, _ = context.generate([1, 2, 3], 4)
     inspection.delay(inspection.n_ranks() - 1, seconds)
     try:
-        context.decode([5], 6)
+        context.decode([5] * 40, 6)
         failed = False
     except HostError:
         failed = True
     context.close()
-    context = loaded.context(n_ctx=256)
+    context = loaded.context(n_ctx=256, n_ubatch=n_ubatch)
     after, _, _ = context.generate([1, 2, 3], 4)
     context.close()
     loaded.close()
-    return {"failed": failed, "tokens_before": before, "tokens_after": after}
+    unread = inspection.counters().graphs_unread
+    return {"failed": failed, "unread": unread, "tokens_before": before, "tokens_after": after}
+
+
+def batches(model: str, n_tokens: int, n_ubatch: int) -> dict[str, Any]:
+    """Last logits of a prompt that the host cuts into batches of n_ubatch, against those of the prompt in one; graphs of which nobody reads results."""
+    loaded = _with_plugin().model(model, "TP0")
+    inspection = Inspection(LIBRARY)
+    prompt = [3 + i % 50 for i in range(n_tokens)]
+    logits = []
+    for size in (512, n_ubatch):
+        context = loaded.context(n_ctx=512, n_ubatch=size)
+        logits.append(context.decode(prompt, 0))
+        context.close()
+    loaded.close()
+    return {"unread": inspection.counters().graphs_unread, "nmse": nmse(logits[1], logits[0])}
 
 
 def many_contexts(model: str, n: int) -> dict[str, Any]:

@@ -285,12 +285,22 @@ def test_exhausted_memory_is_refused(workers, long_model):
     assert result["refused"] and len(result["tokens"]) == 2
 
 
-@pytest.mark.parametrize(("arch", "quant"), [("sm_60", "F16"), ("sm_90", "Q4_0")])
-def test_a_late_peer_fails_one_graph(workers, models, arch, quant):
-    """One rank is later than the deadline: a failed status, then the group is made anew and goes on. sm_90: peers wait in the persistent kernel."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_prompt_in_several_batches(workers, models, ranks):
+    """The host prepares the next while one is computed; logits of all tokens together are as those of one batch."""
+    result = workers.run(jobs.batches, emulated(ranks), model=models("llama", "Q4_0"), n_tokens=150, n_ubatch=32)
+    assert result["unread"] == 4
+    assert result["nmse"] < 1e-9
+
+
+@pytest.mark.parametrize(("arch", "quant", "n_ubatch"), [("sm_60", "F16", 512), ("sm_90", "Q4_0", 512), ("sm_60", "F16", 16)])
+def test_a_late_peer_fails_one_graph(workers, models, arch, quant, n_ubatch):
+    """One rank is later than the deadline: a failed status, then the group is made anew and goes on. sm_90: peers wait in the persistent kernel.
+    16 tokens at a time: nobody waits for the late graph, the status is the next one's."""
     environment = emulated(3, arch, GGML_TP_DEADLINE="1")
-    result = workers.run(jobs.late_peer, environment, model=models("llama", quant), seconds=3.0)
+    result = workers.run(jobs.late_peer, environment, model=models("llama", quant), seconds=3.0, n_ubatch=n_ubatch)
     assert result["failed"]
+    assert result["unread"] == (n_ubatch < 40)
     assert result["tokens_after"] == result["tokens_before"]
 
 

@@ -3,7 +3,6 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -12,8 +11,10 @@
 
 #include "abi/host.h"
 #include "abi/tensor.h"
+#include "boundary.h"
 #include "comm.h"
 #include "group.h"
+#include "pinned.h"
 #include "state.h"
 
 namespace ggml_tp {
@@ -21,33 +22,6 @@ namespace {
 
 constexpr int kStatusFailed = -1, kStatusAllocFailed = -2, kStatusSuccess = 0;
 constexpr int kDeviceGpu = 1, kUsageCompute = 2;
-constexpr size_t kAlignment = 256;
-
-void log_line(const std::string& text) { std::fprintf(stderr, "ggml-tp: %s\n", text.c_str()); }
-
-template <class F>
-auto guarded(F&& body, decltype(body()) failed) -> decltype(body()) {
-    try {
-        return body();
-    } catch (const std::exception& error) {
-        if (*error.what()) log_line(error.what());  // empty: it follows from one that was said
-    }
-    return failed;
-}
-template <class F>
-void guarded_void(F&& body) {
-    guarded(
-        [&] {
-            body();
-            return 0;
-        },
-        0);
-}
-
-template <class F>
-void* word(F function) {
-    return reinterpret_cast<void*>(function);
-}
 
 HostDevice& device_of(void* device) { return *static_cast<HostDevice*>(static_cast<void**>(device)[16]); }
 
@@ -59,10 +33,7 @@ struct HostBuffer {
 void buffer_clear(void* buffer, uint8_t value);
 
 HostBuffer& context_of_buffer(void* buffer) {
-    // {functions, type, context, ...}: where clear() stands tells how many functions this host's table has.
-    void** words = static_cast<void**>(buffer);
-    const int functions = words[7] == reinterpret_cast<void*>(&buffer_clear) ? 9 : 11;
-    return *static_cast<HostBuffer*>(words[functions + 1]);
+    return *static_cast<HostBuffer*>(context_of_host_buffer(buffer, word(buffer_clear)));
 }
 
 Buffer* our_buffer(void* context, void* host_buffer) {
@@ -71,6 +42,18 @@ Buffer* our_buffer(void* context, void* host_buffer) {
     const int functions = device->host->layout.buffer_functions;
     if (words[functions] != device->buffer_type()) return nullptr;
     return static_cast<HostBuffer*>(words[functions + 1])->buffer.get();
+}
+
+/// A host that asks whether weights could lie in pinned memory: they are the CPU's then, which has better types for them (its repacked ones) and this
+/// device, unlike others, does not borrow weights for a batch.
+bool reads_pinned(const HostDevice& device, const void* operation) {
+    const abi::TensorRef t(*device.host, operation);
+    for (int i = 0; i < 10; ++i)
+        if (const void* source = t.src(i))
+            if (void** buffer = static_cast<void**>(abi::TensorRef(*device.host, source).buffer());
+                buffer && buffer[device.host->layout.buffer_functions] == device.pinned_type())
+                return true;
+    return false;
 }
 
 // ---- buffers
@@ -156,25 +139,6 @@ void buffer_clear(void* buffer, uint8_t value) {
     });
 }
 
-template <int n>
-struct Words {
-    void* w[n];
-};
-template <int n>
-void* make_host_buffer(HostDevice& device, HostBuffer* context, size_t size) {
-    Words<n> table{};
-    int i = 0;
-    for (void* f :
-         {word(buffer_free), word(buffer_base), word(buffer_init_tensor), word(buffer_memset_tensor), word(buffer_set_tensor), word(buffer_get_tensor)})
-        table.w[i++] = f;
-    if (n == 11) i += 2;  // set_tensor_2d, get_tensor_2d: the host falls back
-    table.w[i++] = word(buffer_copy_tensor);
-    table.w[i++] = word(buffer_clear);
-    // By value and larger than two words: on the stack, so the host must read a table of exactly its own length.
-    auto init = reinterpret_cast<void* (*)(void*, Words<n>, void*, size_t)>(device.host->buffer_init);
-    return init(device.buffer_type(), table, context, size);
-}
-
 // ---- buffer type
 HostDevice& device_of_type(void* type) { return *static_cast<HostDevice*>(static_cast<void**>(type)[-1]); }
 const char* type_name(void* type) { return device_of_type(type).name.c_str(); }
@@ -188,12 +152,13 @@ void* type_alloc(void* type, size_t size) {
                 std::lock_guard lock(device.group->mutex);
                 context->buffer = device.group->memory->reserve(static_cast<i64>(size));
             }
-            HostBuffer* raw = context.release();
-            return device.host->layout.buffer_functions == 9 ? make_host_buffer<9>(device, raw, size) : make_host_buffer<11>(device, raw, size);
+            const BufferTable table{word(buffer_free),       word(buffer_base),       word(buffer_init_tensor), word(buffer_memset_tensor),
+                                    word(buffer_set_tensor), word(buffer_get_tensor), word(buffer_copy_tensor), word(buffer_clear)};
+            return make_host_buffer(*device.host, type, table, context.release(), size);
         },
         nullptr);
 }
-size_t type_alignment(void*) { return kAlignment; }
+size_t type_alignment(void*) { return kHostAlignment; }
 size_t type_max_size(void*) { return ~size_t{0} >> 1; }
 bool type_is_host(void*) { return false; }
 
@@ -223,14 +188,17 @@ void device_props(void* device, char* props) {
     // caps: async, host_buffer, buffer_from_host_ptr, events, and mmap_support where the host knows it (else padding).
     char* caps = props + layout.caps_offset();
     std::memset(caps, 0, 4);
+    caps[1] = 1;
     if (layout.props_bytes == 56) caps[4] = 1;
 }
 void* device_init_backend(void* device, const char*);
 void* device_buffer_type(void* device) { return device_of(device).buffer_type(); }
+void* device_pinned_type(void* device) { return device_of(device).pinned_type(); }
 bool device_supports_op(void* device, const void* operation) {
     return guarded(
         [&] {
             HostDevice& d = device_of(device);
+            if (reads_pinned(d, operation)) return false;
             return d.group->supports(*d.host, operation);
         },
         false);
@@ -366,21 +334,15 @@ void fill_registration(HostState& s) {
 void fill_device(HostDevice& d, HostState& s) {
     int i = 0;
     for (void* f : {word(device_name), word(device_description), word(device_memory), word(device_type), word(device_props), word(device_init_backend),
-                    word(device_buffer_type), static_cast<void*>(nullptr), static_cast<void*>(nullptr), word(device_supports_op), word(device_supports_type),
+                    word(device_buffer_type), word(device_pinned_type), static_cast<void*>(nullptr), word(device_supports_op), word(device_supports_type),
                     word(device_offload_op)})
         d.words[i++] = f;
     d.words[15] = s.registration;
     d.words[16] = &d;
-    i = 0;
-    const bool wide = s.host->layout.buffer_type_functions == 8;
     d.buffer_type_words[0] = &d;
-    void** t = d.buffer_type_words + 1;
-    t[i++] = word(type_name), t[i++] = word(type_alloc);
-    if (wide) ++i;                                                     // alloc_buffer_n
-    t[i++] = word(type_alignment), t[i++] = word(type_max_size), ++i;  // get_alloc_size: the host's default
-    if (wide) ++i;
-    t[i++] = word(type_is_host);
-    t[i++] = d.words;
+    const BufferTypeTable table{word(type_name), word(type_alloc), word(type_alignment), word(type_max_size), word(type_is_host)};
+    fill_buffer_type(*d.host, table, d.words, d.buffer_type_words + 1);
+    fill_pinned_type(d);
 }
 
 std::string directory_of_plugin() {
@@ -423,6 +385,7 @@ EXPORT void* ggml_backend_init() {
                 device->host = state->host.get();
                 device->failed_late = &state->failed_late;
                 device->name = "TP" + std::to_string(state->devices.size());
+                device->pinned_name = device->name + "_Host";
                 device->group = std::make_unique<Group>(of_group, directory);
                 device->description = device->group->description();
                 fill_device(*device, *state);

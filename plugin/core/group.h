@@ -24,6 +24,7 @@ struct Counters {
     u64 graphs_computed = 0, programs_built = 0, graph_launches_per_rank = 0, weights_resharded = 0;
     u64 last_all_reduces = 0, last_all_gathers = 0, last_kernel_launches = 0;
     u64 host_all_reduces = 0;  // among groups, asked for by the host
+    u64 graphs_unread = 0;     // batches of a prompt but the last: the host goes on with the next one's inputs while they run
 };
 
 /// Ways to reduce, as numbered in inspect.h.

@@ -4,6 +4,7 @@ struct ggml_tp_counters {
     uint64_t last_all_reduces, last_all_gathers, last_kernel_launches;
     uint64_t programs_cached; /* captured and not yet dropped */
     uint64_t host_all_reduces; /* among groups, that the host asked for (-sm tensor) */
+    uint64_t graphs_unread; /* of those computed: nobody reads their results, the host did not wait for them */
 };
 enum { GGML_TP_TEXT_CONFIG = 0, GGML_TP_TEXT_LAYOUT = 1, GGML_TP_TEXT_PLAN = 2, GGML_TP_TEXT_PROGRAM = 3, GGML_TP_TEXT_DEVICES = 4, GGML_TP_TEXT_STAGES = 5 };
 /* Groups of ranks that hosts of this process have been given, each a device: of one host TP0, TP1, ... in this order. */

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "repack.h"
@@ -12,6 +13,8 @@ namespace {
 
 constexpr i64 kStagingBytes = 16 << 20;  // per rank; one upload step
 constexpr i64 kRingBytes = 4 << 20;      // pinned, for inputs and results of a token; a vocabulary of 128k is 0.5 MB of logits
+// Of pinned memory, inputs from this size on are copied from where they are and waited for: about what two copies by the CPU take.
+constexpr i64 kDirectBytes = 128 << 10;
 constexpr i64 kAlign = 256;              // of shards and planes: 16-byte loads, and what cuMemAlloc gives
 constexpr unsigned kHostAllocPortable = 1;
 // Per rank: 512 MiB of mask at 512 Ki cells, 260 MB of logits of a batch, NCCL's channels, graphs.
@@ -173,7 +176,34 @@ void Memory::report(size_t* free_bytes, size_t* total_bytes) const {
     });
 }
 
-char* Memory::pinned(i64 bytes) {
+char* Memory::allocate_pinned(i64 bytes) {
+    const size_t size = static_cast<size_t>(round_up(std::max<i64>(bytes, 1), kAlign));
+    void* memory = nullptr;
+    devices_[0]->make_current();
+    const bool by_driver = devices_[0]->driver.cuMemHostAlloc(&memory, size, kHostAllocPortable) == 0;
+    if (!by_driver) memory = std::aligned_alloc(kAlign, size);
+    if (!memory) throw Error("the host has no " + std::to_string(bytes >> 20) + " MiB of memory for a batch: use a smaller one");
+    pinned_[static_cast<char*>(memory)] = {static_cast<i64>(size), by_driver};
+    return static_cast<char*>(memory);
+}
+
+void Memory::release_pinned(char* memory) {
+    const auto found = pinned_.find(memory);
+    if (found == pinned_.end()) return;
+    if (found->second.by_driver) devices_[0]->driver.cuMemFreeHost(memory);
+    else std::free(memory);
+    pinned_.erase(found);
+}
+
+bool Memory::is_pinned(const void* data, i64 bytes) const {
+    const char* begin = static_cast<const char*>(data);
+    auto after = pinned_.upper_bound(begin);
+    if (after == pinned_.begin()) return false;
+    --after;
+    return after->second.by_driver && begin + bytes <= after->first + after->second.bytes;
+}
+
+char* Memory::in_ring(i64 bytes) {
     bytes = round_up(bytes, kAlign);
     if (bytes > kRingBytes / 2) return nullptr;
     if (!ring_) {
@@ -479,7 +509,7 @@ void Memory::write(Buffer& buffer, i64 offset, const void* data, i64 bytes) {
     if (!buffer.is_compute && buffer.stored.empty()) make_compute(buffer);
     if (buffer.is_compute) {
         std::erase_if(buffer.residency, [&](const Residency& r) { return overlaps(r.offset, r.bytes, offset, bytes); });
-        char* copy = pinned(bytes);
+        char* copy = bytes >= kDirectBytes && is_pinned(data, bytes) ? nullptr : in_ring(bytes);
         if (copy) std::memcpy(copy, data, static_cast<size_t>(bytes));
         for (int r = 0; r < n_ranks(); ++r) {
             Device& device = *devices_[r];
@@ -519,7 +549,7 @@ void Memory::read(Buffer& buffer, i64 offset, void* data, i64 bytes) {
     if (offset < 0 || bytes < 0 || offset + bytes > buffer.size) throw Error("a read outside its buffer was refused");
     if (bytes == 0) return;
     if (buffer.is_compute) {
-        char* copy = pinned(bytes);
+        char* copy = is_pinned(data, bytes) ? nullptr : in_ring(bytes);
         char* to = copy ? copy : static_cast<char*>(data);
         Device& first = *devices_[0];  // replicated bytes are the same on every rank
         first.make_current();

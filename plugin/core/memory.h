@@ -110,6 +110,11 @@ class Memory {
     /// Lays a stored tensor out anew, keeping its contents.
     void reshard(Buffer& buffer, Stored& tensor, const Sharding& sharding, const std::optional<Extent>& extent);
 
+    /// Memory of the host that all devices copy to and from directly; ordinary memory where the driver has no more of it to give. Throws Error
+    /// when there is neither.
+    char* allocate_pinned(i64 bytes);
+    void release_pinned(char* memory);
+
     /// A rank's rows of one segment of a weight.
     Matrix matrix(const Stored& tensor, int rank, int segment = 0) const;
     /// What the host may be told: how large a model and cache may be, cut as they will be, before the first rank is full. What a context
@@ -128,7 +133,8 @@ class Memory {
   private:
     /// Pinned memory that the device reads while the host goes on. Small inputs (a token's position, mask, embedding) are copied here
     /// and need no wait: 7 of them cost a decoded token 7 round trips otherwise.
-    char* pinned(i64 bytes);
+    char* in_ring(i64 bytes);
+    bool is_pinned(const void* data, i64 bytes) const;
     struct Piece {
         int rank;
         DevicePtr device;
@@ -155,6 +161,11 @@ class Memory {
     std::vector<std::unique_ptr<Device>>& devices_;
     std::vector<double> split_;
     u64 epoch_ = 0;
+    struct Pinned {
+        i64 bytes;
+        bool by_driver;
+    };
+    std::map<const char*, Pinned> pinned_;  // by address
     char* ring_ = nullptr;
     i64 ring_used_ = 0;
     std::vector<DevicePtr> staging_;  // one per rank, kStagingBytes

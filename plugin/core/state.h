@@ -17,10 +17,14 @@ struct HostDevice {
     const abi::Host* host = nullptr;
     std::unique_ptr<Group> group;
     std::string name, description;             // "TP0"
+    std::string pinned_name;                   // of its host buffer type
     std::atomic<bool>* failed_late = nullptr;  // its host's
     void* words[17] = {};                      // 15 functions, registration, context
     void* buffer_type_words[13] = {};          // this, then what the host sees: 6 or 8 functions, device, context
+    void* pinned_type_words[13] = {};          // likewise
     void* buffer_type() { return buffer_type_words + 1; }
+    const void* pinned_type() const { return pinned_type_words + 1; }
+    void* pinned_type() { return pinned_type_words + 1; }
 };
 
 struct HostState {

@@ -29,6 +29,7 @@ class Counters:
     last_kernel_launches: int
     programs_cached: int
     host_all_reduces: int
+    graphs_unread: int
 
 
 @dataclass(frozen=True)
