@@ -121,6 +121,7 @@ bool Comm::all_reduce(const std::vector<Summand>& summands, i64 elems) {
     try {
         std::vector<void*> pointers(summands.size());
         for (size_t r = 0; r < summands.size(); ++r) {
+            groups_[r]->memory->enqueue_inputs();
             const Device& device = groups_[r]->device(0);
             const DevicePtr pointer = summands[r].buffer->compute[0] + static_cast<u64>(summands[r].offset);
             pointers[r] = reinterpret_cast<void*>(pointer);

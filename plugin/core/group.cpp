@@ -432,8 +432,10 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
                     const SpinArgs args{static_cast<u64>(seconds * 1e9)};
                     devices_[r]->launch(devices_[r]->function("spin"), Launch{}, &args);
                 }
+            memory->enqueue_inputs(r);
             TP_CUDA(driver_, r, cuGraphLaunch, program.executables[r], devices_[r]->stream);
         });
+        memory->inputs_enqueued();
         in_flight_ = true;
         if (waits) wait_for_ranks();
         for (const Program::Written& w : program.written)
@@ -446,6 +448,7 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
         counters.last_all_gathers = static_cast<u64>(program.all_gathers);
         counters.last_kernel_launches = static_cast<u64>(program.kernel_launches);
     } catch (...) {
+        memory->inputs_enqueued();
         fail();
         throw;
     }

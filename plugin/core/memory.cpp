@@ -15,7 +15,7 @@ constexpr i64 kStagingBytes = 16 << 20;  // per rank; one upload step
 constexpr i64 kRingBytes = 4 << 20;      // pinned, for inputs and results of a token; a vocabulary of 128k is 0.5 MB of logits
 // Of pinned memory, inputs from this size on are copied from where they are and waited for: about what two copies by the CPU take.
 constexpr i64 kDirectBytes = 128 << 10;
-constexpr i64 kAlign = 256;              // of shards and planes: 16-byte loads, and what cuMemAlloc gives
+constexpr i64 kAlign = 256;  // of shards and planes: 16-byte loads, and what cuMemAlloc gives
 constexpr unsigned kHostAllocPortable = 1;
 // Per rank: 512 MiB of mask at 512 Ki cells, 260 MB of logits of a batch, NCCL's channels, graphs.
 constexpr u64 kKeptBackBytes = 1ull << 30;
@@ -213,6 +213,7 @@ char* Memory::in_ring(i64 bytes) {
         ring_ = static_cast<char*>(memory);
     }
     if (ring_used_ + bytes > kRingBytes) {
+        enqueue_inputs();
         wait_all();
         ring_used_ = 0;
     }
@@ -241,6 +242,7 @@ std::unique_ptr<Buffer> Memory::reserve(i64 bytes) {
 
 void Memory::release(Buffer& buffer) {
     ++epoch_;
+    std::erase_if(inputs_, [&](const Input& input) { return input.buffer == &buffer; });
     try {
         // Shards may still be cleared: a host frees a buffer as soon as one of its tensors had no memory.
         wait_all();
@@ -510,15 +512,17 @@ void Memory::write(Buffer& buffer, i64 offset, const void* data, i64 bytes) {
     if (buffer.is_compute) {
         std::erase_if(buffer.residency, [&](const Residency& r) { return overlaps(r.offset, r.bytes, offset, bytes); });
         char* copy = bytes >= kDirectBytes && is_pinned(data, bytes) ? nullptr : in_ring(bytes);
-        if (copy) std::memcpy(copy, data, static_cast<size_t>(bytes));
+        if (copy) {
+            std::memcpy(copy, data, static_cast<size_t>(bytes));
+            return add_input({&buffer, offset, copy, bytes});
+        }
+        enqueue_inputs();
         for (int r = 0; r < n_ranks(); ++r) {
             Device& device = *devices_[r];
             device.make_current();
-            TP_CUDA(device.driver, r, cuMemcpyHtoDAsync, buffer.compute[r] + static_cast<u64>(offset), copy ? copy : data, static_cast<size_t>(bytes),
-                    device.stream);
+            TP_CUDA(device.driver, r, cuMemcpyHtoDAsync, buffer.compute[r] + static_cast<u64>(offset), data, static_cast<size_t>(bytes), device.stream);
         }
-        if (!copy) wait_all();
-        return;
+        return wait_all();
     }
     const char* from = static_cast<const char*>(data);
     while (bytes > 0) {
@@ -529,6 +533,33 @@ void Memory::write(Buffer& buffer, i64 offset, const void* data, i64 bytes) {
         write_stored(*tensor, offset - tensor->offset, from, n);
         offset += n, from += n, bytes -= n;
     }
+}
+
+/// A host's allocator lays a graph's inputs one behind the other, and so does the ring: what is between two of them is padding in both.
+void Memory::add_input(const Input& input) {
+    if (!inputs_.empty()) {
+        Input& last = inputs_.back();
+        const i64 distance = input.offset - last.offset;
+        if (last.buffer == input.buffer && input.data - last.data == distance && distance >= last.bytes && distance - last.bytes < kAlign) {
+            last.bytes = distance + input.bytes;
+            return;
+        }
+    }
+    inputs_.push_back(input);
+}
+
+void Memory::enqueue_inputs(int rank) const {
+    if (inputs_.empty()) return;
+    const Device& device = *devices_[static_cast<size_t>(rank)];
+    device.make_current();
+    for (const Input& input : inputs_)
+        TP_CUDA(device.driver, rank, cuMemcpyHtoDAsync, input.buffer->compute[static_cast<size_t>(rank)] + static_cast<u64>(input.offset), input.data,
+                static_cast<size_t>(input.bytes), device.stream);
+}
+
+void Memory::enqueue_inputs() {
+    for (int r = 0; r < n_ranks(); ++r) enqueue_inputs(r);
+    inputs_enqueued();
 }
 
 void Memory::read_sums(const Buffer& buffer, const Residency& region, i64 offset, char* data, i64 bytes) {
@@ -549,6 +580,7 @@ void Memory::read(Buffer& buffer, i64 offset, void* data, i64 bytes) {
     if (offset < 0 || bytes < 0 || offset + bytes > buffer.size) throw Error("a read outside its buffer was refused");
     if (bytes == 0) return;
     if (buffer.is_compute) {
+        enqueue_inputs();
         char* copy = is_pinned(data, bytes) ? nullptr : in_ring(bytes);
         char* to = copy ? copy : static_cast<char*>(data);
         Device& first = *devices_[0];  // replicated bytes are the same on every rank
@@ -605,6 +637,7 @@ void Memory::fill(Buffer& buffer, i64 offset, unsigned char value, i64 bytes) {
     if (offset < 0 || bytes < 0 || offset + bytes > buffer.size) throw Error("a fill outside its buffer was refused");
     if (buffer.is_compute) {
         std::erase_if(buffer.residency, [&](const Residency& r) { return overlaps(r.offset, r.bytes, offset, bytes); });
+        enqueue_inputs();
         for (int r = 0; r < n_ranks() && bytes; ++r) {
             devices_[r]->make_current();
             TP_CUDA(devices_[r]->driver, r, cuMemsetD8Async, buffer.compute[r] + static_cast<u64>(offset), value, static_cast<size_t>(bytes),

@@ -105,6 +105,11 @@ class Memory {
     static Stored* find(const Buffer& buffer, i64 offset);
 
     void write(Buffer& buffer, i64 offset, const void* data, i64 bytes);
+    /// Small inputs of a graph are kept until it is launched, and copied as few pieces: to be called before anything else that is enqueued on the ranks'
+    /// streams may read or overwrite them. Of one rank, by any thread; inputs_enqueued() after all of them. None of it waits.
+    void enqueue_inputs(int rank) const;
+    void inputs_enqueued() { inputs_.clear(); }
+    void enqueue_inputs();  // to all ranks
     void read(Buffer& buffer, i64 offset, void* data, i64 bytes);
     void fill(Buffer& buffer, i64 offset, unsigned char value, i64 bytes);
     /// Lays a stored tensor out anew, keeping its contents.
@@ -132,9 +137,16 @@ class Memory {
 
   private:
     /// Pinned memory that the device reads while the host goes on. Small inputs (a token's position, mask, embedding) are copied here
-    /// and need no wait: 7 of them cost a decoded token 7 round trips otherwise.
+    /// and need no wait: 9 of them cost a decoded token 9 round trips otherwise.
     char* in_ring(i64 bytes);
     bool is_pinned(const void* data, i64 bytes) const;
+    struct Input {
+        const Buffer* buffer;
+        i64 offset;
+        const char* data;  // in the ring
+        i64 bytes;
+    };
+    void add_input(const Input& input);
     struct Piece {
         int rank;
         DevicePtr device;
@@ -166,6 +178,7 @@ class Memory {
         bool by_driver;
     };
     std::map<const char*, Pinned> pinned_;  // by address
+    std::vector<Input> inputs_;             // written, not yet enqueued
     char* ring_ = nullptr;
     i64 ring_used_ = 0;
     std::vector<DevicePtr> staging_;  // one per rank, kStagingBytes

@@ -1,9 +1,21 @@
 #include "runner.h"
 
 namespace ggml_tp {
+namespace {
+
+std::exception_ptr attempt(const std::function<void(int)>& job, int rank) {
+    try {
+        job(rank);
+    } catch (...) {
+        return std::current_exception();
+    }
+    return nullptr;
+}
+
+}  // namespace
 
 Workers::Workers(int n_ranks) : errors_(n_ranks) {
-    for (int r = 0; r < n_ranks; ++r) threads_.emplace_back([this, r] { loop(r); });
+    for (int r = 0; r + 1 < n_ranks; ++r) threads_.emplace_back([this, r] { loop(r); });
 }
 
 Workers::~Workers() {
@@ -19,9 +31,13 @@ void Workers::run(const std::function<void(int)>& job) {
     std::unique_lock lock(mutex_);
     job_ = &job;
     pending_ = static_cast<int>(threads_.size());
-    for (std::exception_ptr& error : errors_) error = nullptr;
     ++generation_;
     start_.notify_all();
+    lock.unlock();
+    const int last = static_cast<int>(errors_.size()) - 1;
+    const std::exception_ptr own = attempt(job, last);
+    lock.lock();
+    errors_[last] = own;
     done_.wait(lock, [&] { return pending_ == 0; });
     for (const std::exception_ptr& error : errors_)
         if (error) std::rethrow_exception(error);
@@ -36,12 +52,7 @@ void Workers::loop(int rank) {
         seen = generation_;
         const auto* job = job_;
         lock.unlock();
-        std::exception_ptr error;
-        try {
-            (*job)(rank);
-        } catch (...) {
-            error = std::current_exception();
-        }
+        const std::exception_ptr error = attempt(*job, rank);
         lock.lock();
         errors_[rank] = error;
         if (--pending_ == 0) done_.notify_one();

@@ -15,7 +15,7 @@ class Workers {
     ~Workers();
     Workers(const Workers&) = delete;
     Workers& operator=(const Workers&) = delete;
-    /// Runs job(rank) on every worker and waits for all of them. Rethrows the lowest rank's exception.
+    /// Runs job(rank) for every rank, the last one's on the calling thread, and waits for all of them. Rethrows the lowest rank's exception.
     void run(const std::function<void(int)>& job);
 
   private:
