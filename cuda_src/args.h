@@ -175,6 +175,25 @@ struct FusedNormArgs {
     float eps;
     ActivationForm form;  // of xq
 };
+constexpr int kMostPeers = 16;
+// Device memory of one rank, zero at first, that peers write to: launches of peer_norm that a rank has begun, and ended.
+struct PeerState {
+    u32 arrived[kMostPeers], done[kMostPeers];
+    u32 launches, blocks, late, pad;  // of this rank itself: launches before this one, blocks of this one that have ended; nobody waits any more
+};
+// A FusedNorm of rows that are sums of all ranks' summands: each rank does the rows [row_begin, row_end) and gives the others what they need of them.
+// norm: of this rank's memory, packed rows. norm.b is where it has its summand, norm.a the residual; norm.sum and norm.y are written for its own rows.
+struct PeerNormArgs {
+    FusedNormArgs norm;
+    const char* summand[kMostPeers];               // norm.b of every rank
+    char *sum[kMostPeers], *y[kMostPeers];         // of the ranks that get every row of them; else null
+    char *xq[kMostPeers], *xd[kMostPeers];         // of every rank
+    PeerState* state[kMostPeers];                  // of every rank
+    u32* fault;
+    u64 deadline_ns;
+    i64 row_begin, row_end;
+    i32 rank, n_ranks;
+};
 // A GLU whose result is written as F32 and as int8, or panels: rows of k, zero outside of [k_begin, k_begin + glu.y.ne[0]).
 struct FusedGluArgs {
     GluArgs glu;

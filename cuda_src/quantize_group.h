@@ -55,11 +55,9 @@ TP_DEVICE i64 panel_byte(u32 row, u32 at, u32 k, u32 rows = kPanelRows) {
 TP_DEVICE void leave_four(ActivationForm form, const float (&v)[4], i64 at, bool inside, char* xq, char* xd, u32 row, i64 k) {
     if (form == kInt8Rows) return quantize_four(v, at, inside, xq + row * k, xd + row * (k / 32) * 8);
     if (!inside) return;
-    u32 words[2] = {};
-    for (int i = 0; i < 4; ++i) words[i / 2] |= (u32)(form == kBf16Panels ? tp_float_to_bf16(v[i]) : activation_half(v[i])) << 16 * (i % 2);
-    u32* const out = (u32*)(xq + panel_byte(row, (u32)at, (u32)k));
-    out[0] = words[0];
-    out[1] = words[1];
+    u64 word = 0;
+    for (int i = 0; i < 4; ++i) word |= (u64)(form == kBf16Panels ? tp_float_to_bf16(v[i]) : activation_half(v[i])) << 16 * i;
+    *(u64*)(xq + panel_byte(row, (u32)at, (u32)k)) = word;
 }
 
 }  // namespace ggml_tp

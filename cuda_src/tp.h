@@ -15,6 +15,7 @@ struct alignas(8) TpFloat2 {
 #ifdef TP_EMULATED
 #include "emulator/fibers.h"
 static inline TpInt4 tp_load_stream(const char* p) { return *(const TpInt4*)p; }
+static inline TpInt4 tp_load_peer(const char* p) { return *(const TpInt4*)p; }
 static inline TpInt4 tp_load_in_order(const void* p, bool inside) { return inside ? *(const TpInt4*)p : TpInt4{0, 0, 0, 0}; }
 static inline int tp_load_word_in_order(const void* p, bool inside) { return inside ? *(const int*)p : 0; }
 static inline float tp_mul_rounded(float a, float b) {
@@ -163,6 +164,43 @@ TP_DEVICE u32 tp_half2_fma(u32 x, u32 y, u32 z) {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(y), "r"(z));
     return out;
 }
+/// Words that other GPUs wait for: what this thread, and by a barrier before it its block, has written to any GPU is seen after a read of the word.
+TP_DEVICE void tp_signal_peer(u32* p, u32 v) {
+#if __CUDA_ARCH__ >= 700
+    asm volatile("fence.acq_rel.sys;\n\tst.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+#else
+    asm volatile("membar.sys;\n\tst.volatile.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+#endif
+}
+TP_DEVICE u32 tp_read_peer(const u32* p) {
+    u32 v;
+#if __CUDA_ARCH__ >= 700
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+#else
+    asm volatile("ld.volatile.global.u32 %0, [%1];\n\tmembar.sys;" : "=r"(v) : "l"(p) : "memory");
+#endif
+    return v;
+}
+/// Adds one; returns what was there. The last to add may tell other GPUs what all before it have written.
+TP_DEVICE u32 tp_count_peer(u32* p) {
+#if __CUDA_ARCH__ >= 700
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+    const u32 v = atomicAdd(p, 1u);
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+#else
+    asm volatile("membar.sys;" ::: "memory");
+    const u32 v = atomicAdd(p, 1u);
+    asm volatile("membar.sys;" ::: "memory");
+#endif
+    return v;
+}
+/// Sixteen aligned bytes of any GPU, not those that L1 may hold.
+TP_DEVICE TpInt4 tp_load_peer(const char* p) {
+    TpInt4 v;
+    asm volatile("ld.global.cg.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+TP_DEVICE void tp_spin() {}
 TP_DEVICE u32 tp_byte_perm(u32 x, u32 y, u32 selector) { return __byte_perm(x, y, selector); }
 #if __CUDA_ARCH__ >= 700
 TP_DEVICE u32 tp_shared_address(const void* p) {
@@ -253,7 +291,6 @@ TP_DEVICE u32 tp_count(u32* p) {
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(v) : "l"(p) : "memory");
     return v;
 }
-TP_DEVICE void tp_spin() {}
 /// A word of shared memory that one warp writes and another looks at now and then: a hint, nothing is ordered by it.
 TP_DEVICE u32 tp_peek(u32* p) { return atomicOr(p, 0u); }
 TP_DEVICE void tp_poke(u32* p, u32 v) { atomicExch(p, v); }

@@ -368,6 +368,10 @@ u32 count(u32* p) {
     return v;
 }
 void signal(u32* p) { count(p); }
+void signal_peer(u32* p, u32 v) {
+    TP_TSAN_RELEASE(p);
+    __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
 u32 read_signal(const u32* p) {
     const u32 v = __atomic_load_n(p, __ATOMIC_ACQUIRE);
     TP_TSAN_ACQUIRE(const_cast<u32*>(p));

@@ -47,6 +47,7 @@ void spin();
 /// What tp_signal and its readers order, for TSan: kernels' accesses before an add are seen after a read.
 u32 read_signal(const u32* p);
 void signal(u32* p);
+void signal_peer(u32* p, u32 v);
 u32 count(u32* p);
 /// value: this lane's contribution; source: the lane read by a shuffle. Returns this lane's result.
 float warp_float(Collective op, u32 mask, float value, int source);
@@ -174,6 +175,9 @@ template <int kThreads>
 static inline void tp_sync_some() {
     tp_emulator::sync_some(kThreads);
 }
+static inline void tp_signal_peer(u32* p, u32 v) { tp_emulator::signal_peer(p, v); }
+static inline u32 tp_read_peer(const u32* p) { return tp_emulator::read_signal(p); }
+static inline u32 tp_count_peer(u32* p) { return tp_emulator::count(p); }
 static inline void tp_signal(u32* p) { tp_emulator::signal(p); }
 static inline u32 tp_read_signal(const u32* p) { return tp_emulator::read_signal(p); }
 static inline void tp_store_tagged(u64* p, float value, u32 tag) {

@@ -32,9 +32,7 @@ struct HostBuffer {
 
 void buffer_clear(void* buffer, uint8_t value);
 
-HostBuffer& context_of_buffer(void* buffer) {
-    return *static_cast<HostBuffer*>(context_of_host_buffer(buffer, word(buffer_clear)));
-}
+HostBuffer& context_of_buffer(void* buffer) { return *static_cast<HostBuffer*>(context_of_host_buffer(buffer, word(buffer_clear))); }
 
 Buffer* our_buffer(void* context, void* host_buffer) {
     auto* device = static_cast<HostDevice*>(context);

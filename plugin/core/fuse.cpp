@@ -70,22 +70,6 @@ void schedule(Plan& plan, const Graph& graph) {
 // ---- fuse
 namespace {
 
-template <class Args>
-Args args_of(const RankLaunch& l) {
-    Args args;
-    std::memcpy(&args, l.args.data(), sizeof args);
-    return args;
-}
-template <class Args>
-bool replace(RankLaunch& l, const Launch& launch, const Args& args) {
-    if (!launch.kernel) return false;
-    l.launch = launch;
-    l.function = nullptr;
-    l.args.resize(sizeof args);
-    std::memcpy(l.args.data(), &args, sizeof args);
-    return true;
-}
-
 bool same_view(const View& a, const View& b) {
     return a.data == b.data && a.type == b.type && std::equal(a.ne, a.ne + 4, b.ne) && std::equal(a.nb, a.nb + 4, b.nb);
 }
@@ -395,6 +379,7 @@ bool try_merge(ProgramStep& a, const ProgramStep& b, const std::vector<Arch>& ar
         if (!any || !all) continue;
         a.launches = std::move(joined);
         a.label += ", " + b.label;
+        a.tensors.insert(a.tensors.end(), b.tensors.begin(), b.tensors.end());
         return true;
     }
     return false;
@@ -406,6 +391,7 @@ bool divide_products(ProgramStep& step, ProgramStep& sums, const std::vector<Arc
     if (step.kind != ProgramStep::kLaunch) return false;
     sums.kind = ProgramStep::kLaunch;
     sums.label = "sum of " + step.label;
+    sums.tensors = step.tensors;
     sums.launches.resize(step.launches.size());
     for (size_t r = 0; r < step.launches.size(); ++r) {
         RankLaunch& launch = step.launches[r];

@@ -12,6 +12,8 @@ namespace {
 
 bool is_view(abi::Op op) { return op == abi::Op::RESHAPE || op == abi::Op::VIEW || op == abi::Op::PERMUTE || op == abi::Op::TRANSPOSE || op == abi::Op::NONE; }
 
+constexpr int kFlagOutput = 2;
+
 class Reader {
   public:
     Reader(const abi::Host& host, BufferOf buffer_of, void* context) : host_(host), buffer_of_(buffer_of), context_(context) {}
@@ -28,6 +30,7 @@ class Reader {
         for (int d = 0; d < 4; ++d) t.ne[d] = ref.ne(d), t.nb[d] = static_cast<i64>(ref.nb(d));
         for (int i = 0; i < 16; ++i) t.params[i] = ref.op_param_i32(i);
         t.address = reinterpret_cast<u64>(ref.data());
+        t.is_output = ref.flags() & kFlagOutput;
         const void* view = ref.view_src();
         int root = -1;
         if (view) {

@@ -28,7 +28,7 @@ struct Tensor {
     u64 address = 0;
     Buffer* buffer = nullptr;  // null: not ours (the size and type may still be read)
     Stored* stored = nullptr;  // when its bytes lie in a stored tensor; offset then counts from that tensor's first byte
-    bool is_node = false;
+    bool is_node = false, is_output = false;  // output: the host reads it behind the graph
 
     Strided strided() const { return {{ne[0], ne[1], ne[2], ne[3]}, {nb[0], nb[1], nb[2], nb[3]}, offset, unit_bytes(), unit_elems()}; }
     /// Bytes of a block, whichever axis it lies along: of a transposed view nb[0] is a row's.

@@ -76,9 +76,12 @@ Group::Group(const Config& config_in, const std::string& plugin_dir) : config(co
     memory = std::make_unique<Memory>(devices_, config.split);
     memory->deadline_s = config.deadline_s;
     scratch_ = std::make_unique<Scratch>(devices_);
+    const bool reachable = n > 1 && config.p2p && peers_.all_proven();
+    if (reachable) {
+        enable_peers(devices_);
+        peer_memory_ = std::make_unique<PeerMemory>(devices_, config.deadline_s);
+    }
     if (config.persist && can_persist(devices_)) {
-        const bool reachable = n > 1 && config.p2p && peers_.all_proven();
-        if (reachable) enable_peers(devices_);
         stream_ = std::make_unique<StreamMemory>(devices_, reachable, config.deadline_s);
     }
     workers_ = std::make_unique<Workers>(n);
@@ -101,6 +104,7 @@ Group::~Group() {
     for (volatile u32* word : faults_) driver_.cuMemFreeHost(const_cast<u32*>(word));
     workers_.reset();
     stream_.reset();
+    peer_memory_.reset();
     scratch_.reset();
     memory.reset();
 }
@@ -319,6 +323,7 @@ void Group::fail() {
     if (drained) {
         drop_programs();
         if (stream_) stream_->reset();
+        if (peer_memory_) peer_memory_->reset();
     } else {  // what still runs keeps its graph and its memory
         for (auto& program : programs_)
             for (DeviceBlock& block : program->blocks) block.abandon();
@@ -358,7 +363,7 @@ std::unique_ptr<Program> Group::build(const Graph& graph, u64 key) {
     schedule(plan, graph);
     verify(plan, graph);
     // Other programs hold the addresses of shards that were laid out anew; their keys no longer match, so they are never replayed.
-    std::unique_ptr<Program> program = lower(graph, plan, {*memory, devices_, *scratch_, fault_pointers_, stream_.get()});
+    std::unique_ptr<Program> program = lower(graph, plan, {*memory, devices_, *scratch_, fault_pointers_, stream_.get(), peer_memory_.get()});
     program->plan_text = plan.to_text(graph);
     program->key = key;
     try {

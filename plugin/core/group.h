@@ -14,6 +14,7 @@
 #include "graph.h"
 #include "memory.h"
 #include "peers.h"
+#include "peer_norm.h"
 #include "persist.h"
 #include "program.h"
 #include "runner.h"
@@ -95,6 +96,7 @@ class Group {
     std::vector<std::unique_ptr<Device>> devices_;
     std::unique_ptr<Scratch> scratch_;
     std::unique_ptr<StreamMemory> stream_;  // null: no persistent kernel here
+    std::unique_ptr<PeerMemory> peer_memory_;  // null: not all ranks reach each other's memory
     Peers peers_;
     std::string notes_;
     std::vector<std::pair<int, double>> delays_;

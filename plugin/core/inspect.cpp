@@ -56,7 +56,7 @@ int ggml_tp_get_counters(int group, struct ggml_tp_counters* out) {
     std::lock_guard lock(device->group->mutex);
     const Counters& c = device->group->counters;
     *out = {c.graphs_computed,  c.programs_built,       c.graph_launches_per_rank,   c.weights_resharded, c.last_all_reduces,
-            c.last_all_gathers, c.last_kernel_launches, device->group->n_programs(), c.host_all_reduces, c.graphs_unread};
+            c.last_all_gathers, c.last_kernel_launches, device->group->n_programs(), c.host_all_reduces,  c.graphs_unread};
     return 0;
 }
 

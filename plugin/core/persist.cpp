@@ -33,13 +33,6 @@ i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 enum Vector { kSum0, kSum1, kAdded0, kAdded1, kImportA, kImportB, kTurned0, kTurned1, kTurned2, kNormed, kLogits, kGlu, kTables, kVectors };
 constexpr i64 kMostTables = 4, kTableFloats = kStreamMostK / kMostTables;  // kinds of rope in one program
 
-template <class T>
-T args_of(const RankLaunch& l) {
-    T args;
-    std::memcpy(&args, l.args.data(), sizeof args);
-    return args;
-}
-
 struct Span {
     u64 begin, end;
     bool meets(const Span& o) const { return begin < o.end && o.begin < end; }
@@ -955,13 +948,6 @@ class RankRun {
     std::map<std::string, float*> tables_;
 };
 
-/// Whether a launch refers to this address: its arguments are words, and pointers are aligned in them.
-bool refers_to(const RankLaunch& l, const char* pointer) {
-    for (size_t at = 0; at + sizeof pointer <= l.args.size(); at += sizeof pointer)
-        if (!std::memcmp(l.args.data() + at, &pointer, sizeof pointer)) return true;
-    return false;
-}
-
 /// Where a launch writes int8 activations, or null.
 const char* quantizes_to(const RankLaunch& l) {
     if (named(l, "fused_norm")) return args_of<FusedNormArgs>(l).xq;
@@ -1151,6 +1137,7 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
         ProgramStep step;
         step.kind = ProgramStep::kLaunch;
         step.label = "stream of " + std::to_string(run.stages.size()) + " stages";
+        for (size_t j = i; j < run.end; ++j) step.tensors.insert(step.tensors.end(), program.steps[j].tensors.begin(), program.steps[j].tensors.end());
         const std::vector<i64> table_bytes(n, static_cast<i64>(run.stages.size() * sizeof(StreamStage)));
         std::vector<DevicePtr> tables;
         const i64 times_bytes = round_up(static_cast<i64>(run.stages.size()) * kStreamTimes * 8, kAlign);

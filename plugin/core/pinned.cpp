@@ -50,8 +50,8 @@ void* type_alloc(void* type, size_t size) {
                 std::lock_guard lock(device.group->mutex);
                 context->memory = device.group->memory->allocate_pinned(static_cast<i64>(size));
             }
-            const BufferTable table{word(buffer_free),       word(buffer_base),       nullptr,                  word(buffer_memset_tensor),
-                                    word(buffer_set_tensor), word(buffer_get_tensor), word(buffer_copy_tensor), word(buffer_clear)};
+            const BufferTable table{word(buffer_free),       word(buffer_base),        nullptr,           word(buffer_memset_tensor), word(buffer_set_tensor),
+                                    word(buffer_get_tensor), word(buffer_copy_tensor), word(buffer_clear)};
             return make_host_buffer(*device.host, type, table, context.release(), size);
         },
         nullptr);

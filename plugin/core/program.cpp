@@ -21,6 +21,7 @@
 #include "mul_few.h"
 #include "mul_wgmma.h"
 #include "norm.h"
+#include "peer_norm.h"
 #include "persist.h"
 #include "quantize.h"
 #include "recurrence.h"
@@ -945,7 +946,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 if (step.kind == PlanStep::kAllGather) {
                     // Every byte but a rank's own becomes zero, then bit patterns are added as integers: exact, and rare enough.
                     std::vector<ProgramStep> zero(static_cast<size_t>(step.part.extent.n_segments()) + 1);
-                    for (ProgramStep& z : zero) z.label = "zero " + t.name, z.launches.resize(n);
+                    for (ProgramStep& z : zero) z.label = "zero " + t.name, z.tensors = {t.id}, z.launches.resize(n);
                     std::vector<i64> taken(step.part.extent.rest.size() + 1);
                     for (int r = 0; r < n; ++r) {
                         i64 at = 0;
@@ -975,6 +976,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 ProgramStep reduce;
                 reduce.kind = ProgramStep::kAllReduce;
                 reduce.label = t.name;
+                reduce.tensors = {t.id};
                 const Range bytes = step.kind == PlanStep::kAllGather ? step.part.bytes : Range{0, t.bytes};
                 reduce.elems = (bytes.size() + 3) / 4;  // a last half has padding of the host's beside it, whose sum is nobody's
                 reduce.wire = step.kind == PlanStep::kAllGather ? WireType::kI32 : WireType::kF32;
@@ -1051,6 +1053,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
             for (size_t i = 0; i < most; ++i) {
                 ProgramStep out;
                 out.label = t.name;
+                out.tensors = {t.id};
                 out.launches.resize(n);
                 for (int r = 0; r < n; ++r) {
                     if (i >= lowered[r].launches.size()) continue;
@@ -1066,6 +1069,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
     for (const auto& device : context.devices) archs.push_back(device->arch());
     fuse(program->steps, archs);
     if (context.stream) persist(*program, context.devices, *context.stream, context.faults);
+    if (context.peers) join_norms(*program, graph, context.devices, *context.peers, context.faults);
     for (ProgramStep& step : program->steps) {
         for (int r = 0; r < static_cast<int>(step.launches.size()); ++r)
             if (step.launches[r].launch.kernel && !step.launches[r].function)

@@ -1,6 +1,7 @@
 // Program: what runs for one plan, per rank and in order: kernels with their arguments and collectives, everything resolved.
 // Captured once into one CUDA graph per rank and replayed.
 #pragma once
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -19,9 +20,33 @@ struct RankLaunch {
     std::vector<char> args;
 };
 
+template <class Args>
+Args args_of(const RankLaunch& l) {
+    Args args;
+    std::memcpy(&args, l.args.data(), sizeof args);
+    return args;
+}
+/// False, and l as it was, where the kernel cannot run these arguments.
+template <class Args>
+bool replace(RankLaunch& l, const Launch& launch, const Args& args) {
+    if (!launch.kernel) return false;
+    l.launch = launch;
+    l.function = nullptr;
+    l.args.resize(sizeof args);
+    std::memcpy(l.args.data(), &args, sizeof args);
+    return true;
+}
+/// Whether a launch refers to this address: its arguments are words, and pointers are aligned in them.
+inline bool refers_to(const RankLaunch& l, const char* pointer) {
+    for (size_t at = 0; at + sizeof pointer <= l.args.size(); at += sizeof pointer)
+        if (!std::memcmp(l.args.data() + at, &pointer, sizeof pointer)) return true;
+    return false;
+}
+
 struct ProgramStep {
     enum Kind { kLaunch, kAllReduce } kind = kLaunch;
     std::string label;
+    std::vector<int> tensors;          // of the graph that it computes, or reduces
     std::string detail;                // whole lines: the stages of a persistent kernel
     std::vector<RankLaunch> launches;  // kLaunch: [n_ranks]
     std::vector<DevicePtr> pointers;   // kAllReduce, in place: [n_ranks]
@@ -74,6 +99,7 @@ class Scratch {
 };
 
 class StreamMemory;  // persist.h
+class PeerMemory;    // peer_norm.h
 
 struct LoweringContext {
     Memory& memory;
@@ -81,6 +107,7 @@ struct LoweringContext {
     Scratch& scratch;
     const std::vector<DevicePtr>& faults;  // [n_ranks] one u32 each, device addresses
     const StreamMemory* stream;            // of the persistent kernel; null: a kernel per step
+    const PeerMemory* peers;               // null: not all ranks can reach each other's memory
 };
 
 std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringContext context);

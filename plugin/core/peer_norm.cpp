@@ -1,0 +1,181 @@
+#include "peer_norm.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "norm_peers.h"
+
+namespace ggml_tp {
+namespace {
+
+using abi::Op;
+
+constexpr u32 kBlocksOfADevice = 2;  // to a multiprocessor; one that waits takes no place from what its peers wait for
+
+bool overlap(const Tensor& a, const Tensor& b) {
+    return a.address < b.address + static_cast<u64>(b.bytes) && b.address < a.address + static_cast<u64>(a.bytes);
+}
+
+/// An all_reduce and the norm behind it.
+struct Pair {
+    size_t reduce;                    // the norm is the step after it
+    int product, sum;                 // tensors of the graph
+    std::vector<int> normed;          // the norm's result, and that times its weight: one place
+    std::vector<FusedNormArgs> norm;  // [n_ranks], b is the product
+};
+
+class Pairs {
+  public:
+    Pairs(std::vector<ProgramStep>& steps, const Graph& graph) : steps_(steps), graph_(graph) {
+        for (size_t i = 0; i + 1 < steps.size(); ++i)
+            if (Pair pair; find(i, pair)) pairs_.push_back(std::move(pair));
+    }
+    const std::vector<Pair>& all() const { return pairs_; }
+
+    /// Whether something reads sums but pairs, which have the rows that they need.
+    bool is_sum_read(const Pair& pair) const {
+        for (int reader : readers(pair.sum)) {
+            if (is_in(steps_[pair.reduce + 1], reader)) continue;
+            const bool by_pair = std::any_of(pairs_.begin(), pairs_.end(), [&](const Pair& other) {
+                return other.sum == reader && other.norm[0].a.data == pair.norm[0].sum.data && same_shape(other.norm[0].a, pair.norm[0].sum);
+            });
+            if (!by_pair) return true;
+        }
+        return false;
+    }
+    /// Whether something in this graph reads the norm's F32 result.
+    bool is_normed_read(const Pair& pair) const {
+        const ProgramStep& own = steps_[pair.reduce + 1];
+        for (int tensor : pair.normed)
+            for (int reader : readers(tensor)) {
+                if (std::find(pair.normed.begin(), pair.normed.end(), reader) != pair.normed.end()) continue;
+                bool found = false;
+                for (const ProgramStep& step : steps_) {
+                    if (&step == &own || !is_in(step, reader)) continue;
+                    found = true;
+                    for (size_t r = 0; r < step.launches.size(); ++r)
+                        if (refers_to(step.launches[r], pair.norm[r].y.data)) return true;
+                }
+                if (!found) return true;
+            }
+        return false;
+    }
+    /// Whether later nodes write over it.
+    bool is_overwritten(int tensor) const {
+        const auto at = std::find(graph_.nodes.begin(), graph_.nodes.end(), tensor);
+        return std::any_of(at, graph_.nodes.end(), [&](int id) { return id != tensor && overlap(graph_.tensors[id], graph_.tensors[tensor]); });
+    }
+
+  private:
+    static bool is_in(const ProgramStep& step, int tensor) { return std::find(step.tensors.begin(), step.tensors.end(), tensor) != step.tensors.end(); }
+    std::vector<int> readers(int tensor) const {
+        std::vector<int> out;
+        for (int id : graph_.nodes)
+            for (int s : graph_.tensors[id].src)
+                if (id != tensor && s >= 0 && graph_.tensors[s].root == graph_.tensors[tensor].root) {
+                    out.push_back(id);
+                    break;
+                }
+        return out;
+    }
+    bool find(size_t i, Pair& out) const {
+        const ProgramStep &reduce = steps_[i], &norm = steps_[i + 1];
+        if (reduce.kind != ProgramStep::kAllReduce || reduce.wire != WireType::kF32 || norm.kind != ProgramStep::kLaunch || reduce.tensors.size() != 1)
+            return false;
+        out.reduce = i;
+        out.product = reduce.tensors[0];
+        const std::vector<int> of_product = readers(out.product);
+        if (of_product.size() != 1 || !is_in(norm, of_product[0]) || graph_.tensors[out.product].is_output) return false;
+        out.sum = of_product[0];
+        if (graph_.tensors[out.sum].op != Op::ADD) return false;
+        for (int id : norm.tensors)
+            if (const Op op = graph_.tensors[id].op; op == Op::RMS_NORM || op == Op::MUL) out.normed.push_back(id);
+        for (size_t r = 0; r < norm.launches.size(); ++r) {
+            const RankLaunch& l = norm.launches[r];
+            if (!l.launch.kernel || std::strcmp(l.launch.kernel, "fused_norm")) return false;
+            FusedNormArgs args = args_of<FusedNormArgs>(l);
+            if (!args.has_b || reduce.elems != args.y.ne[0] * args.y.ne[1]) return false;
+            if (reinterpret_cast<DevicePtr>(args.a.data) == reduce.pointers[r]) std::swap(args.a, args.b);
+            if (reinterpret_cast<DevicePtr>(args.b.data) != reduce.pointers[r] || args.a.data == args.b.data) return false;
+            PeerNormArgs probe{};
+            probe.norm = args;
+            if (!peer_norm_launch(probe, Arch{}, 1).kernel) return false;
+            if (r && (args.form != out.norm[0].form || !args.xq != !out.norm[0].xq || !same_shape(args.y, out.norm[0].y))) return false;
+            out.norm.push_back(args);
+        }
+        return true;
+    }
+
+    std::vector<ProgramStep>& steps_;
+    const Graph& graph_;
+    std::vector<Pair> pairs_;
+};
+
+}  // namespace
+
+PeerMemory::PeerMemory(const std::vector<std::unique_ptr<Device>>& devices, double deadline) : deadline_s(deadline) {
+    for (const auto& device : devices) {
+        u32 sharing = 0;
+        for (const auto& other : devices) sharing += other->ordinal == device->ordinal;
+        // Of ranks that share a device one must not take the last place of what another, for which it waits, has yet to run.
+        most_blocks_.push_back(std::max(static_cast<u32>(device->n_sm) * (sharing > 1 ? 1 : kBlocksOfADevice) / sharing, 1u));
+        blocks_.emplace_back(*device, sizeof(PeerState));
+    }
+    reset();
+}
+
+void PeerMemory::reset() const {
+    for (const DeviceBlock& block : blocks_) {
+        const Device& device = *block.device();
+        device.make_current();
+        TP_CUDA(device.driver, device.rank, cuMemsetD8Async, block.pointer(), 0, sizeof(PeerState), device.stream);
+        if (!device.wait(deadline_s)) throw Error("rank " + std::to_string(device.rank) + " did not clear its counters in time");
+    }
+}
+
+void join_norms(Program& program, const Graph& graph, const std::vector<std::unique_ptr<Device>>& devices, const PeerMemory& memory,
+                const std::vector<DevicePtr>& faults) {
+    const Pairs pairs(program.steps, graph);
+    const int n = static_cast<int>(devices.size());
+    std::vector<size_t> gone;
+    for (const Pair& pair : pairs.all()) {
+        const View& y = pair.norm[0].y;
+        const Ranges rows = divide(y.ne[1], 1, n, {});
+        const bool whole_sum = pairs.is_sum_read(pair) || graph.tensors[pair.sum].is_output, whole_normed = pairs.is_normed_read(pair);
+        ProgramStep step;
+        step.label = "sum of " + program.steps[pair.reduce].label + ", " + program.steps[pair.reduce + 1].label;
+        step.tensors = program.steps[pair.reduce + 1].tensors;
+        step.launches.resize(static_cast<size_t>(n));
+        for (int r = 0; r < n; ++r) {
+            PeerNormArgs args{};
+            args.norm = pair.norm[static_cast<size_t>(r)];
+            for (int p = 0; p < n; ++p) {
+                const FusedNormArgs& peer = pair.norm[static_cast<size_t>(p)];
+                args.summand[p] = peer.b.data;
+                args.sum[p] = whole_sum && p != r ? peer.sum.data : nullptr;
+                args.y[p] = whole_normed && p != r ? peer.y.data : nullptr;
+                args.xq[p] = peer.xq, args.xd[p] = peer.xd;
+                args.state[p] = memory.state(p);
+            }
+            args.fault = reinterpret_cast<u32*>(faults[static_cast<size_t>(r)]);
+            args.deadline_ns = static_cast<u64>(memory.deadline_s * 1e9);
+            args.row_begin = rows[static_cast<size_t>(r)].begin, args.row_end = rows[static_cast<size_t>(r)].end;
+            args.rank = r, args.n_ranks = n;
+            replace(step.launches[static_cast<size_t>(r)], peer_norm_launch(args, devices[static_cast<size_t>(r)]->arch(), memory.most_blocks(r)), args);
+        }
+        program.steps[pair.reduce + 1] = std::move(step);
+        gone.push_back(pair.reduce);
+        // What a later graph, or the host, may want of it is gathered from its owners.
+        auto survives = [&](int tensor) {
+            const Tensor& t = graph.tensors[static_cast<size_t>(tensor)];
+            if (pairs.is_overwritten(tensor) || !t.buffer) return;
+            const i64 row = y.ne[0] * 4;
+            program.survivors.push_back({t.buffer, {static_cast<i64>(t.address - t.buffer->base), t.bytes, {t.bytes, scaled(rows, row)}}});
+        };
+        if (!whole_sum) survives(pair.sum);
+        if (!whole_normed && !pair.normed.empty()) survives(pair.normed.back());
+    }
+    for (auto i = gone.rbegin(); i != gone.rend(); ++i) program.steps.erase(program.steps.begin() + static_cast<std::ptrdiff_t>(*i));
+}
+
+}  // namespace ggml_tp

@@ -1,0 +1,30 @@
+// An all_reduce of several columns and the norm behind it become one launch (cuda_src/norm_peers.cu): a rank adds up and normalises its share of the rows and
+// stores what the next products read into all peers' memory. The residual stays divided by rows, where only such launches read it.
+#pragma once
+#include "program.h"
+
+namespace ggml_tp {
+
+/// What ranks count their peers' launches with.
+class PeerMemory {
+  public:
+    /// Every rank's memory can be read and stored to from every other rank's device. Throws Error when memory is short.
+    PeerMemory(const std::vector<std::unique_ptr<Device>>& devices, double deadline_s);
+
+    /// After a failure: counters as at the start. No kernel may run.
+    void reset() const;
+
+    PeerState* state(int rank) const { return reinterpret_cast<PeerState*>(blocks_[static_cast<size_t>(rank)].pointer()); }
+    u32 most_blocks(int rank) const { return most_blocks_[static_cast<size_t>(rank)]; }
+    const double deadline_s;
+
+  private:
+    std::vector<DeviceBlock> blocks_;
+    std::vector<u32> most_blocks_;
+};
+
+/// Adds to program.survivors what is left divided by rows and not written over.
+void join_norms(Program& program, const Graph& graph, const std::vector<std::unique_ptr<Device>>& devices, const PeerMemory& memory,
+                const std::vector<DevicePtr>& faults);
+
+}  // namespace ggml_tp
