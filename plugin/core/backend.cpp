@@ -42,15 +42,30 @@ Buffer* our_buffer(void* context, void* host_buffer) {
     return static_cast<HostBuffer*>(words[functions + 1])->buffer.get();
 }
 
-/// A host that asks whether weights could lie in pinned memory: they are the CPU's then, which has better types for them (its repacked ones) and this
-/// device, unlike others, does not borrow weights for a batch.
-bool reads_pinned(const HostDevice& device, const void* operation) {
+/// Of weights that the host has mapped from its file: ggml_backend_cpu_buffer_from_ptr's. Nothing else lies there, and nobody writes to it.
+bool is_mapped(void* type) { return std::strcmp(reinterpret_cast<const char* (*)(void*)>(static_cast<void**>(type)[0])(type), "CPU_Mapped") == 0; }
+
+/// Rows of a table that the host keeps (token_embd), which are sent as they lie in the file: the host's CPU makes floats of them with one thread, 8 ms for 512
+/// rows of 8,192. Not where the first layer is the CPU's, and only by numbers that the host itself has written.
+bool is_row_of_host(const HostDevice& device, const abi::TensorRef& t) {
+    const abi::Host& host = *device.host;
+    if (host.op_of(t) != abi::Op::GET_ROWS || !device.group->memory->has_first_layer()) return false;
+    const abi::TensorRef table(host, t.src(0)), ids(host, t.src(1));
+    for (int d = 1; d < 4; ++d)
+        if (ids.ne(d) != 1 || (d > 1 && table.ne(d) != 1)) return false;
+    return host.op_of(ids) == abi::Op::NONE && !ids.view_src() && !table.view_src() && ids.type() == kI32 && t.type() == kF32;
+}
+/// Whether it reads memory of the host other than such rows. Hosts ask that of pinned memory too: weights there are the CPU's, which has better types for
+/// them (its repacked ones), as this device does not borrow weights for a batch.
+bool reads_host(const HostDevice& device, const void* operation) {
     const abi::TensorRef t(*device.host, operation);
-    for (int i = 0; i < 10; ++i)
-        if (const void* source = t.src(i))
-            if (void** buffer = static_cast<void**>(abi::TensorRef(*device.host, source).buffer());
-                buffer && buffer[device.host->layout.buffer_functions] == device.pinned_type())
-                return true;
+    for (int i = 0; i < 10; ++i) {
+        if (!t.src(i)) continue;
+        const abi::TensorRef source(*device.host, t.src(i));
+        void** buffer = static_cast<void**>(source.buffer() || !source.view_src() ? source.buffer() : abi::TensorRef(*device.host, source.view_src()).buffer());
+        void* type = buffer ? buffer[device.host->layout.buffer_functions] : nullptr;
+        if (type && (type == device.pinned_type() || (is_mapped(type) && (i > 0 || !is_row_of_host(device, t))))) return true;
+    }
     return false;
 }
 
@@ -196,12 +211,12 @@ bool device_supports_op(void* device, const void* operation) {
     return guarded(
         [&] {
             HostDevice& d = device_of(device);
-            if (reads_pinned(d, operation)) return false;
+            if (reads_host(d, operation)) return false;
             return d.group->supports(*d.host, operation);
         },
         false);
 }
-bool device_supports_type(void* device, void* type) { return type == device_of(device).buffer_type(); }
+bool device_supports_type(void* device, void* type) { return type == device_of(device).buffer_type() || is_mapped(type); }
 bool device_offload_op(void*, const void*) { return false; }
 
 // ---- backend: {guid, table, device, context}

@@ -325,8 +325,10 @@ void Group::fail() {
         if (stream_) stream_->reset();
         if (peer_memory_) peer_memory_->reset();
     } else {  // what still runs keeps its graph and its memory
-        for (auto& program : programs_)
+        for (auto& program : programs_) {
             for (DeviceBlock& block : program->blocks) block.abandon();
+            for (Program::HostRows& rows : program->host_rows) rows.pinned.abandon();
+        }
         programs_.clear();
         seen_.clear();
     }
@@ -411,6 +413,24 @@ Program& Group::program_for(const Graph& graph) {
     return *programs_.front();
 }
 
+/// Of numbers that the host has just written, as a rule; else they are read back.
+void Group::gather(const Program::HostRows& rows) {
+    finish();  // what runs may read the rows of before
+    std::vector<char> read;
+    const char* ids = memory->pending_input(*rows.ids, rows.ids_offset, rows.n * 4);
+    if (!ids) {
+        read.resize(static_cast<size_t>(rows.n * 4));
+        memory->read(*rows.ids, rows.ids_offset, read.data(), rows.n * 4);
+        ids = read.data();
+    }
+    for (i64 i = 0; i < rows.n; ++i) {
+        i32 id;
+        std::memcpy(&id, ids + i * 4, 4);
+        if (id < 0 || id >= rows.n_table) throw Error(rows.name + " has no row " + std::to_string(id) + "; the graph is refused");
+        std::memcpy(rows.pinned.pointer() + i * rows.row_bytes, rows.table + id * rows.row_bytes, static_cast<size_t>(rows.row_bytes));
+    }
+}
+
 void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, void* context) {
     const abi::GraphRef ref(host, cgraph);
     Program* found = program_seen(ref.uid(), cgraph, ref.n_nodes());
@@ -428,6 +448,7 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
     const bool unread = ends_empty(host, ref), waits = overlaps_.empty() && !unread;
     if (!in_flight_)
         for (volatile u32* fault : faults_) *fault = kFaultNone;
+    for (const Program::HostRows& rows : program.host_rows) gather(rows);
     const auto delays = std::exchange(delays_, {});
     try {
         workers_->run([&](int r) {
@@ -438,6 +459,9 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
                     devices_[r]->launch(devices_[r]->function("spin"), Launch{}, &args);
                 }
             memory->enqueue_inputs(r);
+            for (const Program::HostRows& rows : program.host_rows)
+                TP_CUDA(driver_, r, cuMemcpyHtoDAsync, rows.to[static_cast<size_t>(r)], rows.pinned.pointer(), static_cast<size_t>(rows.bytes()),
+                        devices_[r]->stream);
             TP_CUDA(driver_, r, cuGraphLaunch, program.executables[r], devices_[r]->stream);
         });
         memory->inputs_enqueued();

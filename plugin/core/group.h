@@ -84,6 +84,7 @@ class Group {
     Program& program_for(const Graph& graph);
     std::unique_ptr<Program> build(const Graph& graph_in, u64 key);
     void capture(Program& program);
+    void gather(const Program::HostRows& rows);
     void record(const Program& program, int rank);
     void connect();
     void destroy(Program& program);
@@ -95,7 +96,7 @@ class Group {
     Driver driver_;
     std::vector<std::unique_ptr<Device>> devices_;
     std::unique_ptr<Scratch> scratch_;
-    std::unique_ptr<StreamMemory> stream_;  // null: no persistent kernel here
+    std::unique_ptr<StreamMemory> stream_;     // null: no persistent kernel here
     std::unique_ptr<PeerMemory> peer_memory_;  // null: not all ranks reach each other's memory
     Peers peers_;
     std::string notes_;

@@ -22,6 +22,9 @@ constexpr u64 kKeptBackBytes = 1ull << 30;
 constexpr i64 kChunkBytes = 256 << 20;  // drivers hand out 2 MiB at a time: less than 1 % lost
 i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 
+/// What a model's first layer begins with.
+bool is_first_norm(const Stored& tensor) { return tensor.name == "blk.0.attn_norm.weight"; }
+
 bool overlaps(i64 a, i64 a_bytes, i64 b, i64 b_bytes) { return a < b + b_bytes && b < a + a_bytes; }
 
 }  // namespace
@@ -248,7 +251,7 @@ void Memory::release(Buffer& buffer) {
         wait_all();
     } catch (const Error&) {  // whoever ran that stream has reported it
     }
-    for (auto& [offset, tensor] : buffer.stored) account(*tensor, -1);
+    for (auto& [offset, tensor] : buffer.stored) account(*tensor, -1), first_norms_ -= is_first_norm(*tensor);
     for (size_t r = 0; r < devices_.size(); ++r) {
         for (const DevicePtr chunk : buffer.chunks[r]) devices_[r]->release(chunk);
         if (!buffer.compute.empty()) {
@@ -372,6 +375,7 @@ Stored& Memory::announce(Buffer& buffer, Stored tensor) {
         if (overlaps(it->second->offset, std::max<i64>(it->second->bytes, 1), tensor.offset, std::max<i64>(tensor.bytes, 1))) {
             give_back_shards(buffer, *it->second);
             buffer.announced_bytes -= it->second->bytes;
+            first_norms_ -= is_first_norm(*it->second);
             it = buffer.stored.erase(it);
         } else {
             ++it;
@@ -382,6 +386,7 @@ Stored& Memory::announce(Buffer& buffer, Stored tensor) {
     auto owned = std::make_unique<Stored>(std::move(tensor));
     buffer.announced_bytes += owned->bytes;
     allocate_shards(buffer, *owned);
+    first_norms_ += is_first_norm(*owned);
     Stored& out = *owned;
     buffer.stored[out.offset] = std::move(owned);
     return out;
@@ -546,6 +551,14 @@ void Memory::add_input(const Input& input) {
         }
     }
     inputs_.push_back(input);
+}
+
+const char* Memory::pending_input(const Buffer& buffer, i64 offset, i64 bytes) const {
+    for (auto input = inputs_.rbegin(); input != inputs_.rend(); ++input) {
+        if (input->buffer != &buffer || !overlaps(input->offset, input->bytes, offset, bytes)) continue;
+        return input->offset <= offset && offset + bytes <= input->offset + input->bytes ? input->data + (offset - input->offset) : nullptr;
+    }
+    return nullptr;
 }
 
 void Memory::enqueue_inputs(int rank) const {

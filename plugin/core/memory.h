@@ -115,6 +115,11 @@ class Memory {
     /// Lays a stored tensor out anew, keeping its contents.
     void reshard(Buffer& buffer, Stored& tensor, const Sharding& sharding, const std::optional<Extent>& extent);
 
+    /// Whether a model's first layer begins here, with a norm: embeddings are wanted here then, as they are.
+    bool has_first_layer() const { return first_norms_ > 0; }
+    /// What was written there and is not yet enqueued; null: not all of it.
+    const char* pending_input(const Buffer& buffer, i64 offset, i64 bytes) const;
+
     /// Memory of the host that all devices copy to and from directly; ordinary memory where the driver has no more of it to give. Throws Error
     /// when there is neither.
     char* allocate_pinned(i64 bytes);
@@ -173,6 +178,7 @@ class Memory {
     std::vector<std::unique_ptr<Device>>& devices_;
     std::vector<double> split_;
     u64 epoch_ = 0;
+    int first_norms_ = 0;
     struct Pinned {
         i64 bytes;
         bool by_driver;
@@ -183,6 +189,28 @@ class Memory {
     i64 ring_used_ = 0;
     std::vector<DevicePtr> staging_;  // one per rank, kStagingBytes
     std::vector<u64> weight_bytes_, kv_bytes_, compute_bytes_;
+};
+
+/// Pinned memory, released with it.
+class PinnedBlock {
+  public:
+    PinnedBlock() = default;
+    PinnedBlock(Memory& memory, i64 bytes) : memory_(&memory), pointer_(memory.allocate_pinned(bytes)) {}
+    PinnedBlock(PinnedBlock&& o) noexcept : memory_(o.memory_), pointer_(std::exchange(o.pointer_, nullptr)) {}
+    PinnedBlock& operator=(PinnedBlock&& o) noexcept {
+        std::swap(memory_, o.memory_), std::swap(pointer_, o.pointer_);
+        return *this;
+    }
+    ~PinnedBlock() {
+        if (pointer_) memory_->release_pinned(pointer_);
+    }
+    /// A device may read it for ever: it is never released.
+    void abandon() { pointer_ = nullptr; }
+    char* pointer() const { return pointer_; }
+
+  private:
+    Memory* memory_ = nullptr;
+    char* pointer_ = nullptr;
 };
 
 }  // namespace ggml_tp

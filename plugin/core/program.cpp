@@ -883,6 +883,15 @@ std::vector<SegmentStep> one_segment_each(const std::vector<PlanStep>& steps) {
     return out;
 }
 
+/// Where a GET_ROWS reads a table that is not in our memory.
+std::optional<Program::HostRows> host_rows(const Graph& graph, const Tensor& t) {
+    if (t.op != Op::GET_ROWS || graph.tensors[t.src[0]].buffer) return std::nullopt;
+    const Tensor &table = graph.tensors[t.src[0]], &ids = graph.tensors[t.src[1]];
+    if (!table.address || !ids.buffer) throw Error(t.name + " reads rows that have no memory; the graph is refused");
+    return Program::HostRows{table.name, reinterpret_cast<const char*>(table.address),     table.nb[1], table.ne[1], ids.elems(),
+                             ids.buffer, static_cast<i64>(ids.address - ids.buffer->base), {},          {}};
+}
+
 const Row* row_of(Op op) {
     for (const Row& row : kRows)
         if (row.op == op) return &row;
@@ -988,6 +997,18 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
             if (!row) throw Error(std::string("no kernel for ") + abi::op_name(t.op) + " (" + t.name + "); supports_op had refused it");
             std::vector<Lowered> lowered(n);
             size_t most = 0;
+            std::optional<Program::HostRows> rows = host_rows(graph, t);
+            if (rows && pass) {
+                rows->pinned = PinnedBlock(context.memory, rows->bytes());
+                for (i64 i = 0; i < rows->n; ++i) {
+                    const i32 number = static_cast<i32>(i);
+                    std::memcpy(rows->pinned.pointer() + rows->ids_at() + i * 4, &number, 4);
+                }
+                for (const auto& device : context.devices) {
+                    program->blocks.emplace_back(*device, static_cast<size_t>(rows->bytes()));
+                    rows->to.push_back(program->blocks.back().pointer());
+                }
+            }
             Quantized now;
             now.prepared.resize(static_cast<size_t>(n), Prepared::kNone);
             for (int r = 0; r < n; ++r) {
@@ -1027,6 +1048,14 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                         site.k_end = w.ne[0];
                     }
                 }
+                if (rows) {
+                    const DevicePtr to = pass ? rows->to[static_cast<size_t>(r)] : 0;
+                    View& table = site.x[0];
+                    table = view_of(graph.tensors[t.src[0]]);
+                    table.data = reinterpret_cast<char*>(to), table.ne[1] = rows->n;
+                    site.x[1].data = table.data + rows->ids_at();
+                    site.w = host_matrix(table);
+                }
                 if (t.op == Op::MUL_MAT || t.op == Op::MUL_MAT_ID) {
                     now.x = t.src[1], now.s = step.inputs[1], now.k = site.w.k, now.k_begin = site.k_begin;
                     // Q, K and V, gate and up read the same input: it is quantised once.
@@ -1050,6 +1079,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 if (!x.stored && x.buffer == t.buffer && x.address < t.address + static_cast<u64>(t.bytes) && t.address < x.address + static_cast<u64>(x.bytes))
                     last.x = -1;
             }
+            if (rows && pass) program->host_rows.push_back(std::move(*rows));
             for (size_t i = 0; i < most; ++i) {
                 ProgramStep out;
                 out.label = t.name;

@@ -58,6 +58,19 @@ struct Program {
     std::vector<ProgramStep> steps;
     std::vector<Handle> executables;  // [n_ranks], once captured
     std::vector<DeviceBlock> blocks;  // device memory of this program alone
+    /// Rows of a table in the host's memory: gathered and sent before a launch, as they lie there. Behind them their numbers here, 0, 1, ...
+    struct HostRows {
+        std::string name;
+        const char* table;
+        i64 row_bytes, n_table, n;
+        Buffer* ids;  // n I32 at ids_offset
+        i64 ids_offset;
+        PinnedBlock pinned;
+        std::vector<DevicePtr> to;  // [n_ranks]
+        i64 ids_at() const { return (n * row_bytes + 255) / 256 * 256; }
+        i64 bytes() const { return ids_at() + n * 4; }
+    };
+    std::vector<HostRows> host_rows;
     struct Written {
         Buffer* buffer;
         i64 offset, bytes;
