@@ -16,7 +16,7 @@ import graphs
 import numpy as np
 import random_graphs
 from ggml_tp import LIBRARY as INSTALLED
-from ggml_tp.host import N_GPU_LAYERS_OFFSET, SPLIT_TENSORS, Host, HostError, nmse
+from ggml_tp.host import N_GPU_LAYERS_OFFSET, SPLIT_TENSORS, Host, HostError
 from ggml_tp.inspection import REDUCES, Inspection
 
 LIBRARY = Path(os.environ.get("TEST_LIBRARY", INSTALLED))  # a sanitizer's build, when tests ask for it
@@ -545,18 +545,15 @@ def late_peer(model: str, seconds: float, n_ubatch: int = 512) -> dict[str, Any]
     return {"failed": failed, "unread": unread, "tokens_before": before, "tokens_after": after}
 
 
-def batches(model: str, n_tokens: int, n_ubatch: int) -> dict[str, Any]:
-    """Last logits of a prompt that the host cuts into batches of n_ubatch, against those of the prompt in one; graphs of which nobody reads results."""
-    loaded = _with_plugin().model(model, "TP0")
-    inspection = Inspection(LIBRARY)
-    prompt = [3 + i % 50 for i in range(n_tokens)]
-    logits = []
-    for size in (512, n_ubatch):
-        context = loaded.context(n_ctx=512, n_ubatch=size)
-        logits.append(context.decode(prompt, 0))
-        context.close()
+def batches(model: str, n_tokens: int, n_ubatch: int, on_device: bool) -> dict[str, Any]:
+    """Last logits of a prompt that the host cuts into batches of n_ubatch; graphs of which nobody reads results."""
+    host = _with_plugin() if on_device else Host()
+    loaded = host.model(model, "TP0" if on_device else None)
+    context = loaded.context(n_ctx=512, n_ubatch=n_ubatch)
+    logits = context.decode([3 + i % 50 for i in range(n_tokens)], 0)
+    context.close()
     loaded.close()
-    return {"unread": inspection.counters().graphs_unread, "nmse": nmse(logits[1], logits[0])}
+    return {"unread": Inspection(LIBRARY).counters().graphs_unread if on_device else 0, "logits": logits}
 
 
 def many_contexts(model: str, n: int) -> dict[str, Any]:
