@@ -209,9 +209,51 @@ Rates Group::measure(int rank, u64 bytes, int rounds) {
 }
 
 bool Group::can_reduce(Reduce how) {
+    if (how == Reduce::kPeers) return peer_memory_ != nullptr;
     if (how != Reduce::kNcclSymmetric) return how == Reduce::kNccl || how == Reduce::kNcclGraph;
     driver_.open_nccl();
     return driver_.ncclMemAlloc && driver_.ncclMemFree && driver_.ncclCommWindowRegister && driver_.ncclCommWindowDeregister;
+}
+
+namespace {
+
+constexpr size_t kTimedRow = 4096;  // elements: 8B's
+size_t timed_row(size_t elems) { return elems >= kTimedRow ? kTimedRow : elems / 32 * 32; }
+size_t timed_norm_bytes(size_t elems) { return elems * 4 * 4 + kPanelRows * timed_row(elems) * 2; }
+
+}  // namespace
+
+/// With the residual, the norm and halves for the next products.
+std::vector<RankLaunch> Group::timed_norms(const std::vector<DevicePtr>& buffers, size_t elems) {
+    const i64 k = static_cast<i64>(timed_row(elems));
+    if (!k || elems % static_cast<size_t>(k)) throw Error("rows of " + std::to_string(kTimedRow) + " elements, or one shorter one, can be reduced so");
+    std::vector<FusedNormArgs> norms;
+    for (const DevicePtr buffer : buffers) {
+        auto view = [&](size_t i) {
+            View v{};
+            v.data = reinterpret_cast<char*>(buffer + i * elems * 4);
+            v.type = kF32;
+            const i64 ne[4] = {k, static_cast<i64>(elems) / k, 1, 1};
+            i64 bytes = 4;
+            for (int d = 0; d < 4; ++d) v.ne[d] = ne[d], v.nb[d] = bytes, bytes *= ne[d];
+            return v;
+        };
+        FusedNormArgs norm{};
+        norm.b = view(0);
+        norm.a = norm.sum = view(1);
+        norm.y = view(2);
+        norm.xq = view(3).data;
+        norm.has_b = 1;
+        norm.eps = 1e-5f;
+        norm.form = kHalfPanels;
+        norms.push_back(norm);
+    }
+    std::vector<RankLaunch> out;
+    for (int r = 0; r < n_ranks(); ++r) {
+        out.push_back(peer_norm(norms, r, false, false, devices_[r]->arch(), *peer_memory_, fault_pointers_[r]));
+        out.back().function = devices_[r]->function("peer_norm");
+    }
+    return out;
 }
 
 /// Every rank enqueues `rounds` of them at once, so that the time is the all_reduce's own and not the host's round trip; the best of a few.
@@ -222,7 +264,8 @@ double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
     std::vector<DevicePtr> buffers(devices_.size());
     // A window is memory of NCCL's own, registered by all ranks together.
     constexpr int kSymmetric = 1;  // NCCL_WIN_COLL_SYMMETRIC
-    const bool windows = how == Reduce::kNcclSymmetric;
+    const bool windows = how == Reduce::kNcclSymmetric, norms = how == Reduce::kPeers;
+    const size_t own_bytes = norms ? timed_norm_bytes(elems) : elems * 4;
     std::vector<Handle> window(devices_.size());
     auto free_buffers = [&] {
         if (!windows)
@@ -236,7 +279,7 @@ double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
     };
     try {
         if (!windows)
-            for (size_t r = 0; r < devices_.size(); ++r) buffers[r] = devices_[r]->allocate(elems * 4);
+            for (size_t r = 0; r < devices_.size(); ++r) buffers[r] = devices_[r]->allocate(own_bytes);
         else
             workers_->run([&](int r) {
                 devices_[r]->make_current();
@@ -249,8 +292,11 @@ double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
         free_buffers();
         throw;
     }
+    std::vector<RankLaunch> launches;
+    if (norms) launches = timed_norms(buffers, elems);
     auto enqueue = [&](int r, int n) {
-        for (int i = 0; i < n; ++i)
+        for (int i = 0; i < n && norms; ++i) devices_[r]->launch(launches[r].function, launches[r].launch, launches[r].args.data());
+        for (int i = 0; i < n && !norms; ++i)
             TP_NCCL(driver_, r, ncclAllReduce, reinterpret_cast<const void*>(buffers[r]), reinterpret_cast<void*>(buffers[r]), elems,
                     static_cast<int>(WireType::kF32), kNcclSum, comms_[r], devices_[r]->stream);
     };
@@ -259,6 +305,8 @@ double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
         workers_->run(job);
         for (const auto& device : devices_)
             if (!device->wait(config.deadline_s)) throw Error("an all_reduce of " + std::to_string(bytes) + " bytes did not end in time");
+        for (volatile u32* fault : faults_)
+            if (*fault == kFaultLatePeer) throw Error("an all_reduce of " + std::to_string(bytes) + " bytes waited for a peer in vain");
         return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() / rounds;
     };
     programs_.push_back(std::make_unique<Program>());  // where fail() finds its graphs; it has no key and no buffers of a host
@@ -269,7 +317,7 @@ double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
         // Unmeasured: NCCL chooses and loads a kernel per size class.
         seconds([&](int r) {
             devices_[r]->make_current();
-            TP_CUDA(driver_, r, cuMemsetD8Async, buffers[r], 0, elems * 4, devices_[r]->stream);
+            TP_CUDA(driver_, r, cuMemsetD8Async, buffers[r], 0, own_bytes, devices_[r]->stream);
             enqueue(r, 1);
         });
         if (how != Reduce::kNccl) workers_->run([&](int r) { timed.executables[r] = devices_[r]->capture([&] { enqueue(r, rounds); }); });

@@ -29,7 +29,7 @@ struct Counters {
 };
 
 /// Ways to reduce, as numbered in inspect.h.
-enum class Reduce { kNccl = 0, kNcclGraph = 1, kNcclSymmetric = 2 };
+enum class Reduce { kNccl = 0, kNcclGraph = 1, kNcclSymmetric = 2, kPeers = 3 };
 
 struct Rates {
     double read = 0, copy = 0;  // bytes per second; a copy counts what it reads and what it writes
@@ -84,6 +84,7 @@ class Group {
     Program& program_for(const Graph& graph);
     std::unique_ptr<Program> build(const Graph& graph_in, u64 key);
     void capture(Program& program);
+    std::vector<RankLaunch> timed_norms(const std::vector<DevicePtr>& buffers, size_t elems);
     void gather(const Program::HostRows& rows);
     void record(const Program& program, int rank);
     void connect();

@@ -16,6 +16,9 @@ bool overlap(const Tensor& a, const Tensor& b) {
     return a.address < b.address + static_cast<u64>(b.bytes) && b.address < a.address + static_cast<u64>(a.bytes);
 }
 
+/// Evenly, whatever the ranks' shares of weights: it is the links that take the time.
+Ranges rows_of(const FusedNormArgs& norm, int n_ranks) { return divide(norm.y.ne[1], 1, n_ranks, {}); }
+
 /// An all_reduce and the norm behind it.
 struct Pair {
     size_t reduce;                    // the norm is the step after it
@@ -133,44 +136,51 @@ void PeerMemory::reset() const {
     }
 }
 
+RankLaunch peer_norm(const std::vector<FusedNormArgs>& norms, int rank, bool whole_sum, bool whole_normed, Arch arch, const PeerMemory& memory,
+                     DevicePtr fault) {
+    const int n = static_cast<int>(norms.size());
+    PeerNormArgs args{};
+    args.norm = norms[static_cast<size_t>(rank)];
+    for (int p = 0; p < n; ++p) {
+        const FusedNormArgs& peer = norms[static_cast<size_t>(p)];
+        args.summand[p] = peer.b.data;
+        args.sum[p] = whole_sum && p != rank ? peer.sum.data : nullptr;
+        args.y[p] = whole_normed && p != rank ? peer.y.data : nullptr;
+        args.xq[p] = peer.xq, args.xd[p] = peer.xd;
+        args.state[p] = memory.state(p);
+    }
+    args.fault = reinterpret_cast<u32*>(fault);
+    args.deadline_ns = static_cast<u64>(memory.deadline_s * 1e9);
+    const Range rows = rows_of(args.norm, n)[static_cast<size_t>(rank)];
+    args.row_begin = rows.begin, args.row_end = rows.end;
+    args.rank = rank, args.n_ranks = n;
+    RankLaunch out;
+    replace(out, peer_norm_launch(args, arch, memory.most_blocks(rank)), args);
+    return out;
+}
+
 void join_norms(Program& program, const Graph& graph, const std::vector<std::unique_ptr<Device>>& devices, const PeerMemory& memory,
                 const std::vector<DevicePtr>& faults) {
     const Pairs pairs(program.steps, graph);
     const int n = static_cast<int>(devices.size());
     std::vector<size_t> gone;
     for (const Pair& pair : pairs.all()) {
-        const View& y = pair.norm[0].y;
-        const Ranges rows = divide(y.ne[1], 1, n, {});
         const bool whole_sum = pairs.is_sum_read(pair) || graph.tensors[pair.sum].is_output, whole_normed = pairs.is_normed_read(pair);
         ProgramStep step;
         step.label = "sum of " + program.steps[pair.reduce].label + ", " + program.steps[pair.reduce + 1].label;
         step.tensors = program.steps[pair.reduce + 1].tensors;
         step.launches.resize(static_cast<size_t>(n));
-        for (int r = 0; r < n; ++r) {
-            PeerNormArgs args{};
-            args.norm = pair.norm[static_cast<size_t>(r)];
-            for (int p = 0; p < n; ++p) {
-                const FusedNormArgs& peer = pair.norm[static_cast<size_t>(p)];
-                args.summand[p] = peer.b.data;
-                args.sum[p] = whole_sum && p != r ? peer.sum.data : nullptr;
-                args.y[p] = whole_normed && p != r ? peer.y.data : nullptr;
-                args.xq[p] = peer.xq, args.xd[p] = peer.xd;
-                args.state[p] = memory.state(p);
-            }
-            args.fault = reinterpret_cast<u32*>(faults[static_cast<size_t>(r)]);
-            args.deadline_ns = static_cast<u64>(memory.deadline_s * 1e9);
-            args.row_begin = rows[static_cast<size_t>(r)].begin, args.row_end = rows[static_cast<size_t>(r)].end;
-            args.rank = r, args.n_ranks = n;
-            replace(step.launches[static_cast<size_t>(r)], peer_norm_launch(args, devices[static_cast<size_t>(r)]->arch(), memory.most_blocks(r)), args);
-        }
+        for (int r = 0; r < n; ++r)
+            step.launches[static_cast<size_t>(r)] =
+                peer_norm(pair.norm, r, whole_sum, whole_normed, devices[static_cast<size_t>(r)]->arch(), memory, faults[static_cast<size_t>(r)]);
         program.steps[pair.reduce + 1] = std::move(step);
         gone.push_back(pair.reduce);
         // What a later graph, or the host, may want of it is gathered from its owners.
         auto survives = [&](int tensor) {
             const Tensor& t = graph.tensors[static_cast<size_t>(tensor)];
             if (pairs.is_overwritten(tensor) || !t.buffer) return;
-            const i64 row = y.ne[0] * 4;
-            program.survivors.push_back({t.buffer, {static_cast<i64>(t.address - t.buffer->base), t.bytes, {t.bytes, scaled(rows, row)}}});
+            const Ranges rows = scaled(rows_of(pair.norm[0], n), pair.norm[0].y.ne[0] * 4);
+            program.survivors.push_back({t.buffer, {static_cast<i64>(t.address - t.buffer->base), t.bytes, {t.bytes, rows}}});
         };
         if (!whole_sum) survives(pair.sum);
         if (!whole_normed && !pair.normed.empty()) survives(pair.normed.back());

@@ -23,6 +23,11 @@ class PeerMemory {
     std::vector<u32> most_blocks_;
 };
 
+/// One rank's launch of it. norms: every rank's, b being its summand. whole_sum, whole_normed: all ranks get every row of norm.sum and of norm.y, which
+/// else only the row's owner has. No kernel: not these shapes.
+RankLaunch peer_norm(const std::vector<FusedNormArgs>& norms, int rank, bool whole_sum, bool whole_normed, Arch arch, const PeerMemory& memory,
+                     DevicePtr fault);
+
 /// Adds to program.survivors what is left divided by rows and not written over.
 void join_norms(Program& program, const Graph& graph, const std::vector<std::unique_ptr<Device>>& devices, const PeerMemory& memory,
                 const std::vector<DevicePtr>& faults);
