@@ -250,10 +250,13 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
             tp_barrier_wait(full + ahead.at, ahead.parity);
             ahead.next();
             --in_flight;
-            if (early) early = i > (int)tp_peek(&s.stage_now);
+            if (early) early = i > __shfl_sync(0xffffffffu, (int)tp_peek(&s.stage_now), 0);  // one answer for all lanes
         }
         ++in_flight;
-        if (q == 0) tp_barrier_wait(empty + slot.at, slot.parity ^ 1);
+        if (q == 0) {
+            __syncwarp();  // a lane that fell a turn of the ring behind would wait for a parity that has come and gone: seen where lanes' answers differed
+            tp_barrier_wait(empty + slot.at, slot.parity ^ 1);
+        }
         if (lane == 0) tp_barrier_expect(full + (slot.at * kStreamPieces + q), bytes);
     };
     for (int i = args.first_product, next; i < args.n_stages; i = next) {

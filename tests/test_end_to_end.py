@@ -128,7 +128,7 @@ def test_experts(workers, models, family, quant, ranks, arch):
     result = check(workers, models, family, quant, ranks, arch=arch, **options)
     check_explained(models(family, quant, **options), ranks, result)
     if family == "qwen3moe" and not quant.endswith("_K"):  # a cut inside of a block: attention quantises apart
-        assert result["counters"].last_kernel_launches <= 15 * N_LAYER + 4  # the rows that are wanted of the last layer, the last norm, the head
+        assert result["counters"].last_kernel_launches <= 15 * N_LAYER + 5  # the embedding, the rows that are wanted of the last layer, the last norm, the head
 
 
 @pytest.mark.parametrize(("arch", "family", "quant", "ranks"), [("sm_75", "llama", "Q4_K", 2), ("sm_90", "qwen3", "Q4_K", 3), ("sm_90", "llama", "BF16", 2)])
