@@ -124,7 +124,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., s
 
 
 def emulated(ranks: int, arch: str = "sm_60", **more: str) -> dict[str, str]:
-    """The settings for that many ranks: emulated, or with TEST_GPUS="0,1,..." on those GPUs, several to one where they are fewer."""
+    """The settings for that many ranks: emulated, or with TEST_GPUS="0,1,..." on those GPUs, several to one where they are fewer.
+
+    An odd number of ranks lets norms do all_reduces of any size, as they do large ones; an even number has NCCL for these small models.
+    """
+    more = {"GGML_TP_NORM_BYTES": "0"} | more if ranks % 2 else more
     gpus = os.environ.get("TEST_GPUS")
     if not gpus:
         return {"GGML_TP_EMULATE": f"{arch}*{ranks}", **more}

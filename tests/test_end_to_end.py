@@ -252,6 +252,7 @@ BAD = [
     {"GGML_TP_DEADLINE": "0"},
     {"GGML_TP_P2P": "yes"},
     {"GGML_TP_PERSIST": "2"},
+    {"GGML_TP_NORM_BYTES": "-1"},
     {"GGML_TP_NCCL": "/nowhere/libnccl.so.2"},
 ]
 
@@ -339,7 +340,7 @@ def test_without_peers_or_persistent_kernel(workers, models, off, by_nccl):
     NCCL's all_reduces there is too little for a persistent kernel."""
     arguments = {"model": models("llama", "Q4_0"), "prompt": PROMPT, "n": 4}
     whole = workers.run(jobs.run_model, emulated(2, "sm_90"), on_device=True, **arguments)
-    parts = workers.run(jobs.run_model, emulated(2, "sm_90", **{off: "0"}), on_device=True, **arguments)
+    parts = workers.run(jobs.run_model, emulated(2, "sm_90", GGML_TP_NORM_BYTES="0", **{off: "0"}), on_device=True, **arguments)
     assert (parts["program"].count("all_reduce "), parts["program"].count(": peer_norm<")) == (by_nccl, 2 * N_LAYER - by_nccl)
     assert "stream of " not in parts["program"]
     assert nmse(parts["logits"], whole["logits"]) < 1e-6

@@ -124,6 +124,11 @@ Config read_config() {
             if (text != "0" && text != "1") refuse(name, text, "0 or 1");
             *value = text == "1";
         }
+    if (std::string text = variable("GGML_TP_NORM_BYTES"); !text.empty()) {
+        long bytes = 0;
+        if (!parse_int(text, &bytes) || bytes < 0) refuse("GGML_TP_NORM_BYTES", text, "bytes, 0 or more");
+        config.norm_bytes = bytes;
+    }
     if (config.separate && !config.groups.empty()) refuse("GGML_TP_DEVICES_SEPARATE", "1", "GGML_TP_GROUPS says already which ranks are a device");
     if (std::string text = variable("GGML_TP_LOG"); !text.empty()) {
         long level = 0;
@@ -178,6 +183,7 @@ std::string Config::to_text() const {
     out += emulated_cc ? "sm_" + std::to_string(emulated_cc / 10) + "*" + std::to_string(emulated_devices) : "no";
     out += "\nnccl " + (nccl_path.empty() ? "auto" : nccl_path);
     out += p2p ? "\np2p where it is proven" : "\np2p off";
+    out += "\nall_reduces of " + std::to_string(norm_bytes) + " bytes and more by the norms behind them";
     out += persist ? "\npersistent kernel where it can" : "\nno persistent kernel";
     out += "\nlog " + std::to_string(log_level) + "\ndeadline_s " + std::to_string(deadline_s) + "\n";
     return out;

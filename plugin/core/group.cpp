@@ -79,7 +79,7 @@ Group::Group(const Config& config_in, const std::string& plugin_dir) : config(co
     const bool reachable = n > 1 && config.p2p && peers_.all_proven();
     if (reachable) {
         enable_peers(devices_);
-        peer_memory_ = std::make_unique<PeerMemory>(devices_, config.deadline_s);
+        peer_memory_ = std::make_unique<PeerMemory>(devices_, config.norm_bytes, config.deadline_s);
     }
     if (config.persist && can_persist(devices_)) {
         stream_ = std::make_unique<StreamMemory>(devices_, reachable, config.deadline_s);

@@ -29,7 +29,7 @@ struct Pair {
 
 class Pairs {
   public:
-    Pairs(std::vector<ProgramStep>& steps, const Graph& graph) : steps_(steps), graph_(graph) {
+    Pairs(std::vector<ProgramStep>& steps, const Graph& graph, i64 least_bytes) : steps_(steps), graph_(graph), least_bytes_(least_bytes) {
         for (size_t i = 0; i + 1 < steps.size(); ++i)
             if (Pair pair; find(i, pair)) pairs_.push_back(std::move(pair));
     }
@@ -83,7 +83,7 @@ class Pairs {
     }
     bool find(size_t i, Pair& out) const {
         const ProgramStep &reduce = steps_[i], &norm = steps_[i + 1];
-        if (reduce.kind != ProgramStep::kAllReduce || reduce.wire != WireType::kF32 || norm.kind != ProgramStep::kLaunch || reduce.tensors.size() != 1)
+        if (reduce.kind != ProgramStep::kAllReduce || reduce.wire != WireType::kF32 || norm.kind != ProgramStep::kLaunch || reduce.tensors.size() != 1 || reduce.elems * 4 < least_bytes_)
             return false;
         out.reduce = i;
         out.product = reduce.tensors[0];
@@ -111,12 +111,13 @@ class Pairs {
 
     std::vector<ProgramStep>& steps_;
     const Graph& graph_;
+    const i64 least_bytes_;
     std::vector<Pair> pairs_;
 };
 
 }  // namespace
 
-PeerMemory::PeerMemory(const std::vector<std::unique_ptr<Device>>& devices, double deadline) : deadline_s(deadline) {
+PeerMemory::PeerMemory(const std::vector<std::unique_ptr<Device>>& devices, i64 least, double deadline) : least_bytes(least), deadline_s(deadline) {
     for (const auto& device : devices) {
         u32 sharing = 0;
         for (const auto& other : devices) sharing += other->ordinal == device->ordinal;
@@ -161,7 +162,7 @@ RankLaunch peer_norm(const std::vector<FusedNormArgs>& norms, int rank, bool who
 
 void join_norms(Program& program, const Graph& graph, const std::vector<std::unique_ptr<Device>>& devices, const PeerMemory& memory,
                 const std::vector<DevicePtr>& faults) {
-    const Pairs pairs(program.steps, graph);
+    const Pairs pairs(program.steps, graph, memory.least_bytes);
     const int n = static_cast<int>(devices.size());
     std::vector<size_t> gone;
     for (const Pair& pair : pairs.all()) {

@@ -9,13 +9,14 @@ namespace ggml_tp {
 class PeerMemory {
   public:
     /// Every rank's memory can be read and stored to from every other rank's device. Throws Error when memory is short.
-    PeerMemory(const std::vector<std::unique_ptr<Device>>& devices, double deadline_s);
+    PeerMemory(const std::vector<std::unique_ptr<Device>>& devices, i64 least_bytes, double deadline_s);
 
     /// After a failure: counters as at the start. No kernel may run.
     void reset() const;
 
     PeerState* state(int rank) const { return reinterpret_cast<PeerState*>(blocks_[static_cast<size_t>(rank)].pointer()); }
     u32 most_blocks(int rank) const { return most_blocks_[static_cast<size_t>(rank)]; }
+    const i64 least_bytes;  // of an all_reduce that a norm does
     const double deadline_s;
 
   private:
