@@ -461,6 +461,49 @@ def passed_on(on_device: bool) -> tuple[np.ndarray, np.ndarray]:
     return value, case.inner_value
 
 
+def norms_that_reduce(on_device: bool, read_sums: bool) -> tuple[list[np.ndarray], str]:
+    """Two products whose summands a residual and a norm follow, as a layer has them: the last norm, the sums too if they are read; and the program."""
+    host = _with_plugin() if on_device else _host()
+    ggml = graphs.Ggml(host.path, on_device)
+    case, lib = graphs.Case(ggml), ggml.lib
+    n, n_ff, tokens = 96, 160, 9
+    attn = case.leaf(graphs.F32, 128, n, scale=0.1, name="blk.0.attn_output.weight")
+    up = case.leaf(graphs.F32, n, n_ff, scale=0.1, name="blk.0.ffn_up.weight")
+    down = case.leaf(graphs.F32, n_ff, n, scale=0.1, name="blk.0.ffn_down.weight")
+    x, residual = case.leaf(graphs.F32, 128, tokens), case.leaf(graphs.F32, n, tokens)
+    weights = [case.leaf(graphs.F32, n) for _ in range(2)]
+    buffer = lib.ggml_backend_alloc_ctx_tensors(case.c, ggml.backend)
+    for tensor, data in case.leaves:
+        lib.ggml_backend_tensor_set(tensor, data, 0, len(data))
+    nodes = lib.ggml_init([1 << 20, ggml.ffi.NULL, True])
+
+    def normed(total: Any, weight: Any) -> Any:
+        return lib.ggml_mul(nodes, lib.ggml_rms_norm(nodes, total, 1e-5), weight)
+
+    first = lib.ggml_add(nodes, lib.ggml_mul_mat(nodes, attn, x), residual)
+    second = lib.ggml_add(nodes, lib.ggml_mul_mat(nodes, down, lib.ggml_mul_mat(nodes, up, normed(first, weights[0]))), first)
+    read = [first, second] if read_sums else []
+    for tensor in read:
+        lib.ggml_set_output(tensor)
+    read = [*read, normed(second, weights[1])]
+    graph = lib.ggml_new_graph(nodes)
+    lib.ggml_build_forward_expand(graph, read[-1])
+    allocator = lib.ggml_gallocr_new(lib.ggml_backend_get_default_buffer_type(ggml.backend))
+    assert lib.ggml_gallocr_alloc_graph(allocator, graph)
+    assert lib.ggml_backend_graph_compute(ggml.backend, graph) == 0
+    values = []
+    for tensor in read:
+        raw = bytearray(lib.ggml_nbytes(tensor))
+        lib.ggml_backend_tensor_get(tensor, ggml.ffi.from_buffer(raw), 0, len(raw))
+        values.append(np.frombuffer(raw, np.float32).copy())
+    program = Inspection(LIBRARY).text("program") if on_device else ""
+    lib.ggml_gallocr_free(allocator)
+    lib.ggml_backend_buffer_free(buffer)
+    lib.ggml_free(nodes)
+    ggml.close()
+    return values, program
+
+
 def _in_a_compute_buffer(on_device: bool, make_leaves: Callable[[graphs.Case], Any], make_output: Callable[..., Any]) -> np.ndarray:
     """`make_output(case, *leaves)`, F32: leaves are stored, nodes are divided as the plan wants it."""
     host = _with_plugin() if on_device else _host()

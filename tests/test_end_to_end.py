@@ -121,6 +121,15 @@ def test_a_model_with_foreign_ops_is_right(workers, models, ranks):
     assert result["counters"].graphs_computed - before >= 2 * (N_LAYER + 1)  # a graph of ours before, between and after
 
 
+@pytest.mark.parametrize(("on_cpu", "gathered"), [("", True), (r"blk\.0\.", False)], ids=["", "first layer on the CPU"])
+def test_embeddings_become_floats_where_the_first_layer_is(workers, models, on_cpu, gathered):
+    arguments = {"model": models("llama", "Q4_0"), "prompt": PROMPT, "n": 2}
+    reference = workers.run(jobs.run_model, {}, on_device=False, **arguments)
+    result = workers.run(jobs.run_model, emulated(2), on_device=True, on_cpu=on_cpu, **arguments)
+    assert ("embd: get_rows<" in result["program"]) == gathered
+    assert nmse(result["prompt_logits"], reference["prompt_logits"]) <= TOLERANCE["Q4_0"]
+
+
 @pytest.mark.parametrize(("family", "quant", "ranks", "arch"), EXPERTS)
 def test_experts(workers, models, family, quant, ranks, arch):
     # Of 512: a rank's share is less than a k-quant's block at 3 ranks and more.

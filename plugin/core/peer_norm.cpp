@@ -177,14 +177,16 @@ void join_norms(Program& program, const Graph& graph, const std::vector<std::uni
         program.steps[pair.reduce + 1] = std::move(step);
         gone.push_back(pair.reduce);
         // What a later graph, or the host, may want of it is gathered from its owners.
-        auto survives = [&](int tensor) {
+        auto survives = [&](int tensor, bool is_partial) {
             const Tensor& t = graph.tensors[static_cast<size_t>(tensor)];
             if (pairs.is_overwritten(tensor) || !t.buffer) return;
             const Ranges rows = scaled(rows_of(pair.norm[0], n), pair.norm[0].y.ne[0] * 4);
-            program.survivors.push_back({t.buffer, {static_cast<i64>(t.address - t.buffer->base), t.bytes, {t.bytes, rows}}});
+            program.survivors.push_back(
+                {t.buffer, {static_cast<i64>(t.address - t.buffer->base), t.bytes, is_partial ? Extent{0, {}, true} : Extent{t.bytes, rows}}});
         };
-        if (!whole_sum) survives(pair.sum);
-        if (!whole_normed && !pair.normed.empty()) survives(pair.normed.back());
+        survives(pair.product, true);
+        if (!whole_sum) survives(pair.sum, false);
+        if (!whole_normed && !pair.normed.empty()) survives(pair.normed.back(), false);
     }
     for (auto i = gone.rbegin(); i != gone.rend(); ++i) program.steps.erase(program.steps.begin() + static_cast<std::ptrdiff_t>(*i));
 }
