@@ -185,10 +185,10 @@ struct PeerState {
 // norm: of this rank's memory, packed rows. norm.b is where it has its summand, norm.a the residual; norm.sum and norm.y are written for its own rows.
 struct PeerNormArgs {
     FusedNormArgs norm;
-    const char* summand[kMostPeers];               // norm.b of every rank
-    char *sum[kMostPeers], *y[kMostPeers];         // of the ranks that get every row of them; else null
-    char *xq[kMostPeers], *xd[kMostPeers];         // of every rank
-    PeerState* state[kMostPeers];                  // of every rank
+    const char* summand[kMostPeers];        // norm.b of every rank
+    char *sum[kMostPeers], *y[kMostPeers];  // of the ranks that get every row of them; else null
+    char *xq[kMostPeers], *xd[kMostPeers];  // of every rank
+    PeerState* state[kMostPeers];           // of every rank
     u32* fault;
     u64 deadline_ns;
     i64 row_begin, row_end;

@@ -92,7 +92,7 @@ def test_logits_whole_product(workers, models, family, quant, ranks):
     check(workers, models, family, quant, ranks, flash_attn=False)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full), 3, pytest.param(8, marks=pytest.mark.full)])
 def test_without_flash_attention(workers, models, ranks):
     check(workers, models, "llama", "F16", ranks, flash_attn=False)
 

@@ -26,8 +26,8 @@ struct Tensor {
     i64 offset = 0;  // bytes from the root's first byte
     i64 bytes = 0;   // spanned
     u64 address = 0;
-    Buffer* buffer = nullptr;  // null: not ours (the size and type may still be read)
-    Stored* stored = nullptr;  // when its bytes lie in a stored tensor; offset then counts from that tensor's first byte
+    Buffer* buffer = nullptr;                 // null: not ours (the size and type may still be read)
+    Stored* stored = nullptr;                 // when its bytes lie in a stored tensor; offset then counts from that tensor's first byte
     bool is_node = false, is_output = false;  // output: the host reads it behind the graph
 
     Strided strided() const { return {{ne[0], ne[1], ne[2], ne[3]}, {nb[0], nb[1], nb[2], nb[3]}, offset, unit_bytes(), unit_elems()}; }

@@ -83,7 +83,8 @@ class Pairs {
     }
     bool find(size_t i, Pair& out) const {
         const ProgramStep &reduce = steps_[i], &norm = steps_[i + 1];
-        if (reduce.kind != ProgramStep::kAllReduce || reduce.wire != WireType::kF32 || norm.kind != ProgramStep::kLaunch || reduce.tensors.size() != 1 || reduce.elems * 4 < least_bytes_)
+        if (reduce.kind != ProgramStep::kAllReduce || reduce.wire != WireType::kF32 || norm.kind != ProgramStep::kLaunch || reduce.tensors.size() != 1 ||
+            reduce.elems * 4 < least_bytes_)
             return false;
         out.reduce = i;
         out.product = reduce.tensors[0];
