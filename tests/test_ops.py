@@ -145,16 +145,16 @@ def test_a_partial_that_was_passed_on_is_read_as_its_sum(workers, ranks):
         assert nmse(value, expected) <= tolerance("")
 
 
-@pytest.mark.parametrize("read_sums", [False, True])
-@pytest.mark.parametrize(("ranks", "arch"), [(2, "sm_60"), (3, "sm_80"), (5, "sm_90"), (16, "sm_60")])
-def test_norms_that_reduce(workers, ranks, arch, read_sums):
+@pytest.mark.parametrize(("ranks", "arch"), [(2, "sm_60"), (3, "sm_90"), (16, "sm_80")])
+def test_norms_that_reduce(workers, ranks, arch):
     """What they leave divided by rows, or as summands, a host reads whole. 16 ranks: more than rows."""
-    values, program = workers.run(jobs.norms_that_reduce, emulated(ranks, arch, GGML_TP_NORM_BYTES="0"), on_device=True, read_sums=read_sums)
-    assert program.count(": peer_norm<") == 2 and "all_reduce " not in program
-    expected, _ = workers.run(jobs.norms_that_reduce, {}, on_device=False, read_sums=read_sums)
-    assert len(values) == (3 if read_sums else 1)
-    for value, of_cpu in zip(values, expected, strict=True):
-        assert nmse(value, of_cpu) <= 1e-6
+    for read_sums in (False, True):
+        values, program = workers.run(jobs.norms_that_reduce, emulated(ranks, arch, GGML_TP_NORM_BYTES="0"), on_device=True, read_sums=read_sums)
+        assert program.count(": peer_norm<") == 2 and "all_reduce " not in program
+        expected, _ = workers.run(jobs.norms_that_reduce, {}, on_device=False, read_sums=read_sums)
+        assert len(values) == (3 if read_sums else 1)
+        for value, of_cpu in zip(values, expected, strict=True):
+            assert nmse(value, of_cpu) <= 1e-6
 
 
 def test_a_result_without_memory_is_refused(workers, capfd):
