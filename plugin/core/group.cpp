@@ -76,6 +76,7 @@ Group::Group(const Config& config_in, const std::string& plugin_dir) : config(co
     memory = std::make_unique<Memory>(devices_, config.split);
     memory->deadline_s = config.deadline_s;
     scratch_ = std::make_unique<Scratch>(devices_);
+    rows_ = std::make_unique<RowStaging>(devices_, *memory);
     const bool reachable = n > 1 && config.p2p && peers_.all_proven();
     if (reachable) {
         enable_peers(devices_);
@@ -105,6 +106,7 @@ Group::~Group() {
     workers_.reset();
     stream_.reset();
     peer_memory_.reset();
+    rows_.reset();
     scratch_.reset();
     memory.reset();
 }
@@ -373,10 +375,8 @@ void Group::fail() {
         if (stream_) stream_->reset();
         if (peer_memory_) peer_memory_->reset();
     } else {  // what still runs keeps its graph and its memory
-        for (auto& program : programs_) {
+        for (auto& program : programs_)
             for (DeviceBlock& block : program->blocks) block.abandon();
-            for (Program::HostRows& rows : program->host_rows) rows.pinned.abandon();
-        }
         programs_.clear();
         seen_.clear();
     }
@@ -413,7 +413,7 @@ std::unique_ptr<Program> Group::build(const Graph& graph, u64 key) {
     schedule(plan, graph);
     verify(plan, graph);
     // Other programs hold the addresses of shards that were laid out anew; their keys no longer match, so they are never replayed.
-    std::unique_ptr<Program> program = lower(graph, plan, {*memory, devices_, *scratch_, fault_pointers_, stream_.get(), peer_memory_.get()});
+    std::unique_ptr<Program> program = lower(graph, plan, {*memory, devices_, *scratch_, *rows_, fault_pointers_, stream_.get(), peer_memory_.get()});
     program->plan_text = plan.to_text(graph);
     program->key = key;
     try {
@@ -475,7 +475,9 @@ void Group::gather(const Program::HostRows& rows) {
         i32 id;
         std::memcpy(&id, ids + i * 4, 4);
         if (id < 0 || id >= rows.n_table) throw Error(rows.name + " has no row " + std::to_string(id) + "; the graph is refused");
-        std::memcpy(rows.pinned.pointer() + i * rows.row_bytes, rows.table + id * rows.row_bytes, static_cast<size_t>(rows.row_bytes));
+        std::memcpy(rows.pinned + i * rows.row_bytes, rows.table + id * rows.row_bytes, static_cast<size_t>(rows.row_bytes));
+        const i32 number = static_cast<i32>(i);
+        std::memcpy(rows.pinned + rows.ids_at() + i * 4, &number, 4);
     }
 }
 
@@ -508,8 +510,7 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
                 }
             memory->enqueue_inputs(r);
             for (const Program::HostRows& rows : program.host_rows)
-                TP_CUDA(driver_, r, cuMemcpyHtoDAsync, rows.to[static_cast<size_t>(r)], rows.pinned.pointer(), static_cast<size_t>(rows.bytes()),
-                        devices_[r]->stream);
+                TP_CUDA(driver_, r, cuMemcpyHtoDAsync, rows.to[static_cast<size_t>(r)], rows.pinned, static_cast<size_t>(rows.bytes()), devices_[r]->stream);
             TP_CUDA(driver_, r, cuGraphLaunch, program.executables[r], devices_[r]->stream);
         });
         memory->inputs_enqueued();

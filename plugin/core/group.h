@@ -97,6 +97,7 @@ class Group {
     Driver driver_;
     std::vector<std::unique_ptr<Device>> devices_;
     std::unique_ptr<Scratch> scratch_;
+    std::unique_ptr<RowStaging> rows_;
     std::unique_ptr<StreamMemory> stream_;     // null: no persistent kernel here
     std::unique_ptr<PeerMemory> peer_memory_;  // null: not all ranks reach each other's memory
     Peers peers_;

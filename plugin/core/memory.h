@@ -3,6 +3,7 @@
 //  - a stored tensor (weight, KV cache, anything in a buffer that is not for compute) is held compactly: each rank its shard.
 // The maps from the host's bytes to the ranks' bytes are here and nowhere else.
 #pragma once
+#include <atomic>
 #include <map>
 #include <memory>
 #include <optional>
@@ -116,7 +117,7 @@ class Memory {
     void reshard(Buffer& buffer, Stored& tensor, const Sharding& sharding, const std::optional<Extent>& extent);
 
     /// Whether a model's first layer begins here, with a norm: embeddings are wanted here then, as they are.
-    bool has_first_layer() const { return first_norms_ > 0; }
+    bool has_first_layer() const { return first_norms_.load() > 0; }
     /// What was written there and is not yet enqueued; null: not all of it.
     const char* pending_input(const Buffer& buffer, i64 offset, i64 bytes) const;
 
@@ -178,7 +179,7 @@ class Memory {
     std::vector<std::unique_ptr<Device>>& devices_;
     std::vector<double> split_;
     u64 epoch_ = 0;
-    int first_norms_ = 0;
+    std::atomic<int> first_norms_ = 0;  // hosts ask without a lock
     struct Pinned {
         i64 bytes;
         bool by_driver;
@@ -189,28 +190,6 @@ class Memory {
     i64 ring_used_ = 0;
     std::vector<DevicePtr> staging_;  // one per rank, kStagingBytes
     std::vector<u64> weight_bytes_, kv_bytes_, compute_bytes_;
-};
-
-/// Pinned memory, released with it.
-class PinnedBlock {
-  public:
-    PinnedBlock() = default;
-    PinnedBlock(Memory& memory, i64 bytes) : memory_(&memory), pointer_(memory.allocate_pinned(bytes)) {}
-    PinnedBlock(PinnedBlock&& o) noexcept : memory_(o.memory_), pointer_(std::exchange(o.pointer_, nullptr)) {}
-    PinnedBlock& operator=(PinnedBlock&& o) noexcept {
-        std::swap(memory_, o.memory_), std::swap(pointer_, o.pointer_);
-        return *this;
-    }
-    ~PinnedBlock() {
-        if (pointer_) memory_->release_pinned(pointer_);
-    }
-    /// A device may read it for ever: it is never released.
-    void abandon() { pointer_ = nullptr; }
-    char* pointer() const { return pointer_; }
-
-  private:
-    Memory* memory_ = nullptr;
-    char* pointer_ = nullptr;
 };
 
 }  // namespace ggml_tp

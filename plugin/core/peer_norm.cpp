@@ -57,7 +57,7 @@ class Pairs {
                     if (&step == &own || !is_in(step, reader)) continue;
                     found = true;
                     for (size_t r = 0; r < step.launches.size(); ++r)
-                        if (refers_to(step.launches[r], pair.norm[r].y.data)) return true;
+                        if (refers_into(step.launches[r], pair.norm[r].y.data, graph_.tensors[tensor].bytes)) return true;
                 }
                 if (!found) return true;
             }
@@ -65,8 +65,9 @@ class Pairs {
     }
     /// Whether later nodes write over it.
     bool is_overwritten(int tensor) const {
-        const auto at = std::find(graph_.nodes.begin(), graph_.nodes.end(), tensor);
-        return std::any_of(at, graph_.nodes.end(), [&](int id) { return id != tensor && overlap(graph_.tensors[id], graph_.tensors[tensor]); });
+        const auto at = std::find(graph_.nodes.begin(), graph_.nodes.end(), tensor);  // a leaf: all nodes are later
+        return std::any_of(at == graph_.nodes.end() ? graph_.nodes.begin() : at, graph_.nodes.end(),
+                           [&](int id) { return id != tensor && overlap(graph_.tensors[id], graph_.tensors[tensor]); });
     }
 
   private:

@@ -915,6 +915,17 @@ void Scratch::grow(i64 bytes) {
     bytes_ = bytes;
 }
 
+RowStaging::~RowStaging() {
+    for (char* pinned : pinned_) memory_.release_pinned(pinned);
+}
+
+void RowStaging::grow(i64 bytes) {
+    device_.grow(bytes);
+    if (bytes <= bytes_) return;
+    pinned_.push_back(memory_.allocate_pinned(bytes));
+    bytes_ = bytes;
+}
+
 std::string Program::to_text() const {
     std::string out;
     for (const ProgramStep& step : steps) {
@@ -948,6 +959,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
             std::vector<Prepared> prepared;  // [n_ranks]
         } last;
         int last_ids = -1;  // whose entries are in every rank's partials
+        i64 row_bytes = 0;
         for (const SegmentStep& step : one_segment_each(plan.steps)) {
             const Tensor& t = graph.tensors[step.tensor];
             if (step.kind != PlanStep::kCompute) {
@@ -998,16 +1010,10 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
             std::vector<Lowered> lowered(n);
             size_t most = 0;
             std::optional<Program::HostRows> rows = host_rows(graph, t);
-            if (rows && pass) {
-                rows->pinned = PinnedBlock(context.memory, rows->bytes());
-                for (i64 i = 0; i < rows->n; ++i) {
-                    const i32 number = static_cast<i32>(i);
-                    std::memcpy(rows->pinned.pointer() + rows->ids_at() + i * 4, &number, 4);
-                }
-                for (const auto& device : context.devices) {
-                    program->blocks.emplace_back(*device, static_cast<size_t>(rows->bytes()));
-                    rows->to.push_back(program->blocks.back().pointer());
-                }
+            if (rows) {
+                rows->pinned = context.rows.pinned() + row_bytes;
+                for (int r = 0; r < n; ++r) rows->to.push_back(context.rows.pointer(r) + static_cast<u64>(row_bytes));
+                row_bytes += rows->bytes();
             }
             Quantized now;
             now.prepared.resize(static_cast<size_t>(n), Prepared::kNone);
@@ -1049,10 +1055,9 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                     }
                 }
                 if (rows) {
-                    const DevicePtr to = pass ? rows->to[static_cast<size_t>(r)] : 0;
                     View& table = site.x[0];
                     table = view_of(graph.tensors[t.src[0]]);
-                    table.data = reinterpret_cast<char*>(to), table.ne[1] = rows->n;
+                    table.data = reinterpret_cast<char*>(rows->to[static_cast<size_t>(r)]), table.ne[1] = rows->n;
                     site.x[1].data = table.data + rows->ids_at();
                     site.w = host_matrix(table);
                 }
@@ -1093,7 +1098,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 program->steps.push_back(std::move(out));
             }
         }
-        if (pass == 0) context.scratch.grow(scratch_bytes + partial_bytes);
+        if (pass == 0) context.scratch.grow(scratch_bytes + partial_bytes), context.rows.grow(row_bytes);
     }
     std::vector<Arch> archs;
     for (const auto& device : context.devices) archs.push_back(device->arch());

@@ -36,12 +36,16 @@ bool replace(RankLaunch& l, const Launch& launch, const Args& args) {
     std::memcpy(l.args.data(), &args, sizeof args);
     return true;
 }
-/// Whether a launch refers to this address: its arguments are words, and pointers are aligned in them.
-inline bool refers_to(const RankLaunch& l, const char* pointer) {
-    for (size_t at = 0; at + sizeof pointer <= l.args.size(); at += sizeof pointer)
-        if (!std::memcmp(l.args.data() + at, &pointer, sizeof pointer)) return true;
+/// Whether a launch refers to an address among these: its arguments are words, and pointers are aligned in them.
+inline bool refers_into(const RankLaunch& l, const char* begin, i64 bytes) {
+    for (size_t at = 0; at + sizeof begin <= l.args.size(); at += sizeof begin) {
+        u64 word;
+        std::memcpy(&word, l.args.data() + at, sizeof word);
+        if (word - reinterpret_cast<u64>(begin) < static_cast<u64>(bytes)) return true;
+    }
     return false;
 }
+inline bool refers_to(const RankLaunch& l, const char* pointer) { return refers_into(l, pointer, 1); }
 
 struct ProgramStep {
     enum Kind { kLaunch, kAllReduce } kind = kLaunch;
@@ -65,10 +69,10 @@ struct Program {
         i64 row_bytes, n_table, n;
         Buffer* ids;  // n I32 at ids_offset
         i64 ids_offset;
-        PinnedBlock pinned;
+        char* pinned;
         std::vector<DevicePtr> to;  // [n_ranks]
         i64 ids_at() const { return (n * row_bytes + 255) / 256 * 256; }
-        i64 bytes() const { return ids_at() + n * 4; }
+        i64 bytes() const { return (ids_at() + n * 4 + 255) / 256 * 256; }
     };
     std::vector<HostRows> host_rows;
     struct Written {
@@ -111,6 +115,22 @@ class Scratch {
     i64 bytes_ = 0;
 };
 
+/// Where rows of the host's tables are gathered and sent to, of one graph at a time: like Scratch, and in pinned memory of the host.
+class RowStaging {
+  public:
+    RowStaging(std::vector<std::unique_ptr<Device>>& devices, Memory& memory) : memory_(memory), device_(devices) {}
+    ~RowStaging();
+    void grow(i64 bytes);
+    DevicePtr pointer(int rank) const { return device_.pointer(rank); }
+    char* pinned() const { return pinned_.empty() ? nullptr : pinned_.back(); }
+
+  private:
+    Memory& memory_;
+    Scratch device_;
+    std::vector<char*> pinned_;  // the last one is the largest
+    i64 bytes_ = 0;
+};
+
 class StreamMemory;  // persist.h
 class PeerMemory;    // peer_norm.h
 
@@ -118,6 +138,7 @@ struct LoweringContext {
     Memory& memory;
     std::vector<std::unique_ptr<Device>>& devices;
     Scratch& scratch;
+    RowStaging& rows;
     const std::vector<DevicePtr>& faults;  // [n_ranks] one u32 each, device addresses
     const StreamMemory* stream;            // of the persistent kernel; null: a kernel per step
     const PeerMemory* peers;               // null: not all ranks can reach each other's memory
