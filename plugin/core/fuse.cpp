@@ -19,10 +19,6 @@ namespace {
 
 // ---- schedule
 
-bool overlap(const Tensor& a, const Tensor& b) {
-    return a.address < b.address + static_cast<u64>(b.bytes) && b.address < a.address + static_cast<u64>(a.bytes);
-}
-
 /// Whether two steps may change places.
 bool independent(const PlanStep& a, const PlanStep& b, const Graph& graph) {
     const Tensor &x = graph.tensors[a.tensor], &y = graph.tensors[b.tensor];

@@ -46,6 +46,11 @@ struct Tensor {
     bool is_view_op() const;
 };
 
+/// Whether they share bytes.
+inline bool overlap(const Tensor& a, const Tensor& b) {
+    return a.address < b.address + static_cast<u64>(b.bytes) && b.address < a.address + static_cast<u64>(a.bytes);
+}
+
 struct Graph {
     std::vector<Tensor> tensors;
     std::vector<int> nodes;  // ids, in the host's order, views and empty tensors left out

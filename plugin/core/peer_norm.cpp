@@ -12,10 +12,6 @@ using abi::Op;
 
 constexpr u32 kBlocksOfADevice = 2;  // to a multiprocessor; one that waits takes no place from what its peers wait for
 
-bool overlap(const Tensor& a, const Tensor& b) {
-    return a.address < b.address + static_cast<u64>(b.bytes) && b.address < a.address + static_cast<u64>(a.bytes);
-}
-
 /// Evenly, whatever the ranks' shares of weights: it is the links that take the time.
 Ranges rows_of(const FusedNormArgs& norm, int n_ranks) { return divide(norm.y.ne[1], 1, n_ranks, {}); }
 
