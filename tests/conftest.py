@@ -123,6 +123,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., s
     writers.close()
 
 
+def share_a_gpu(ranks: int) -> bool:
+    """Whether TEST_GPUS names fewer than that many."""
+    return ranks > len(os.environ.get("TEST_GPUS", "0" + ",0" * 15).split(","))
+
+
 def emulated(ranks: int, arch: str = "sm_60", **more: str) -> dict[str, str]:
     """The settings for that many ranks: emulated, or with TEST_GPUS="0,1,..." on those GPUs, several to one where they are fewer.
 

@@ -11,7 +11,7 @@ import jobs
 import numpy as np
 import pytest
 import shapes
-from conftest import emulated
+from conftest import emulated, share_a_gpu
 from families import N_LAYER
 from ggml_tp import explain
 from ggml_tp.host import nmse
@@ -347,6 +347,8 @@ def test_routers_with_sigmoids(workers, models, family, ranks):
 def test_without_peers_or_persistent_kernel(workers, models, off, by_nccl):
     """NCCL reduces; or, where peers can be reached, the norms behind it do, all but the one whose sum is cut to the wanted rows first. Between two of
     NCCL's all_reduces there is too little for a persistent kernel."""
+    if share_a_gpu(2):
+        by_nccl = 2 * N_LAYER  # norms reduce where each rank has a GPU
     arguments = {"model": models("llama", "Q4_0"), "prompt": PROMPT, "n": 4}
     whole = workers.run(jobs.run_model, emulated(2, "sm_90"), on_device=True, **arguments)
     parts = workers.run(jobs.run_model, emulated(2, "sm_90", GGML_TP_NORM_BYTES="0", **{off: "0"}), on_device=True, **arguments)

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <set>
 #include <utility>
 
 #include "abi/host.h"
@@ -30,6 +31,13 @@ constexpr double kAbortSeconds = 10;
 constexpr int kTimedRepetitions = 4;
 constexpr int kNcclSeveralRanksOnAGpu = 23003;  // NCCL_MULTI_RANK_GPU_ENABLE came with 2.30.3
 constexpr unsigned kHostAllocPortableMapped = 1 | 2;
+
+/// Where ranks share one, a norm that waits for a peer might keep from it the multiprocessors that it needs: not measured.
+bool each_has_a_device(const std::vector<std::unique_ptr<Device>>& devices) {
+    std::set<int> ordinals;
+    for (const auto& device : devices) ordinals.insert(device->ordinal);
+    return ordinals.size() == devices.size();
+}
 
 bool ends_empty(const abi::Host& host, const abi::GraphRef& graph) {
     if (graph.n_nodes() == 0) return false;
@@ -80,7 +88,7 @@ Group::Group(const Config& config_in, const std::string& plugin_dir) : config(co
     const bool reachable = n > 1 && config.p2p && peers_.all_proven();
     if (reachable) {
         enable_peers(devices_);
-        peer_memory_ = std::make_unique<PeerMemory>(devices_, config.norm_bytes, config.deadline_s);
+        if (each_has_a_device(devices_)) peer_memory_ = std::make_unique<PeerMemory>(devices_, config.norm_bytes, config.deadline_s);
     }
     if (config.persist && can_persist(devices_)) {
         stream_ = std::make_unique<StreamMemory>(devices_, reachable, config.deadline_s);

@@ -99,7 +99,7 @@ class Group {
     std::unique_ptr<Scratch> scratch_;
     std::unique_ptr<RowStaging> rows_;
     std::unique_ptr<StreamMemory> stream_;     // null: no persistent kernel here
-    std::unique_ptr<PeerMemory> peer_memory_;  // null: not all ranks reach each other's memory
+    std::unique_ptr<PeerMemory> peer_memory_;  // null: not all ranks reach each other's memory, or some share a device
     Peers peers_;
     std::string notes_;
     std::vector<std::pair<int, double>> delays_;

@@ -10,8 +10,6 @@ namespace {
 
 using abi::Op;
 
-constexpr u32 kBlocksOfADevice = 2;  // to a multiprocessor; one that waits takes no place from what its peers wait for
-
 /// Evenly, whatever the ranks' shares of weights: it is the links that take the time.
 Ranges rows_of(const FusedNormArgs& norm, int n_ranks) { return divide(norm.y.ne[1], 1, n_ranks, {}); }
 
@@ -100,7 +98,7 @@ class Pairs {
             if (reinterpret_cast<DevicePtr>(args.b.data) != reduce.pointers[r] || args.a.data == args.b.data) return false;
             PeerNormArgs probe{};
             probe.norm = args;
-            if (!peer_norm_launch(probe, Arch{}, 1).kernel) return false;
+            if (!peer_norm_launch(probe, Arch{}).kernel) return false;
             if (r && (args.form != out.norm[0].form || !args.xq != !out.norm[0].xq || !same_shape(args.y, out.norm[0].y))) return false;
             out.norm.push_back(args);
         }
@@ -116,13 +114,7 @@ class Pairs {
 }  // namespace
 
 PeerMemory::PeerMemory(const std::vector<std::unique_ptr<Device>>& devices, i64 least, double deadline) : least_bytes(least), deadline_s(deadline) {
-    for (const auto& device : devices) {
-        u32 sharing = 0;
-        for (const auto& other : devices) sharing += other->ordinal == device->ordinal;
-        // Of ranks that share a device one must not take the last place of what another, for which it waits, has yet to run.
-        most_blocks_.push_back(std::max(static_cast<u32>(device->n_sm) * (sharing > 1 ? 1 : kBlocksOfADevice) / sharing, 1u));
-        blocks_.emplace_back(*device, sizeof(PeerState));
-    }
+    for (const auto& device : devices) blocks_.emplace_back(*device, sizeof(PeerState));
     reset();
 }
 
@@ -154,7 +146,7 @@ RankLaunch peer_norm(const std::vector<FusedNormArgs>& norms, int rank, bool who
     args.row_begin = rows.begin, args.row_end = rows.end;
     args.rank = rank, args.n_ranks = n;
     RankLaunch out;
-    replace(out, peer_norm_launch(args, arch, memory.most_blocks(rank)), args);
+    replace(out, peer_norm_launch(args, arch), args);
     return out;
 }
 

@@ -8,20 +8,18 @@ namespace ggml_tp {
 /// What ranks count their peers' launches with.
 class PeerMemory {
   public:
-    /// Every rank's memory can be read and stored to from every other rank's device. Throws Error when memory is short.
+    /// Every rank has a device of its own, and reads and stores to every other's memory. Throws Error when memory is short.
     PeerMemory(const std::vector<std::unique_ptr<Device>>& devices, i64 least_bytes, double deadline_s);
 
     /// After a failure: counters as at the start. No kernel may run.
     void reset() const;
 
     PeerState* state(int rank) const { return reinterpret_cast<PeerState*>(blocks_[static_cast<size_t>(rank)].pointer()); }
-    u32 most_blocks(int rank) const { return most_blocks_[static_cast<size_t>(rank)]; }
     const i64 least_bytes;  // of an all_reduce that a norm does
     const double deadline_s;
 
   private:
     std::vector<DeviceBlock> blocks_;
-    std::vector<u32> most_blocks_;
 };
 
 /// One rank's launch of it. norms: every rank's, b being its summand. whole_sum, whole_normed: all ranks get every row of norm.sum and of norm.y, which

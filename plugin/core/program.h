@@ -141,7 +141,7 @@ struct LoweringContext {
     RowStaging& rows;
     const std::vector<DevicePtr>& faults;  // [n_ranks] one u32 each, device addresses
     const StreamMemory* stream;            // of the persistent kernel; null: a kernel per step
-    const PeerMemory* peers;               // null: not all ranks can reach each other's memory
+    const PeerMemory* peers;               // null: no norms that reduce
 };
 
 std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringContext context);
