@@ -126,7 +126,8 @@ def test_embeddings_become_floats_where_the_first_layer_is(workers, models, on_c
     arguments = {"model": models("llama", "Q4_0"), "prompt": PROMPT, "n": 2}
     reference = workers.run(jobs.run_model, {}, on_device=False, **arguments)
     result = workers.run(jobs.run_model, emulated(2), on_device=True, on_cpu=on_cpu, **arguments)
-    assert ("embd: get_rows<" in result["program"]) == gathered
+    program = result["program"]  # a launch of its own, or on sm_90 and later a stage of the stream
+    assert ("embd: get_rows<" in program or "get_rows embd" in program) == gathered
     assert nmse(result["prompt_logits"], reference["prompt_logits"]) <= TOLERANCE["Q4_0"]
 
 
