@@ -270,6 +270,13 @@ def _mul_mats() -> None:
     case("mul_mat F16 permuted w, F32 x")(
         lambda g: g.lib.ggml_mul_mat(g.c, g.lib.ggml_permute(g.c, g.leaf(F16, 64, 4, 33), 0, 2, 1, 3), g.leaf(F32, 64, 5, 8))
     )
+    for t in (F32, F16, BF16):
+        case(f"mul_mat {NAMES[t]} permuted w, F32 x of 40 columns")(
+            lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.lib.ggml_permute(g.c, g.leaf(t, 72, 4, 45), 0, 2, 1, 3), g.leaf(F32, 72, 40, 8, 2))
+        )
+        case(f"mul_mat {NAMES[t]} w, permuted x of 33 columns")(
+            lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 203, 34), g.lib.ggml_permute(g.c, g.leaf(F32, 203, 3, 33), 0, 2, 1, 3))
+        )
     case("mul_mat F32 x permuted")(lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(F32, 64, 7, 3), g.lib.ggml_permute(g.c, g.leaf(F32, 64, 3, 5), 0, 2, 1, 3)))
     case("mul_mat F16 x F16")(lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(F16, 64, 7), g.leaf(F16, 64, 5)))
 
@@ -553,9 +560,10 @@ def _experts() -> None:
             lambda g, t=t: g.lib.ggml_mul_mat_id(g.c, g.leaf(t, 512, 64, 4), g.leaf(F32, 512, 1, 40, scale=1e5), expert_ids(g, 2, 40, 4))
         )
     case("mul_mat_id F16 of an odd length")(lambda g: mul_mat_id(g, F16, 90, 37, 5, 2, 3, "blk.0.ffn_down_exps.weight", 2))
-    case("mul_mat F32 of a router")(
-        lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(F32, 256, 37, scale=1 / 16, name="blk.0.ffn_gate_inp.weight"), g.leaf(F32, 256, 3))
-    )
+    for n_tokens in (3, 70):
+        case(f"mul_mat F32 of a router, {n_tokens} tokens")(
+            lambda g, m=n_tokens: g.lib.ggml_mul_mat(g.c, g.leaf(F32, 256, 37, scale=1 / 16, name="blk.0.ffn_gate_inp.weight"), g.leaf(F32, 256, m))
+        )
     for order in (0, 1):
         for n in (2, 7, 128, 1000, 4096):
             case(f"argsort {n}, {'descending' if order else 'ascending'}", I32)(
