@@ -10,7 +10,10 @@ from pathlib import Path
 
 import ggml_tp
 import gguf
+import jobs
 import pytest
+from conftest import Workers
+from ggml_tp import explain, share
 from ggml_tp.inspection import Inspection, Layer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +66,62 @@ def test_bench_takes_the_first_of_the_named_devices():
     assert [result["ranks"] for result in json.loads(done.stdout)] == [1, 2]
     done = tool("bench", SHIPPED, "--tests", "tg1", "--ranks", "3", **devices)
     assert done.returncode != 0 and done.stderr.splitlines() == ["ggml-tp: GGML_TP_DEVICES names 2 devices, --ranks asks for 3"]
+
+
+def test_bench_of_one_rank_projects_what_all_would_do():
+    """A quarter of the shipped model: 2 of 8 heads, 1 of 4 KV heads, 64 of 256, 65 of 260 tokens."""
+    more = ("--one-rank-of", "4", "--all-reduce-us", "1024:1000,65536:64000")
+    done = tool("bench", SHIPPED, "--tests", "tg4,pp32,tg2x2", "-r", "1", "--ubatch", "16", *more, "--json", GGML_TP_EMULATE="sm_60*4")
+    (result,) = json.loads(done.stdout)
+    quarter = (256 * 64 * 2 + 2 * 256 * 32 + 3 * 256 * 64) * 2 + 2 * 256 * 4
+    assert result["bytes_per_token"] == 4 * quarter + 65 * 256 * 2 + 256 * 4
+    assert (result["ranks"], result["all_reduces"], result["all_reduces_per_token"], result["rounded"]) == (1, 0, 8, {})
+    # Each token's 8 all_reduces of 1 KiB take a millisecond; 16 or 2 tokens' as much longer as they are.
+    for name, n_tokens, n_steps, a_step in (("tg4", 4, 4, 1), ("pp32", 32, 2, 16), ("tg2 x2", 4, 2, 2)):
+        row = result["tests"][name]
+        assert row["projected_tokens_per_s"] == pytest.approx(n_tokens / (n_tokens / row["tokens_per_s"] + n_steps * 8 * a_step * 1e-3))
+    text = tool("bench", SHIPPED, "--tests", "tg2", "-r", "1", *more, GGML_TP_EMULATE="sm_60").stdout
+    assert "projection of 4 ranks" in text and "projections, not measurements" in text
+
+
+def test_a_share_is_a_model_of_whole_blocks_and_heads_or_none(tmp_path):
+    def model(family: str, quant: str) -> Path:
+        path = tmp_path / f"{family}-{quant}"
+        writers.run(jobs.write_model, {}, path=str(path), family=family, quant=quant, options={})
+        return path
+
+    def shapes(path: Path) -> dict[str, list[int]]:
+        return {t.name: [int(n) for n in t.shape] for t in gguf.GGUFReader(path).tensors}
+
+    writers, out = Workers(), tmp_path / "share"
+    try:
+        # 8 heads of 32, 4 of K and V, 768 of the feed forward, 320 tokens.
+        made = share.write(model("llama", "Q4_0"), out, 2)
+        part, whole = shapes(out), shapes(tmp_path / "llama-Q4_0")
+        assert made["rounded"] == {} and set(part) == set(whole)
+        wanted = {"attn_q": [256, 128], "attn_k": [256, 64], "attn_output": [128, 256], "ffn_up": [256, 384], "ffn_down": [384, 256], "attn_norm": [256]}
+        assert {name: part[f"blk.1.{name}.weight"] for name in wanted} == wanted
+        assert part["output.weight"] == part["token_embd.weight"] == [256, 160]
+        # Of three ranks the fullest, which has two heads of K and V; of Q4_K whole blocks of 256.
+        share.write(tmp_path / "llama-Q4_0", out, 3)
+        assert shapes(out)["blk.0.attn_q.weight"] == [256, 128]
+        made = share.write(model("llama", "Q4_K"), out, 4)
+        assert made["rounded"] == {"attention.head_count": (2, 8), "feed_forward_length": (192, 256)}
+        assert shapes(out)["blk.0.ffn_down.weight"] == [256, 256]
+        for family, message in (("mamba2", "several segments"), ("phi3", "several segments"), ("olmo2", "more than all_reduces")):
+            with pytest.raises(explain.ExplainError, match=message):
+                share.write(model(family, "F16"), out, 2)
+    finally:
+        writers.close()
+
+
+def test_costs_of_all_reduces():
+    costs = share.parse_costs("65536:8,1024:4")
+    assert [share.cost(costs, n) for n in (8, 1024, 33280, 65536, 131072)] == pytest.approx([4e-6, 4e-6, 6e-6, 8e-6, 16e-6])
+    assert share.cost(share.parse_costs("5"), 1 << 30) == pytest.approx(5e-6)
+    for bad in ("x", "1:2,1:3", "1:2:3"):
+        with pytest.raises(explain.ExplainError):
+            share.parse_costs(bad)
 
 
 @pytest.mark.parametrize("arguments", [("bench", SHIPPED, "--tests", "xx5"), ("bench", "/nowhere.gguf", "--tests", "tg1")])

@@ -124,7 +124,23 @@ def bench(args: argparse.Namespace) -> int:
             raise SystemExit(f"ggml-tp: {error}") from None
         print("RESULT " + json.dumps(result), flush=True)
         return 0
-    # A process of its own per device and rank count: the environment is read once per host.
+    if args.one_rank_of:
+        return bench_share(args, tests)
+    results = measure(args)
+    if args.json:
+        print(json.dumps(results))
+        return 0
+    for result in results:
+        rates = ", ".join(f"{r['read'] / 1e12:.2f} TB/s read, {r['copy'] / 1e12:.2f} copied" for r in result.get("rates", []))
+        print(f"{result['model']} on {result['device']}, {result.get('ranks', 1)} ranks, loaded in {result['load_s']:.1f} s; {rates}")
+        for name, row in result["tests"].items():
+            share = f"  {100 * row['share_of_limit']:.0f} % of the read limit" if "share_of_limit" in row else ""
+            print(f"  {name:16} {row['tokens_per_s']:10.1f} tokens/s{share}")
+    return 0
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs that `bench` was asked for, each in a process of its own: the environment is read once per host."""
     base = [sys.executable, "-m", "ggml_tp.cli", "bench", args.model, "--tests", args.tests, "-r", str(args.repetitions), "--ubatch", str(args.ubatch)]
     base += ["--no-flash-attn"] * args.no_flash_attn
     base += ["--host", args.host] if args.host else []
@@ -145,15 +161,54 @@ def bench(args: argparse.Namespace) -> int:
         if line is None:
             raise SystemExit(f"ggml-tp: the measurement on {device} ended with status {done.returncode}; see the lines above")
         results.append(json.loads(line.removeprefix("RESULT ")))
+    return results
+
+
+def bench_share(args: argparse.Namespace, tests: list[Any]) -> int:
+    """One rank's share of N on one GPU, and what N would do with the collectives' measured times: a projection, and called one."""
+    import tempfile
+
+    from . import share
+    from .explain import ExplainError
+
+    if args.ranks or args.against:
+        raise SystemExit("ggml-tp: --one-rank-of times one rank; leave --ranks and --against out")
+    results, model = [], args.model
+    try:
+        counts = [int(field) for field in args.one_rank_of.split(",")]
+    except ValueError:
+        raise SystemExit(f"ggml-tp: --one-rank-of {args.one_rank_of} is no list of rank counts: write for example 2,4,8") from None
+    try:
+        costs = share.parse_costs(args.all_reduce_us) if args.all_reduce_us else None
+        for n in counts:
+            with tempfile.TemporaryDirectory() as folder:
+                args.model, args.ranks = str(Path(folder) / f"one-of-{n}-{Path(model).name}"), "1"
+                made = share.write(model, args.model, n)
+                more = "".join(f"; {key} {exact} rounded up to {used}, whole blocks" for key, (exact, used) in made["rounded"].items())
+                print(f"ggml-tp: a share of {n} ranks: {made['bytes'] / 1e9:.2f} GB{more}", file=sys.stderr, flush=True)
+                (result,) = measure(args)
+            result |= {"model": Path(model).name, "one_rank_of": n, "all_reduces_per_token": len(made["all_reduces"])}
+            result |= {"all_reduce_us": args.all_reduce_us, "rounded": made["rounded"]}
+            for test in tests:
+                row = result["tests"][test.name]
+                n_tokens = test.n_prompt or test.n_gen * test.n_seq
+                a_step = min(test.n_prompt, args.ubatch) if test.n_prompt else test.n_seq
+                if costs:
+                    speed = share.projected(row["tokens_per_s"], n_tokens, -(-n_tokens // a_step), a_step, made["all_reduces"], costs)
+                    row["projected_tokens_per_s"] = speed
+            results.append(result)
+    except ExplainError as error:
+        raise SystemExit(f"ggml-tp: {error}") from None
     if args.json:
         print(json.dumps(results))
         return 0
     for result in results:
-        rates = ", ".join(f"{r['read'] / 1e12:.2f} TB/s read, {r['copy'] / 1e12:.2f} copied" for r in result.get("rates", []))
-        print(f"{result['model']} on {result['device']}, {result.get('ranks', 1)} ranks, loaded in {result['load_s']:.1f} s; {rates}")
+        print(f"{result['model']}, one rank's share of {result['one_rank_of']} on one GPU, without its {result['all_reduces_per_token']} all_reduces a token")
         for name, row in result["tests"].items():
-            share = f"  {100 * row['share_of_limit']:.0f} % of the read limit" if "share_of_limit" in row else ""
-            print(f"  {name:16} {row['tokens_per_s']:10.1f} tokens/s{share}")
+            projection = f"  projection of {result['one_rank_of']} ranks: {row['projected_tokens_per_s']:.1f}" if costs else ""
+            print(f"  {name:16} {row['tokens_per_s']:10.1f} tokens/s{projection}")
+    if costs:
+        print(f"projections, not measurements: the share's time and the all_reduces' ({args.all_reduce_us} us) one behind the other")
     return 0
 
 
@@ -216,6 +271,8 @@ def main(argv: list[str] | None = None) -> int:
     p = commands.add_parser("bench", help="speed through a real host, as a share of the memory's rate", epilog=example)
     p.add_argument("model", help="GGUF file")
     p.add_argument("--ranks", help="rank counts, a run each, on the first of GGML_TP_DEVICES (default: as many as that names, else 1)")
+    p.add_argument("--one-rank-of", help="time one rank's share of so many ranks, a run each, on one GPU: 2,4,8")
+    p.add_argument("--all-reduce-us", help="with it: what all_reduces were measured to take, 4.3 or 32768:3,16777216:64 (bytes:us); projects all ranks' speed")
     p.add_argument("--tests", default="pp512,pp2048,tg128", help="ppN, tgN, tgN@DEPTH, tgNxSEQUENCES (default: %(default)s)")
     p.add_argument("--against", help="other devices of the host to measure too, for example CUDA0 or CPU")
     p.add_argument("-r", "--repetitions", type=int, default=3, help="the median counts (default: %(default)s)")

@@ -71,7 +71,7 @@ def _padded(n: int) -> int:
     return (n + _CELL_PADDING - 1) // _CELL_PADDING * _CELL_PADDING
 
 
-def _parts(path: Path) -> list[Path]:
+def parts(path: Path) -> list[Path]:
     """All files of a model that is split over several."""
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
     if not match:
@@ -85,7 +85,7 @@ def read(path: str | Path) -> File:
 
     tensors: list[tuple[str, int, list[int]]] = []
     fields: dict[str, Any] = {}
-    for part in _parts(Path(path)):
+    for part in parts(Path(path)):
         if not part.is_file():
             raise ExplainError(f"no model at {part}")
         try:
