@@ -25,11 +25,10 @@ KERNELS = sorted((ROOT / "cuda_src").glob("*.cu"))
 ARCHS = ("sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 # An architecture whose cubins are compiled with its own features, which no other has: sm_90's warpgroup products. Its PTX is without them.
 FEATURES = {"sm_90": "sm_90a"}
-# One compile class per set of kernel variants: sm_60 has no dp4a; from sm_80 on there are the tensor cores' m16n8k16, on
-# sm_90 bulk copies and the persistent kernel.
-EMULATED_CLASSES = (600, 610, 800, 900)
-# What the sanitizers' part of the tests emulates is sm_60, sm_86 and sm_90; a class is 28 of their build's 132 objects.
-SANITIZED_CLASSES = (600, 800, 900)
+# Emulated, a kernel file is compiled for the oldest architecture and for those at which its text changes (`#if TP_ARCH >= 800`); the emulator takes the
+# newest class that a GPU has. That is 42 objects instead of the 136 of four classes of each file.
+OLDEST_CLASS = 600
+SETTINGS_OF_ARCHS = {"TP_WGMMA": 900}  # as cuda_src/emulator/fibers.h defines them
 # Kernels as text for GPUs that are newer than all cubins: the PTX version that NVRTC 12.9 writes needs a driver of its age, so it is
 # lowered to the first that knows what the text uses (assembled by older drivers' own compiler; tried on an H100).
 PTX_VERSIONS = {"compute_60": "7.4", "compute_70": "7.7", "compute_75": "7.7", "compute_80": "7.7", "compute_90": "8.0"}
@@ -109,6 +108,19 @@ def digest(source: Path, flags: list[str]) -> str:
     return h.hexdigest()[:24]
 
 
+def classes(source: Path) -> list[int]:
+    """The emulated architectures (compute capability * 100) at which a kernel file's text, or that of a header it includes, changes; the oldest first."""
+    seen, left, found = set(), [source], {OLDEST_CLASS}
+    while left:
+        path = left.pop()
+        text = path.read_text()
+        seen.add(path)
+        found |= {int(number) for number in re.findall(r"TP_ARCH\s*(?:>=|<)\s*(\d+)", text)}
+        found |= {number for name, number in SETTINGS_OF_ARCHS.items() if re.search(rf"#if.*\b{name}\b", text)}
+        left += [header for name in re.findall(r'#include "([^"]+)"', text) if (header := ROOT / "cuda_src" / name).exists() and header not in seen]
+    return sorted(found)
+
+
 def compile_object(source: Path, flags: list[str]) -> Path:
     target = CACHE / f"{source.name}-{digest(source, flags)}.o"
     if not target.exists():
@@ -154,7 +166,7 @@ def kernel_images(archs: list[str], work: Path) -> list[Path]:
 
 def build(out: Path, archs: list[str], sanitize: str, jobs: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    checks, classes = SANITIZERS[sanitize], EMULATED_CLASSES if sanitize == "none" else SANITIZED_CLASSES
+    checks = SANITIZERS[sanitize]
     work = ROOT / "build" / "images"
     table, images = kernel_images(archs, work)
     level = "-O1" if checks else "-O2"  # sanitized, -O1 compiles in two thirds of the time
@@ -163,7 +175,7 @@ def build(out: Path, archs: list[str], sanitize: str, jobs: int) -> None:
     core = [*sorted((ROOT / "plugin/core").rglob("*.cpp")), table]
     emulator = sorted((ROOT / "cuda_src/emulator").glob("*.cpp"))
     work_items = [(s, core_flags) for s in core] + [(s, emulator_flags) for s in emulator]
-    work_items += [(s, [*emulator_flags, f"-DTP_ARCH={c}"]) for c in classes for s in KERNELS]
+    work_items += [(s, [*emulator_flags, f"-DTP_ARCH={c}"]) for s in KERNELS for c in classes(s)]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(lambda item: compile_object(*item), work_items))
     print(f"build: {len(objects)} objects", flush=True)

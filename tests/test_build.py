@@ -6,6 +6,7 @@ import concurrent.futures
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -32,6 +33,26 @@ def test_kernels_compile(arch):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for source, image in zip(build.KERNELS, pool.map(lambda source: build.compile_kernel(source, arch), build.KERNELS), strict=True):
             assert image[:4] == b"\x7fELF", source
+
+
+def test_kernels_are_emulated_as_each_architecture_has_them():
+    """A class that is left out would have the text of the one below it."""
+    archs = (600, 610, 700, 800, 900, 1200)
+    flags = [flag for flag in build.COMMON if flag not in build.WARNINGS] + ["-DTP_EMULATED", "-E", "-P", "-x", "c++"]
+
+    def text(job):
+        done = subprocess.run(["g++", *flags, f"-DTP_ARCH={job[1]}", str(job[0])], capture_output=True, text=True, check=True)
+        return re.sub(r'(Kernel\{"\w+", )\d+', r"\1", done.stdout)  # but for the class that a kernel is registered with
+
+    assert build.classes(ROOT / "cuda_src/mul_wgmma.cu") == [600, 900] and build.classes(ROOT / "cuda_src/norm.cu") == [600]
+    wanted = [(source, arch) for source in build.KERNELS for arch in archs]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        texts = dict(zip(wanted, pool.map(text, wanted), strict=True))
+    for source, arch in wanted:
+        newest = max(c for c in build.classes(source) if c <= arch)
+        if newest == 900 and arch == 1200 and "TP_WGMMA" in source.read_text():
+            continue  # a GPU that has no warpgroups is not asked for their kernels
+        assert hash(texts[source, arch]) == hash(texts[source, newest]), (source, arch, newest)  # a megabyte each: no comparison is printed
 
 
 def symbols(*options: str) -> list[str]:

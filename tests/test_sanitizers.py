@@ -19,7 +19,7 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": f"halt_on_error=1 exitcode=66 suppressions={TESTS / 'data' / 'tsan.supp'}",
 }
-EVERY = "93"  # op case: what leaves CI within half an hour
+EVERY = "31"  # op case: half a minute of each
 # A part of the tests that goes through every kernel family, captured graphs, collectives, uneven shards and failures.
 PART = [
     "test_ops.py",
@@ -28,10 +28,17 @@ PART = [
     "test_end_to_end.py::test_logits[qwen3-Q4_0-3]",
     "test_end_to_end.py::test_without_flash_attention[1]",
     "test_end_to_end.py::test_several_sequences[llama-3]",
-    "test_end_to_end.py::test_state_of_four_ranks_restores_into_two",
+    "test_end_to_end.py::test_state_of_four_ranks_restores_into_two[llama]",
     "test_end_to_end.py::test_exhausted_memory_is_refused",
     "test_end_to_end.py::test_a_token_is_one_persistent_kernel[llama-Q4_0-2]",
     "test_groups.py::test_quantised_weights_of_a_host_that_divides_tensors_itself",
+]
+# Nearly a quarter of TSan's time was the norms of sixteen ranks; and what looks at kernels' names computes nothing.
+LEFT_OUT = [
+    "test_ops.py::test_norms_that_reduce[16-sm_80]",
+    "test_ops.py::test_warpgroups_take_what_they_can",
+    "test_ops.py::test_attention_of_many_tokens_has_blocks_of_eight_warps_where_they_suffice",
+    "test_ops.py::test_experts_of_many_tokens_are_weighed_and_summed_in_one_launch",
 ]
 
 
@@ -56,7 +63,8 @@ def without_aslr(command: list[str]) -> list[str]:
 def test_a_part_of_the_tests_is_clean(sanitizer, tmp_path):
     library = libraries(sanitizer, tmp_path)
     environment = {**os.environ, **OPTIONS, "LD_PRELOAD": preload(sanitizer), "TEST_LIBRARY": str(library), "TEST_EVERY": EVERY}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-x", *(str(TESTS / part) for part in PART)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-x", *(f"--deselect=tests/{name}" for name in LEFT_OUT)]
+    command += [str(TESTS / part) for part in PART]
     done = subprocess.run(without_aslr(command), capture_output=True, text=True, env=environment, cwd=ROOT, timeout=1400)
     report = done.stdout[-6000:] + done.stderr[-6000:]
     assert done.returncode == 0, report
