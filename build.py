@@ -26,7 +26,7 @@ ARCHS = ("sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90",
 # An architecture whose cubins are compiled with its own features, which no other has: sm_90's warpgroup products. Its PTX is without them.
 FEATURES = {"sm_90": "sm_90a"}
 # Emulated, a kernel file is compiled for the oldest architecture and for those at which its text changes (`#if TP_ARCH >= 800`); the emulator takes the
-# newest class that a GPU has. That is 42 objects instead of the 136 of four classes of each file.
+# newest class that a GPU has. That is a third of the objects that four classes of each file were.
 OLDEST_CLASS = 600
 SETTINGS_OF_ARCHS = {"TP_WGMMA": 900}  # as cuda_src/emulator/fibers.h defines them
 # Kernels as text for GPUs that are newer than all cubins: the PTX version that NVRTC 12.9 writes needs a driver of its age, so it is

@@ -199,6 +199,8 @@ def bench_share(args: argparse.Namespace, tests: list[Any]) -> int:
             results.append(result)
     except ExplainError as error:
         raise SystemExit(f"ggml-tp: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"ggml-tp: the share is a temporary file of its own ({error}): TMPDIR may name a folder with more room") from None
     if args.json:
         print(json.dumps(results))
         return 0
