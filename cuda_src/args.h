@@ -424,6 +424,15 @@ struct MulVecIdArgs {
     View products;  // F32 [n, n_used, n_tokens]; may be y
     View sum[kVecSlots - 1];
 };
+// The same behind the products of many tokens: products = x * weights, sum[0] = products of slots 0 and 1, sum[i] = sum[i - 1] + products of slot
+// i + 1. Rows of F32 at multiples of 16 bytes; products may be x, a sum may be the sum before it, otherwise all lie apart.
+struct WeightedSumArgs {
+    View x;                   // F32 [n, n_used, n_tokens]
+    View weights;             // F32 [1, n_used, n_tokens]
+    View products;            // as x
+    View sum[kVecSlots - 1];  // F32 [n, n_tokens]
+    i32 n_sums, pad;
+};
 // Small ops one after another in a single block, which sees what it wrote itself: what a router does for few tokens. And, in the blocks
 // behind it, quantising what the experts will read (quantize.xq not null), which does not depend on any of it.
 enum class ChainOp : i32 { kAdd, kSub, kMul, kDiv, kScale, kClamp, kSigmoid, kSoftMax, kArgsort, kGetRows, kSumRows };

@@ -5,6 +5,7 @@
 #include "dequantize.h"
 #include "element.h"
 #include "expert.h"
+#include "quantize_group.h"
 
 namespace ggml_tp {
 
@@ -106,4 +107,28 @@ TP_KERNEL(add_id, AddIdArgs, 256) {
         v += load(args.b, {i0, expert, 0, 0});
     }
     store(args.y, at, v);
+}
+
+// products = x * weights and their sums slot by slot, each product and sum rounded as the single ops round them. grid: (tokens, elements / 1024).
+TP_KERNEL(weighted_sum, WeightedSumArgs, 256) {
+    using namespace ggml_tp;
+    const i64 at = ((i64)blockIdx.y * blockDim.x + threadIdx.x) * 4, token = blockIdx.x, n_used = args.x.ne[1];
+    if (at >= args.x.ne[0]) return;
+    const char *const x = args.x.data + at * 4 + token * args.x.nb[2], *const weights = args.weights.data + token * args.weights.nb[2];
+    char* const products = args.products.data + at * 4 + token * args.products.nb[2];
+    float sum[4];
+#pragma unroll 4
+    for (i64 slot = 0; slot < n_used; ++slot) {
+        float v[4];
+        load_four(x + slot * args.x.nb[1], v);
+        const float weight = *(const float*)(weights + slot * args.weights.nb[1]);
+        for (int e = 0; e < 4; ++e) {
+            v[e] = tp_mul_rounded(v[e], weight);
+            sum[e] = slot == 0 ? v[e] : sum[e] + v[e];
+        }
+        store_four(products + slot * args.products.nb[1], v);
+        const i64 i = slot - 1;
+        if (i < 0 || i >= args.n_sums || (i + 1 < args.n_sums && args.sum[i].data == args.sum[i + 1].data)) continue;  // the next sum takes its place
+        store_four(args.sum[i].data + at * 4 + token * args.sum[i].nb[1], sum);
+    }
 }

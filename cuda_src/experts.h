@@ -42,4 +42,22 @@ inline Launch add_id_launch(const AddIdArgs& a, Arch) {
     return element_launch("add_id", a.y.ne[0], n_rows(a.y));
 }
 
+constexpr int kWeightedThreads = 256;  // four elements of a token each
+
+inline Launch weighted_sum_launch(const WeightedSumArgs& a, Arch) {
+    Launch out;
+    const View& x = a.x;
+    auto fits = [](const View& v) { return v.type == kF32 && v.nb[0] == 4 && (u64)v.data % 16 == 0 && v.nb[1] % 16 == 0 && v.nb[2] % 16 == 0; };
+    if (!fits(x) || !fits(a.products) || x.ne[3] != 1 || x.ne[0] % 4 || x.ne[1] > kVecSlots || x.ne[2] > 0x7fffffff || a.n_sums + 1 > x.ne[1]) return out;
+    for (int i = 0; i < a.n_sums; ++i)
+        if (!fits(a.sum[i])) return out;
+    const i64 blocks = (x.ne[0] / 4 + kWeightedThreads - 1) / kWeightedThreads;
+    if (blocks > 65535) return out;
+    out.kernel = "weighted_sum";
+    out.grid[0] = (u32)x.ne[2];
+    out.grid[1] = (u32)blocks;
+    out.block[0] = kWeightedThreads;
+    return out;
+}
+
 }  // namespace ggml_tp

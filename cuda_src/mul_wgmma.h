@@ -131,7 +131,7 @@ inline Launch mul_wgmma_launch(const MulPiecesArgs& a, Arch arch) {
 /// Bytes of the panels of as many tiles as entries of experts may need.
 constexpr i64 tile_panels_bytes(i64 tiles, i64 columns, i64 k) { return tiles * ((k + kTileStep - 1) / kTileStep) * columns * 128; }
 
-inline Launch mul_wgmma_id_launch(const MulTileIdArgs& a, i32 columns, Arch) {
+inline Launch mul_wgmma_id_launch(const MulTileIdArgs& a, i32 columns, Arch arch) {
     struct Row {
         i32 type;
         const char *columns_64, *columns_128;
@@ -144,8 +144,10 @@ inline Launch mul_wgmma_id_launch(const MulTileIdArgs& a, i32 columns, Arch) {
     Launch out;
     for (const Row& row : kRows)
         if (row.type == a.w.type) out.kernel = columns == 64 ? row.columns_64 : row.columns_128;
-    out.grid[0] = (u32)((a.w.n + kWideRows - 1) / kWideRows);  // of one tile of x: that is read from memory once
-    out.grid[1] = (u32)most_tiles(a.y.ne[1] * a.y.ne[2], a.w.ne2, columns);
+    // Blocks that go from tile to tile: how many there are is known on the GPU only.
+    const i64 most = (a.w.n + kWideRows - 1) / kWideRows * most_tiles(a.y.ne[1] * a.y.ne[2], a.w.ne2, columns);
+    if (most > 0x7fffffff) return {};
+    out.grid[0] = (u32)(arch.n_sm > 0 && arch.n_sm < most ? arch.n_sm : most);
     out.block[0] = (u32)wide_threads(columns);
     out.shared_bytes = wide_shared(columns);
     return out;

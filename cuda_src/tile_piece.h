@@ -24,7 +24,7 @@ TP_DEVICE TpInt4 low(const TpInt4& v, int shift) {
 
 /// Half of a row's 64 weights of a step, u = 0 or 1: two runs of 16. load() takes words from the planes and does nothing with them, so that
 /// they can be under way for several steps; run() gives one run as halves, place() where it belongs within the 64. Beyond the end of k (`ok`
-/// false) everything is zero.
+/// false) everything is zero. kCrossed: the other half stores its second run first, as both halves' first ones would meet in the same banks.
 template <int kType>
 struct Strip;
 
@@ -34,6 +34,7 @@ template <>
 struct Strip<kQ4_0> {
     TpInt4 q;
     u16 d;
+    static constexpr bool kCrossed = false;
     TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
         q = words_or_zero(plane[0] + (step * 2 + (u32)u) * 16, ok);
         d = ok ? *(const u16*)(plane[1] + (step * 2 + (u32)u) * 2) : (u16)0;
@@ -46,6 +47,7 @@ template <>
 struct Strip<kQ8_0> {
     TpInt4 q[2];
     u16 d;
+    static constexpr bool kCrossed = false;
     TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
         for (int r = 0; r < 2; ++r) q[r] = words_or_zero(plane[0] + ((step * 2 + (u32)u) * 32 + (u32)r * 16), ok);
         d = ok ? *(const u16*)(plane[1] + (step * 2 + (u32)u) * 2) : (u16)0;
@@ -61,12 +63,14 @@ template <>
 struct Strip<kQ4_K> {
     TpInt4 q;
     u32 scales[3], dm;  // as in tp_q4_k_scale; d and dmin
+    static constexpr bool kCrossed = true;
     TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
-        q = words_or_zero(plane[0] + (step * 2 + (u32)u) * 16, ok);
+        load_weights(plane, step, u, ok);
         const u32 b = step / 4;
         for (int i = 0; i < 3; ++i) scales[i] = ok ? *(const u32*)(plane[1] + (b * 12 + (u32)i * 4)) : 0u;
         dm = ok ? *(const u32*)(plane[2] + b * 4) : 0u;
     }
+    TP_MEMBER void load_weights(const char* const* plane, u32 step, int u, bool ok) { q = words_or_zero(plane[0] + (step * 2 + (u32)u) * 16, ok); }
     TP_MEMBER void run(u32 step, int, int r, u32 (&out)[8]) const {
         const int j = (int)(step % 4) * 2 + r, at = j % 4 * 8;
         const u32 s = scales[0] >> at, m = scales[1] >> at, high = scales[2] >> at;
@@ -81,6 +85,7 @@ template <>
 struct Strip<kQ6_K> {
     TpInt4 q[2], top[2];
     u16 d, scales;  // two signed bytes
+    static constexpr bool kCrossed = false;
     TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
         for (int r = 0; r < 2; ++r) {
             q[r] = words_or_zero(plane[0] + (step / 2 * 64 + (u32)(u * 32 + r * 16)), ok);
@@ -101,6 +106,7 @@ struct Strip<kQ6_K> {
 /// F16 and BF16: the words as they are.
 struct HalfStrip {
     TpInt4 q[4];
+    static constexpr bool kCrossed = false;
     TP_MEMBER void load_halves(const char* const* plane, u32 step, int u, i64 k) {
         for (int i = 0; i < 4; ++i) {
             const u32 at = step * 64 + (u32)(u * 32 + i * 8);
@@ -125,6 +131,25 @@ template <int kType>
 TP_DEVICE void load_strip(Strip<kType>& strip, const char* const* plane, u32 step, int u, i64 k) {
     if constexpr (kType == kF16 || kType == kBF16) strip.load_halves(plane, step, u, k);
     else strip.load(plane, step, u, Strip<kType>::end(step, u) <= k);
+}
+
+/// Of a later step of the same 256 weights: what `first` has of all of them is not loaded again. (Rows lie far apart: a warp's load of four bytes
+/// from each of 16 rows takes the L1 as long as one of 32 bytes from each.)
+template <int kType>
+TP_DEVICE void load_next_strip(Strip<kType>& strip, const char* const* plane, u32 step, int u, i64 k) {
+    if constexpr (kType == kQ4_K) strip.load_weights(plane, step, u, Strip<kType>::end(step, u) <= k);
+    else load_strip<kType>(strip, plane, step, u, k);
+}
+/// A run of what load_next_strip loaded, or load_strip, which is its own `first`.
+template <int kType>
+TP_DEVICE void run_strip(const Strip<kType>& strip, const Strip<kType>& first, u32 step, int u, int r, u32 (&out)[8]) {
+    if constexpr (kType == kQ4_K) {
+        Strip<kType> whole = first;
+        whole.q = strip.q;
+        whole.run(step, u, r, out);
+    } else {
+        strip.run(step, u, r, out);
+    }
 }
 
 /// Which columns of x a block multiplies, and where its results go.

@@ -346,6 +346,8 @@ TP_DEVICE char* tp_align_tile(char* p) { return p + ((0u - tp_shared_address(p))
 /// A tile of halves with 128 bytes of k a row, 16-byte chunk c of row r at r * 128 + (c ^ r % 8) * 16; p: 32 bytes on for each 16 of k.
 /// Bits: address / 16; 62: the swizzle of 128 bytes; 32: 1024 / 16 between groups of eight rows.
 TP_DEVICE u64 tp_wgmma_tile(const char* p) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (tp_shared_address(p) >> 4 & 0x3fffu); }
+/// The tile that lies so many bytes behind.
+TP_DEVICE u64 tp_wgmma_behind(u64 tile, u32 bytes) { return (tile & ~0xffffffffull) | ((u32)tile + (bytes >> 4)); }
 /// What this thread stored into shared memory is seen by other threads' wgmma, once they have waited for it.
 TP_DEVICE void tp_wgmma_stored() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 /// Before the first product of a group: registers are as they should be.

@@ -123,6 +123,16 @@ def test_warpgroups_take_what_they_can(workers):
         assert "mul_tile_" in text and "mul_wgmma" not in text, text
 
 
+@pytest.mark.parametrize("arch", ["sm_60", "sm_90"])
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
+def test_experts_of_many_tokens_are_weighed_and_summed_in_one_launch(workers, arch):
+    names = ["experts F16 of 40 tokens", "experts F16 of 40 tokens, biases", "mul_mat F32 of a router, 70 tokens"]
+    plain, biases, router = workers.run(jobs.programs, emulated(1, arch), names=names).values()
+    for text in (plain, biases):
+        assert [text.count(kernel) for kernel in ("weighted_sum<", "binary_mul<", "binary_add<")] == [1, 0, 0], text
+    assert "mul_floats_f32<2,3,1>" in router, router
+
+
 # TEST_STDERR: a process of its own, started while pytest captures, so that its lines are seen.
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_foreign_graphs_are_not_claimed_and_refused(workers, ranks, capfd):

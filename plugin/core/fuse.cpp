@@ -6,6 +6,7 @@
 
 #include "chain.h"
 #include "elementwise.h"
+#include "experts.h"
 #include "flash_attn.h"
 #include "mul_few.h"
 #include "mul_vec.h"
@@ -233,21 +234,40 @@ bool experts_then_weights(RankLaunch& a, const RankLaunch& b, Arch arch) {
     args.scaled = 1;
     return !touches_sources(args, scale.y) && replace(a, mul_vec_id_launch(args, arch), args);
 }
-/// ... summed slot by slot.
-bool experts_then_sum(RankLaunch& a, const RankLaunch& b, Arch arch) {
-    MulVecIdArgs args = args_of<MulVecIdArgs>(a);
-    const BinaryArgs sum = args_of<BinaryArgs>(b);
+/// ... summed slot by slot: whether `sum` is the next one of args.products.
+template <class Args>
+bool next_sum(Args& args, const BinaryArgs& sum) {
     const View& p = args.products;
-    if (!args.scaled || args.n_sums + 1 >= p.ne[1] || sum.y.type != kF32 || sum.y.nb[0] != 4 || sum.y.ne[0] != p.ne[0] || sum.y.ne[1] != p.ne[2]) return false;
+    if (args.n_sums + 1 >= p.ne[1] || sum.y.type != kF32 || sum.y.nb[0] != 4 || sum.y.ne[0] != p.ne[0] || sum.y.ne[1] != p.ne[2]) return false;
     auto is_slot = [&](const View& v, i64 slot) {
         return v.data == p.data + slot * p.nb[1] && same_shape(v, sum.y) && v.type == kF32 && v.nb[0] == 4 && (v.ne[1] == 1 || v.nb[1] == p.nb[2]);
     };
-    if (!(args.n_sums ? same_view(sum.a, args.sum[args.n_sums - 1]) : is_slot(sum.a, 0)) || !is_slot(sum.b, args.n_sums + 1)) return false;
-    if (touches_sources(args, sum.y) || !apart(sum.y, p) || !apart(sum.y, args.part[0].y)) return false;
+    if (!(args.n_sums ? same_view(sum.a, args.sum[args.n_sums - 1]) : is_slot(sum.a, 0)) || !is_slot(sum.b, args.n_sums + 1) || !apart(sum.y, p)) return false;
     for (int i = 0; i < args.n_sums; ++i)
         if (!same_or_apart(sum.y, args.sum[i])) return false;
     args.sum[args.n_sums++] = sum.y;
-    return replace(a, mul_vec_id_launch(args, arch), args);
+    return true;
+}
+bool experts_then_sum(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    MulVecIdArgs args = args_of<MulVecIdArgs>(a);
+    const BinaryArgs sum = args_of<BinaryArgs>(b);
+    if (!args.scaled || touches_sources(args, sum.y) || !apart(sum.y, args.part[0].y)) return false;
+    return next_sum(args, sum) && replace(a, mul_vec_id_launch(args, arch), args);
+}
+/// The same of many tokens, whose products are a launch of their own: weights and sums.
+bool weights_then_sum(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    WeightedSumArgs args{};
+    if (std::strcmp(a.launch.kernel, "weighted_sum") == 0) {
+        args = args_of<WeightedSumArgs>(a);
+    } else {
+        const BinaryArgs scale = args_of<BinaryArgs>(a);
+        args.x = scale.a, args.weights = scale.b, args.products = scale.y;
+        if (args.weights.type != kF32 || args.weights.ne[0] != 1 || args.weights.ne[1] != args.x.ne[1] || args.weights.ne[2] != args.x.ne[2]) return false;
+        if (!same_or_apart(args.products, args.x) || !apart(args.products, args.weights)) return false;
+    }
+    const BinaryArgs sum = args_of<BinaryArgs>(b);
+    if (!apart(sum.y, args.x) || !apart(sum.y, args.weights)) return false;
+    return next_sum(args, sum) && replace(a, weighted_sum_launch(args, arch), args);
 }
 
 /// Routers: a launch as steps of a chain; none when it cannot be.
@@ -330,6 +350,7 @@ bool is_mul_few(const char* kernel) { return std::strncmp(kernel, "mul_few_", 8)
 bool is_mul_wgmma(const char* kernel) { return std::strncmp(kernel, "mul_wgmma_", 10) == 0 && std::strncmp(kernel, "mul_wgmma_id_", 13) != 0; }
 bool is_add(const char* kernel) { return std::strcmp(kernel, "binary_add") == 0; }
 bool is_mul(const char* kernel) { return std::strcmp(kernel, "binary_mul") == 0; }
+bool weighs(const char* kernel) { return is_mul(kernel) || std::strcmp(kernel, "weighted_sum") == 0; }
 bool is_norm(const char* kernel) { return std::strcmp(kernel, "rms_norm") == 0 || std::strcmp(kernel, "fused_norm") == 0; }
 bool is_glu(const char* kernel) { return std::strncmp(kernel, "glu_", 4) == 0; }
 bool makes_form(const char* kernel) { return form_of(kernel) >= 0; }
@@ -357,6 +378,7 @@ constexpr Merge kMerges[] = {
     {is_mul_vec_id, is_mul_vec_id, join_experts},
     {is_mul_vec_id, is_mul, experts_then_weights},
     {is_mul_vec_id, is_add, experts_then_sum},
+    {weighs, is_add, weights_then_sum},
     {is_link, is_link, chain_links},
     {is_chain, is_quantize, chain_then_quantize},
 };

@@ -19,6 +19,7 @@
 #include "mul_vec.h"
 #include "mul_vec_id.h"
 #include "mul_few.h"
+#include "mul_floats.h"
 #include "mul_wgmma.h"
 #include "norm.h"
 #include "peer_norm.h"
@@ -229,7 +230,7 @@ void lower_mul_mat(const Site& s, Lowered& out) {
         const MulVecArgs products = mul_vec_args(args);
         out.add(mul_vec_launch(products, s.arch), products);
     } else {
-        out.add(mul_mat_launch(args, s.arch), args);
+        out.add(mul_floats_can(args) ? mul_floats_launch(args, s.arch) : mul_mat_launch(args, s.arch), args);
     }
 }
 
