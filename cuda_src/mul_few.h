@@ -6,7 +6,7 @@ namespace ggml_tp {
 
 constexpr int kFewRows = 128, kFewThreads = 128;
 constexpr int kFewStages = 4;       // chunks of x in shared memory
-constexpr i64 kFewLeast = 8;        // columns that mul_vec takes where it can
+constexpr i64 kFewLeast = 6;        // columns that mul_vec takes where it can (docs/decisions.md)
 constexpr i64 kFewColumns = 64;     // at most; mul_tile and mul_wgmma take more
 constexpr int kFewBlocks = 2;       // of a multiprocessor
 constexpr i32 kFewLeastChunks = 4;  // of a piece of k: 512
