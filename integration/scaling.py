@@ -257,6 +257,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one run (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help=f"{','.join(QUICK_TESTS)}, one repetition, three all_reduce sizes")
     parser.add_argument("--json", type=Path, help="file to write after each step")
+    parser.add_argument("--all-reduces", help=f"bytes of the all_reduces to time (default: {','.join(map(str, SIZES))})")
     parser.add_argument("--measure-all-reduce", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not 1 <= args.gpus <= 16:
@@ -267,6 +268,8 @@ def parse() -> argparse.Namespace:
     args.tests = args.tests.split(",") if args.tests else list(QUICK_TESTS if args.quick else TESTS)
     if args.ranks and not all(field.isdigit() and 1 <= int(field) <= args.gpus for field in args.ranks.split(",")):
         parser.error(f"--ranks {args.ranks}: write counts of 1 to {args.gpus}, for example 1,{args.gpus}")
+    if args.all_reduces and not all(field.isdigit() and int(field) >= 4 for field in args.all_reduces.split(",")):
+        parser.error(f"--all-reduces {args.all_reduces}: write bytes, for example 8192,65536")
     args.ranks = rank_counts(args.ranks, args.gpus)
     args.repetitions = args.repetitions or (1 if args.quick else 3)
     for spec in [] if args.models else args.shapes.split(","):
@@ -307,7 +310,7 @@ def main() -> int:
     save()
     if n > 1:
         say("all_reduce")
-        sizes = ",".join(map(str, QUICK_SIZES if args.quick else SIZES))
+        sizes = args.all_reduces or ",".join(map(str, QUICK_SIZES if args.quick else SIZES))
         out, why = run([sys.executable, __file__, "--measure-all-reduce", sizes], ranks(args.devices, n), args.timeout)
         result["all_reduce"] = json.loads(out.split("RESULT ")[1]) if out else {"error": why}
         save()
