@@ -23,7 +23,6 @@ EVERY = "93"  # op case: with 31 CI took 31 minutes on two cores
 # A part of the tests that goes through every kernel family, captured graphs, collectives, uneven shards and failures.
 PART = [
     "test_ops.py",
-    "test_end_to_end.py::test_logits[llama-F16-3]",
     "test_end_to_end.py::test_logits[llama-Q6_K-3]",
     "test_end_to_end.py::test_logits[qwen3-Q4_0-3]",
     "test_end_to_end.py::test_without_flash_attention[1]",

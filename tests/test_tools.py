@@ -234,7 +234,8 @@ def test_scaling_reports_what_ran_and_what_did_not(tmp_path):
         "print(json.dumps([{'n_prompt': 8 * (1 - g), 'n_gen': 4 * g, 'avg_ts': 5.0, 'samples_ts': [5.0]} for g in (0, 1)]))\n"
     )
     peer.chmod(0o755)
-    command = [sys.executable, str(ROOT / "integration" / "scaling.py"), "--gpus", "2", "--shapes", "tiny:Q4_0", "--quick", "--tests", "pp8,tg4", "--all-reduces", "8192,16384"]
+    command = [sys.executable, str(ROOT / "integration" / "scaling.py"), "--gpus", "2", "--shapes", "tiny:Q4_0", "--quick", "--tests", "pp8,tg4"]
+    command += ["--all-reduces", "8192,16384"]
     environment = dict(os.environ) | {"GGML_TP_EMULATE": "sm_80*2"}
     out = tmp_path / "out.json"
     done = subprocess.run([*command, "--peer", str(peer), "--json", str(out)], capture_output=True, text=True, env=environment, timeout=250)
