@@ -35,7 +35,7 @@ SAMPLE = [
     ("qwen2", "F16", 3), ("qwen2", "Q4_K", 2), ("qwen3", "F16", 5), ("qwen3", "Q4_0", 3), ("qwen3", "Q4_K", 4),
 ]  # fmt: skip
 EXPERTS = [
-    *(("qwen3moe", "F16", r, "sm_60") for r in (1, 3, 5, 8)), *(("qwen3moe", "Q4_0", r, "sm_60") for r in (1, 4)),
+    *(("qwen3moe", "F16", r, "sm_60") for r in (1, 3, 5, 8)), *(("qwen3moe", "Q4_0", r, "sm_60") for r in (1, 3, 4)),
     *(("qwen3moe", "Q4_K", r, "sm_60") for r in (2, 3, 8)), ("qwen3moe", "Q8_0", 2, "sm_75"), ("qwen3moe", "Q4_K", 3, "sm_90"),
     ("qwen3moe", "F16", 2, "sm_90"), ("mixtral", "F16", 2, "sm_60"), ("mixtral", "Q4_0", 3, "sm_90"), ("mixtral", "Q4_K", 5, "sm_60"),
     ("qwen2moe", "F16", 3, "sm_60"), ("qwen2moe", "Q4_0", 2, "sm_90"), ("gpt-oss", "F16", 1, "sm_60"), ("gpt-oss", "F16", 3, "sm_90"),

@@ -123,6 +123,15 @@ def test_warpgroups_take_what_they_can(workers):
         assert "mul_tile_" in text and "mul_wgmma" not in text, text
 
 
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
+def test_few_columns_have_their_kernel(workers):
+    """From seven columns on, where there are tensor cores; batches of 2 to 6 read weights once too, by mul_vec."""
+    names = [f"mul_mat Q4_0 attn_q m{m}" for m in (6, 7, 33)]
+    for arch, kernels in (("sm_75", ("mul_vec_q4_0_", "mul_vec_q4_0_", "mul_")), ("sm_80", ("mul_vec_q4_0_", "mul_few_q4_0_16<", "mul_few_q4_0_64<"))):
+        for text, kernel in zip(workers.run(jobs.programs, emulated(1, arch), names=names).values(), kernels, strict=True):
+            assert kernel in text, text
+
+
 @pytest.mark.parametrize("arch", ["sm_60", "sm_90"])
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
 def test_experts_of_many_tokens_are_weighed_and_summed_in_one_launch(workers, arch):
