@@ -136,11 +136,12 @@ struct MulWideArgs {
 
 // The same where the rows alone may leave multiprocessors idle (mul_few.cu, mul_wgmma.cu). k is divided in n_pieces of `chunks` times 128, whose
 // sums, [n_pieces][m][n_rows], sum_pieces adds up where there is more than one. n_rows: of all parts. sums: null where one piece is enough.
+// n_stages: of mul_few's ring.
 struct MulPiecesArgs {
     MulWideArgs wide;
     float* sums;
     i64 n_rows;
-    i32 n_pieces, chunks;
+    i32 n_pieces, chunks, n_stages, pad;
 };
 
 // Rows [row_begin, row_begin + rows) of each matrix of w as f16 [matrices][rows][k]; k a multiple of 8.
@@ -399,6 +400,7 @@ struct MulTileIdArgs {
     const i32* n_tiles;
     i64 k;
     i32 n_used, x_per_slot;
+    i32 n_stages, pad;  // of mul_few's ring
 };
 // The rows of x that each tile of entries multiplies, as a panel: [tiles][k / 64] of `columns` rows, see half_panels.
 struct HalveEntriesArgs {

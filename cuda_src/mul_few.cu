@@ -1,8 +1,9 @@
-// MUL_MAT of few columns (a batch of sequences, a draft) from sm_80 on: weights go from memory straight into fragments, as halves, and are
-// multiplied by up to kColumns columns of x. A block has kFewRows rows, 32 a warp, and walks its share of k in chunks of 128: a lane's strips (16
-// bytes of 4-bit weights, 32 of a row) are four lanes' 128 along k, in an order that x's panels are read in as well: which k a lane's element
-// has does not matter to a sum, as long as both operands agree. The next chunk's strips are on their way to registers while this one's are
-// multiplied; x comes through a ring in shared memory. grid: (row blocks of all parts, pieces of k), block: 128.
+// MUL_MAT of few columns (a batch of sequences, a draft) from sm_80 on: bound by reading the weights once. They come through a ring in shared
+// memory, 64 to 256 bytes of each of a block's rows a stage, so that memory is read in whole lines and a stage or more is on its way whatever the
+// warps do; as strips of halves they are multiplied by up to kColumns columns of x, which the stages hold too. A warp has 32 rows and 128 of a
+// stage's k: four lanes' strips (16 bytes of 4-bit weights, 32 of a row), in an order that x's panels are read in as well: which k a lane's
+// element has does not matter to a sum, as long as both operands agree.
+// grid: (row blocks of all parts, pieces of k), of experts (row blocks, tiles that there may be), block: few_shape's threads.
 #include "mul_few.h"
 
 #include "tile_piece.h"
@@ -11,91 +12,368 @@
 
 namespace ggml_tp {
 
-/// The part that a row block belongs to, and its first row there; before: rows of the parts in front.
-TP_DEVICE int few_part(const MulPiecesArgs& a, i64 block, i64& row, i64& before) {
+/// The matrix that a block of `rows` rows belongs to, and its first row there; before: rows of the matrices in front.
+TP_DEVICE const MulVecPart& few_part(const MulPiecesArgs& a, u32 block, int rows, i64& row, i64& before) {
     int part = 0;
     before = 0;
     for (; part + 1 < a.wide.n_parts; ++part) {
-        const i64 blocks = (a.wide.part[part].w.n + kFewRows - 1) / kFewRows;
+        const u32 blocks = (u32)((a.wide.part[part].w.n + rows - 1) / rows);
         if (block < blocks) break;
         block -= blocks;
         before += a.wide.part[part].w.n;
     }
-    row = block * kFewRows;
-    return part;
+    row = (i64)block * rows;
+    return a.wide.part[part];
 }
 
-template <int kType, int kColumns>
-TP_DEVICE void mul_few(const MulPiecesArgs& a) {
-    // Of 128 bytes a column and step; the second step's lie so that the lanes of a quarter warp meet no bank twice (strips take their x 32 or 16
-    // halves apart).
-    constexpr int kApart = kColumns * 128 + (kType == kQ4_K ? 64 : 32), kStage = kApart + kColumns * 128;
+/// How a row's 16-byte units are permuted in shared memory, so that a quarter warp, four lanes of each of two rows, meets no bank twice.
+enum Swizzle {
+    kStraight,  // rows of 64 bytes
+    kByHalves,  // rows of 128, of which four lanes read 64 at a time
+    kByPairs,   // rows of 128, of which four lanes read every other unit
+    kByFours,   // rows of 256, every fourth
+};
+TP_DEVICE int swizzled(Swizzle swizzle, int row, int unit) {
+    return swizzle == kByHalves ? unit ^ row % 2 * 4 : swizzle == kByPairs ? unit ^ row % 2 : swizzle == kByFours ? unit ^ (row % 2 * 2 + unit / 8 % 2) : unit;
+}
+
+/// What of a plane a stage holds: of each of kRows rows kUnits units of 16 bytes (kSwizzle), or of 4. A thread brings every kApart-th row's; what
+/// there is not of rows and of k becomes zero.
+template <int kThreads, int kRows, int kUnits, int kUnitBytes, Swizzle kSwizzle = kStraight>
+struct FewPlane {
+    static constexpr int kApart = kThreads / kUnits, kTimes = (kRows + kApart - 1) / kApart, kRowBytes = kUnits * kUnitBytes;
+    static_assert(kThreads % kUnits == 0 && kApart % 2 == 0);
+    const char* from;  // this thread's first unit in stage 0
+    i64 stride;
+    int rows;  // that there are, from this thread's first one on
+    u32 at;    // where the unit lies
+    TP_MEMBER FewPlane(const Matrix& w, int f, i64 matrix, i64 row0, int thread)
+        : from(w.plane[f] + matrix * w.nb2[f] + (row0 + thread / kUnits) * w.row_stride[f] + thread % kUnits * kUnitBytes), stride(w.row_stride[f]) {
+        const int row = thread / kUnits;
+        const i64 end = w.n - row0 < kRows ? w.n - row0 : kRows;
+        rows = row < kRows ? (int)end - row : 0;
+        at = (u32)(row * kRowBytes + swizzled(kSwizzle, row, thread % kUnits) * kUnitBytes);
+    }
+    TP_MEMBER void bring(TpSharedAt to, i64 bytes, bool inside) const {
+        if (kRows < kApart && rows <= 0) return;
+        const char* p = from + bytes;
+        const TpSharedAt place = to + at;
+#pragma unroll
+        for (int i = 0; i < kTimes; ++i, p += kApart * stride) {
+            const bool is = inside && i * kApart < rows;
+            if (kUnitBytes == 16) tp_copy_async_or_zero(place + (u32)(i * kApart * kRowBytes), p, is);
+            else tp_copy_async_four(place + (u32)(i * kApart * kRowBytes), p, is ? 4 : 0);
+        }
+    }
+    static TP_MEMBER const char* place(const char* from, int row, int unit) { return from + row * kRowBytes + swizzled(kSwizzle, row, unit) * kUnitBytes; }
+};
+TP_DEVICE TpInt4 four_words(const char* p) { return *(const TpInt4*)p; }
+
+// Pairs of halves. A byte b below 0x64 is the half 1024 + b; what is subtracted from it leaves no rounding.
+constexpr u32 kHalfOne = 0x3c003c00u, kHalfSixteenth = 0x2c002c00u;
+TP_DEVICE u32 half_pair_of(u32 halves, int which) { return tp_byte_perm(halves, 0, which ? 0x3232 : 0x1010); }
+TP_DEVICE u32 half2_mul(u32 a, u32 b) { return tp_half2_fma(a, b, 0x80008000u); }
+/// Four weights of a word of bytes: (byte * factor + minus) * scale + shift, of which the first is exact. magic: 0x64646464.
+TP_DEVICE void four_halves(u32 bytes, u32 magic, u32 factor, u32 minus, u32 scale, u32 shift, u32* out) {
+    out[0] = tp_half2_fma(tp_half2_fma(tp_byte_perm(bytes, magic, 0x4140), factor, minus), scale, shift);
+    out[1] = tp_half2_fma(tp_half2_fma(tp_byte_perm(bytes, magic, 0x4342), factor, minus), scale, shift);
+}
+/// The same of nibbles that are the low ones of their bytes, or the high ones, which are used as sixteenfold where they lie.
+TP_DEVICE void four_nibbles(u32 word, u32 magic, int high, u32 low_minus, u32 high_minus, u32 scale, u32 shift, u32* out) {
+    if (high) four_halves(word & 0xf0f0f0f0u, magic, kHalfSixteenth, high_minus, scale, shift, out);
+    else four_halves(word & 0x0f0f0f0fu, magic, kHalfOne, low_minus, scale, shift, out);
+}
+
+/// A lane's 32 weights of a row in 128 of k, as Strip of tile_piece.h has them and with the same values: eight at a time, the i-th of run r. What the
+/// blocks' scales need is done once.
+template <int kType>
+struct FewStrip;
+template <>
+struct FewStrip<kQ4_0> {
+    TpInt4 q;
+    u32 d;
+    TP_MEMBER void run(u32 magic, int r, int i, u32 (&out)[4]) const {
+        for (int j = 0; j < 2; ++j) four_nibbles((u32)(&q.x)[2 * i + j], magic, r, 0xe408e408u, 0xd480d480u, d, 0x80008000u, out + 2 * j);  // q - 8
+    }
+};
+template <>
+struct FewStrip<kQ8_0> {
+    TpInt4 q[2];
+    u32 d;
+    TP_MEMBER void run(u32 magic, int r, int i, u32 (&out)[4]) const {
+        for (int j = 0; j < 2; ++j) four_halves((u32)(&q[r].x)[2 * i + j] ^ 0x80808080u, magic, kHalfOne, 0xe480e480u, d, 0x80008000u, out + 2 * j);  // of offset 128
+    }
+};
+template <>
+struct FewStrip<kQ4_K> {
+    TpInt4 q;
+    u32 scales, mins;  // both runs', mins negative
+    TP_MEMBER void run(u32 magic, int r, int i, u32 (&out)[4]) const {
+        const u32 scale = half_pair_of(scales, r), min = half_pair_of(mins, r);
+        for (int j = 0; j < 2; ++j) four_nibbles((u32)(&q.x)[2 * i + j], magic, r, 0xe400e400u, 0xd400d400u, scale, min, out + 2 * j);
+    }
+};
+template <>
+struct FewStrip<kQ6_K> {
+    TpInt4 q[2], top[2];
+    u32 scales;  // both runs'
+    int nibble, shift;
+    TP_MEMBER void run(u32 magic, int r, int i, u32 (&out)[4]) const {
+        const u32 scale = half_pair_of(scales, r);
+        for (int j = 0; j < 2; ++j) {
+            const u32 low = (u32)(&q[r].x)[2 * i + j] >> nibble & 0x0f0f0f0fu, high = (u32)(&top[r].x)[2 * i + j] >> shift & 0x03030303u;
+            four_halves(low | high << 4, magic, kHalfOne, 0xe420e420u, scale, 0x80008000u, out + 2 * j);  // of offset 32
+        }
+    }
+};
+struct FewHalfStrip {
+    TpInt4 q[4];
+    TP_MEMBER void run(u32, int r, int i, u32 (&out)[4]) const {
+        for (int j = 0; j < 4; ++j) out[j] = (u32)(&q[2 * r + i].x)[j];
+    }
+};
+template <>
+struct FewStrip<kF16> : FewHalfStrip {};
+template <>
+struct FewStrip<kBF16> : FewHalfStrip {};
+
+/// A stage's weights: kRows rows, kK of k from stage * kK on. bring() starts the copies, take() reads what has come: the strip that a lane (t of four)
+/// has of a row in the stage's chunk-th 128 of k.
+template <int kType, int kThreads, int kRows, int kK>
+struct FewWeights;
+
+/// Blocks of 32 with a scale. A row's scales of 256 of k are copied as they are where rows of them begin at multiples of 16 bytes.
+template <int kType, int kThreads, int kRows, int kK>
+struct FewBlocks {
+    static constexpr int kUnitElems = kType == kQ4_0 ? 32 : 16, kUnits = kK / kUnitElems;
+    using Quants = FewPlane<kThreads, kRows, kUnits, 16, kType == kQ8_0 ? kByPairs : kUnits == 8 ? kByHalves : kStraight>;
+    static constexpr int kScalesAt = kRows * Quants::kRowBytes;
+    Quants quants;
+    FewPlane<kThreads, kRows, 1, 16> scales;
+    const Matrix& w;
+    i64 matrix, row0;
+    TP_MEMBER FewBlocks(const Matrix& w, i64 matrix, i64 row0, int thread)
+        : quants(w, 0, matrix, row0, thread), scales(w, 1, matrix, row0, thread), w(w), matrix(matrix), row0(row0) {}
+    TP_MEMBER void bring(char* to, TpSharedAt at, u32 stage, int thread) const {
+        quants.bring(at, (i64)stage * Quants::kRowBytes, (i64)stage * kK + thread % kUnits * kUnitElems < w.k);
+        const u32 of_256 = stage * (u32)kK / 256;
+        if (scales.stride % 16 == 0) return scales.bring(at + (u32)kScalesAt, (i64)of_256 * 16, true);
+        for (int i = thread; i < kRows * 8; i += kThreads) {
+            const i64 block = (i64)of_256 * 8 + i % 8, row = row0 + i / 8;
+            *(u16*)(to + kScalesAt + i * 2) = row < w.n && block * 32 < w.k ? *(const u16*)(w.plane[1] + matrix * w.nb2[1] + row * scales.stride + block * 2) : (u16)0;
+        }
+    }
+    static TP_MEMBER u32 scale(const char* from, u32 stage, int row, int chunk, int t) {
+        const int of_256 = kK == 256 ? chunk : (int)(stage % 2);
+        return *(const u16*)(from + kScalesAt + row * 16 + (of_256 * 4 + t) * 2) * 0x10001u;
+    }
+};
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kQ4_0, kThreads, kRows, kK> : FewBlocks<kQ4_0, kThreads, kRows, kK> {
+    using Blocks = FewBlocks<kQ4_0, kThreads, kRows, kK>;
+    using Blocks::Blocks;
+    TP_MEMBER void take(FewStrip<kQ4_0>& s, const char* from, u32 stage, int row, int chunk, int t, u32) const {
+        s.q = four_words(Blocks::Quants::place(from, row, chunk * 4 + t));
+        s.d = Blocks::scale(from, stage, row, chunk, t);
+    }
+};
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kQ8_0, kThreads, kRows, kK> : FewBlocks<kQ8_0, kThreads, kRows, kK> {
+    using Blocks = FewBlocks<kQ8_0, kThreads, kRows, kK>;
+    using Blocks::Blocks;
+    TP_MEMBER void take(FewStrip<kQ8_0>& s, const char* from, u32 stage, int row, int chunk, int t, u32) const {
+        for (int r = 0; r < 2; ++r) s.q[r] = four_words(Blocks::Quants::place(from, row, chunk * 8 + t * 2 + r));
+        s.d = Blocks::scale(from, stage, row, chunk, t);
+    }
+};
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kQ4_K, kThreads, kRows, kK> {
+    using Quants = FewPlane<kThreads, kRows, kK / 32, 16, kK == 256 ? kByHalves : kStraight>;
+    using Words = FewPlane<kThreads, kRows, 4, 4>;  // 12 bytes of scales and mins, then d and dmin
+    static constexpr int kWordsAt = kRows * Quants::kRowBytes;
+    Quants quants;
+    Words words;
+    int word_bytes;  // between blocks of 256
+    TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread)
+        : quants(w, 0, matrix, row0, thread), words(w, thread % 4 < 3 ? 1 : 2, matrix, row0, thread), word_bytes(thread % 4 < 3 ? 12 : 4) {
+        if (thread % 4 == 3) words.from -= 12;
+    }
+    TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int) const {
+        quants.bring(at, (i64)stage * Quants::kRowBytes, true);
+        words.bring(at + (u32)kWordsAt, (i64)(stage * (u32)kK / 256) * word_bytes, true);
+    }
+    TP_MEMBER void take(FewStrip<kQ4_K>& s, const char* from, u32 stage, int row, int chunk, int t, u32 magic) const {
+        s.q = four_words(Quants::place(from, row, chunk * 4 + t));
+        const TpInt4 v = four_words(from + kWordsAt + row * 16);  // as in six_bits of vec_piece.h; which half of the 256 it is, is a warp's
+        const int shift = t / 2 * 16;
+        const u32 low = (u32)v.x >> shift, mins = (u32)v.y >> shift, more = (u32)v.z >> shift;
+        const bool second = (kK == 256 ? chunk : (int)(stage % 2)) != 0;
+        const u32 scale6 = second ? (more & 0x0f0fu) | (low >> 2 & 0x3030u) : low & 0x3f3fu, min6 = second ? (more >> 4 & 0x0f0fu) | (mins >> 2 & 0x3030u) : mins & 0x3f3fu;
+        const u32 d = half_pair_of((u32)v.w, 0), m = half_pair_of((u32)v.w, 1) ^ 0x80008000u;
+        s.scales = half2_mul(tp_half2_fma(tp_byte_perm(scale6, magic, 0x4140), kHalfOne, 0xe400e400u), d);
+        s.mins = half2_mul(tp_half2_fma(tp_byte_perm(min6, magic, 0x4140), kHalfOne, 0xe400e400u), m);
+    }
+};
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kQ6_K, kThreads, kRows, kK> {
+    using Low = FewPlane<kThreads, kRows, kK / 32, 16, kK == 256 ? kByHalves : kStraight>;
+    using Top = FewPlane<kThreads, kRows, kK / 64, 16>;
+    using Scales = FewPlane<kThreads, kRows, 1, 16>;
+    static constexpr int kTopAt = kRows * Low::kRowBytes, kScalesAt = kTopAt + kRows * Top::kRowBytes, kDAt = kScalesAt + kRows * 16;
+    Low low;
+    Top top;
+    Scales scales;
+    const char* d;  // of the first row; a thread brings one row's
+    u32 d_stride;
+    TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread)
+        : low(w, 0, matrix, row0, thread), top(w, 1, matrix, row0, thread), scales(w, 2, matrix, row0, thread), d(w.plane[3] + matrix * w.nb2[3] + row0 * w.row_stride[3]), d_stride((u32)w.row_stride[3]) {
+        static_assert(kRows <= kThreads);
+    }
+    TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int thread) const {
+        const u32 block = stage * (u32)kK / 256;
+        low.bring(at, (i64)stage * Low::kRowBytes, true);
+        top.bring(at + (u32)kTopAt, (i64)stage * Top::kRowBytes, true);
+        scales.bring(at + (u32)kScalesAt, (i64)block * 16, true);
+        if (kRows < kThreads && thread >= kRows) return;
+        // Copies are of aligned words: of that around these two bytes what lies before them comes too, nothing behind them.
+        const char* p = d + (i64)thread * d_stride + block * 2;
+        const int odd = (int)((u64)p & 2);
+        tp_copy_async_four(at + (u32)(kDAt + thread * 4), p - odd, scales.rows > 0 ? 2 + odd : 0);
+    }
+    TP_MEMBER void take(FewStrip<kQ6_K>& s, const char* from, u32 stage, int row, int chunk, int t, u32 magic) const {
+        for (int r = 0; r < 2; ++r) {
+            s.q[r] = four_words(Low::place(from, row, chunk * 4 + t % 2 * 2 + r));
+            s.top[r] = four_words(Top::place(from + kTopAt, row, chunk * 2 + r));
+        }
+        const int of_256 = (kK == 256 ? chunk : (int)(stage % 2)) * 2 + t / 2;
+        const u32 at = (u32)(u64)d + (u32)row * d_stride + stage * (u32)kK / 256 * 2;
+        const u32 two = *(const u16*)(from + kScalesAt + row * 16 + (of_256 * 2 + t % 2) * 2) ^ 0x8080u;  // signed to offset 128
+        s.scales = half2_mul(tp_half2_fma(tp_byte_perm(two, magic, 0x4140), kHalfOne, 0xe480e480u), *(const u16*)(from + kDAt + row * 4 + (at & 2)) * 0x10001u);
+        s.nibble = t / 2 * 4, s.shift = (t % 2 + t / 2 * 2) * 2;
+    }
+};
+template <int kType, int kThreads, int kRows, int kK>
+struct FewHalves {
+    using Plane = FewPlane<kThreads, kRows, kK / 8, 16, kByFours>;
+    Plane plane;
+    i64 k;
+    TP_MEMBER FewHalves(const Matrix& w, i64 matrix, i64 row0, int thread) : plane(w, 0, matrix, row0, thread), k(w.k) {}
+    TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int thread) const {
+        plane.bring(at, (i64)stage * Plane::kRowBytes, (i64)stage * kK + thread % (kK / 8) * 8 < k);
+    }
+    TP_MEMBER void take(FewStrip<kType>& s, const char* from, u32, int row, int chunk, int t, u32) const {
+        for (int i = 0; i < 4; ++i) s.q[i] = four_words(Plane::place(from, row, chunk * 16 + t * 4 + i));
+    }
+};
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kF16, kThreads, kRows, kK> : FewHalves<kF16, kThreads, kRows, kK> {
+    using FewHalves<kF16, kThreads, kRows, kK>::FewHalves;
+};
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kBF16, kThreads, kRows, kK> : FewHalves<kBF16, kThreads, kRows, kK> {
+    using FewHalves<kBF16, kThreads, kRows, kK>::FewHalves;
+};
+
+/// x in the ring: 128 bytes a column and step of 64 of k; every other step's lie so that the lanes of a quarter warp meet no bank twice (strips take
+/// their x 32 or 16 halves apart). Beyond k all is zero.
+template <int kType, int kColumns, int kThreads, int kChunks>
+struct FewX {
+    static constexpr int kUnits = kColumns * 8, kApart = kColumns * 128 + (kType == kQ4_K ? 64 : 32), kChunkBytes = few_chunk_bytes(kColumns);
+    static constexpr int kTimes = 2 * kChunks * kUnits / kThreads;
+    static_assert(kUnits % kThreads == 0 || kThreads == 2 * kUnits);
+    const char* from;
+    int first;  // of this thread's steps in a stage
+    u32 at, step_bytes;
+    TP_MEMBER FewX(const char* xh, u32 step_bytes, int thread)
+        : from(xh + (u32)(thread / kUnits) * step_bytes + thread % kUnits * 16), first(thread / kUnits),
+          at((u32)(thread / kUnits * kApart + thread % kUnits * 16)), step_bytes(step_bytes) {}
+    TP_MEMBER void bring(TpSharedAt to, u32 stage, u32 steps) const {
+        const char* p = from + (i64)(stage * 2 * kChunks) * step_bytes;
+        const TpSharedAt place = to + at;
+#pragma unroll
+        for (int j = 0; j < kTimes; ++j) {
+            const int step = j * kThreads / kUnits, rest = j * kThreads % kUnits * 16;
+            tp_copy_async_or_zero(place + (u32)(step / 2 * kChunkBytes + step % 2 * kApart + rest), p + (u32)step * step_bytes + rest,
+                                  stage * 2 * kChunks + (u32)(first + step) < steps);
+        }
+    }
+};
+
+/// Stages [first, end) of the rows from row0 on of a matrix, times columns that lie in panels, step_bytes between steps of 64. store(row, column, y):
+/// row of the matrix, column below kColumns. early: x is the work of the kernel before, the weights were not.
+template <int kType, int kColumns, bool kEarly, class Store>
+TP_DEVICE void few_product(const Matrix& w, i64 matrix, i64 row0, const char* xh, u32 step_bytes, u32 first, u32 end, u32 n_stages, const Store& store) {
+    constexpr FewShape kShape = few_shape(kType, kColumns);
+    constexpr int kThreads = kShape.threads, kRows = kShape.rows, kK = kShape.k, kChunks = kK / 128, kRowWarps = kRows / 32, kXAt = kRows * kShape.row_bytes;
+    using X = FewX<kType, kColumns, kThreads, kChunks>;
     TP_DYN_SHARED(char, ring);
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-    i64 row0, before;
-    const MulVecPart& p = a.wide.part[few_part(a, blockIdx.x, row0, before)];
-    const u32 steps = (u32)((a.wide.k + kTileStep - 1) / kTileStep), first = blockIdx.y * (u32)a.chunks, chunks_of_all = (steps + 1) / 2;
-    const u32 end = first + (u32)a.chunks < chunks_of_all ? first + (u32)a.chunks : chunks_of_all;
-    auto bring_x = [&](u32 chunk) {
-        if (chunk < end) {
-            char* to = ring + chunk % kFewStages * kStage;
-            for (int i = thread; i < 2 * kColumns * 8; i += kFewThreads) {
-                const int half = i / (kColumns * 8), at = i % (kColumns * 8) * 16;
-                const u32 step = 2 * chunk + (u32)half < steps ? 2 * chunk + (u32)half : steps - 1;  // beyond k: anything finite, times a zero
-                tp_copy_async(to + half * kApart + at, a.wide.xh + (i64)step * kPanelBytes + at);
-            }
+    const u32 magic = tp_in_register(0x64646464u);
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4, rows = warp % kRowWarps * 32, chunk = warp / kRowWarps;
+    const u32 steps = (u32)((w.k + kTileStep - 1) / kTileStep), ahead = n_stages - 1;
+    const FewWeights<kType, kThreads, kRows, kK> weights(w, matrix, row0, thread);
+    const X columns(xh, step_bytes, thread);
+    const TpSharedAt ring_at(ring);
+    for (u32 i = 0; i < ahead && first + i < end; ++i) weights.bring(ring + i * kShape.bytes, ring_at + i * kShape.bytes, first + i, thread);
+    if (kEarly) tp_grid_wait();
+    for (u32 i = 0; i < ahead; ++i) {
+        if (first + i < end) columns.bring(ring_at + (i * kShape.bytes + kXAt), first + i, steps);
+        tp_copy_commit();
+    }
+    float acc[2][kColumns / 8][4] = {};
+    u32 slot = 0, behind = ahead * kShape.bytes;  // behind: where the stage before was, which all warps have multiplied
+    for (u32 stage = first; stage < end; ++stage) {
+        if (ahead == 1) tp_copy_wait_but<0>();
+        else if (ahead == 2) tp_copy_wait_but<1>();
+        else tp_copy_wait_but<2>();
+        __syncthreads();
+        if (stage + ahead < end) {
+            weights.bring(ring + behind, ring_at + behind, stage + ahead, thread);
+            columns.bring(ring_at + (behind + kXAt), stage + ahead, steps);
         }
         tp_copy_commit();
-    };
-    const char* plane[4][4];
+        const char* from = ring + slot;
+        behind = slot;
+        slot = slot == ahead * kShape.bytes ? 0 : slot + kShape.bytes;
+        FewStrip<kType> strip[4];
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-        const i64 row = row0 + warp * 32 + r * 8 + g, inside = row < p.w.n ? row : p.w.n - 1;
+        for (int r = 0; r < 4; ++r) weights.take(strip[r], from, stage, rows + r * 8 + g, chunk, t, magic);
+        const char* x = from + kXAt + chunk * X::kChunkBytes + t / 2 * X::kApart + g * 128;
 #pragma unroll
-        for (int f = 0; f < 4; ++f) plane[r][f] = p.w.plane[f] + inside * p.w.row_stride[f];
-    }
-    Strip<kType> strip[4], next[4];
-    auto load = [&](u32 chunk) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) load_strip<kType>(next[r], plane[r], 2 * chunk + (u32)(t / 2), t % 2, a.wide.k);
-    };
-    float acc[2][kColumns / 8][4] = {};
-    load(first);
-#pragma unroll
-    for (int i = 0; i < kFewStages - 1; ++i) bring_x(first + (u32)i);
-    for (u32 chunk = first; chunk < end; ++chunk) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) strip[r] = next[r];
-        if (chunk + 1 < end) load(chunk + 1);
-        tp_copy_wait_but<kFewStages - 2>();
-        __syncthreads();
-        bring_x(chunk + kFewStages - 1);  // where the chunk before was, which all warps have multiplied
-        const char* x = ring + chunk % kFewStages * kStage + t / 2 * kApart + g * 128;
-        const u32 step = 2 * chunk + (u32)(t / 2);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            u32 w[4][8];
-#pragma unroll
-            for (int row = 0; row < 4; ++row) strip[row].run(step, t % 2, r, w[row]);
+        for (int r = 0; r < 2; ++r)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
+                u32 halves[4][4];
+#pragma unroll
+                for (int row = 0; row < 4; ++row) strip[row].run(magic, r, i, halves[row]);
                 const int unit = (Strip<kType>::place(t % 2, r) / 8 + i) ^ g;
 #pragma unroll
                 for (int n = 0; n < kColumns / 8; ++n) {
-                    const TpInt4 v = *(const TpInt4*)(x + n * 1024 + unit * 16);
+                    const TpInt4 v = four_words(x + n * 1024 + unit * 16);
                     const u32 b[2][2] = {{(u32)v.x, (u32)v.y}, {(u32)v.z, (u32)v.w}};
 #pragma unroll
                     for (int m = 0; m < 2; ++m)
 #pragma unroll
                         for (int h = 0; h < 2; ++h) {
-                            const int at = 4 * i + 2 * h;
-                            const u32 fragment[4] = {w[2 * m][at], w[2 * m + 1][at], w[2 * m][at + 1], w[2 * m + 1][at + 1]};
+                            const u32 fragment[4] = {halves[2 * m][2 * h], halves[2 * m + 1][2 * h], halves[2 * m][2 * h + 1], halves[2 * m + 1][2 * h + 1]};
                             if constexpr (kType == kBF16) tp_mma_bf16(acc[m][n], fragment, b[h]);
                             else tp_mma_f16(acc[m][n], fragment, b[h]);
                         }
                 }
             }
+    }
+    if constexpr (kChunks > 1) {  // the warps of a stage's second half leave their sums to those of the first
+        static_assert(kChunks == 2);
+        float* const sums = (float*)ring + rows * kColumns + lane;
+        tp_copy_wait();
+        __syncthreads();  // the ring is free
+        if (chunk) {
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) sums[i * 32] = acc[i / (kColumns / 2)][i / 4 % (kColumns / 8)][i % 4];
         }
+        __syncthreads();
+        if (chunk) return;
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) acc[i / (kColumns / 2)][i / 4 % (kColumns / 8)][i % 4] += sums[i * 32];
     }
 #pragma unroll
     for (int m = 0; m < 2; ++m)
@@ -103,20 +381,53 @@ TP_DEVICE void mul_few(const MulPiecesArgs& a) {
         for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const i64 row = row0 + warp * 32 + m * 16 + g + e / 2 * 8, column = n * 8 + 2 * t + e % 2;
-                if (row >= p.w.n || column >= a.wide.m) continue;
-                const float y = acc[m][n][e] * kUnhalved<kType>;
-                if (a.n_pieces > 1) a.sums[((i64)blockIdx.y * a.wide.m + column) * a.n_rows + before + row] = y;
-                else *(float*)(p.y.data + row * p.y.nb[0] + column * p.y.nb[1]) = y;
+                const i64 row = row0 + rows + m * 16 + g + e / 2 * 8;
+                if (row < w.n) store(row, n * 8 + 2 * t + e % 2, acc[m][n][e] * kUnhalved<kType>);
             }
+}
+
+template <int kType, int kColumns>
+TP_DEVICE void mul_few(const MulPiecesArgs& a) {
+    constexpr FewShape kShape = few_shape(kType, kColumns);
+    i64 row0, before;
+    const MulVecPart& p = few_part(a, blockIdx.x, kShape.rows, row0, before);
+    const u32 all = (u32)((a.wide.k + kShape.k - 1) / kShape.k), stages = (u32)(a.chunks * 128 / kShape.k), first = blockIdx.y * stages,
+              end = first + stages < all ? first + stages : all;
+    few_product<kType, kColumns, true>(p.w, 0, row0, a.wide.xh, kPanelBytes, first, end, (u32)a.n_stages, [&](i64 row, i64 column, float y) {
+        if (column >= a.wide.m) return;
+        if (a.n_pieces > 1) a.sums[((i64)blockIdx.y * a.wide.m + column) * a.n_rows + before + row] = y;
+        else *(float*)(p.y.data + row * p.y.nb[0] + column * p.y.nb[1]) = y;
+    });
+}
+
+/// A tile of an expert's entries. The grid is for the worst case: blocks without a tile leave.
+template <int kType, int kColumns>
+TP_DEVICE void mul_few_entries(const MulTileIdArgs& a) {
+    constexpr FewShape kShape = few_shape(kType, kColumns);
+    if ((i32)blockIdx.y >= *a.n_tiles) return;
+    const ExpertTile& tile = a.tiles[blockIdx.y];
+    const TileEntries entries{a, a.entries + tile.first, tile.count, (i64)blockIdx.y};
+    const i64 steps = (a.w.k + kTileStep - 1) / kTileStep;
+    const u32 step_bytes = (u32)kColumns * 128, all = (u32)((a.w.k + kShape.k - 1) / kShape.k);
+    few_product<kType, kColumns, false>(a.w, tile.expert, (i64)blockIdx.x * kShape.rows, a.xh + entries.panel() * steps * step_bytes, step_bytes, 0, all,
+                                        (u32)a.n_stages, [&](i64 row, i64 column, float y) {
+                                            if (entries.has(column)) *(float*)entries.y(row, column) = y;
+                                        });
 }
 
 }  // namespace ggml_tp
 
-#define MUL_FEW(name, type)                                                                  \
-    TP_KERNEL(mul_few_##name##_16, MulPiecesArgs, 128) { ggml_tp::mul_few<type, 16>(args); } \
-    TP_KERNEL(mul_few_##name##_32, MulPiecesArgs, 128) { ggml_tp::mul_few<type, 32>(args); } \
-    TP_KERNEL(mul_few_##name##_64, MulPiecesArgs, 128) { ggml_tp::mul_few<type, 64>(args); }
+#define MUL_FEW_OF(name, type, columns)                                                                                              \
+    TP_KERNEL_EARLY_RESIDENT(mul_few_##name##_##columns, MulPiecesArgs, ggml_tp::few_shape(type, columns).threads, ggml_tp::few_shape(type, columns).blocks) { \
+        ggml_tp::mul_few<type, columns>(args);                                                                                       \
+    }
+#define MUL_FEW(name, type)                                                                                                                              \
+    MUL_FEW_OF(name, type, 16)                                                                                                                           \
+    MUL_FEW_OF(name, type, 32)                                                                                                                           \
+    MUL_FEW_OF(name, type, 64)                                                                                                                           \
+    TP_KERNEL_RESIDENT(mul_few_id_##name, MulTileIdArgs, ggml_tp::few_shape(type, ggml_tp::kFewEntries).threads, ggml_tp::few_shape(type, ggml_tp::kFewEntries).blocks) { \
+        ggml_tp::mul_few_entries<type, ggml_tp::kFewEntries>(args);                                                                                      \
+    }
 
 MUL_FEW(q4_0, ggml_tp::kQ4_0)
 MUL_FEW(q8_0, ggml_tp::kQ8_0)

@@ -4,27 +4,63 @@
 
 namespace ggml_tp {
 
-constexpr int kFewRows = 128, kFewThreads = 128;
-constexpr int kFewStages = 4;       // chunks of x in shared memory
 constexpr i64 kFewLeast = 6;        // columns that mul_vec takes where it can (docs/decisions.md)
 constexpr i64 kFewColumns = 64;     // at most; mul_tile and mul_wgmma take more
-constexpr int kFewBlocks = 2;       // of a multiprocessor
 constexpr i32 kFewLeastChunks = 4;  // of a piece of k: 512
+
+constexpr int few_chunk_bytes(int columns) { return 2 * columns * 128 + 64; }  // of x for 128 of k
+
+/// What a block is: `rows` of weights, and of them and of x `k` a stage of its ring, which a warp has 32 rows and 128 of. 18 to 41 KB of weights
+/// a stage; of 64 columns twice the rows, as every block reads all of x.
+struct FewShape {
+    int rows, k, threads;
+    int blocks;     // of a multiprocessor, that registers leave room for: the sums of 64 columns are half of what 16 warps have
+    int row_bytes;  // of a row's k, with the scales of the 256 that it is part of
+    int bytes;      // of a stage
+};
+constexpr FewShape few_shape(i32 type, int columns) {
+    const bool wide = type == kQ4_0 || type == kQ4_K || type == kQ6_K;
+    FewShape s{wide && columns == 64 ? 256 : 128, wide && columns < 64 ? 256 : 128, wide ? 256 : 128, 0, 0, 0};
+    s.blocks = (columns < 64 ? 512 : 256) / s.threads;
+    s.row_bytes = type == kQ6_K ? s.k / 2 + s.k / 4 + 16 + 4 : type == kQ8_0 ? s.k + 16 : wide ? s.k / 2 + 16 : s.k * 2;
+    s.bytes = s.rows * s.row_bytes + s.k / 128 * few_chunk_bytes(columns);
+    return s;
+}
+constexpr int few_columns(i64 m) { return m <= 16 ? 16 : m <= 32 ? 32 : 64; }
+
+/// Blocks of a multiprocessor, and stages of each one's ring: what its shared memory holds of few_shape's blocks, at most four stages.
+struct FewRing {
+    int blocks, stages;
+};
+constexpr FewRing few_ring(const FewShape& shape, Arch arch) {
+    const int kb = arch.cc >= 900 && arch.cc < 1200 ? 227 : arch.cc == 800 || arch.cc == 870 ? 163 : 99;  // CUDA C++ Programming Guide, "Technical Specifications"
+    FewRing ring{shape.blocks, 0};
+    for (;; --ring.blocks) {
+        ring.stages = (kb / ring.blocks - 1) * 1024 / shape.bytes;  // each block takes 1 KB more
+        if (ring.stages >= 2 || ring.blocks == 1) break;
+    }
+    if (ring.stages > 4) ring.stages = 4;
+    return ring;
+}
 
 /// Whether a product is the kind that mul_few computes: mul_tile's kind, of few columns.
 inline bool mul_few_can(const MulMatArgs& a, Arch arch) { return a.x.ne[1] <= kFewColumns && mul_tile_can(a, arch); }
 
-inline i64 few_row_blocks(const MulPiecesArgs& a) { return row_tiles(a.wide, kFewRows); }
+inline FewShape few_shape(const MulPiecesArgs& a) { return few_shape(a.wide.part[0].w.type, few_columns(a.wide.m)); }
 /// Divides k where the rows alone leave multiprocessors idle. The division depends on shapes and device alone, so results repeat.
 inline void few_divide(MulPiecesArgs& a, Arch arch) {
-    const i64 blocks = few_row_blocks(a), chunks = piece_chunks(a.wide.k);
-    i64 pieces = blocks > 0 ? (i64)arch.n_sm * kFewBlocks / blocks : 1;
-    const i64 most = chunks / kFewLeastChunks;
-    pieces = pieces > most ? most : pieces;
-    divide_pieces(a, pieces);
+    const FewShape shape = few_shape(a);
+    const FewRing ring = few_ring(shape, arch);
+    const i64 blocks = row_tiles(a.wide, shape.rows), most = piece_chunks(a.wide.k) / kFewLeastChunks;
+    const i64 pieces = blocks > 0 ? (i64)arch.n_sm * ring.blocks / blocks : 1;
+    divide_pieces(a, pieces > most ? most : pieces, shape.k / 128);
+    a.n_stages = ring.stages;
 }
 /// Bytes of `sums`, whatever else is joined to a product of m columns.
-inline i64 few_sums_bytes(i64 m, Arch arch) { return (i64)arch.n_sm * kFewBlocks * kFewRows * m * 4; }
+inline i64 few_sums_bytes(const MulPiecesArgs& a, Arch arch) {
+    const FewShape shape = few_shape(a);
+    return (i64)arch.n_sm * few_ring(shape, arch).blocks * shape.rows * a.wide.m * 4;
+}
 
 inline Launch mul_few_launch(const MulPiecesArgs& a, Arch) {
     struct Row {
@@ -37,15 +73,42 @@ inline Launch mul_few_launch(const MulPiecesArgs& a, Arch) {
         {kF16, {"mul_few_f16_16", "mul_few_f16_32", "mul_few_f16_64"}},     {kBF16, {"mul_few_bf16_16", "mul_few_bf16_32", "mul_few_bf16_64"}},
     };
     Launch out;
-    const int at = a.wide.m <= 16 ? 0 : a.wide.m <= 32 ? 1 : 2, columns = 16 << at;
+    const FewShape shape = few_shape(a);
+    const int columns = few_columns(a.wide.m), at = columns == 16 ? 0 : columns == 32 ? 1 : 2;
     for (const Row& row : kRows)
         if (row.type == a.wide.part[0].w.type) out.kernel = row.kernel[at];
-    const i64 blocks = few_row_blocks(a);
+    const i64 blocks = row_tiles(a.wide, shape.rows);
     if (blocks > 0x7fffffff || a.n_pieces > 65535) return {};
     out.grid[0] = (u32)blocks;
     out.grid[1] = (u32)a.n_pieces;
-    out.block[0] = kFewThreads;
-    out.shared_bytes = (u32)(kFewStages * (2 * columns * 128 + 64));
+    out.block[0] = (u32)shape.threads;
+    out.shared_bytes = (u32)(a.n_stages * shape.bytes);
+    return out;
+}
+
+/// Columns of a tile of experts' entries, and the most entries of an expert, on average, for which such tiles are taken (docs/decisions.md).
+constexpr int kFewEntries = 16;
+constexpr i64 kFewMostEntries = 8;
+inline bool mul_few_id_can(const MulIdArgs& a, Arch arch) { return mul_tile_id_can(a, arch) && a.y.ne[1] * a.y.ne[2] <= kFewMostEntries * a.w.ne2; }
+
+inline Launch mul_few_id_launch(MulTileIdArgs& a, Arch arch) {
+    struct Row {
+        i32 type;
+        const char* kernel;
+    };
+    static constexpr Row kRows[] = {
+        {kQ4_0, "mul_few_id_q4_0"}, {kQ8_0, "mul_few_id_q8_0"}, {kQ4_K, "mul_few_id_q4_K"},
+        {kQ6_K, "mul_few_id_q6_K"}, {kF16, "mul_few_id_f16"},   {kBF16, "mul_few_id_bf16"},
+    };
+    Launch out;
+    const FewShape shape = few_shape(a.w.type, kFewEntries);
+    for (const Row& row : kRows)
+        if (row.type == a.w.type) out.kernel = row.kernel;
+    a.n_stages = few_ring(shape, arch).stages;
+    out.grid[0] = (u32)((a.w.n + shape.rows - 1) / shape.rows);
+    out.grid[1] = (u32)most_tiles(a.y.ne[1] * a.y.ne[2], a.w.ne2, kFewEntries);
+    out.block[0] = (u32)shape.threads;
+    out.shared_bytes = (u32)(a.n_stages * shape.bytes);
     return out;
 }
 

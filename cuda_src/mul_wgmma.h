@@ -31,11 +31,11 @@ inline i64 row_tiles(const MulWideArgs& a, i64 rows) {
 /// Of 128 of k.
 inline i64 piece_chunks(i64 k) { return ((k + kTileStep - 1) / kTileStep + 1) / 2; }
 
-/// Divides k in at most `pieces`, at least one.
-inline void divide_pieces(MulPiecesArgs& a, i64 pieces) {
+/// Divides k in at most `pieces`, at least one, of whole `unit`s of chunks.
+inline void divide_pieces(MulPiecesArgs& a, i64 pieces, i64 unit = 1) {
     const i64 chunks = piece_chunks(a.wide.k);
     if (pieces < 1) pieces = 1;
-    a.chunks = (i32)((chunks + pieces - 1) / pieces);
+    a.chunks = (i32)(((chunks + pieces - 1) / pieces + unit - 1) / unit * unit);
     a.n_pieces = (i32)((chunks + a.chunks - 1) / a.chunks);
     a.n_rows = 0;
     for (int i = 0; i < a.wide.n_parts; ++i) a.n_rows += a.wide.part[i].w.n;

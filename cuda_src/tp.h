@@ -55,6 +55,7 @@ using ggml_tp::u64;
 #define TP_KERNEL_RESIDENT(name, Args, max_threads, blocks) TP_KERNEL_BODY(name, Args, tp_grid_wait(), max_threads, blocks)
 // A kernel that calls tp_grid_wait itself, after it has begun to read what no kernel of the graph writes: weights.
 #define TP_KERNEL_EARLY(name, Args, max_threads) TP_KERNEL_BODY(name, Args, (void)0, max_threads)
+#define TP_KERNEL_EARLY_RESIDENT(name, Args, max_threads, blocks) TP_KERNEL_BODY(name, Args, (void)0, max_threads, blocks)
 // A kernel whose blocks wait for each other: all of them are on the device at once.
 #define TP_KERNEL_COOPERATIVE(name, Args, max_threads) TP_KERNEL_BODY(name, Args, (void)0, max_threads)
 #define TP_DYN_SHARED(T, name)                                \
@@ -202,18 +203,15 @@ TP_DEVICE TpInt4 tp_load_peer(const char* p) {
 }
 TP_DEVICE void tp_spin() {}
 TP_DEVICE u32 tp_byte_perm(u32 x, u32 y, u32 selector) { return __byte_perm(x, y, selector); }
+/// A constant that the compiler does not know, as blocks are not that high: what it knows it puts into instructions, and their other operands that do
+/// not fit there beside it into registers, again and again.
+TP_DEVICE u32 tp_in_register(u32 v) { return v + threadIdx.z; }
 #if __CUDA_ARCH__ >= 700
 TP_DEVICE u32 tp_shared_address(const void* p) {
     u32 address;
     asm("{ .reg .u64 p; cvta.to.shared.u64 p, %1; cvt.u32.u64 %0, p; }" : "=r"(address) : "l"(p));
     return address;
 }
-#endif
-#if __CUDA_ARCH__ >= 900
-/// A barrier in shared memory (mbarrier): a phase ends when `count` arrivals and all announced bytes are there.
-struct TpBarrier {
-    u64 word;
-};
 /// Where something is in shared memory: an address of 32 bits. Of a pointer the compiler finds the upper half again at each use, which takes 35
 /// cycles, and throws it away; volatile, as it would not be kept either.
 struct TpSharedAt {
@@ -224,6 +222,12 @@ struct TpSharedAt {
         other.address += bytes;
         return other;
     }
+};
+#endif
+#if __CUDA_ARCH__ >= 900
+/// A barrier in shared memory (mbarrier): a phase ends when `count` arrivals and all announced bytes are there.
+struct TpBarrier {
+    u64 word;
 };
 /// A barrier, or the first of some.
 struct TpBarrierAt {
@@ -305,6 +309,13 @@ TP_DEVICE void tp_copy_async(void* to, const void* from) {
 /// The same; zeros where not `inside`, and nothing is read.
 TP_DEVICE void tp_copy_async_or_zero(void* to, const void* from, bool inside) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tp_shared_address(to)), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
+TP_DEVICE void tp_copy_async_or_zero(TpSharedAt to, const void* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
+/// Four aligned bytes, of which the first `bytes` (0 to 4) are read and the others zero.
+TP_DEVICE void tp_copy_async_four(TpSharedAt to, const void* from, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to.address), "l"(from), "r"(bytes) : "memory");
 }
 /// Ends a group of them; tp_copy_wait_but<n> waits for all groups but the last n.
 TP_DEVICE void tp_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

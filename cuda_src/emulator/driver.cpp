@@ -208,7 +208,10 @@ API int tp_emulator_configure(int n_devices, int compute_capability, unsigned lo
     return kOk;
 }
 /// Dynamic shared memory that a block may ask for; as on the GPUs of those architectures.
-static unsigned most_shared() { return world().compute_capability >= 900 ? 227u << 10 : 99u << 10; }
+static unsigned most_shared() {
+    const int cc = world().compute_capability;
+    return (cc >= 900 && cc < 1200 ? 227u : cc == 800 || cc == 870 ? 163u : 99u) << 10;
+}
 API int cuInit(unsigned) { return world().n_devices ? kOk : kNotInitialized; }
 API int cuDriverGetVersion(int* v) { return *v = 12090, kOk; }
 API int cuGetErrorString(int code, const char** text) {

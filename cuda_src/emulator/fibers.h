@@ -106,6 +106,7 @@ bool run(const Kernel& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_byte
 #define TP_KERNEL_RESIDENT(name, Args, max_threads, blocks) TP_KERNEL(name, Args, max_threads)
 #define TP_KERNEL_COOPERATIVE(name, Args, max_threads) TP_KERNEL_OF_KIND(name, Args, max_threads, true)
 #define TP_KERNEL_EARLY(name, Args, max_threads) TP_KERNEL(name, Args, max_threads)
+#define TP_KERNEL_EARLY_RESIDENT(name, Args, max_threads, blocks) TP_KERNEL(name, Args, max_threads)
 static inline void tp_grid_wait() {}
 static inline u64 tp_nanoseconds() { return static_cast<u64>(std::chrono::steady_clock::now().time_since_epoch().count()); }
 static inline u64 tp_cycles() { return tp_nanoseconds(); }
@@ -167,6 +168,7 @@ static inline u64 tp_read_once() { return 0; }
 static inline void tp_bulk_load_once(void* to, const char* from, u32 bytes, TpBarrier* b, u64) { tp_bulk_load(to, from, bytes, b); }
 static inline void tp_copy_async(void* to, const void* from) { std::memcpy(to, from, 16); }
 static inline void tp_copy_async_or_zero(void* to, const void* from, bool inside) { inside ? std::memcpy(to, from, 16) : std::memset(to, 0, 16); }
+static inline void tp_copy_async_four(void* to, const void* from, int bytes) { std::memset(to, 0, 4), std::memcpy(to, from, static_cast<size_t>(bytes)); }
 static inline void tp_copy_commit() {}
 template <int n>
 static inline void tp_copy_wait_but() {}
@@ -186,6 +188,7 @@ static inline void tp_store_tagged(u64* p, float value, u32 tag) {
     __atomic_store_n(p, static_cast<u64>(tag) << 32 | bits, __ATOMIC_RELAXED);
 }
 static inline u64 tp_load_tagged(const u64* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline u32 tp_in_register(u32 v) { return v; }
 static inline u32 tp_count(u32* p) { return tp_emulator::count(p); }
 static inline u32 tp_peek(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 static inline void tp_poke(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }

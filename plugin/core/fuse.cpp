@@ -346,7 +346,7 @@ bool chain_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
 
 bool is_mul_vec_id(const char* kernel) { return std::strncmp(kernel, "mul_vec_id_", 11) == 0; }
 bool is_mul_vec(const char* kernel) { return std::strncmp(kernel, "mul_vec_", 8) == 0 && !is_mul_vec_id(kernel); }
-bool is_mul_few(const char* kernel) { return std::strncmp(kernel, "mul_few_", 8) == 0; }
+bool is_mul_few(const char* kernel) { return std::strncmp(kernel, "mul_few_", 8) == 0 && std::strncmp(kernel, "mul_few_id_", 11) != 0; }
 bool is_mul_wgmma(const char* kernel) { return std::strncmp(kernel, "mul_wgmma_", 10) == 0 && std::strncmp(kernel, "mul_wgmma_id_", 13) != 0; }
 bool is_add(const char* kernel) { return std::strcmp(kernel, "binary_add") == 0; }
 bool is_mul(const char* kernel) { return std::strcmp(kernel, "binary_mul") == 0; }

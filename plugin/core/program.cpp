@@ -176,7 +176,7 @@ void lower_tiles(const Site& s, Lowered& out, const MulMatArgs& args, const Quan
         out.add(panels ? halve_panels_launch(prepare, bf16, s.arch) : halve_launch(prepare, bf16, s.arch), prepare);
     if (!panels) return out.add(mul_tile_launch(tile, s.arch), tile);
     MulPiecesArgs product = mul_pieces_args(tile, nullptr);
-    if (const i64 bytes = few ? few_sums_bytes(tile.m, s.arch) : wide_sums_bytes(product, s.arch)) {
+    if (const i64 bytes = few ? few_sums_bytes(product, s.arch) : wide_sums_bytes(product, s.arch)) {
         product.sums = reinterpret_cast<float*>(s.partials + static_cast<u64>(sums_at));
         out.partial_bytes = std::max(out.partial_bytes, sums_at + bytes);
     }
@@ -235,7 +235,8 @@ void lower_mul_mat(const Site& s, Lowered& out) {
 }
 
 void lower_expert_tiles(const Site& s, Lowered& out, const MulIdArgs& args, const QuantizeArgs& prepare) {
-    const i32 columns = tile_columns(args);
+    const bool few = mul_few_id_can(args, s.arch);
+    const i32 columns = few ? kFewEntries : tile_columns(args);
     const i64 entries = args.y.ne[1] * args.y.ne[2], entries_bytes = round_up(entries * 4, kScratchAlign);
     char* place = reinterpret_cast<char*>(s.partials);
     GroupArgs group{};
@@ -260,7 +261,7 @@ void lower_expert_tiles(const Site& s, Lowered& out, const MulIdArgs& args, cons
     tile.n_used = static_cast<i32>(args.y.ne[1]);
     tile.x_per_slot = args.x.ne[1] > 1;
     const bool bf16 = args.w.type == kBF16;
-    if (s.arch.wgmma) {
+    if (few || s.arch.wgmma) {
         const i64 tiles = most_tiles(entries, args.w.ne2, columns);
         const HalveEntriesArgs halve{args.x,       prepare.xq, group.entries, group.tiles,     group.n_tiles, args.w.k,
                                      args.k_begin, args.k_end, tile.n_used,   tile.x_per_slot, columns,       0};
@@ -272,7 +273,10 @@ void lower_expert_tiles(const Site& s, Lowered& out, const MulIdArgs& args, cons
         out.prepared = bf16 ? Prepared::kBf16 : Prepared::kHalf;
         if (s.prepared != out.prepared) out.add(halve_launch(prepare, bf16, s.arch), prepare);
     }
-    auto multiply = [&] { out.add(s.arch.wgmma ? mul_wgmma_id_launch(tile, columns, s.arch) : mul_tile_id_launch(tile, columns, s.arch), tile); };
+    auto multiply = [&] {
+        const Launch launch = few ? mul_few_id_launch(tile, s.arch) : s.arch.wgmma ? mul_wgmma_id_launch(tile, columns, s.arch) : mul_tile_id_launch(tile, columns, s.arch);
+        out.add(launch, tile);
+    };
     if (mul_tile_id_can(args, s.arch)) return multiply();
     const i64 step = halved_rows(args.w);
     char* halves = place + round_up(out.partial_bytes, kScratchAlign);
