@@ -62,12 +62,11 @@ TP_DEVICE void chain_step(const ChainStep& s, u32* fault, u32* keys) {
                 if (lane == 0) set(s.y, row, sum);
             });
         case ChainOp::kArgsort:
-            for (u32 row = 0; row < (u32)(s.y.ne[1] * s.y.ne[2] * s.y.ne[3]); ++row) {
-                const Index first = row_index(row, s.y.ne);
-                if (row) __syncthreads();  // the keys of the row before
-                argsort_row(element_at(s.a, first), s.a.nb[0], s.a.ne[0], s.p0 != 0.0f, element_at(s.y, first), s.y.nb[0], s.y.ne[0], keys);
-            }
-            return;
+            return sort_rows((u32)(s.y.ne[1] * s.y.ne[2] * s.y.ne[3]), (u32)s.a.ne[0], [&](u32 row) { return element_at(s.a, row_index(row, s.y.ne)); },
+                             s.a.nb[0], s.p0 != 0.0f, keys,
+                             [&](u32 row, u32 place, u32 i, u32) {
+                                 if (place < s.y.ne[0]) *(i32*)(element_at(s.y, row_index(row, s.y.ne)) + (i64)place * s.y.nb[0]) = (i32)i;
+                             });
         case ChainOp::kGetRows:
             return for_each(s.y, [&](const Index& i) {
                 const i32 row = *(const i32*)element_at(s.b, {i.i1, i.i2, i.i3, 0});
@@ -82,8 +81,9 @@ TP_DEVICE void chain_step(const ChainStep& s, u32* fault, u32* keys) {
 
 using namespace ggml_tp;
 
-TP_KERNEL(chain, ChainArgs, kChainThreads) {
-    __shared__ u32 keys[kChainRow];
+TP_KERNEL(chain, ChainArgs, kChainMostThreads) {
+    __shared__ TpInt4 sorted[kChainElems / 4];
+    u32* const keys = (u32*)sorted;
     if (blockIdx.x == 0) {
         for (int i = 0; i < args.n_steps; ++i) {
             if (i) __syncthreads();

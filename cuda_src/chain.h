@@ -6,7 +6,7 @@ namespace ggml_tp {
 
 constexpr i64 kChainElems = 2048;  // of any tensor of a chain: more is worth a launch of its own
 constexpr i64 kChainRow = 1024;    // of a row to sort
-constexpr u32 kChainThreads = 256;
+constexpr u32 kChainThreads = 256, kChainMostThreads = 1024;
 
 inline bool chain_can(const ChainStep& s) {
     const bool sorts = s.op == ChainOp::kArgsort, two = s.op <= ChainOp::kDiv || s.op == ChainOp::kGetRows;
@@ -25,8 +25,12 @@ inline bool chain_can_quantize(const QuantizeArgs& q) {
 inline Launch chain_launch(const ChainArgs& a, Arch) {
     Launch l;
     l.kernel = "chain";
-    l.block[0] = kChainThreads;
-    if (a.quantize.xq) l.grid[0] += (u32)((n_rows(a.quantize.x) * ((a.quantize.k + 127) / 128) + kChainThreads / 32 - 1) / (kChainThreads / 32));
+    // One token's rows are a few hundred elements, and a barrier of few warps is a short one; several tokens' are for a whole multiprocessor.
+    i64 most = 0;
+    for (int i = 0; i < a.n_steps; ++i) most = n_elements(a.step[i].a) > most ? n_elements(a.step[i].a) : most;
+    l.block[0] = most <= 2 * (i64)kChainThreads ? kChainThreads : kChainMostThreads;
+    const i64 warps = l.block[0] / 32;
+    if (a.quantize.xq) l.grid[0] += (u32)((n_rows(a.quantize.x) * ((a.quantize.k + 127) / 128) + warps - 1) / warps);
     return l;
 }
 

@@ -101,7 +101,8 @@ struct FewStrip<kQ8_0> {
     TpInt4 q[2];
     u32 d;
     TP_MEMBER void run(u32 magic, int r, int i, u32 (&out)[4]) const {
-        for (int j = 0; j < 2; ++j) four_halves((u32)(&q[r].x)[2 * i + j] ^ 0x80808080u, magic, kHalfOne, 0xe480e480u, d, 0x80008000u, out + 2 * j);  // of offset 128
+        for (int j = 0; j < 2; ++j)
+            four_halves((u32)(&q[r].x)[2 * i + j] ^ 0x80808080u, magic, kHalfOne, 0xe480e480u, d, 0x80008000u, out + 2 * j);  // of offset 128
     }
 };
 template <>
@@ -160,7 +161,8 @@ struct FewBlocks {
         if (scales.stride % 16 == 0) return scales.bring(at + (u32)kScalesAt, (i64)of_256 * 16, true);
         for (int i = thread; i < kRows * 8; i += kThreads) {
             const i64 block = (i64)of_256 * 8 + i % 8, row = row0 + i / 8;
-            *(u16*)(to + kScalesAt + i * 2) = row < w.n && block * 32 < w.k ? *(const u16*)(w.plane[1] + matrix * w.nb2[1] + row * scales.stride + block * 2) : (u16)0;
+            *(u16*)(to + kScalesAt + i * 2) =
+                row < w.n && block * 32 < w.k ? *(const u16*)(w.plane[1] + matrix * w.nb2[1] + row * scales.stride + block * 2) : (u16)0;
         }
     }
     static TP_MEMBER u32 scale(const char* from, u32 stage, int row, int chunk, int t) {
@@ -208,7 +210,8 @@ struct FewWeights<kQ4_K, kThreads, kRows, kK> {
         const int shift = t / 2 * 16;
         const u32 low = (u32)v.x >> shift, mins = (u32)v.y >> shift, more = (u32)v.z >> shift;
         const bool second = (kK == 256 ? chunk : (int)(stage % 2)) != 0;
-        const u32 scale6 = second ? (more & 0x0f0fu) | (low >> 2 & 0x3030u) : low & 0x3f3fu, min6 = second ? (more >> 4 & 0x0f0fu) | (mins >> 2 & 0x3030u) : mins & 0x3f3fu;
+        const u32 scale6 = second ? (more & 0x0f0fu) | (low >> 2 & 0x3030u) : low & 0x3f3fu,
+                  min6 = second ? (more >> 4 & 0x0f0fu) | (mins >> 2 & 0x3030u) : mins & 0x3f3fu;
         const u32 d = half_pair_of((u32)v.w, 0), m = half_pair_of((u32)v.w, 1) ^ 0x80008000u;
         s.scales = half2_mul(tp_half2_fma(tp_byte_perm(scale6, magic, 0x4140), kHalfOne, 0xe400e400u), d);
         s.mins = half2_mul(tp_half2_fma(tp_byte_perm(min6, magic, 0x4140), kHalfOne, 0xe400e400u), m);
@@ -226,7 +229,11 @@ struct FewWeights<kQ6_K, kThreads, kRows, kK> {
     const char* d;  // of the first row; a thread brings one row's
     u32 d_stride;
     TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread)
-        : low(w, 0, matrix, row0, thread), top(w, 1, matrix, row0, thread), scales(w, 2, matrix, row0, thread), d(w.plane[3] + matrix * w.nb2[3] + row0 * w.row_stride[3]), d_stride((u32)w.row_stride[3]) {
+        : low(w, 0, matrix, row0, thread),
+          top(w, 1, matrix, row0, thread),
+          scales(w, 2, matrix, row0, thread),
+          d(w.plane[3] + matrix * w.nb2[3] + row0 * w.row_stride[3]),
+          d_stride((u32)w.row_stride[3]) {
         static_assert(kRows <= kThreads);
     }
     TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int thread) const {
@@ -285,8 +292,10 @@ struct FewX {
     int first;  // of this thread's steps in a stage
     u32 at, step_bytes;
     TP_MEMBER FewX(const char* xh, u32 step_bytes, int thread)
-        : from(xh + (u32)(thread / kUnits) * step_bytes + thread % kUnits * 16), first(thread / kUnits),
-          at((u32)(thread / kUnits * kApart + thread % kUnits * 16)), step_bytes(step_bytes) {}
+        : from(xh + (u32)(thread / kUnits) * step_bytes + thread % kUnits * 16),
+          first(thread / kUnits),
+          at((u32)(thread / kUnits * kApart + thread % kUnits * 16)),
+          step_bytes(step_bytes) {}
     TP_MEMBER void bring(TpSharedAt to, u32 stage, u32 steps) const {
         const char* p = from + (i64)(stage * 2 * kChunks) * step_bytes;
         const TpSharedAt place = to + at;
@@ -417,16 +426,17 @@ TP_DEVICE void mul_few_entries(const MulTileIdArgs& a) {
 
 }  // namespace ggml_tp
 
-#define MUL_FEW_OF(name, type, columns)                                                                                              \
+#define MUL_FEW_OF(name, type, columns)                                                                                                                        \
     TP_KERNEL_EARLY_RESIDENT(mul_few_##name##_##columns, MulPiecesArgs, ggml_tp::few_shape(type, columns).threads, ggml_tp::few_shape(type, columns).blocks) { \
-        ggml_tp::mul_few<type, columns>(args);                                                                                       \
+        ggml_tp::mul_few<type, columns>(args);                                                                                                                 \
     }
-#define MUL_FEW(name, type)                                                                                                                              \
-    MUL_FEW_OF(name, type, 16)                                                                                                                           \
-    MUL_FEW_OF(name, type, 32)                                                                                                                           \
-    MUL_FEW_OF(name, type, 64)                                                                                                                           \
-    TP_KERNEL_RESIDENT(mul_few_id_##name, MulTileIdArgs, ggml_tp::few_shape(type, ggml_tp::kFewEntries).threads, ggml_tp::few_shape(type, ggml_tp::kFewEntries).blocks) { \
-        ggml_tp::mul_few_entries<type, ggml_tp::kFewEntries>(args);                                                                                      \
+#define MUL_FEW(name, type)                                                                                      \
+    MUL_FEW_OF(name, type, 16)                                                                                   \
+    MUL_FEW_OF(name, type, 32)                                                                                   \
+    MUL_FEW_OF(name, type, 64)                                                                                   \
+    TP_KERNEL_RESIDENT(mul_few_id_##name, MulTileIdArgs, ggml_tp::few_shape(type, ggml_tp::kFewEntries).threads, \
+                       ggml_tp::few_shape(type, ggml_tp::kFewEntries).blocks) {                                  \
+        ggml_tp::mul_few_entries<type, ggml_tp::kFewEntries>(args);                                              \
     }
 
 MUL_FEW(q4_0, ggml_tp::kQ4_0)

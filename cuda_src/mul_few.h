@@ -33,7 +33,9 @@ struct FewRing {
     int blocks, stages;
 };
 constexpr FewRing few_ring(const FewShape& shape, Arch arch) {
-    const int kb = arch.cc >= 900 && arch.cc < 1200 ? 227 : arch.cc == 800 || arch.cc == 870 ? 163 : 99;  // CUDA C++ Programming Guide, "Technical Specifications"
+    const int kb = arch.cc >= 900 && arch.cc < 1200   ? 227
+                   : arch.cc == 800 || arch.cc == 870 ? 163
+                                                      : 99;  // CUDA C++ Programming Guide, "Technical Specifications"
     FewRing ring{shape.blocks, 0};
     for (;; --ring.blocks) {
         ring.stages = (kb / ring.blocks - 1) * 1024 / shape.bytes;  // each block takes 1 KB more
@@ -89,6 +91,7 @@ inline Launch mul_few_launch(const MulPiecesArgs& a, Arch) {
 /// Columns of a tile of experts' entries, and the most entries of an expert, on average, for which such tiles are taken (docs/decisions.md).
 constexpr int kFewEntries = 16;
 constexpr i64 kFewMostEntries = 8;
+constexpr i64 kFewLeastTokens = 3;  // that mul_vec_id takes where it can
 inline bool mul_few_id_can(const MulIdArgs& a, Arch arch) { return mul_tile_id_can(a, arch) && a.y.ne[1] * a.y.ne[2] <= kFewMostEntries * a.w.ne2; }
 
 inline Launch mul_few_id_launch(MulTileIdArgs& a, Arch arch) {

@@ -5,9 +5,10 @@
 
 namespace ggml_tp {
 
-constexpr int kVecWarps = 4;        // of a block, sharing the k axis
-constexpr int kVecMaxColumns = 16;  // in groups of 8; above, the tiles of mul_tile win
-constexpr int kVecMatrices = 3;     // Q, K and V in one launch
+constexpr int kVecWarps = 4;                               // of a block, sharing the k axis
+constexpr int kVecMaxColumns = 16;                         // in groups of 8; above, the tiles of mul_tile win
+constexpr i64 kVecFloatRows = 512, kVecFloatColumns = 64;  // a router: it stays in the L2, and tiles of mul_floats leave most multiprocessors idle
+constexpr int kVecMatrices = 3;                            // Q, K and V in one launch
 
 /// Columns that one instance of the kernel computes: the next of 1, 2, 4, 8.
 constexpr int mul_vec_columns(i64 m) { return m <= 1 ? 1 : m <= 2 ? 2 : m <= 4 ? 4 : 8; }
@@ -16,7 +17,8 @@ constexpr int mul_vec_columns(i64 m) { return m <= 1 ? 1 : m <= 2 ? 2 : m <= 4 ?
 inline bool mul_vec_can(const MulMatArgs& a) {
     const WeightFormat* format = find_weight_format(a.w.type);
     const bool plain = format && format->block_elems == 1, blocks = a.w.type == kQ4_0 || a.w.type == kQ8_0 || a.w.type == kQ4_K || a.w.type == kQ6_K;
-    if ((!plain && !blocks) || !a.w.repacked || a.x.ne[1] > kVecMaxColumns || a.x.ne[2] * a.x.ne[3] != 1 || a.y.type != kF32 || a.x.type != kF32) return false;
+    const i64 most = a.w.type == kF32 && a.w.n <= kVecFloatRows ? kVecFloatColumns : kVecMaxColumns;
+    if ((!plain && !blocks) || !a.w.repacked || a.x.ne[1] > most || a.x.ne[2] * a.x.ne[3] != 1 || a.y.type != kF32 || a.x.type != kF32) return false;
     if (plain) return a.w.row_stride[0] % 16 == 0 && a.x.nb[0] == 4 && a.x.nb[1] % 16 == 0 && (u64)a.x.data % 16 == 0 && a.k_begin == 0;
     return true;
 }

@@ -5,7 +5,7 @@
 
 namespace ggml_tp {
 
-constexpr i64 kVecIdMostTokens = 3;
+constexpr i64 kVecIdMostTokens = 16;
 
 inline const char* mul_vec_id_kernel(i32 type) {
     struct Row {

@@ -67,13 +67,13 @@ TP_DEVICE void halve_panels(const ggml_tp::QuantizeArgs& args) {
     const char* x = args.x.data + row % n1 * args.x.nb[1] + row / n1 % n2 * args.x.nb[2] + row / (n1 * n2) * args.x.nb[3];
     *(TpInt4*)(args.xq + ggml_tp::panel_byte(row, k, (u32)args.k)) = eight_halves<kBf16>(args, x, k);
 }
-// A tile's entries' rows as its panel. 16 rows a block; grid: (tiles that there may be, columns / 16), block: 256.
+// A tile's entries' rows as its panel; grid: (tiles that there may be, blocks that share a tile's rows), block: 256.
 template <bool kBf16>
 TP_DEVICE void halve_entries(const ggml_tp::HalveEntriesArgs& args) {
     if ((i32)blockIdx.x >= *args.n_tiles) return;
     const ggml_tp::ExpertTile& tile = args.tiles[blockIdx.x];
     const u32 rows = (u32)args.columns, steps = (u32)((args.k + 63) / 64);
-    for (u32 r = blockIdx.y * 16; r < blockIdx.y * 16 + 16 && (i32)r < tile.count; ++r) {
+    for (u32 r = blockIdx.y; (i32)r < tile.count; r += gridDim.y) {
         const u32 entry = (u32)args.entries[tile.first + (i32)r], token = entry / (u32)args.n_used, slot = args.x_per_slot ? entry % (u32)args.n_used : 0;
         const char* x = args.x.data + slot * args.x.nb[1] + token * args.x.nb[2];
         for (u32 k = threadIdx.x * 8; k < steps * 64; k += 2048)

@@ -8,14 +8,16 @@
 using namespace ggml_tp;
 
 TP_KERNEL(argsort, ArgsortArgs, 1024) {
-    __shared__ u32 keys[kSortMost];
+    __shared__ TpInt4 words[kSortMost / 4];
+    u32* const keys = (u32*)words;
     const Index row = row_index(blockIdx.x, args.y.ne);
     argsort_row(element_at(args.x, row), args.x.nb[0], args.x.ne[0], args.descending, element_at(args.y, row), args.y.nb[0], args.y.ne[0], keys);
 }
 
 // A block sorts one run of one row.
 TP_KERNEL(sort_runs, SortRunsArgs, 1024) {
-    __shared__ u32 keys[kSortMost];
+    __shared__ TpInt4 words[kSortMost / 4];
+    u32* const keys = (u32*)words;
     const i64 n = args.x.ne[0], runs = (n + kSortMost - 1) / kSortMost, row = blockIdx.x / runs, first = blockIdx.x % runs * kSortMost;
     const i64 kept = kSortMost < args.places ? kSortMost : args.places;
     const char* x = element_at(args.x, row_index((u32)(args.row_begin + row), args.x.ne)) + first * args.x.nb[0];

@@ -522,16 +522,20 @@ def _attention() -> None:
     case("flash_attn, BF16 cache")(lambda g: flash(g, type_=BF16))
 
 
-def expert_ids(g: Case, n_used: int, n_tokens: int, n_expert: int) -> Any:
-    """A view of the first rows of a sorted order, as routers make it: experts of a token are different, tokens are n_expert apart."""
-    order = np.stack([g.rng.permutation(n_expert) for _ in range(n_tokens)])
+def expert_ids(g: Case, n_used: int, n_tokens: int, n_expert: int, of_all: bool = False) -> Any:
+    """A view of the first rows of a sorted order, as routers make it: experts of a token are different, tokens are n_expert apart.
+
+    of_all: every token's first is the last expert."""
+    order = np.stack([g.rng.permutation(n_expert - of_all) for _ in range(n_tokens)])
+    if of_all:
+        order = np.hstack([np.full((n_tokens, 1), n_expert - 1), order])
     ids = g.leaf(I32, n_expert, n_tokens, values=order)
     return g.lib.ggml_view_4d(g.c, ids, n_used, n_tokens, 1, 1, n_expert * 4, n_expert * n_tokens * 4, n_expert * n_tokens * 4, 0)
 
 
-def mul_mat_id(g: Case, type_: int, k: int, n: int, n_expert: int, n_used: int, n_tokens: int, name: str = "", x_rows: int = 1) -> Any:
+def mul_mat_id(g: Case, type_: int, k: int, n: int, n_expert: int, n_used: int, n_tokens: int, name: str = "", x_rows: int = 1, of_all: bool = False) -> Any:
     w = g.leaf(type_, k, n, n_expert, scale=k**-0.5, name=name)
-    return g.lib.ggml_mul_mat_id(g.c, w, g.leaf(F32, k, x_rows, n_tokens), expert_ids(g, n_used, n_tokens, n_expert))
+    return g.lib.ggml_mul_mat_id(g.c, w, g.leaf(F32, k, x_rows, n_tokens), expert_ids(g, n_used, n_tokens, n_expert, of_all))
 
 
 def _experts() -> None:
@@ -544,6 +548,10 @@ def _experts() -> None:
                 case(f"mul_mat_id {NAMES[t]} {name}, {n_tokens} tokens")(
                     lambda g, t=t, m=n_tokens, name=name, n=n, x=x_rows: mul_mat_id(g, t, 512, n, 9, 4, m, f"blk.0.{name}.weight", x)
                 )
+        # More entries of one expert than a tile of few columns has.
+        case(f"mul_mat_id {NAMES[t]}, an expert of all 20 tokens")(
+            lambda g, t=t: mul_mat_id(g, t, 512, 150, 9, 2, 20, "blk.0.ffn_up_exps.weight", of_all=True)
+        )
         case(f"mul_mat_id {NAMES[t]} more experts used than warps")(lambda g, t=t: mul_mat_id(g, t, 256, 37, 40, 18, 3, "blk.0.ffn_up_exps.weight"))
         case(f"mul_mat_id {NAMES[t]}, many tokens of few experts")(lambda g, t=t: mul_mat_id(g, t, 256, 200, 3, 2, 170, "blk.0.ffn_up_exps.weight"))
     for t, name in ELEMENT_TYPES.items():

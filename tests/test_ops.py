@@ -132,6 +132,20 @@ def test_few_columns_have_their_kernel(workers):
             assert kernel in text, text
 
 
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
+def test_experts_of_few_tokens_have_their_kernel(workers):
+    """From four tokens on, where there are tensor cores; until there are 8 entries for an expert."""
+    names = [f"mul_mat_id Q4_K ffn_gate_exps, {n} tokens" for n in (1, 5, 33)]
+    expected = {
+        "sm_75": ("mul_vec_id_q4_K<", "mul_vec_id_q4_K<", "mul_id_q4_K<"),
+        "sm_80": ("mul_vec_id_q4_K<", "mul_few_id_q4_K<", "mul_tile_id_q4_K_small<"),
+        "sm_90": ("mul_vec_id_q4_K<", "mul_few_id_q4_K<", "mul_wgmma_id_q4_K_64<"),
+    }
+    for arch, kernels in expected.items():
+        for text, kernel in zip(workers.run(jobs.programs, emulated(1, arch), names=names).values(), kernels, strict=True):
+            assert kernel in text, text
+
+
 @pytest.mark.parametrize("arch", ["sm_60", "sm_90"])
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
 def test_experts_of_many_tokens_are_weighed_and_summed_in_one_launch(workers, arch):

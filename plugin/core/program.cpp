@@ -274,7 +274,9 @@ void lower_expert_tiles(const Site& s, Lowered& out, const MulIdArgs& args, cons
         if (s.prepared != out.prepared) out.add(halve_launch(prepare, bf16, s.arch), prepare);
     }
     auto multiply = [&] {
-        const Launch launch = few ? mul_few_id_launch(tile, s.arch) : s.arch.wgmma ? mul_wgmma_id_launch(tile, columns, s.arch) : mul_tile_id_launch(tile, columns, s.arch);
+        const Launch launch = few            ? mul_few_id_launch(tile, s.arch)
+                              : s.arch.wgmma ? mul_wgmma_id_launch(tile, columns, s.arch)
+                                             : mul_tile_id_launch(tile, columns, s.arch);
         out.add(launch, tile);
     };
     if (mul_tile_id_can(args, s.arch)) return multiply();
@@ -310,13 +312,14 @@ void lower_mul_mat_id(const Site& s, Lowered& out) {
     args.k_end = s.k_end;
     args.fault = s.fault;
     QuantizeArgs prepare{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
-    if (!mul_vec_id_can(args) && (mul_tile_id_can(args, s.arch) || halve_experts_can(args, s.arch))) return lower_expert_tiles(s, out, args, prepare);
+    const bool vec = mul_vec_id_can(args) && (args.y.ne[2] <= kFewLeastTokens || !mul_few_id_can(args, s.arch));
+    if (!vec && (mul_tile_id_can(args, s.arch) || halve_experts_can(args, s.arch))) return lower_expert_tiles(s, out, args, prepare);
     if (mul_mat_needs_quantized_x(s.w, 1, s.arch)) {
         out.ok &= lower_quantize(s, out, prepare);
         args.xq = prepare.xq;
         args.xd = prepare.xd;
     }
-    if (mul_vec_id_can(args)) {
+    if (vec) {
         const MulVecIdArgs products = mul_vec_id_args(args);
         out.add(mul_vec_id_launch(products, s.arch), products);
     } else {
