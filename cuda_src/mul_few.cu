@@ -402,6 +402,7 @@ TP_DEVICE void mul_few(const MulPiecesArgs& a) {
     const MulVecPart& p = few_part(a, blockIdx.x, kShape.rows, row0, before);
     const u32 all = (u32)((a.wide.k + kShape.k - 1) / kShape.k), stages = (u32)(a.chunks * 128 / kShape.k), first = blockIdx.y * stages,
               end = first + stages < all ? first + stages : all;
+    if (a.made) tp_grid_wait();
     few_product<kType, kColumns, true>(p.w, 0, row0, a.wide.xh, kPanelBytes, first, end, (u32)a.n_stages, [&](i64 row, i64 column, float y) {
         if (column >= a.wide.m) return;
         if (a.n_pieces > 1) a.sums[((i64)blockIdx.y * a.wide.m + column) * a.n_rows + before + row] = y;

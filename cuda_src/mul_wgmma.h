@@ -59,6 +59,7 @@ inline bool mul_pieces_join(MulPiecesArgs& to, const MulPiecesArgs& from) {
     const MulWideArgs& b = from.wide;
     if (a.n_parts + b.n_parts > 3 || a.xh != b.xh || a.k != b.k || a.m != b.m || a.part[0].w.type != b.part[0].w.type) return false;
     for (int i = 0; i < b.n_parts; ++i) a.part[a.n_parts++] = b.part[i];
+    to.made |= from.made;
     divide_pieces(to, 1);
     return true;
 }

@@ -164,7 +164,8 @@ bool lower_quantize(const Site& s, Lowered& out, QuantizeArgs& prepare) {
     return true;
 }
 
-/// A product of many columns on tensor cores, and before it its activations as halves. sums_at: where in the partials its pieces may meet.
+/// A product of many columns on tensor cores, and before it its activations as halves. sums_at: where in the partials its pieces may meet, behind the
+/// halves of weights if a launch in front makes them there.
 void lower_tiles(const Site& s, Lowered& out, const MulMatArgs& args, const QuantizeArgs& prepare, i64 sums_at) {
     const MulTileArgs tile{args.w, args.y, prepare.xq, s.w.k, args.x.ne[1]};
     const bool bf16 = args.w.type == kBF16, few = mul_few_can(args, s.arch), panels = few || mul_wgmma_can(args, s.arch);
@@ -176,6 +177,7 @@ void lower_tiles(const Site& s, Lowered& out, const MulMatArgs& args, const Quan
         out.add(panels ? halve_panels_launch(prepare, bf16, s.arch) : halve_launch(prepare, bf16, s.arch), prepare);
     if (!panels) return out.add(mul_tile_launch(tile, s.arch), tile);
     MulPiecesArgs product = mul_pieces_args(tile, nullptr);
+    product.made = sums_at > 0;
     if (const i64 bytes = few ? few_sums_bytes(product, s.arch) : wide_sums_bytes(product, s.arch)) {
         product.sums = reinterpret_cast<float*>(s.partials + static_cast<u64>(sums_at));
         out.partial_bytes = std::max(out.partial_bytes, sums_at + bytes);
