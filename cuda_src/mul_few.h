@@ -10,7 +10,7 @@ constexpr i32 kFewLeastChunks = 4;  // of a piece of k: 512
 
 constexpr int few_chunk_bytes(int columns) { return 2 * columns * 128 + 64; }  // of x for 128 of k
 
-/// What a block is: `rows` of weights, and of them and of x `k` a stage of its ring, which a warp has 32 rows and 128 of. 18 to 41 KB of weights
+/// What a block is: `rows` of weights, and of them and of x `k` a stage of its ring, which a warp has 32 rows and 128 of. 18 to 33 KB of weights
 /// a stage; of 64 columns twice the rows, as every block reads all of x.
 struct FewShape {
     int rows, k, threads;
@@ -44,6 +44,13 @@ constexpr FewRing few_ring(const FewShape& shape, Arch arch) {
     if (ring.stages > 4) ring.stages = 4;
     return ring;
 }
+
+constexpr bool few_fits(i32 type) {
+    for (int columns = 16; columns <= kFewColumns; columns *= 2)
+        if (few_ring(few_shape(type, columns), {860, 1}).stages < 2) return false;
+    return true;
+}
+static_assert(few_fits(kQ4_0) && few_fits(kQ8_0) && few_fits(kQ4_K) && few_fits(kQ6_K) && few_fits(kF16) && few_fits(kBF16), "99 KB hold two stages of each");
 
 /// Whether a product is the kind that mul_few computes: mul_tile's kind, of few columns.
 inline bool mul_few_can(const MulMatArgs& a, Arch arch) { return a.x.ne[1] <= kFewColumns && mul_tile_can(a, arch); }

@@ -159,7 +159,7 @@ inline Launch halve_entries_launch(const HalveEntriesArgs& a, i64 tiles, bool bf
     if (a.x.type != kF32) return out;
     out.kernel = bf16 ? "bf16_entries" : "half_entries";
     out.grid[0] = (u32)tiles;
-    out.grid[1] = a.columns > 16 ? (u32)a.columns / 4 : 16;  // of few entries each row has a block: one after the other, rows took 6 us each
+    out.grid[1] = a.columns > 16 ? (u32)a.columns / 4 : 16;  // of few entries each row has a block (docs/decisions.md)
     out.block[0] = 256;
     return out;
 }
