@@ -309,7 +309,7 @@ struct FewX {
 };
 
 /// Stages [first, end) of the rows from row0 on of a matrix, times columns that lie in panels, step_bytes between steps of 64. store(row, column, y):
-/// row of the matrix, column below kColumns. early: x is the work of the kernel before, the weights were not.
+/// row of the matrix, column below kColumns. kEarly: x is the work of the kernel before, the weights were not.
 template <int kType, int kColumns, bool kEarly, class Store>
 TP_DEVICE void few_product(const Matrix& w, i64 matrix, i64 row0, const char* xh, u32 step_bytes, u32 first, u32 end, u32 n_stages, const Store& store) {
     constexpr FewShape kShape = few_shape(kType, kColumns);

@@ -32,10 +32,19 @@ constexpr int few_columns(i64 m) { return m <= 16 ? 16 : m <= 32 ? 32 : 64; }
 struct FewRing {
     int blocks, stages;
 };
+/// KB of shared memory of a multiprocessor, from an architecture on (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+constexpr int shared_kb(i32 cc) {
+    struct Row {
+        i32 cc;
+        int kb;
+    };
+    constexpr Row kRows[] = {{1200, 99}, {900, 227}, {880, 99}, {870, 163}, {810, 99}, {800, 163}};
+    for (const Row& row : kRows)
+        if (cc >= row.cc) return row.kb;
+    return 99;
+}
 constexpr FewRing few_ring(const FewShape& shape, Arch arch) {
-    const int kb = arch.cc >= 900 && arch.cc < 1200   ? 227
-                   : arch.cc == 800 || arch.cc == 870 ? 163
-                                                      : 99;  // CUDA C++ Programming Guide, "Technical Specifications"
+    const int kb = shared_kb(arch.cc);
     FewRing ring{shape.blocks, 0};
     for (;; --ring.blocks) {
         ring.stages = (kb / ring.blocks - 1) * 1024 / shape.bytes;  // each block takes 1 KB more

@@ -234,9 +234,10 @@ def _mul_mats() -> None:
         # No multiples of a tile: rows, columns, and where blocks allow it k.
         k = {F16: 328, BF16: 328, Q4_0: 288, Q8_0: 288}.get(t, 768)
         for name in ("attn_q", "attn_output"):
-            case(f"mul_mat {NAMES[t]} {name} {k}x200 m300")(
-                lambda g, t=t, k=k, name=name: g.lib.ggml_mul_mat(g.c, g.leaf(t, k, 200, scale=1 / 18, name=f"blk.0.{name}.weight"), g.leaf(F32, k, 300))
-            )
+            for m in (12, 40, 300):
+                case(f"mul_mat {NAMES[t]} {name} {k}x200 m{m}")(
+                    lambda g, t=t, m=m, k=k, name=name: g.lib.ggml_mul_mat(g.c, g.leaf(t, k, 200, scale=1 / 18, name=f"blk.0.{name}.weight"), g.leaf(F32, k, m))
+                )
         case(f"mul_mat {NAMES[t]} of a feed-forward network m150")(lambda g, t=t: feed_forward(g, t, 256, 512, 150))
         case(f"mul_mat {NAMES[t]}, three of one input m150")(lambda g, t=t: three_products(g, t, 256, 150))
         case(f"mul_mat {NAMES[t]} 2304x150, k in pieces, m12")(
