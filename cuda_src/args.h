@@ -574,6 +574,7 @@ struct StreamBinary {
 };
 struct StreamCombine {
     FlashCombineArgs args;
+    u32 chunks_inverse, pad;  // 2^16 / pieces of 32 elements of a head, rounded up
 };
 // What an attention does with its token's own query, key and value heads, as a product has left them: it turns the queries, and the block that
 // has the token's cell writes key and value into the cache. Query and key as turned go to q_y and k_y too, for
@@ -590,12 +591,26 @@ struct StreamOwnToken {
     const float* table;            // of StreamTurns; null: there is nothing of this here
     const float *q_norm, *k_norm;  // weights of the heads' norms, which come before the turns; null: there are none
     float q_eps, k_eps;
-    Cache k_cache, v_cache;
-    u32* fault;  // a row outside of a cache
-    i32 n_dims, n_offs, neox;
-    u32 half_inverse;  // of half a head's size: 2^32 / it, rounded up
+    Cache k_cache, v_cache;    // without a table: whose rows an earlier stage of the launch writes; row null: none does
+    u32* fault;                // a row outside of a cache
+    i32 n_dims, n_offs, neox;  // multiples of 8, with neox of 16 and 8
+    u32 width_inverse;         // of a quarter of a head's size, as below
+};
+// Of a long cache the streaming warp brings K and V through the ring, as it does weights, ahead of the stage: a tile is groups * 16 cells of a
+// unit's KV heads, their K in one slot, V in the next, a row of either at multiples of k_stride, v_stride bytes there. Groups whose cells are all masked
+// are not brought. The token's own cell comes otherwise (StreamOwnToken): it is written while tiles are on their way already.
+struct StreamCells {
+    const char *k, *v;                                     // of cell 0 and KV head 0 here; heads side by side
+    const char* mask;                                      // F16 of each cell; null: every cell counts
+    i64 k_row, v_row;                                      // bytes from cell to cell
+    i32 n_cells, n_heads, unit_heads, head_bytes;          // n_cells a multiple of 16; KV heads here, of a unit at most
+    i32 n_units, n_splits, split_cells;                    // unit u of piece s is number s * n_units + u
+    i32 groups, k_stride, v_stride;                        // groups: a power of two, or 0: not streamed
+    i32 most_in_flight;                                    // pieces of tiles
+    u32 units_inverse, sets_inverse, head_groups_inverse;  // 2^16 / n_units, warps of a group, args.head_groups, rounded up
 };
 struct StreamFlash {
+    StreamCells cells;  // first: all that the streaming warp looks at
     FlashSplitArgs args;
     StreamOwnToken own;
     View y;  // where one piece is all cells (args.n_splits = 1): F32 [d, n_head], and no combination follows; else no data
@@ -618,7 +633,7 @@ enum StreamKind : i32 {
 struct StreamStage {
     i32 kind, wait;    // wait: for all blocks of this rank to have done all stages before
     i32 count;         // blocks of 256 of a kStreamRopeStore
-    i32 next_product;  // index of the next stage that is one, or n_stages: the streaming warp goes from one to the other
+    i32 next_product;  // index of the next stage that is one or streams a cache, or n_stages: the streaming warp goes from one to the other
     alignas(16) char body[kStreamStageBytes - 16];
 };
 // Device memory of one rank, zero at first: how many blocks have arrived at how many stages, how many have ended; and the pushes of all

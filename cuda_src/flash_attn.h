@@ -36,6 +36,8 @@ inline bool flash_split_can(const FlashAttnArgs& a) {
 
 /// Floats of shared memory in which the warps of a unit of flash_columns.h meet.
 constexpr int flash_columns_floats(int warps, int heads, int d) { return warps * heads * (2 + d); }
+/// And those through which a warp hands its sums to another: a lane's, and its counts. d: a multiple of 64.
+constexpr int column_fold_floats(int d) { return (d / 4 + 2) * 32; }
 
 /// Divides the cells so that there are as many blocks as run at a time, where there are cells enough. The division depends on the
 /// shapes and the device alone, so results repeat.

@@ -1,6 +1,6 @@
 // Attention of few tokens over a piece of the cache on tensor cores (sm_80 and later), for flash_attn.cu and stream.cu: up to eight query heads
-// of one KV head are the rows of Q·K and the columns of V·P, so a cell's K and V are read once for all of them, straight from memory into
-// fragments. Both products may take the elements they sum over in any order, and the rows of V·P lie anywhere: that is chosen so that each
+// of one KV head are the rows of Q·K and the columns of V·P, so a cell's K and V are read once for all of them, straight into
+// fragments: from memory (flash_columns) or from where the stream has brought them (stream.cu). Both products may take the elements they sum over in any order, and the rows of V·P lie anywhere: that is chosen so that each
 // lane's sixteen bytes are whole fragments (mma.m16n8k16, g = lane / 4, t = lane % 4):
 //   Q·K: row g is head g, column g cell g. A lane's eight halves of 32 neighbours, from 8 * t on, are two steps along k.
 //   V·P: cells 2t, 2t + 1, 2t + 8 and 2t + 9 of 16 are what a lane holds of Q·K, and what it loads of V: eight rows of V·P from 8 * g on.
@@ -57,17 +57,16 @@ struct OpenSteps {
 
 /// The query heads of a unit, of which `n`: those of one KV head. A rank may have some of them only.
 struct UnitHeads {
-    int n;
-    i64 kv_head, first;  // of the KV heads here; local number of the first query head, which may be below 0
-    i64 n_local;
+    int n, kv_head, first;  // of the KV heads here; local number of the first query head, which may be below 0
+    int n_local;
     TP_MEMBER bool mine(int h) const { return h < n && first + h >= 0 && first + h < n_local; }
 };
 TP_DEVICE UnitHeads heads_of_unit(const FlashSplitArgs& args, u32 unit) {
     const FlashAttnArgs& a = args.a;
     const u32 kv_head = unit / (u32)args.head_groups;
     const int first_of_group = (int)(unit - kv_head * (u32)args.head_groups) * args.group_heads, left = a.gqa_ratio - first_of_group;
-    return {left < args.group_heads ? left : args.group_heads, kv_head, (kv_head + a.kv_head_offset) * (i64)a.gqa_ratio + first_of_group - a.head_offset,
-            a.q.ne[2]};
+    return {left < args.group_heads ? left : args.group_heads, (int)kv_head, ((int)kv_head + a.kv_head_offset) * a.gqa_ratio + first_of_group - a.head_offset,
+            (int)a.q.ne[2]};
 }
 
 /// Queries as an op in front has left them: F32, to be scaled.
@@ -86,114 +85,48 @@ struct QueriesInMemory {
 struct PieceResults {
     const FlashSplitArgs& args;
     i64 split, token, stream;
+    TP_MEMBER i64 piece(i64 head) const { return ((stream * args.a.q.ne[1] + token) * args.a.q.ne[2] + head) * args.n_splits + split; }
+    TP_MEMBER void put_counts(i64 head, float most, float sum) const { *(TpFloat2*)(args.meta + piece(head) * 2) = {most, sum}; }
+    TP_MEMBER float* acc_of(i64 head) const { return args.acc + piece(head) * args.a.q.ne[0]; }
     TP_MEMBER void put(i64 head, int i, float most, float sum, TpFloat2 acc) const {
-        const View& q = args.a.q;
-        const i64 at = ((stream * q.ne[1] + token) * q.ne[2] + head) * args.n_splits + split;
-        *(TpFloat2*)(args.acc + at * q.ne[0] + i) = acc;
-        if (i == 0) args.meta[at * 2] = most, args.meta[at * 2 + 1] = sum;
+        *(TpFloat2*)(acc_of(head) + i) = acc;
+        if (i == 0) put_counts(head, most, sum);
     }
 };
 
-/// kAhead: a step's V is loaded with its K, K while the step before is worked on, and queries are kept, where there are registers for them.
-/// Piece `split` of the cells for `heads` and one token of one stream, by kWarps warps. kD: head size rounded up to a multiple of 64.
-/// merged: flash_columns_floats floats of shared memory. sync: a barrier of the block's threads. queries: begin() what they are made of, and
-/// prepare() them while the first masks are on their way.
-template <int kD, int kWarps, bool kAhead, class Queries, class Results, class Sync>
-TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads, int split, i64 token, i64 stream, int thread, float* merged, Queries&& queries,
-                             const Results& results, Sync sync) {
-    constexpr int kChunks = kD / 32, kBlocks = kD / 64;                                                                      // of K, of V
-    constexpr int kChunksAtOnce = kAhead || kChunks < 4 ? kChunks : 4, kBlocksAtOnce = kAhead || kBlocks < 2 ? kBlocks : 2;  // 32 registers each
-    static_assert((kWarps & (kWarps - 1)) == 0 && kWarps <= 32, "a lane has a warp's sums at the end");
-    const FlashAttnArgs& a = args.a;
-    const int d = (int)a.q.ne[0], lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-    auto of_stream = [&](const View& x) { return x.ne[3] > 1 ? (i64)((u32)stream % (u32)x.ne[3]) * x.nb[3] : 0; };
-    const char* k = a.k.data + heads.kv_head * a.k.nb[2] + of_stream(a.k) + t * 16;
-    const char* v = a.v.data + heads.kv_head * a.v.nb[2] + of_stream(a.v) + g * 16;
-    const int n_cells = (int)a.k.ne[1], begin = split * args.cells, end = n_cells - begin < args.cells ? n_cells : begin + args.cells;
-    const float slope = alibi_slope(a.max_bias, (i32)(heads.first + g + a.head_offset), a.n_head_global);
-
-    OpenSteps steps;
-    // One mask for all heads: with one per head the launcher takes the plain kernel.
-    steps.mask = a.has_mask ? a.mask.data + token * a.mask.nb[1] + of_stream(a.mask) : nullptr;
-    // Few cells: a warp's steps lie apart, so that each has some of a cache that is not full, and one look is enough.
-    const bool few = end - begin <= kWarps * kColumnsRun;
-    steps.first = begin + warp * (few ? kColumnsStep : kColumnsRun);
-    steps.step = few ? kWarps * kColumnsStep : kColumnsStep;
-    steps.end = end;
-    steps.stride = kWarps * kColumnsRun;
-    queries.begin();
-    steps.begin();
-    queries.prepare();
-
-    auto load_q = [&](int c) { return heads.mine(g) && c * 32 + t * 8 < d ? queries.eight(heads, g, c * 32 + t * 8) : TpInt4{0, 0, 0, 0}; };
-    TpInt4 q[kAhead ? kChunks : 1];
-    if constexpr (kAhead)
+/// Scores of 16 cells: of head g and cells 2t, 2t + 1 of each eight.
+struct ColumnScores {
+    float of[2][4] = {};  // [8 cells][.. and two that no head has]
+    /// 32 elements of the head: q, and k of cells g and 8 + g, a lane's eight halves each.
+    TP_MEMBER void add(const TpInt4& q, const TpInt4 (&k)[2]) {
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) q[c] = load_q(c);
-    float most = -INFINITY, sum = 0, out[kBlocks][4][4] = {};  // most, sum: of head g; out: rows 64 b + 8 g + 2 w + i / 2, head 2t + i % 2
-    TpInt4 kf[2][kChunksAtOnce], vf[kBlocksAtOnce][4];
-    float score[2][4];
-    u32 pairs[2] = {}, next_pairs[2];
-    const u32 k_row = (u32)a.k.nb[1], v_row = (u32)a.v.nb[1];
-    // Beyond the last cell: that one again, it counts nothing there. Beyond the head: its first elements, which meet a query of zero, or are not stored.
-    auto inside = [&](int cell, int at) { return (u32)(cell + at < end ? at : end - 1 - cell); };
-    auto load = [](const char* from) { return kAhead ? *(const TpInt4*)from : tp_load_in_order(from, true); };
-    auto load_k = [&](int cell, int c) {
-        const char* from = k + cell * a.k.nb[1] + (c * 32 + t * 8 < d ? c * 64 : -t * 16);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) kf[j][c % kChunksAtOnce] = load(from + inside(cell, j * 8 + g) * k_row);
-    };
-    auto load_v = [&](int cell, int b) {
-        const char* from = v + cell * a.v.nb[1] + (b * 64 + g * 8 < d ? b * 128 : -g * 16);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) vf[b % kBlocksAtOnce][i] = load(from + inside(cell, 2 * t + i % 2 + i / 2 * 8) * v_row);
-    };
-    // What is here once would be 150 instructions more twice: in stream.cu a layer's code comes from the L2, once a layer.
-    for (int cell = -1, next_cell;; cell = next_cell, pairs[0] = next_pairs[0], pairs[1] = next_pairs[1]) {
-        if (cell >= 0) {
-            if constexpr (kAhead)
-#pragma unroll
-                for (int b = 0; b < kBlocks; ++b) load_v(cell, b);
-#pragma unroll
-            for (int j = 0; j < 2; ++j)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) score[j][i] = 0;
-#pragma unroll
-            for (int c = 0; c < kChunks; ++c) {
-                if constexpr (!kAhead)
-                    if (c % kChunksAtOnce == 0)
-#pragma unroll
-                        for (int i = 0; i < kChunksAtOnce; ++i) load_k(cell, c + i);
-                const TpInt4 qc = kAhead ? q[kAhead ? c : 0] : load_q(c);
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const u32 low[4] = {(u32)qc.x, 0u, (u32)qc.y, 0u}, high[4] = {(u32)qc.z, 0u, (u32)qc.w, 0u};
-                    const TpInt4& of_k = kf[j][c % kChunksAtOnce];
-                    const u32 first[2] = {(u32)of_k.x, (u32)of_k.y}, second[2] = {(u32)of_k.z, (u32)of_k.w};
-                    tp_mma_f16(score[j], low, first);
-                    tp_mma_f16(score[j], high, second);
-                }
-            }
+        for (int j = 0; j < 2; ++j) {
+            const u32 low[4] = {(u32)q.x, 0u, (u32)q.y, 0u}, high[4] = {(u32)q.z, 0u, (u32)q.w, 0u};
+            const u32 first[2] = {(u32)k[j].x, (u32)k[j].y}, second[2] = {(u32)k[j].z, (u32)k[j].w};
+            tp_mma_f16(of[j], low, first);
+            tp_mma_f16(of[j], high, second);
         }
-        next_cell = steps.next(next_pairs);
-        if (next_cell >= 0) {
-            if constexpr (kAhead)
-#pragma unroll
-                for (int c = 0; c < kChunks; ++c) load_k(next_cell, c);
-        }
-        if (cell < 0) {
-            if (next_cell < 0) break;
-            continue;
-        }
-        if constexpr (!kAhead)
-#pragma unroll
-            for (int b = 0; b < kBlocksAtOnce; ++b) load_v(cell, b);
+    }
+};
+/// Probabilities of 16 cells, each as two halves that add up to it: rounded to one, the next int8 rounding would go the other way for one activation
+/// in a hundred whenever a cache is divided otherwise, by ranks or pieces (NMSE of logits 1e-4 instead of 1e-13).
+struct ColumnWeights {
+    u32 pf[2], rest[2];
+};
+/// What a warp has of its heads: the running soft max of head g; sums of rows 64 b + 8 g + 2 w + i / 2 for head 2t + i % 2. kBlocks: 64 elements of a head each.
+template <int kBlocks>
+struct ColumnSums {
+    float most = -INFINITY, sum = 0, out[kBlocks][4][4] = {};
+    /// pairs: the masks of cells 2t, 2t + 1 and 2t + 8, 2t + 9.
+    TP_MEMBER ColumnWeights weigh(ColumnScores& scores, const u32 (&pairs)[2], float slope, float softcap) {
+        const int t = threadIdx.x % 4;
+        float(&score)[2][4] = scores.of;
         float next_most = most;
-        if (a.logit_softcap != 0.0f)
+        if (softcap != 0.0f)
 #pragma unroll
             for (int j = 0; j < 2; ++j)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) score[j][i] = a.logit_softcap * tanhf(score[j][i]);
+                for (int i = 0; i < 2; ++i) score[j][i] = softcap * tanhf(score[j][i]);
 #pragma unroll
         for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -221,75 +154,225 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
         for (int j = 0; j < 2; ++j)
 #pragma unroll
             for (int i = 0; i < 2; ++i) sum += p[j][i] = expf(score[j][i] - base);
-        // Each probability as two halves that add up to it: rounded to one, the next int8 rounding would go the other way for one activation
-        // in a hundred whenever a cache is divided otherwise, by ranks or pieces (NMSE of logits 1e-4 instead of 1e-13).
-        u32 pf[2], rest[2];
+        ColumnWeights weights;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            pf[j] = half2_of(p[j][0], p[j][1]);
-            rest[j] = half2_of(p[j][0] - low_half(pf[j]), p[j][1] - high_half(pf[j]));
+            weights.pf[j] = half2_of(p[j][0], p[j][1]);
+            weights.rest[j] = half2_of(p[j][0] - low_half(weights.pf[j]), p[j][1] - high_half(weights.pf[j]));
         }
+        return weights;
+    }
+    /// Elements [64 b, 64 b + 64): v of cells 2t, 2t + 1, 2t + 8, 2t + 9, a lane's eight halves each.
+    TP_MEMBER void add(int b, const TpInt4 (&v)[4], const ColumnWeights& weights) {
+        u32 words[4][4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i][0] = (u32)v[i].x, words[i][1] = (u32)v[i].y, words[i][2] = (u32)v[i].z, words[i][3] = (u32)v[i].w;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            const u32 vt[4] = {tp_byte_perm(words[0][w], words[1][w], 0x5410), tp_byte_perm(words[0][w], words[1][w], 0x7632),
+                               tp_byte_perm(words[2][w], words[3][w], 0x5410), tp_byte_perm(words[2][w], words[3][w], 0x7632)};
+            tp_mma_f16(out[b][w], vt, weights.pf);
+            tp_mma_f16(out[b][w], vt, weights.rest);
+        }
+    }
+    /// Member 0 of each set of warps gets what `members` of them (a power of two) have of the same heads, as in merge(): halves of them hand over to the other
+    /// halves, a lane to the same lane. through: column_fold_floats of all sets' warps. Every thread of the block comes here.
+    template <class Sync>
+    TP_MEMBER void fold(int member, int members, int set, int sets, float* through, Sync sync) {
+        constexpr int kWords = 4 * kBlocks;  // TpInt4 of a lane
+        const int lane = threadIdx.x % 32, t = lane % 4;
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        for (int half = members / 2; half > 0; half /= 2) {
+            float* const place = through + ((member % half) * sets + set) * column_fold_floats(kBlocks * 64);
+            TpInt4* const words = (TpInt4*)place + lane;
+            float* const counts = place + kWords * 4 * 32 + 2 * lane;
+            if (member >= half && member < 2 * half) {
+#pragma unroll
+                for (int i = 0; i < kWords; ++i) {
+                    const float(&o)[4] = out[i / 4][i % 4];
+                    words[32 * i] = {__float_as_int(o[0]), __float_as_int(o[1]), __float_as_int(o[2]), __float_as_int(o[3])};
+                }
+                counts[0] = most, counts[1] = sum;
+            }
+            sync();
+            if (member < half) {
+                const float other_most = counts[0], next = fmaxf(most, other_most), base = next > -INFINITY ? next : 0.0f;
+                const float keep = expf(most - base), add = expf(other_most - base);
+                sum = sum * keep + counts[1] * add;
+                most = next;
+                const float keep1 = __shfl_sync(0xffffffffu, keep, 8 * t), keep2 = __shfl_sync(0xffffffffu, keep, 8 * t + 4);  // of heads 2t, 2t + 1
+                const float add1 = __shfl_sync(0xffffffffu, add, 8 * t), add2 = __shfl_sync(0xffffffffu, add, 8 * t + 4);
+#pragma unroll
+                for (int i = 0; i < kWords; ++i) {
+                    float(&o)[4] = out[i / 4][i % 4];
+                    const TpInt4 its = words[32 * i];
+                    o[0] = o[0] * keep1 + __int_as_float(its.x) * add1, o[2] = o[2] * keep1 + __int_as_float(its.z) * add1;
+                    o[1] = o[1] * keep2 + __int_as_float(its.y) * add2, o[3] = o[3] * keep2 + __int_as_float(its.w) * add2;
+                }
+            }
+            sync();
+        }
+    }
+    /// Of a warp that has all of its heads' cells: after fold().
+    template <class Results>
+    TP_MEMBER void store(const UnitHeads& heads, int d, const Results& results) const {
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        if (t == 0 && heads.mine(g)) results.put_counts(heads.first + g, most, sum);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (!heads.mine(2 * t + i)) continue;
+            float* const to = results.acc_of(heads.first + 2 * t + i) + g * 8;
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b)
+                if (b * 64 + g * 8 < d)
+#pragma unroll
+                    for (int w = 0; w < 4; w += 2)
+                        *(TpInt4*)(to + b * 64 + 2 * w) = {__float_as_int(out[b][w][i]), __float_as_int(out[b][w][2 + i]), __float_as_int(out[b][w + 1][i]),
+                                                           __float_as_int(out[b][w + 1][2 + i])};
+        }
+    }
+    /// Adds up what kWarps warps have of the same heads, in their order, through shared memory. merged: flash_columns_floats. All threads of the block
+    /// come here.
+    template <int kWarps, class Results, class Sync>
+    TP_MEMBER void merge(const UnitHeads& heads, int d, int warp, float* merged, const Results& results, Sync sync) {
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, stride_warp = heads.n * d;
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        // Every warp's sums into shared memory; then a thread adds up two elements of all warps, and a lane knows what a warp's count.
+        float* to = merged + warp * stride_warp;
+        float* const counts = merged + kWarps * stride_warp;  // {most, sum} of [warp][head]
+        if (t == 0 && g < heads.n) *(TpFloat2*)(counts + 2 * (warp * heads.n + g)) = {most, sum};
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if (2 * t + i < heads.n)
+#pragma unroll
+                for (int b = 0; b < kBlocks; ++b)
+                    if (const int at = b * 64 + g * 8; at < d)
+#pragma unroll
+                        for (int w = 0; w < 4; w += 2)
+                            *(TpInt4*)(to + (2 * t + i) * d + at + 2 * w) = {__float_as_int(out[b][w][i]), __float_as_int(out[b][w][2 + i]),
+                                                                             __float_as_int(out[b][w + 1][i]), __float_as_int(out[b][w + 1][2 + i])};
+        sync();
+        for (int unit = warp; unit < heads.n * kBlocks; unit += kWarps) {
+            const int h = unit / kBlocks, i = unit % kBlocks * 64 + 2 * lane;
+            const float* from = merged + h * d;
+            const TpFloat2 of_lane = *(const TpFloat2*)(counts + 2 * (lane % kWarps * heads.n + h));
+            float all_most = of_lane.x;
+#pragma unroll
+            for (int o = 1; o < kWarps; o *= 2) all_most = fmaxf(all_most, __shfl_xor_sync(0xffffffffu, all_most, o));
+            const float keep = expf(of_lane.x - (all_most > -INFINITY ? all_most : 0.0f));
+            float all_sum = of_lane.y * keep;
+#pragma unroll
+            for (int o = 1; o < kWarps; o *= 2) all_sum += __shfl_xor_sync(0xffffffffu, all_sum, o);
+            TpFloat2 all = {0, 0};
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) {
+                const float share = __shfl_sync(0xffffffffu, keep, w);
+                if (i >= d) continue;
+                const TpFloat2 its = *(const TpFloat2*)(from + w * stride_warp + i);
+                all.x += its.x * share, all.y += its.y * share;
+            }
+            if (i < d && heads.mine(h)) results.put(heads.first + h, i, all_most, all_sum, all);
+        }
+    }
+};
+
+/// kAhead: a step's V is loaded with its K, K while the step before is worked on, and queries are kept, where there are registers for them.
+/// Piece `split` of the cells for `heads` and one token of one stream, by kWarps warps. kD: head size rounded up to a multiple of 64.
+/// merged: flash_columns_floats floats of shared memory. sync: a barrier of the block's threads. queries: begin() what they are made of, and
+/// prepare() them; the first masks are on their way.
+template <int kD, int kWarps, bool kAhead, class Queries, class Results, class Sync>
+TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads, int split, i64 token, i64 stream, int thread, float* merged, Queries&& queries,
+                             const Results& results, Sync sync) {
+    constexpr int kChunks = kD / 32, kBlocks = kD / 64;                                                                      // of K, of V
+    constexpr int kChunksAtOnce = kAhead || kChunks < 4 ? kChunks : 4, kBlocksAtOnce = kAhead || kBlocks < 2 ? kBlocks : 2;  // 32 registers each
+    static_assert((kWarps & (kWarps - 1)) == 0 && kWarps <= 32, "a lane has a warp's sums at the end");
+    const FlashAttnArgs& a = args.a;
+    const int d = (int)a.q.ne[0], lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+    auto of_stream = [&](const View& x) { return x.ne[3] > 1 ? (i64)((u32)stream % (u32)x.ne[3]) * x.nb[3] : 0; };
+    const char* k = a.k.data + heads.kv_head * a.k.nb[2] + of_stream(a.k) + t * 16;
+    const char* v = a.v.data + heads.kv_head * a.v.nb[2] + of_stream(a.v) + g * 16;
+    const int n_cells = (int)a.k.ne[1], begin = split * args.cells, end = n_cells - begin < args.cells ? n_cells : begin + args.cells;
+    const float slope = alibi_slope(a.max_bias, (i32)(heads.first + g + a.head_offset), a.n_head_global);
+
+    OpenSteps steps;
+    // One mask for all heads: with one per head the launcher takes the plain kernel.
+    steps.mask = a.has_mask ? a.mask.data + token * a.mask.nb[1] + of_stream(a.mask) : nullptr;
+    // Few cells: a warp's steps lie apart, so that each has some of a cache that is not full, and one look is enough.
+    const bool few = end - begin <= kWarps * kColumnsRun;
+    steps.first = begin + warp * (few ? kColumnsStep : kColumnsRun);
+    steps.step = few ? kWarps * kColumnsStep : kColumnsStep;
+    steps.end = end;
+    steps.stride = kWarps * kColumnsRun;
+    steps.begin();
+    queries.begin();
+    queries.prepare();
+
+    auto load_q = [&](int c) { return heads.mine(g) && c * 32 + t * 8 < d ? queries.eight(heads, g, c * 32 + t * 8) : TpInt4{0, 0, 0, 0}; };
+    TpInt4 q[kAhead ? kChunks : 1];
+    if constexpr (kAhead)
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) q[c] = load_q(c);
+    ColumnSums<kBlocks> sums;
+    TpInt4 kf[kChunksAtOnce][2], vf[kBlocksAtOnce][4];
+    ColumnScores scores;
+    u32 pairs[2] = {}, next_pairs[2];
+    const u32 k_row = (u32)a.k.nb[1], v_row = (u32)a.v.nb[1];
+    // Beyond the last cell: that one again, it counts nothing there. Beyond the head: its first elements, which meet a query of zero, or are not stored.
+    auto inside = [&](int cell, int at) { return (u32)(cell + at < end ? at : end - 1 - cell); };
+    auto load = [](const char* from) { return kAhead ? *(const TpInt4*)from : tp_load_in_order(from, true); };
+    auto load_k = [&](int cell, int c) {
+        const char* from = k + cell * a.k.nb[1] + (c * 32 + t * 8 < d ? c * 64 : -t * 16);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) kf[c % kChunksAtOnce][j] = load(from + inside(cell, j * 8 + g) * k_row);
+    };
+    auto load_v = [&](int cell, int b) {
+        const char* from = v + cell * a.v.nb[1] + (b * 64 + g * 8 < d ? b * 128 : -g * 16);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) vf[b % kBlocksAtOnce][i] = load(from + inside(cell, 2 * t + i % 2 + i / 2 * 8) * v_row);
+    };
+    // What is here once would be 150 instructions more twice: in stream.cu a layer's code comes from the L2, once a layer.
+    for (int cell = -1, next_cell;; cell = next_cell, pairs[0] = next_pairs[0], pairs[1] = next_pairs[1]) {
+        if (cell >= 0) {
+            if constexpr (kAhead)
+#pragma unroll
+                for (int b = 0; b < kBlocks; ++b) load_v(cell, b);
+            scores = {};
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) {
+                if constexpr (!kAhead)
+                    if (c % kChunksAtOnce == 0)
+#pragma unroll
+                        for (int i = 0; i < kChunksAtOnce; ++i) load_k(cell, c + i);
+                scores.add(kAhead ? q[kAhead ? c : 0] : load_q(c), kf[c % kChunksAtOnce]);
+            }
+        }
+        next_cell = steps.next(next_pairs);
+        if (next_cell >= 0) {
+            if constexpr (kAhead)
+#pragma unroll
+                for (int c = 0; c < kChunks; ++c) load_k(next_cell, c);
+        }
+        if (cell < 0) {
+            if (next_cell < 0) break;
+            continue;
+        }
+        if constexpr (!kAhead)
+#pragma unroll
+            for (int b = 0; b < kBlocksAtOnce; ++b) load_v(cell, b);
+        const ColumnWeights weights = sums.weigh(scores, pairs, slope, a.logit_softcap);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
             if constexpr (!kAhead)
                 if (b && b % kBlocksAtOnce == 0)
 #pragma unroll
                     for (int i = 0; i < kBlocksAtOnce; ++i) load_v(cell, b + i);
-            u32 words[4][4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const TpInt4& of_v = vf[b % kBlocksAtOnce][i];
-                words[i][0] = (u32)of_v.x, words[i][1] = (u32)of_v.y, words[i][2] = (u32)of_v.z, words[i][3] = (u32)of_v.w;
-            }
-#pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                const u32 vt[4] = {tp_byte_perm(words[0][w], words[1][w], 0x5410), tp_byte_perm(words[0][w], words[1][w], 0x7632),
-                                   tp_byte_perm(words[2][w], words[3][w], 0x5410), tp_byte_perm(words[2][w], words[3][w], 0x7632)};
-                tp_mma_f16(out[b][w], vt, pf);
-                tp_mma_f16(out[b][w], vt, rest);
-            }
+            sums.add(b, vf[b % kBlocksAtOnce], weights);
         }
         if (next_cell < 0) break;
     }
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    // Every warp's sums into shared memory; then a thread adds up two elements of all warps, in their order, and a lane knows what a warp's count.
-    const int stride_warp = heads.n * d;
-    float* to = merged + warp * stride_warp;
-    float* const counts = merged + kWarps * stride_warp;  // {most, sum} of [warp][head]
-    if (t == 0 && g < heads.n) *(TpFloat2*)(counts + 2 * (warp * heads.n + g)) = {most, sum};
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-        if (2 * t + i < heads.n)
-#pragma unroll
-            for (int b = 0; b < kBlocks; ++b)
-                if (const int at = b * 64 + g * 8; at < d)
-#pragma unroll
-                    for (int w = 0; w < 4; w += 2)
-                        *(TpInt4*)(to + (2 * t + i) * d + at + 2 * w) = {__float_as_int(out[b][w][i]), __float_as_int(out[b][w][2 + i]),
-                                                                         __float_as_int(out[b][w + 1][i]), __float_as_int(out[b][w + 1][2 + i])};
-    sync();
-    for (int unit = warp; unit < heads.n * kBlocks; unit += kWarps) {
-        const int h = unit / kBlocks, i = unit % kBlocks * 64 + 2 * lane;
-        const float* from = merged + h * d;
-        const TpFloat2 of_lane = *(const TpFloat2*)(counts + 2 * (lane % kWarps * heads.n + h));
-        float all_most = of_lane.x;
-#pragma unroll
-        for (int o = 1; o < kWarps; o *= 2) all_most = fmaxf(all_most, __shfl_xor_sync(0xffffffffu, all_most, o));
-        const float keep = expf(of_lane.x - (all_most > -INFINITY ? all_most : 0.0f));
-        float all_sum = of_lane.y * keep;
-#pragma unroll
-        for (int o = 1; o < kWarps; o *= 2) all_sum += __shfl_xor_sync(0xffffffffu, all_sum, o);
-        TpFloat2 all = {0, 0};
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-            const float share = __shfl_sync(0xffffffffu, keep, w);
-            if (i >= d) continue;
-            const TpFloat2 its = *(const TpFloat2*)(from + w * stride_warp + i);
-            all.x += its.x * share, all.y += its.y * share;
-        }
-        if (i < d && heads.mine(h)) results.put(heads.first + h, i, all_most, all_sum, all);
-    }
+    sums.template merge<kWarps>(heads, d, warp, merged, results, sync);
 }
 
 }  // namespace ggml_tp

@@ -25,13 +25,11 @@ namespace ggml_tp {
 namespace {
 
 constexpr int kMultiply = 32 * kStreamWarps;
-constexpr int kOuts = 3;  // tiles whose sums may wait to be stored: what shared memory has left
-// Pieces on their way to a multiprocessor. More would queue the activations' loads and the results' stores behind them: 55 KB of the stage that
-// is multiplied, where bandwidth counts; 18 KB ahead of it, while stages hand over (docs/decisions.md). Experts' tiles are small.
-constexpr int kInFlight = 3, kInFlightEarly = 1, kInFlightExperts = 2 * kStreamPieces;
-constexpr int kAheadCells = 512;     // of the cache, that a block asks for ahead
-constexpr u32 kPollsPerLook = 1024;  // at the clock
-constexpr int kFloatRows = 4;        // of a product of floats, that a block computes at once
+constexpr int kOuts = 3;                             // tiles whose sums may wait to be stored: what shared memory has left
+constexpr int kInFlightExperts = 2 * kStreamPieces;  // pieces on their way (kStreamInFlight): experts' tiles are small
+constexpr int kAheadCells = 512;                     // of the cache, that a block asks for ahead
+constexpr u32 kPollsPerLook = 1024;                  // at the clock
+constexpr int kFloatRows = 4;                        // of a product of floats, that a block computes at once
 
 struct Shared {
     char x[kStreamMostK];
@@ -80,10 +78,11 @@ TP_DEVICE int part_of(const StreamProduct& p, int tile, i64& row) {
     return part;
 }
 
-/// Brings a product into shared memory, by one warp: the table lies in memory that the weights keep pushing out of the L2.
-TP_DEVICE const StreamExperts& fetch_product(const StreamStage& stage, char* to, int& next) {
+/// Brings a product, or what is streamed of a cache, into shared memory, by one warp: the table lies in memory that the weights keep pushing out of
+/// the L2.
+TP_DEVICE const StreamExperts& fetch_product(const StreamStage& stage, char* to, int& next, int& kind) {
     static_assert(sizeof(StreamExperts) % 16 == 0 && sizeof(StreamExperts) <= 1024, "two steps of a warp");
-    next = stage.next_product;
+    next = stage.next_product, kind = stage.kind;
     __syncwarp();
     for (int i = threadIdx.x % 32; i < (int)sizeof(StreamExperts) / 16; i += 32) ((TpInt4*)to)[i] = ((const TpInt4*)stage.body)[i];
     __syncwarp();
@@ -220,7 +219,32 @@ TP_OUTLINE void weigh_experts(const StreamRoute& r, const StreamProduct& p) {
     __syncwarp();
 }
 
-// ---- the warp that streams weights. A lane has a copy of each tile (two where slots times planes are more than lanes): one thread took 280 cycles
+/// Which groups of 16 cells have one that is not masked, of kStreamedStep cells from `base` on: a bit each, the same for all lanes.
+TP_DEVICE u32 open_groups(const char* mask, int base, int end) {
+    static_assert(kColumnsStep * 2 == 2 * sizeof(TpInt4) && kStreamedStep == 32 * kColumnsStep, "a group a lane, two words of its masks");
+    const int cell = base + threadIdx.x % 32 * kColumnsStep;
+    bool open = cell < end;
+    if (open && mask) {
+        const TpInt4 a = ((const TpInt4*)(mask + (i64)cell * 2))[0], b = ((const TpInt4*)(mask + (i64)cell * 2))[1];
+        constexpr int kClosed = (int)0xfc00fc00u;
+        open = ((a.x ^ kClosed) | (a.y ^ kClosed) | (a.z ^ kClosed) | (a.w ^ kClosed) | (b.x ^ kClosed) | (b.y ^ kClosed) | (b.z ^ kClosed) |
+                (b.w ^ kClosed)) != 0;
+    }
+    return __ballot_sync(0xffffffffu, open);
+}
+/// a / b for inverse = 2^16 / b, rounded up: a division would be 25 instructions. a * b below 2^16.
+TP_DEVICE int divided(int a, u32 inverse) { return (int)((u32)a * inverse >> 16); }
+/// A unit of a streamed cache: its cells [begin, end) and KV heads [first, first + n).
+struct CellsUnit {
+    int split, begin, end, first, n;
+    TP_MEMBER CellsUnit(const StreamCells& c, int unit)
+        : split(divided(unit, c.units_inverse)), begin(split * c.split_cells), first((unit - split * c.n_units) * c.unit_heads) {
+        end = begin + c.split_cells < c.n_cells ? begin + c.split_cells : c.n_cells;
+        n = c.n_heads - first < c.unit_heads ? c.n_heads - first : c.unit_heads;
+    }
+};
+
+// ---- the warp that streams weights, and of a long cache K and V. A lane has a copy of each tile (two where slots times planes are more than lanes): one thread took 280 cycles
 // for each of a tile's copies, 6,700 for those of eight experts.
 struct Copy {
     const char* from = nullptr;
@@ -241,12 +265,12 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
     Turn<1> routed, weighed;
     bool weighs = false;  // the storing warp, what was chosen last
     const u64 once = tp_read_once();
-    int in_flight = 0, most_in_flight = kInFlight;
+    int in_flight = 0, most_in_flight = kStreamInFlight;
     bool early = true;  // ahead of the stage that is multiplied
     // Room for piece q of the next tile of product i, and its bytes announced (a copy may land before: the phase waits for the announcement). All
     // lanes wait: one that did so for the others cost 1,000 cycles a tile, in leaving and joining them again.
     auto begin_piece = [&](int i, int q, u32 bytes) {
-        while (in_flight >= (early ? kInFlightEarly : most_in_flight)) {
+        while (in_flight >= (early ? kStreamInFlightEarly : most_in_flight)) {
             tp_barrier_wait(full + ahead.at, ahead.parity);
             ahead.next();
             --in_flight;
@@ -259,8 +283,43 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
         }
         if (lane == 0) tp_barrier_expect(full + (slot.at * kStreamPieces + q), bytes);
     };
-    for (int i = args.first_product, next; i < args.n_stages; i = next) {
-        const StreamExperts& experts = fetch_product(args.stages[i], s.streamed, next);
+    for (int i = args.first_product, next, kind; i < args.n_stages; i = next) {
+        const StreamExperts& experts = fetch_product(args.stages[i], s.streamed, next, kind);
+        if (kind == kStreamFlash) {
+            const StreamCells& c = *(const StreamCells*)&experts;
+            early = true, most_in_flight = c.most_in_flight;
+            const int groups = c.groups, half = groups * kColumnsStep / 2, together = half < kColumnsStep ? half : kColumnsStep;  // rows of one group
+            for (int unit = blockIdx.x; unit < c.n_units * c.n_splits; unit += gridDim.x) {
+                const CellsUnit of(c, unit);
+                const u32 row_bytes = (u32)(of.n * c.head_bytes);
+                for (int base = of.begin; base < of.end; base += kStreamedStep) {
+                    u32 open = open_groups(c.mask, base, of.end);
+                    for (int cell = base; open; cell += 2 * half, open >>= groups) {
+                        const u32 bits = open & ((1u << groups) - 1);
+                        if (!bits) continue;
+#pragma unroll 1
+                        for (int of_v = 0; of_v < 2; ++of_v) {
+                            const char* const from = (of_v ? c.v : c.k) + (i64)of.first * c.head_bytes + cell * (of_v ? c.v_row : c.k_row);
+                            const i64 row = of_v ? c.v_row : c.k_row;
+                            const int stride = of_v ? c.v_stride : c.k_stride, run = row == stride ? together : 1;  // rows of a copy
+#pragma unroll 1
+                            for (int q = 0; q < kStreamPieces; ++q) {
+                                u32 rows = 0;  // of the piece's groups
+                                for (int at = q * half; at < q * half + half; at += together)
+                                    if (bits >> at / kColumnsStep & 1) rows += (u32)together;
+                                begin_piece(i, q, rows * row_bytes);
+                                for (int at = q * half + lane * run; at < q * half + half; at += 32 * run)
+                                    if (bits >> at / kColumnsStep & 1)
+                                        tp_bulk_load_once(ring + (slot.at * kStreamSlotBytes + at * stride), from + at * row, (u32)run * row_bytes,
+                                                          full + (slot.at * kStreamPieces + q), once);
+                            }
+                            slot.next();
+                        }
+                    }
+                }
+            }
+            continue;
+        }
         const StreamProduct& p = experts.product;
         if (p.role == kExpertsEach) {
             tp_barrier_wait(&s.routed, routed.parity);
@@ -274,7 +333,7 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
             if (!weighs) weigh_experts(experts.route, p);
         }
         early = !p.role;
-        most_in_flight = p.role ? kInFlightExperts : kInFlight;
+        most_in_flight = p.role ? kInFlightExperts : kStreamInFlight;
         const int halves = p.glu ? 2 : 1, step = p.rows / halves, n_planes = p.n_planes, n_tiles = p.n_tiles, piece_rows = 1 << p.piece_shift;
         u32 row_bytes = 0;  // of all copies
         for (int f = 0; f < n_planes; ++f) row_bytes += (u32)p.row_bytes[f];
@@ -448,8 +507,9 @@ TP_OUTLINE void store_results(const StreamArgs& args) {
     Shared& s = shared_of();
     const int lane = threadIdx.x % 32;
     Turn<kOuts> out;
-    for (int i = args.first_product, next; i < args.n_stages; i = next) {
-        const StreamExperts& experts = fetch_product(args.stages[i], s.stored, next);
+    for (int i = args.first_product, next, kind; i < args.n_stages; i = next) {
+        const StreamExperts& experts = fetch_product(args.stages[i], s.stored, next, kind);
+        if (kind == kStreamFlash) continue;
         const StreamProduct& p = experts.product;
         if ((int)blockIdx.x >= p.n_tiles) continue;
         if (p.role == kExpertsSum) store_sums(experts, s, out);
@@ -754,108 +814,205 @@ TP_OUTLINE void multiply_floats(int at) {
     }
 }
 
-/// The queries of a unit, as halves [heads.n][d] in shared memory, scaled; its own key and value go to the cache: see StreamOwnToken. What they
-/// are made of comes by asynchronous copies, in one trip to the L2, and the loop over pairs is not unrolled: code that runs once a layer costs
-/// five cycles an instruction.
+/// Until try_it, or the deadline: the results are not valid then.
+template <class TryIt>
+TP_DEVICE void wait_until(Shared& s, TryIt try_it) {
+    const u64 begin = tp_nanoseconds();
+    for (u32 polls = 1; !try_it(); ++polls) {
+        tp_spin();
+        if (polls % kPollsPerLook) continue;
+        if (tp_peek(&s.late)) return;
+        if (tp_nanoseconds() - begin <= s.deadline_ns) continue;
+        tp_poke(&s.late, 1);
+        atomicExch(s.fault, (u32)kFaultLatePeer);
+    }
+}
+
+/// For whoever asks where a token's time goes.
+TP_DEVICE void mark_stage(const StreamArgs& args, int stage, StreamTime what) {
+    if (threadIdx.x == 0 && blockIdx.x == 0) args.cycles[stage * kStreamTimes + what] = tp_cycles();
+}
+/// Stages come into shared memory two ahead: see fetch_product.
+TP_DEVICE void fetch_stage(const StreamArgs& args, int stage) {
+    constexpr int kWords = kStreamStageBytes / 16;
+    const int thread = threadIdx.x;
+    if (thread < kWords && stage < args.n_stages) tp_copy_async((TpInt4*)shared_of().stage[stage % 3] + thread, (const TpInt4*)(args.stages + stage) + thread);
+}
+/// What other blocks have done before this stage is seen by all threads, and nobody reads the stage before any more.
+TP_OUTLINE void begin_stage(const StreamArgs& args, int i) {
+    Shared& s = shared_of();
+    const StreamStage& stage = stage_at(i % 3);
+    if (threadIdx.x == 0 && stage.wait) wait_until(s, [&] { return (i32)(tp_read_signal(&args.state->arrived) - (u32)i * gridDim.x) >= 0; });
+    if (threadIdx.x == 0 && stage.kind == kStreamProduct && ((const StreamProduct*)stage.body)->role == kExpertsEach) tp_barrier_arrive(&s.routed);
+    tp_copy_wait();
+    sync_multiplying();
+    fetch_stage(args, i + 2);
+    mark_stage(args, i, kTimeWaited);
+}
+
+/// The queries of a unit of n_kv KV heads from heads.kv_head on, as halves [heads.n][d] in shared memory, scaled; its own keys and values go to the
+/// cache: see StreamOwnToken. What they are made of comes by asynchronous copies, `batch` heads in one trip to the L2, and loops over heads are not unrolled:
+/// code that runs once a layer costs five cycles an instruction. Where the cache is streamed, own_rows gets the piece's own keys and values as well,
+/// [2][n_kv][d] halves, and queries that are turned already stay in memory.
 struct QueriesShared {
+    const StreamArgs& launch;
+    int stage;  // to begin, or -1
     const StreamFlash& f;
     const UnitHeads& heads;
     int split, d;
     u16* queries;
-    float* rows;                    // rows of d floats: the unit's query heads, key, value, the turns, and the weights of the heads' norms
-    int row[2] = {}, high[2] = {};  // of the caches, for key and value; -1: outside
+    float* rows;  // of d floats: the turns, the weights of the heads' norms, a batch of query heads, keys and values
+    int n_kv, batch;
+    u16* own_rows;
+    int row[2] = {-1, -1}, high[2] = {};  // of the caches, for key and value; -1: outside
 
     TP_MEMBER const StreamOwnToken::Cache& cache(int i) const { return i ? f.own.v_cache : f.own.k_cache; }
-    TP_MEMBER int row_of(int pair) const { return (int)((u64)(u32)pair * f.own.half_inverse >> 32); }
     TP_MEMBER TpInt4 eight(const UnitHeads&, int h, int at) const { return *(const TpInt4*)(queries + h * d + at); }
-
-    TP_MEMBER void begin() {
-        const StreamOwnToken& own = f.own;
-        if (!own.table) return;
-        const int key = heads.n, n = (key + 3 + (own.q_norm ? 2 : 0)) * d / 4;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < n; i += kMultiply) {
-            const int at = row_of(2 * i) - key;
-            if (at < 0 && !heads.mine(at + key)) continue;
-            const float* from = at < 0 ? own.q + (heads.first + at + key) * d : at == 0 ? own.k + heads.kv_head * d : own.v + heads.kv_head * d;
-            if (at > 1) from = at == 2 ? own.table : at == 3 ? own.q_norm : own.k_norm;
-            tp_copy_async(rows + 4 * i, from + (4 * i - (at + key) * d));
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-            row[i] = tp_load_word_in_order(cache(i).row, true), high[i] = tp_load_word_in_order(cache(i).row + 4, cache(i).row_type == kI64);
+    TP_MEMBER int own_cell(int i) const { return (i ? row[1] : row[0]) - (int)cache(i).first; }  // registers, not an array
+    /// Whether this piece has the token's cell, and writes it; one that the attention does not see is the first piece's.
+    TP_MEMBER bool has(int i) const {
+        const int cell = own_cell(i), begin = split * f.args.cells, cells = (int)f.args.a.k.ne[1];
+        return (i ? row[1] : row[0]) >= 0 && (cell < 0 || cell >= cells ? split == 0 : cell >= begin && cell < begin + f.args.cells);
     }
-    TP_MEMBER void prepare() {
+    TP_MEMBER int n_heads() const { return heads.n + 2 * n_kv; }
+    TP_MEMBER void copy_row(const float* from, int to) const {
+#pragma unroll 1
+        for (int i = threadIdx.x % 32 * 4; i < d; i += 128) tp_copy_async(rows + to * d + i, from + i);
+    }
+    /// Heads [first, first + batch): queries, keys and values lie one behind the other each.
+    TP_MEMBER void copy_heads(int first) const {
+        const StreamOwnToken& own = f.own;
+        const int last = first + batch;
+#pragma unroll 1
+        for (int kind = 0; kind < 3; ++kind) {
+            const int begin = kind == 0 ? 0 : kind == 1 ? heads.n : heads.n + n_kv, end = kind == 0 ? heads.n : begin + n_kv;
+            const int head = kind == 0 ? heads.first : heads.kv_head;  // of `begin`
+            int low = first > begin ? first : begin, high = last < end ? last : end;
+            if (kind == 0) low = low < -head ? -head : low, high = high > heads.n_local - head ? heads.n_local - head : high;
+            const float* const from = (kind == 0 ? own.q : kind == 1 ? own.k : own.v) + (head - begin) * d;
+            float* const to = rows + (3 - first) * d;
+#pragma unroll 1
+            for (int i = low * d + 4 * (int)threadIdx.x; i < high * d; i += 4 * kMultiply) tp_copy_async(to + i, from + i);
+        }
+    }
+    /// Which rows, the host has written before the launch; all else, stages before this one.
+    TP_MEMBER void begin() {
+        if (f.own.k_cache.row)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                row[i] = tp_load_word_in_order(cache(i).row, true), high[i] = tp_load_word_in_order(cache(i).row + 4, cache(i).row_type == kI64);
+        if (stage >= 0) begin_stage(launch, stage);
         if (f.own.table) {
+            const int warp = threadIdx.x / 32;
+            const float* const weights = warp == 0 ? f.own.table : warp == 1 ? f.own.q_norm : f.own.k_norm;
+            copy_heads(0);
+            if (warp < 3 && weights) copy_row(weights, warp);
+        }
+        if (f.own.k_cache.row)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 if (!high[i] && row[i] >= 0 && row[i] < (int)cache(i).n_rows) continue;
                 row[i] = -1;
                 if (threadIdx.x == 0) atomicExch(f.own.fault, (u32)kFaultKvCell);
             }
-            tp_copy_wait();
-            sync_multiplying();
-            turn();
-        } else {
-            for (int i = 8 * (int)threadIdx.x; i < heads.n * d; i += 8 * kMultiply) {
-                const int h = i / d;
-                if (heads.mine(h)) *(TpInt4*)(queries + i) = QueriesInMemory{f.args.a, 0, 0}.eight(heads, h, i - h * d);
+    }
+    TP_MEMBER void prepare() {
+        if (f.own.table) {
+#pragma unroll 1
+            for (int first = 0; first < n_heads(); first += batch) {
+                if (first) sync_multiplying(), copy_heads(first);
+                tp_copy_wait();
+                sync_multiplying();
+                turn(first);
             }
+        } else {
+            if (own_rows) take_own_rows();
+#pragma unroll 1
+            for (int h = threadIdx.x / 32; h < heads.n; h += kStreamWarps)
+                for (int i = threadIdx.x % 32 * 8; i < d && heads.mine(h); i += 256)
+                    *(TpInt4*)(queries + h * d + i) = QueriesInMemory{f.args.a, 0, 0}.eight(heads, h, i);
         }
         sync_multiplying();
     }
-    TP_MEMBER void turn() const {
-        const StreamOwnToken& own = f.own;
-        const int half = d / 2, key = heads.n, lane = threadIdx.x % 32;
-        const float *const table = rows + (key + 2) * d, *const norms = table + d;
-        float* const scales = rows + (key + 5) * d;
-        const bool normed = own.q_norm;
-        if (normed) {
+    /// What a stage before this one has written of the token's cell.
+    TP_MEMBER void take_own_rows() const {
 #pragma unroll 1
-            for (int h = threadIdx.x / 32; h <= key; h += kStreamWarps) {
+        for (int i = 0; i < 2; ++i) {
+            if (!has(i)) continue;
+            const char* const from = cache(i).data + (own_cell(i) + cache(i).first) * cache(i).row_bytes + heads.kv_head * d * 2;
+            for (int at = 8 * (int)threadIdx.x; at < n_kv * d; at += 8 * kMultiply) tp_copy_async(own_rows + i * n_kv * d + at, from + at * 2);
+        }
+        tp_copy_wait();
+    }
+    /// Of a batch, a thread two pairs of each head that it takes.
+    TP_MEMBER void turn(int batch_first) const {
+        const StreamOwnToken& own = f.own;
+        const int width = d / 4, step = divided(kMultiply, own.width_inverse), first = divided((int)threadIdx.x, own.width_inverse);
+        const int at = (int)threadIdx.x - first * width, half = own.n_dims / 2, pair = 2 * at - own.n_offs / 2;
+        const bool turned = pair >= 0 && pair < half, apart = turned && own.neox, normed = own.q_norm;
+        const int place[2] = {apart ? own.n_offs + pair : 4 * at, apart ? own.n_offs + pair + half : 4 * at + 2};
+        const int end = batch_first + batch < n_heads() ? batch_first + batch : n_heads();
+        float* const scales = rows + (3 + batch) * d - batch_first;  // of a head's norm
+        if (normed) {
+            const int lane = threadIdx.x % 32;
+#pragma unroll 1
+            for (int h = batch_first + (int)threadIdx.x / 32; h < end; h += kStreamWarps) {
                 float squares = 0;
 #pragma unroll 1
-                for (int i = lane; i < d; i += 32) squares += rows[h * d + i] * rows[h * d + i];
+                for (int i = lane; i < d; i += 32) squares += rows[(3 + h - batch_first) * d + i] * rows[(3 + h - batch_first) * d + i];
                 squares = tp_warp_sum(squares);
-                if (lane == 0) scales[h] = 1.0f / sqrtf(squares / (float)d + (h < key ? own.q_eps : own.k_eps));
+                if (lane == 0) scales[h] = 1.0f / sqrtf(squares / (float)d + (h < heads.n ? own.q_eps : own.k_eps));
             }
             sync_multiplying();
         }
+        const TpInt4 turns = *(const TpInt4*)(rows + (turned ? 2 * pair : 0));
 #pragma unroll 1
-        for (int i = threadIdx.x; i < (key + 2) * half; i += kMultiply) {
-            const int h = row_of(i), of_cache = h - key, pair = i - h * half, turned = pair - own.n_offs / 2;
+        for (int h = batch_first + first; h < end && first < step; h += step) {
+            const int of_cache = h - heads.n;
+            const bool of_v = of_cache >= n_kv;
             if (of_cache < 0 && !heads.mine(h)) continue;
-            const bool turns = of_cache < 1 && turned >= 0 && turned < own.n_dims / 2;
-            int at = 2 * pair, other = at + 1;
-            if (turns && own.neox) at = own.n_offs + turned, other = at + own.n_dims / 2;
-            float a = rows[h * d + at], b = rows[h * d + other];
-            if (normed && of_cache < 1) {
-                const float* const weight = norms + (of_cache == 0 ? d : 0);
-                a *= scales[h] * weight[at], b *= scales[h] * weight[other];
+            const float* const from = rows + (3 + h - batch_first) * d;
+            TpFloat2 x[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) x[i] = *(const TpFloat2*)(from + place[i]);
+            if (normed && !of_v) {
+                const float* const weights = rows + (of_cache < 0 ? 1 : 2) * d;
+                const float scale = scales[h];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const TpFloat2 weight = *(const TpFloat2*)(weights + place[i]);
+                    x[i].x *= scale * weight.x, x[i].y *= scale * weight.y;
+                }
             }
-            if (turns) {
-                const float cosine = table[2 * turned], sine = table[2 * turned + 1], before = a;
-                a = before * cosine - b * sine, b = before * sine + b * cosine;
+            if (turned && !of_v) {
+                const float cosine[2] = {__int_as_float(turns.x), __int_as_float(turns.z)}, sine[2] = {__int_as_float(turns.y), __int_as_float(turns.w)};
+                // Pairs are {x[0].x, x[1].x}, {x[0].y, x[1].y}, or x[0], x[1].
+                const float swapped = x[0].y;
+                if (!apart) x[0].y = x[1].x, x[1].x = swapped;
+                const TpFloat2 before = x[0];
+                x[0].x = before.x * cosine[0] - x[1].x * sine[0], x[0].y = before.y * cosine[1] - x[1].y * sine[1];
+                x[1].x = before.x * sine[0] + x[1].x * cosine[0], x[1].y = before.y * sine[1] + x[1].y * cosine[1];
+                const float back = x[0].y;
+                if (!apart) x[0].y = x[1].x, x[1].x = back;
             }
-            float* y = of_cache < 0 ? own.q_y : of_cache == 0 ? own.k_y : nullptr;
-            if (y && split == 0) {
-                y += (of_cache < 0 ? heads.first + h : heads.kv_head) * d;
-                y[at] = a, y[other] = b;
-            }
-            if (of_cache < 0) a *= f.args.a.scale, b *= f.args.a.scale;
-            const u16 first = tp_float_to_half(a), second = tp_float_to_half(b);
+            float* const y = of_cache < 0 ? own.q_y : of_v ? nullptr : own.k_y;
+            const int head = of_cache < 0 ? heads.first + h : heads.kv_head + of_cache - (of_v ? n_kv : 0);
+            if (y && split == 0)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) *(TpFloat2*)(y + head * d + place[i]) = x[i];
+            const float scale = of_cache < 0 ? f.args.a.scale : 1.0f;
+            const u32 halves[2] = {half2_of(x[0].x * scale, x[0].y * scale), half2_of(x[1].x * scale, x[1].y * scale)};
+            auto put = [&](u16* to) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) *(u32*)(to + place[i]) = halves[i];
+            };
             if (of_cache < 0) {
-                queries[h * d + at] = first, queries[h * d + other] = second;
-                continue;
+                put(queries + h * d);
+            } else if (has(of_v)) {
+                const StreamOwnToken::Cache& to = cache(of_v);
+                put((u16*)(to.data + (own_cell(of_v) + to.first) * to.row_bytes) + head * d);
+                if (own_rows) put(own_rows + of_cache * d);
             }
-            const int to_row = of_cache ? row[1] : row[0];  // registers, not an array
-            if (to_row < 0) continue;
-            // The piece that has the cell writes it; one that the attention does not see is the first piece's.
-            const StreamOwnToken::Cache& to = cache(of_cache);
-            const int cell = to_row - (int)to.first, piece = f.args.n_splits == 1 || cell < 0 ? 0 : cell / f.args.cells;
-            if ((piece < f.args.n_splits ? piece : 0) != split) continue;
-            u16* const there = (u16*)(to.data + (i64)to_row * to.row_bytes) + heads.kv_head * d;
-            there[at] = first, there[other] = second;
         }
     }
 };
@@ -881,35 +1038,193 @@ struct StreamResults {
 };
 
 template <int kD>
-TP_OUTLINE void attend(int at) {
-    const StreamFlash& f = *(const StreamFlash*)stage_at(at).body;
+TP_OUTLINE void attend(const StreamArgs& launch, int stage) {
+    const StreamFlash& f = *(const StreamFlash*)stage_at(stage % 3).body;
     Shared& s = shared_of();
     const FlashSplitArgs& args = f.args;
     const int d = (int)args.a.q.ne[0], thread = threadIdx.x;
     u16* queries = (u16*)s.x;
     float* merged = (float*)(s.x + kStreamQueryBytes);
-    for (u32 unit = blockIdx.x; unit < (u32)(f.n_units * args.n_splits); unit += gridDim.x) {
+    const u32 n_units = (u32)(f.n_units * args.n_splits);
+    if (blockIdx.x >= n_units) begin_stage(launch, stage);
+    for (u32 unit = blockIdx.x; unit < n_units; unit += gridDim.x) {
         const u32 head = unit / (u32)args.n_splits;
         const int split = (int)(unit - head * (u32)args.n_splits);
         const UnitHeads heads = heads_of_unit(args, head);
         const StreamResults to{f, split};
-        flash_columns<kD, kStreamWarps, false>(args, heads, split, 0, 0, thread, merged, QueriesShared{f, heads, split, d, queries, merged}, to,
+        const int begins = unit == blockIdx.x ? stage : -1;
+        flash_columns<kD, kStreamWarps, false>(args, heads, split, 0, 0, thread, merged,
+                                               QueriesShared{launch, begins, f, heads, split, d, queries, merged, 1, kFlashHeads + 2, nullptr}, to,
                                                sync_multiplying);
         sync_multiplying();  // the next unit writes there
     }
 }
 
-/// Until try_it, or the deadline: the results are not valid then.
-template <class TryIt>
-TP_DEVICE void wait_until(Shared& s, TryIt try_it) {
-    const u64 begin = tp_nanoseconds();
-    for (u32 polls = 1; !try_it(); ++polls) {
-        tp_spin();
-        if (polls % kPollsPerLook) continue;
-        if (tp_peek(&s.late)) return;
-        if (tp_nanoseconds() - begin <= s.deadline_ns) continue;
-        tp_poke(&s.late, 1);
-        atomicExch(s.fault, (u32)kFaultLatePeer);
+/// PieceResults of one token.
+struct StreamPieces {
+    float *acc, *meta;
+    int n_splits, split, d;
+    TP_MEMBER int piece(int head) const { return head * n_splits + split; }
+    TP_MEMBER void put_counts(int head, float most, float sum) const { *(TpFloat2*)(meta + 2 * piece(head)) = {most, sum}; }
+    TP_MEMBER float* acc_of(int head) const { return acc + piece(head) * d; }
+};
+
+/// An attention whose cells come through the ring: see StreamCells. A warp has the query heads of one KV head and one of a tile's groups of 16 cells.
+/// Begins the stage itself: what no stage writes is looked at before.
+template <int kD>
+TP_OUTLINE u32 attend_streamed(const StreamArgs& launch, int stage, u32 packed_walk) {
+    constexpr int kChunks = kD / 32, kBlocks = kD / 64;
+    Walk walk = Walk::of(packed_walk);
+    const StreamFlash& f = *(const StreamFlash*)stage_at(stage % 3).body;
+    const StreamCells& c = f.cells;
+    const FlashSplitArgs& args = f.args;
+    const FlashAttnArgs& a = args.a;
+    Shared& s = shared_of();
+    const char* const ring = ring_of();
+    const TpBarrierAt full(s.full), empty(s.empty);
+    const int d = c.head_bytes / 2, lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, groups = c.groups;
+    const int sets = c.unit_heads * args.head_groups, group = divided(warp, c.sets_inverse), set = warp - group * sets;
+    const int kv = divided(set, c.head_groups_inverse), of_group = (set - kv * args.head_groups) * args.group_heads;
+    u16* const own_rows = (u16*)s.x;
+    const int n_units = c.n_units * c.n_splits;
+#pragma unroll 1
+    for (int unit = blockIdx.x, first_unit = 1; unit < n_units || first_unit; unit += gridDim.x, first_unit = 0) {
+        const bool some = unit < n_units;
+        const CellsUnit of(c, some ? unit : 0);
+        u32 open = some ? open_groups(c.mask, of.begin, of.end) : 0u;
+        const UnitHeads all = {of.n * a.gqa_ratio, of.first, (of.first + a.kv_head_offset) * a.gqa_ratio - a.head_offset, (int)a.q.ne[2]};
+        UnitHeads heads = {a.gqa_ratio - of_group < args.group_heads ? a.gqa_ratio - of_group : args.group_heads, of.first + kv,
+                           all.first + kv * a.gqa_ratio + of_group, all.n_local};
+        const bool works = group < groups && kv < of.n;
+        if (!works) heads.n = 0;
+        u16* const queries = own_rows + 2 * of.n * d;
+        float* const rows = (float*)(queries + all.n * d);
+        QueriesShared own{launch, first_unit ? stage : -1, f, all, of.split, d, queries, rows, of.n, stream_head_batch(of.n, all.n, d), own_rows};
+        const float slope = alibi_slope(a.max_bias, heads.first + g + a.head_offset, a.n_head_global);
+        const StreamPieces pieces{args.acc, args.meta, args.n_splits, of.split, d};
+        if (!some) {
+            begin_stage(launch, stage);
+            break;
+        }
+        own.begin();
+        own.prepare();
+        const int own_k = own.has(0) ? own.own_cell(0) : -1, own_v = own.has(1) ? own.own_cell(1) : -1;
+        TpInt4 q[kChunks];
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+            const int at = chunk * 32 + t * 8;
+            q[chunk] = heads.mine(g) && at < d ? own.eight(heads, heads.first - all.first + g, at) : TpInt4{0, 0, 0, 0};
+        }
+        if (threadIdx.x == 0) tp_poke(&s.stage_now, (u32)stage);  // not before: tiles at full speed would hold up the queries
+        sync_multiplying();                                       // sums will lie over the queries
+        mark_stage(launch, stage, kTimeInput);
+        ColumnSums<kBlocks> sums;
+        for (int base = of.begin; base < of.end; base += kStreamedStep) {
+            if (base != of.begin) open = open_groups(c.mask, base, of.end);
+            for (int first = base; open; first += groups * kColumnsStep, open >>= groups) {
+                const u32 bits = open & ((1u << groups) - 1);
+                if (!bits) continue;
+                const bool mine = works && bits >> group & 1;
+                const int row = group * kColumnsStep, cell = first + row;
+                u32 pairs[2] = {};
+                if (mine && c.mask)
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) pairs[j] = *(const u32*)(c.mask + (i64)(cell + 2 * t + 8 * j) * 2);
+                // Every warp waits for what it does not read too: a parity says nothing about the phase after the next.
+                auto wait = [&] {
+#pragma unroll
+                    for (int piece = 0; piece < kStreamPieces; ++piece) tp_barrier_wait(full + (walk.slot.at * kStreamPieces + piece), walk.slot.parity);
+                    return ring + walk.slot.at * kStreamSlotBytes;
+                };
+                auto leave = [&] {
+                    tp_barrier_arrive(empty + walk.slot.at);
+                    walk.slot.next();
+                };
+                ColumnScores scores;
+                const char* slot = wait();
+                if (mine) {
+                    const char* from[2];
+#pragma unroll
+                    for (int j = 0; j < 2; ++j)
+                        from[j] = cell + 8 * j + g == own_k ? (const char*)(own_rows + kv * d) : slot + (row + 8 * j + g) * c.k_stride + kv * c.head_bytes;
+#pragma unroll
+                    for (int chunk = 0; chunk < kChunks; ++chunk) {
+                        const int at = chunk * 32 + t * 8 < d ? chunk * 64 + t * 16 : 0;  // beyond the head: it meets a query of zero
+                        const TpInt4 k[2] = {*(const TpInt4*)(from[0] + at), *(const TpInt4*)(from[1] + at)};
+                        scores.add(q[chunk], k);
+                    }
+                }
+                leave();
+                ColumnWeights weights{};
+                if (mine) weights = sums.weigh(scores, pairs, slope, a.logit_softcap);
+                slot = wait();
+                if (mine) {
+                    const char* from[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const int r = 2 * t + i % 2 + i / 2 * 8;
+                        from[i] = cell + r == own_v ? (const char*)(own_rows + (of.n + kv) * d) : slot + (row + r) * c.v_stride + kv * c.head_bytes;
+                    }
+#pragma unroll
+                    for (int b = 0; b < kBlocks; ++b) {
+                        const int at = b * 64 + g * 8 < d ? b * 128 + g * 16 : 0;  // beyond the head: not stored
+                        const TpInt4 v[4] = {*(const TpInt4*)(from[0] + at), *(const TpInt4*)(from[1] + at), *(const TpInt4*)(from[2] + at),
+                                             *(const TpInt4*)(from[3] + at)};
+                        sums.add(b, v, weights);
+                    }
+                }
+                leave();
+            }
+        }
+        mark_stage(launch, stage, kTimeDone);
+        sums.fold(group, groups, set, sets, (float*)(own_rows + 2 * c.unit_heads * d), sync_multiplying);
+        if (group == 0) sums.store(heads, d, pieces);
+        sync_multiplying();  // the next unit writes there
+    }
+    return walk.packed();
+}
+
+/// The sum of every head's pieces: a block has 32 elements of a head, which come in one trip to the L2, its warps every eighth piece of them.
+TP_OUTLINE void combine_pieces(const StreamCombine& stage) {
+    const FlashCombineArgs& c = stage.args;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, n = c.n_splits, d = (int)c.y.ne[0], chunks = (d + 31) / 32;
+    float* const acc = (float*)shared_of().x;  // [n][32]
+    TpFloat2* const counts = (TpFloat2*)(acc + n * 32);
+    float* const met = (float*)(counts + n);  // [kStreamWarps][32], and the sums of the warps
+#pragma unroll 1
+    for (int chunk = blockIdx.x; chunk < chunks * (int)c.y.ne[1]; chunk += gridDim.x) {
+        const int head = divided(chunk, stage.chunks_inverse), begin = (chunk - head * chunks) * 32;
+        const float* const from = c.acc + (i64)head * n * d + begin;
+        const TpFloat2* const meta = (const TpFloat2*)c.meta + (i64)head * n;
+#pragma unroll 1
+        for (int i = thread; i < n * 8; i += kMultiply)
+            if (begin + i % 8 * 4 < d) tp_copy_async(acc + i * 4, from + i / 8 * d + i % 8 * 4);
+#pragma unroll 1
+        for (int i = thread; i < n; i += kMultiply) counts[i] = meta[i];
+        float most = c.has_sinks ? *(const float*)(c.sinks.data + (head + c.head_offset) * c.sinks.nb[0]) : -INFINITY;
+        const float sink = most;
+        tp_copy_wait();
+        sync_multiplying();
+#pragma unroll 1
+        for (int i = lane; i < n; i += 32) most = fmaxf(most, counts[i].x);
+        most = tp_warp_max(most);
+        float sum = 0, total = 0;
+        const float base = most > -INFINITY ? most : 0.0f;
+#pragma unroll 1
+        for (int i = warp; i < n; i += kStreamWarps) {
+            const float share = expf(counts[i].x - base);
+            sum += counts[i].y * share;
+            if (share > 0) total += acc[i * 32 + lane] * share;
+        }
+        met[warp * 32 + lane] = total;
+        if (lane == 0) met[kStreamWarps * 32 + warp] = sum;
+        sync_multiplying();
+        if (warp == 0) {
+            float all = 0, all_sum = c.has_sinks ? expf(sink - base) : 0.0f;
+#pragma unroll 1
+            for (int w = 0; w < kStreamWarps; ++w) all += met[w * 32 + lane], all_sum += met[kStreamWarps * 32 + w];
+            if (begin + lane < d) *(float*)(c.y.data + (begin + lane) * 4 + head * c.y.nb[1]) = all_sum > 0 ? all / all_sum : 0.0f;
+        }
     }
 }
 
@@ -999,24 +1314,8 @@ TP_OUTLINE void do_stage(int stage_slot) {
             for (i64 i = first; i < tp_elems(a.y); i += step) get_row_element(a, i);
             break;
         }
-        case kStreamFlash: {
-            const i64 d = ((const StreamFlash*)body)->args.a.q.ne[0];
-            if (d <= 64) attend<64>(stage_slot);
-            else if (d <= 128) attend<128>(stage_slot);
-            else attend<256>(stage_slot);
-            break;
-        }
         case kStreamFloats: multiply_floats(stage_slot); break;
-        case kStreamCombine: {  // a warp for 32 elements of a head
-            const FlashCombineArgs& a = ((const StreamCombine*)body)->args;
-            const i64 chunks = (a.y.ne[0] + 31) / 32;
-            for (i64 c = first / 32; c < chunks * a.y.ne[1]; c += step / 32) {
-                const i64 head = c / chunks, i = c % chunks * 32 + lane;
-                const float y = flash_combined(a, head, 0, 0, i);
-                if (i < a.y.ne[0]) *(float*)(a.y.data + i * 4 + head * a.y.nb[1]) = y;
-            }
-            break;
-        }
+        case kStreamCombine: combine_pieces(*(const StreamCombine*)body); break;
         default: break;
     }
 }
@@ -1052,42 +1351,49 @@ TP_DEVICE void fetch_ahead(const StreamStage& stage) {
 TP_DEVICE void multiply_and_more(const StreamArgs& args) {
     Shared& s = shared_of();
     const int thread = threadIdx.x;
-    constexpr int kWords = kStreamStageBytes / 16;
     u32 walk = Walk{}.packed();
     float scale = 1.0f;
-    // Stages come into shared memory two ahead: see fetch_product.
-    auto fetch = [&](int stage) {
-        if (thread < kWords && stage < args.n_stages) tp_copy_async((TpInt4*)s.stage[stage % 3] + thread, (const TpInt4*)(args.stages + stage) + thread);
-    };
-    auto mark = [&](int stage, StreamTime what) {
-        if (thread == 0 && blockIdx.x == 0) args.cycles[stage * kStreamTimes + what] = tp_cycles();
-    };
-    fetch(0);
-    fetch(1);
+    fetch_stage(args, 0);
+    fetch_stage(args, 1);
     tp_copy_wait();
     sync_multiplying();
     for (int i = 0; i < args.n_stages; ++i) {
-        mark(i, kTimeBegin);
+        mark_stage(args, i, kTimeBegin);
         const StreamStage& stage = *(const StreamStage*)s.stage[i % 3];
+        if (stage.kind == kStreamFlash) {  // begins by itself
+            const StreamFlash& f = *(const StreamFlash*)stage.body;
+            const bool streamed = f.cells.groups;
+            const int d = (int)f.args.a.q.ne[0];
+            if (streamed) {
+                if (d <= 64) walk = attend_streamed<64>(args, i, walk);
+                else if (d <= 128) walk = attend_streamed<128>(args, i, walk);
+                else walk = attend_streamed<256>(args, i, walk);
+            } else {
+                fetch_ahead(stage);
+                if (d <= 64) attend<64>(args, i);
+                else if (d <= 128) attend<128>(args, i);
+                else attend<256>(args, i);
+                mark_stage(args, i, kTimeInput);
+                mark_stage(args, i, kTimeDone);
+            }
+            if (thread == 0) arrive(args);
+            mark_stage(args, i, kTimeStored);
+            continue;
+        }
         fetch_ahead(stage);
-        if (thread == 0 && stage.wait) wait_until(s, [&] { return (i32)(tp_read_signal(&args.state->arrived) - (u32)i * gridDim.x) >= 0; });
-        if (thread == 0 && stage.kind == kStreamProduct && ((const StreamProduct*)stage.body)->role == kExpertsEach) tp_barrier_arrive(&s.routed);
-        tp_copy_wait();
-        sync_multiplying();  // and nobody reads the stage before any more, and everybody sees the next
-        fetch(i + 2);
-        mark(i, kTimeWaited);
+        begin_stage(args, i);
         if (stage.kind != kStreamProduct) {
             do_stage(i % 3);
             sync_multiplying();
             if (thread == 0) arrive(args);
-            mark(i, kTimeInput);
-            mark(i, kTimeDone);
+            mark_stage(args, i, kTimeInput);
+            mark_stage(args, i, kTimeDone);
             continue;
         }
         const StreamProduct& p = *(const StreamProduct*)stage.body;
         if (p.input != kInputKept) scale = take_input(i % 3);
         if (thread == 0) tp_poke(&s.stage_now, (u32)i);  // not before: tiles at full speed would hold up the input
-        mark(i, kTimeInput);
+        mark_stage(args, i, kTimeInput);
         if (p.role == kExpertsSum) {
             if (p.type == kQ4_0) walk = multiply_slots<kQ4_0>(i % 3, walk);
             else if (p.type == kQ8_0) walk = multiply_slots<kQ8_0>(i % 3, walk);
@@ -1097,7 +1403,7 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args) {
         else if (p.type == kQ8_0) walk = multiply<kQ8_0>(p.units_each, i % 3, walk, scale);
         else if (p.type == kQ4_K) walk = multiply<kQ4_K>(p.units_each, i % 3, walk, scale);
         else walk = multiply<kQ6_K>(p.units_each, i % 3, walk, scale);
-        mark(i, kTimeDone);
+        mark_stage(args, i, kTimeDone);
         if ((int)blockIdx.x >= p.n_tiles) {  // nothing for the storing warp; what take_input wrote counts all the same
             sync_multiplying();
             if (thread == 0) arrive(args);

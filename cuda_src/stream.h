@@ -84,6 +84,71 @@ inline bool stream_fit(StreamProduct& p) {
     return true;
 }
 
+// Pieces on their way to a multiprocessor, of half a slot. More would queue the activations' loads and the results' stores behind them: 55 KB of the
+// stage that is multiplied, where bandwidth counts; 18 KB ahead of it, while stages hand over (docs/decisions.md).
+constexpr int kStreamInFlight = 3, kStreamInFlightEarly = 1;
+// Cells of a cache beyond which they come through the ring (one H100, tokens/s with it, without): 8B, Q4_0 at 768 cells 478, 462, at 1,280 460, 442, at 4,352
+// 423, 395; but where heads are normed, 32 of them in every block: Qwen3-30B-A3B at 1,280 325, 354, at 2,304 347, 342, at 4,352 337, 326.
+constexpr i64 kStreamedCells = 512, kStreamedCellsNormed = 2048;
+constexpr int kStreamedHeads = 8;                 // KV heads of a unit at most: the more, the longer the copies, and the more pieces there are to add up
+constexpr int kStreamedStep = 32 * kColumnsStep;  // cells that a warp's look at masks covers
+
+/// For divisions of small numbers (stream.cu, divided).
+constexpr u32 stream_inverse(i64 of) { return of > 0 ? (u32)((65536 + of - 1) / of) : 0; }
+/// Bytes in front of where an attention's queries, and later its warps, meet: its own token's K and V rows.
+constexpr i64 stream_own_bytes(i64 kv_heads, i64 d) { return 2 * kv_heads * d * 2; }
+/// What a combination of n pieces needs: 32 elements and two counts of each, and the sums of the warps.
+constexpr i64 stream_combine_bytes(i64 n) { return n * (32 + 2) * 4 + kStreamWarps * 33 * 4; }
+/// How many heads of F32 have room behind those rows and the queries, and behind three other rows, with a float each; at most all.
+constexpr int stream_head_batch(i64 kv_heads, i64 query_heads, i64 d) {
+    const i64 all = query_heads + 2 * kv_heads, room = (kStreamInputBytes - stream_own_bytes(kv_heads, d) - query_heads * d * 2 - all * 4) / (d * 4) - 3;
+    return (int)(room < all ? room : all);
+}
+/// Whether an attention's cells can come through the ring: fills in f.cells and the pieces of f.args. What f.own has is whole already. Where a
+/// unit has all heads of a cell, rows lie side by side and several are one copy: a copy takes 140 cycles, however small (one H100: rows of 1 KB came at
+/// 1.8 TB/s; two and four lanes that meet in a bank cost less). Else so that the lanes of a quarter of a warp, which read together, find different banks.
+inline bool stream_cells_fit(StreamFlash& f, i64 blocks) {
+    FlashSplitArgs& args = f.args;
+    const FlashAttnArgs& a = args.a;
+    const i64 d = a.q.ne[0], heads = a.k.ne[2], cells = a.k.ne[1];
+    auto rows = [&](const View& v) { return (u64)v.data % 16 == 0 && (heads <= 1 || v.nb[2] == d * 2) && v.nb[1] >= heads * d * 2; };
+    if (cells % kColumnsStep || cells > 1 << 30 || !rows(a.k) || !rows(a.v) || (a.has_mask && (u64)a.mask.data % 16)) return false;
+    if (args.head_groups > kStreamWarps) return false;
+    StreamCells c{};
+    c.k = a.k.data, c.v = a.v.data, c.mask = a.has_mask ? a.mask.data : nullptr;
+    c.k_row = a.k.nb[1], c.v_row = a.v.nb[1];
+    c.n_cells = (i32)cells, c.n_heads = (i32)heads, c.head_bytes = (i32)(d * 2);
+    for (i64 most = kStreamWarps / args.head_groups; most > 0; --most) {
+        const i64 units = heads > 0 ? (heads + (most < kStreamedHeads ? most : kStreamedHeads) - 1) / (most < kStreamedHeads ? most : kStreamedHeads) : 0;
+        const i64 each = heads > 0 ? (heads + units - 1) / units : 1, row = each * d * 2;
+        auto stride = [row, units](i64 from, i64 rest) { return (i32)(units == 1 && from == row ? row : row + (rest - row % 128 + 128) % 128); };
+        c.unit_heads = (i32)each, c.n_units = (i32)units, c.k_stride = stride(c.k_row, 64), c.v_stride = stride(c.v_row, 16);
+        const i64 sets = each * args.head_groups, tallest = c.k_stride > c.v_stride ? c.k_stride : c.v_stride;
+        for (c.groups = 1; c.groups * 2 * sets <= kStreamWarps && c.groups * 2 * kColumnsStep * tallest <= kStreamSlotBytes;) c.groups *= 2;
+        const i64 merged = stream_own_bytes(each, d) + sets * (c.groups / 2) * column_fold_floats(d <= 64 ? 64 : d <= 128 ? 128 : 256) * 4;
+        if (c.groups * kColumnsStep * tallest > kStreamSlotBytes || merged > kStreamInputBytes) continue;
+        if (stream_own_bytes(each, d) + each * a.gqa_ratio * d * 2 > kStreamInputBytes || units * blocks > 1 << 16) continue;
+        const i64 query_heads = each * a.gqa_ratio, all_heads = query_heads + 2 * each;
+        if (f.own.table && stream_head_batch(each, query_heads, d) < (all_heads < kStreamWarps ? all_heads : kStreamWarps)) continue;
+        const i64 tile = c.groups * kColumnsStep, tiles = (cells + tile - 1) / tile;
+        i64 splits = units > 0 ? blocks / units : 1;
+        splits = splits < 1 ? 1 : splits > tiles ? tiles : splits;
+        c.split_cells = (i32)((cells + splits - 1) / splits + kColumnsStep - 1) / kColumnsStep * kColumnsStep;
+        c.n_splits = (i32)((cells + c.split_cells - 1) / c.split_cells);
+        if (stream_combine_bytes(c.n_splits) > kStreamInputBytes) continue;
+        // Small pieces: as many bytes, but not all of the ring, whose barriers' phases would come round.
+        const i64 piece = c.groups * kColumnsStep / kStreamPieces * row,
+                  in_flight = kStreamInFlight * kStreamSlotBytes / kStreamPieces / (piece > 0 ? piece : 1);
+        constexpr i64 kMost = (kStreamSlots - 1) * kStreamPieces;
+        c.most_in_flight = (i32)(in_flight < kStreamInFlight ? kStreamInFlight : in_flight > kMost ? kMost : in_flight);
+        c.units_inverse = stream_inverse(units), c.sets_inverse = stream_inverse(sets), c.head_groups_inverse = stream_inverse(args.head_groups);
+        args.cells = c.split_cells, args.n_splits = c.n_splits;
+        f.cells = c;
+        return true;
+    }
+    return false;
+}
+
 /// blocks: at most one per multiprocessor, fewer where ranks share a device.
 inline Launch stream_launch(u32 blocks) {
     Launch out;

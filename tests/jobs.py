@@ -203,6 +203,24 @@ def edited_cache(model: str, prompt: list[int], on_device: bool, kv_type: int = 
     return np.concatenate(rows)
 
 
+def long_cache(model: str, n: int, on_device: bool) -> dict[str, Any]:
+    """Two sequences of n tokens; of each, positions in the middle are cut out, and three more tokens lie where those were. The logits of these."""
+    host = _with_plugin() if on_device else _host()
+    lib, loaded = _more(host), host.model(model, "TP0" if on_device else None)
+    context = loaded.context(n_ctx=2 * (n // 256 + 1) * 256, n_seq_max=2)
+    memory, rows = lib.llama_get_memory(context.handle), []
+    for seq in (0, 1):
+        for begin in range(0, n, 512):
+            context.decode([(17 * i + i * i + 5 * seq) % 300 for i in range(begin, min(begin + 512, n))], begin, seq)
+        rows += [context.decode([3], n, seq)]
+        assert host.lib.llama_memory_seq_rm(memory, seq, 100, n - 200)
+        rows += [context.decode([token], n + i, seq) for i, token in ((1, 7), (2, 8), (3, 9))]
+    out = {"logits": np.concatenate(rows), **_inspected(on_device)}
+    context.close()
+    loaded.close()
+    return out
+
+
 def speculate(model: str, draft: str, prompt: list[int] | str, guesses: list[int], on_device: bool, flash_attn: bool = True) -> dict[str, Any]:
     """Two models at once, by turns: the draft guesses as many tokens as each round says, the target reads them in one batch of one more and
     says which of them it would have said; both forget the others."""

@@ -27,6 +27,7 @@ TOLERANCE = {
     "Q6_K": 5e-4,
 }
 PROMPT = [(17 * i + i * i) % 300 for i in range(70)]
+WIDE = {"embedding_length": 512, "feed_forward_length": 1024, "attention__key_length": 64, "attention__value_length": 64, "rope__dimension_count": 64}
 SHIPPED = str(Path(ggml_tp.__file__).parent / "models" / "tiny-english.gguf")
 ALL_RANKS = (1, 2, 3, 4, 5, 7, 8)
 SAMPLE = [
@@ -324,8 +325,7 @@ def test_a_late_peer_fails_one_graph(workers, models, arch, quant, n_ubatch):
 )  # fmt: skip
 def test_a_token_is_one_persistent_kernel(workers, models, family, quant, ranks):
     """sm_90: everything between embedding and logits, the all_reduces and the experts too, is one launch a rank."""
-    whole_blocks = {"embedding_length": 512, "feed_forward_length": 1024, "attention__key_length": 64, "attention__value_length": 64}  # for two ranks
-    options = whole_blocks | {"rope__dimension_count": 64} if quant == "Q4_K" else {}
+    options = WIDE if quant == "Q4_K" else {}  # whole blocks for two ranks
     if family == "qwen3moe" and quant == "Q4_K":
         options |= {"expert_feed_forward_length": 768, "seed": 2}  # two ranks cut the second of its three blocks
     result = check(workers, models, family, quant, ranks, arch="sm_90", **options)
@@ -335,6 +335,25 @@ def test_a_token_is_one_persistent_kernel(workers, models, family, quant, ranks)
     assert " binary " not in result["program"]  # biases and residuals are their products' and norms' work
     if quant == "Q4_K":  # heads of 64: whole warps norm them
         assert " norm rows " not in result["program"]
+
+
+@pytest.mark.parametrize(
+    ("family", "quant", "ranks", "n", "options"),
+    [("llama", "Q4_0", 1, 700, {}), ("llama", "Q8_0", 3, 700, {"attention__head_count": 6, "attention__head_count_kv": 6}), ("llama", "Q4_K", 2, 700, WIDE),
+     ("llama", "Q4_0", 8, 700, {"attention__head_count": 8, "attention__head_count_kv": 1}), ("qwen2", "Q4_0", 2, 700, {}),
+     ("llama", "Q4_0", 1, 700, {"attention__key_length": 256, "attention__value_length": 256, "rope__dimension_count": 256}),
+     ("llama", "Q4_0", 1, 700, {"attention__head_count": 12, "attention__head_count_kv": 12}),
+     ("llama", "Q4_0", 1, 700, {"attention__head_count": 16, "attention__head_count_kv": 1}),
+     ("gemma3", "Q4_0", 2, 700, {}), pytest.param("qwen3", "Q4_K", 1, 2200, WIDE, marks=pytest.mark.full), ("qwen3moe", "Q8_0", 2, 2200, {})],
+)  # fmt: skip
+def test_cells_of_a_long_cache_are_streamed(workers, models, family, quant, ranks, n, options):
+    """Groups of cells that nobody sees left out, the token's own cell among cells that are on their way already, and caches that do not begin at cell 0."""
+    model = models(family, quant, **options)
+    exact = models(family, quant, dequantized=True, **options) if quant.endswith("_K") else model
+    reference = workers.run(jobs.long_cache, {}, model=exact, n=n, on_device=False)
+    result = workers.run(jobs.long_cache, emulated(ranks, "sm_90"), model=model, n=n, on_device=True)
+    assert nmse(result["logits"], reference["logits"]) <= TOLERANCE[quant]
+    assert result["program"].count(" streamed attention ") == N_LAYER, result["program"]
 
 
 @pytest.mark.parametrize(("family", "ranks"), [("glm4moe", 1), ("glm4moe", 2)])

@@ -677,6 +677,7 @@ class RankRun {
         const FlashAttnArgs& a = f.a;
         const i64 cells = a.k.ne[1];
         if (a.q.ne[1] != 1 || a.q.ne[3] != 1 || cells <= 0) return false;
+        if (a.has_mask && written(span_of(a.mask))) return false;  // it is looked at before the stage, as is the row that the token's cell is
         const auto d = static_cast<int>(a.q.ne[0]);
         const int meet_bytes = flash_columns_floats(kStreamWarps, std::min(a.gqa_ratio, f.group_heads), d) * 4;
         if (kStreamQueryBytes + meet_bytes > kStreamInputBytes) return false;
@@ -685,11 +686,6 @@ class RankRun {
         const i64 splits = std::clamp<i64>(memory_->n_blocks / std::max<i64>(units, 1), 1, most);
         f.cells = static_cast<i32>(round_up((cells + splits - 1) / splits, kColumnsStep));
         f.n_splits = static_cast<i32>((cells + f.cells - 1) / f.cells);
-        // Offsets for now; a later attention of the run uses the same scratch.
-        const i64 acc_bytes = round_up(flash_split_acc(f) * 4, kAlign), meta_bytes = round_up(flash_split_meta(f) * 4, kAlign);
-        f.acc = nullptr;
-        f.meta = reinterpret_cast<float*>(acc_bytes);
-        scratch_bytes = std::max(scratch_bytes, acc_bytes + meta_bytes);
         StreamFlash stage{};
         stage.args = f;
         stage.n_units = static_cast<i32>(units);
@@ -698,11 +694,79 @@ class RankRun {
         if (take_own_token(stage, out)) stages.pop_back();
         else out.reads.push_back(span_of(a.q));
         if (a.has_mask) out.reads.push_back(span_of(a.mask));
+        for (const StreamOwnToken::Cache& cache : {stage.own.k_cache, stage.own.v_cache})
+            if (cache.row && written(span_of(cache.row, 8))) return false;
+        if (cells > (stage.own.q_norm ? kStreamedCellsNormed : kStreamedCells) && own_cells(stage)) stream_cells_fit(stage, memory_->n_blocks);
+        if (!stage.cells.groups && !stage.own.table) stage.own = {};
+        // Offsets for now; a later attention of the run uses the same scratch.
+        const i64 acc_bytes = round_up(flash_split_acc(stage.args) * 4, kAlign), meta_bytes = round_up(flash_split_meta(stage.args) * 4, kAlign);
+        stage.args.acc = nullptr;
+        stage.args.meta = reinterpret_cast<float*>(acc_bytes);
+        scratch_bytes = std::max(scratch_bytes, acc_bytes + meta_bytes);
         out.set(stage);
         stages.push_back(std::move(out));
         pending = true;
         kept_ = nullptr;  // its warps meet in the same shared memory
         return true;
+    }
+    bool written(const Span& span) const {
+        return std::any_of(stages.begin(), stages.end(), [&](const Draft& d) { return meet({span}, d.writes); });
+    }
+    /// What a store of one row writes, as an attention sees it: whether these are rows of its K or V.
+    static bool cache_of(const SetRowsArgs& store, const View& seen, StreamOwnToken::Cache& to) {
+        const View& y = store.y;
+        const i64 from = seen.data - y.data, d = seen.ne[0], heads = seen.ne[2];
+        if (y.type != kF16 || y.nb[0] != 2 || store.row_period || y.ne[0] != d * heads || (heads > 1 && seen.nb[2] != d * 2) || seen.nb[1] != y.nb[1] ||
+            y.nb[1] <= 0 || from % y.nb[1])
+            return false;
+        if ((store.idx.type != kI64 && store.idx.type != kI32) || store.n_rows >= i64{1} << 31) return false;
+        to = {y.data, store.idx.data, y.nb[1], store.n_rows, from / y.nb[1], store.idx.type, 0};
+        return true;
+    }
+    /// Whether what this launch writes of an attention's K and V is known: one cell of each, or nothing. Then f.own says where it is.
+    bool own_cells(StreamFlash& f) const {
+        StreamOwnToken& own = f.own;
+        auto one_row = [](const View& x) { return x.ne[0] * x.ne[1] * x.ne[2] * x.ne[3] == 1; };
+        auto find = [&](const View& seen, StreamOwnToken::Cache& known) {
+            for (const Draft& d : stages) {
+                if (!meet({span_of(seen)}, d.writes)) continue;
+                StreamOwnToken::Cache to{};
+                auto of_store = [&](const SetRowsArgs& store) {
+                    own.fault = store.fault;
+                    return one_row(store.idx) && cache_of(store, seen, to);
+                };
+                bool found = false;
+                if (d.kind == kStreamRopeStore) {
+                    const RopeStoreArgs r = d.get<StreamRope>().args;
+                    int writers = 0;
+                    for (int i = 0; i < r.n_stores; ++i)
+                        if (span_of(r.store[i].y).meets(span_of(seen))) found = of_store(r.store[i]), ++writers;
+                    found &= writers == 1;
+                } else if (d.kind == kStreamSetRows) {
+                    found = of_store(d.get<SetRowsArgs>());
+                } else if (d.kind == kStreamFlash) {
+                    const StreamOwnToken other = d.get<StreamFlash>().own;
+                    own.fault = other.fault;
+                    for (const StreamOwnToken::Cache& cache : {other.k_cache, other.v_cache}) {
+                        const i64 from = seen.data - cache.data;
+                        if (!cache.row || from < 0 || from >= cache.n_rows * cache.row_bytes || cache.row_bytes != seen.nb[1] || from % cache.row_bytes)
+                            continue;
+                        to = cache, to.first = from / cache.row_bytes;
+                        found = true;
+                    }
+                }
+                if (!found || (known.row && std::memcmp(&known, &to, sizeof to) != 0)) return false;
+                known = to;
+            }
+            return true;
+        };
+        const bool taken = own.table;  // its own stage writes: then no other may
+        StreamOwnToken::Cache k{}, v{};
+        if (!find(f.args.a.k, k) || !find(f.args.a.v, v)) return false;
+        if (taken && (k.row || v.row)) return false;
+        if (!taken) own.k_cache = k, own.v_cache = v;
+        if (!own.k_cache.row != !own.v_cache.row) return false;
+        return !own.k_cache.row || (!written(span_of(own.k_cache.row, 8)) && !written(span_of(own.v_cache.row, 8)));
     }
     /// Whether the attention can do what the stage before it does, which turns its queries and keys and stores its keys and values: one hand-over
     /// less a layer. What it reads must not lie where it, or the same stage of another block, writes.
@@ -718,23 +782,14 @@ class RankRun {
         auto heads = [d](const View& v, i64 n) { return is_packed(v, d * n) && v.ne[0] == d; };
         if (!heads(q.x, q_heads) || !heads(q.y, q_heads) || !heads(k.x, k_heads) || !heads(k.y, k_heads)) return false;
         if (a.q.data != q.y.data || (q_heads > 1 && a.q.nb[2] != d * 4) || q.n_dims != k.n_dims || q.n_offs != k.n_offs || q.neox != k.neox) return false;
+        if (q.n_dims % 8 || q.n_offs % 8 || (q.neox && q.n_dims % 16)) return false;
         StreamOwnToken& own = f.own;
-        auto cache = [&](const SetRowsArgs& store, const View& seen, StreamOwnToken::Cache& to) {
-            const View& y = store.y;
-            const i64 from = seen.data - y.data;
-            if (y.type != kF16 || y.nb[0] != 2 || store.row_period || y.ne[0] != d * k_heads || seen.ne[0] != d || seen.ne[2] != k_heads ||
-                (k_heads > 1 && seen.nb[2] != d * 2) || seen.nb[1] != y.nb[1] || y.nb[1] <= 0 || from % y.nb[1])
-                return false;
-            if ((store.idx.type != kI64 && store.idx.type != kI32) || store.n_rows >= i64{1} << 31) return false;
-            to = {y.data, store.idx.data, y.nb[1], store.n_rows, from / y.nb[1], store.idx.type, 0};
-            own.fault = store.fault;
-            return true;
-        };
         const SetRowsArgs& v = r.store[1];
-        if (!is_packed(v.x, d * k_heads) || !cache(r.store[0], a.k, own.k_cache) || !cache(v, a.v, own.v_cache)) return false;
+        if (!is_packed(v.x, d * k_heads) || !cache_of(r.store[0], a.k, own.k_cache) || !cache_of(v, a.v, own.v_cache)) return false;
+        own.fault = v.fault;
         own.q = reinterpret_cast<const float*>(q.x.data), own.k = reinterpret_cast<const float*>(k.x.data), own.v = reinterpret_cast<const float*>(v.x.data);
         const std::optional<size_t> q_norm = head_norm(q), k_norm = head_norm(k);
-        if (q_norm && k_norm && d / 2 % 32 == 0) {
+        if (q_norm && k_norm && d % 32 == 0) {
             auto take = [&](size_t at, const float*& x, const float*& weight, float& eps, i64 heads_n) {
                 const FusedNormArgs n = stages[at].get<StreamNormRows>().norm;
                 x = reinterpret_cast<const float*>(n.a.data), weight = reinterpret_cast<const float*>(n.weight.data), eps = n.eps;
@@ -749,10 +804,10 @@ class RankRun {
         const std::vector<Span> inputs = {span_of(own.q, d * q_heads * 4), span_of(own.k, d * k_heads * 4), span_of(own.v, d * k_heads * 4)};
         if (meet(inputs, before.writes)) return false;
         for (const float* p : {own.q, own.k, own.v, own.q_norm, own.k_norm})
-            if (reinterpret_cast<u64>(p) % 16) return false;  // it is copied in sixteens
+            if (reinterpret_cast<u64>(p) % 16) return false;  // it is read in sixteens
         own.table = ropes.table[0];
         own.n_dims = q.n_dims, own.n_offs = q.n_offs, own.neox = q.neox;
-        own.half_inverse = static_cast<u32>(((i64{1} << 32) + d / 2 - 1) / (d / 2));
+        own.width_inverse = stream_inverse(d / 4);
         if (own.q_norm) {
             stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(std::max(*q_norm, *k_norm)));
             stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(std::min(*q_norm, *k_norm)));
@@ -779,6 +834,7 @@ class RankRun {
         if (stages.empty() || stages.back().kind != kStreamFlash || c.y.ne[2] * c.y.ne[3] != 1 || c.y.nb[0] != 4) return false;
         const FlashSplitArgs f = stages.back().get<StreamFlash>().args;
         const i64 k = c.y.ne[0] * c.y.ne[1];
+        if (stream_combine_bytes(f.n_splits) > kStreamInputBytes || c.y.ne[0] % 4) return false;
         if (c.xq) {
             if (c.y.nb[1] != c.y.ne[0] * 4) return false;
             Recipe r;
@@ -787,8 +843,8 @@ class RankRun {
         }
         Draft& flash = stages.back();
         StreamFlash whole = flash.get<StreamFlash>();
-        // One piece is the result, unless that lies where another block may still read what it needs.
-        if (f.n_splits == 1 && !meet({span_of(c.y)}, flash.reads)) {
+        // One piece is the result, unless that lies where another block may still read what it needs. Of streamed cells there are pieces on each rank.
+        if (f.n_splits == 1 && f.a.k.ne[1] <= kStreamedCells && !meet({span_of(c.y)}, flash.reads)) {
             whole.y = c.y;
             // The host's allocator gives it what nobody reads any more: the turned keys, once they are in the cache.
             const i64 d = f.a.q.ne[0];
@@ -801,7 +857,7 @@ class RankRun {
             return true;
         }
         c.acc = f.acc, c.meta = f.meta, c.n_splits = f.n_splits, c.xq = c.xd = nullptr;
-        Draft d = Draft::of(kStreamCombine, StreamCombine{c});
+        Draft d = Draft::of(kStreamCombine, StreamCombine{c, stream_inverse((c.y.ne[0] + 31) / 32), 0});
         d.writes = {span_of(c.y)};
         stages.push_back(std::move(d));
         pending = false;
@@ -1029,11 +1085,14 @@ size_t end_of_kept_inputs(const std::vector<ProgramStep>& steps, size_t begin, s
     return end;
 }
 
-/// Whether its attentions have more cells than it gains with. None of the run is worth it then: a launch for what lies behind the last attention cost
-/// more than it brought (8B, Q4_0, one H100, 32,000 cells: 240 tokens/s without, 193 to 213 with it; at 16,384 289, 271).
+/// Whether its attentions have more cells than it gains with, where they cannot be streamed. None of the run is worth it then: a launch for what lies
+/// behind the last attention cost more than it brought (8B, Q4_0, one H100, 32,000 cells: 240 tokens/s without, 193 to 213 with it; at 16,384 289, 271).
 bool is_deep(const Run& run) {
-    return std::any_of(run.ranks[0].stages.begin(), run.ranks[0].stages.end(),
-                       [](const Draft& d) { return d.kind == kStreamFlash && d.get<StreamFlash>().args.a.k.ne[1] > kMostCells; });
+    return std::any_of(run.ranks[0].stages.begin(), run.ranks[0].stages.end(), [](const Draft& d) {
+        if (d.kind != kStreamFlash) return false;
+        const StreamFlash f = d.get<StreamFlash>();
+        return !f.cells.groups && f.args.a.k.ne[1] > kMostCells;
+    });
 }
 
 /// Where the persistent kernel was faster than a launch per step (tokens/s with it, without; docs/decisions.md). One H100, 8B: Q4_0 444, 420;
@@ -1080,6 +1139,10 @@ std::vector<bool> waits_of(const Run& run) {
 
 constexpr const char* kKindNames[] = {"product",        "reduce",   "copy",     "norm rows", "binary",  "turns",
                                       "rope and store", "set_rows", "get_rows", "attention", "combine", "floats"};
+std::string name_of(const Draft& d) {
+    const bool streamed = d.kind == kStreamFlash && d.get<StreamFlash>().cells.groups;
+    return std::string(streamed ? "streamed " : "") + kKindNames[d.kind];
+}
 
 }  // namespace
 
@@ -1155,7 +1218,7 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
             step.detail += std::string(run.stages[s].reduces ? "  == "
                                        : waits[s]            ? "  -- "
                                                              : "     ") +
-                           kKindNames[run.ranks[0].stages[s].kind] + " " + run.stages[s].label + "\n";
+                           name_of(run.ranks[0].stages[s]) + " " + run.stages[s].label + "\n";
         for (size_t r = 0; r < n; ++r) {
             std::vector<StreamStage> stages(run.stages.size());
             for (size_t s = 0; s < stages.size(); ++s) {
@@ -1166,7 +1229,8 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
             i32 product = static_cast<i32>(stages.size());
             for (size_t s = stages.size(); s-- > 0;) {
                 stages[s].next_product = product;
-                if (stages[s].kind == kStreamProduct) product = static_cast<i32>(s);
+                const Draft& d = run.ranks[r].stages[s];
+                if (d.kind == kStreamProduct || (d.kind == kStreamFlash && d.get<StreamFlash>().cells.groups)) product = static_cast<i32>(s);
             }
             Device& device = *devices[r];
             device.make_current();
