@@ -45,9 +45,7 @@ struct Shared {
     TpBarrier weighed;  // the storing warp has read what the last one chose
     u32 late, stage_now;
     u32 pushed_before;
-    u32* fault;
-    i64 inbox_words;
-    u64 deadline_ns;
+    StreamArgs args;  // the kernel's: functions that are called would read them from local memory, which is in the L2 most of the time
 };
 static_assert(kStreamSlots * kStreamSlotBytes + sizeof(Shared) <= kStreamShared, "shared memory");
 
@@ -255,8 +253,9 @@ struct Copy {
         if (n) tp_bulk_load_once(slot + (to + at * bytes), from + row * bytes, n, full, once);
     }
 };
-TP_OUTLINE void stream_weights(const StreamArgs& args) {
+TP_OUTLINE void stream_weights() {
     Shared& s = shared_of();
+    const StreamArgs& args = s.args;
     const TpSharedAt ring(ring_of());
     const TpBarrierAt full(s.full), empty(s.empty);
     const int lane = threadIdx.x % 32;
@@ -386,10 +385,10 @@ TP_OUTLINE void stream_weights(const StreamArgs& args) {
 }
 
 /// This block has done its part of a stage.
-TP_DEVICE void arrive(const StreamArgs& args) { tp_signal(&args.state->arrived); }
+TP_DEVICE void arrive() { tp_signal(&shared_of().args.state->arrived); }
 
 /// Where the inbox of a push begins, in words from the first inbox.
-TP_DEVICE i64 inbox_of(const Shared& s, u32 push) { return push % 2 ? s.inbox_words : 0; }
+TP_DEVICE i64 inbox_of(const Shared& s, u32 push) { return push % 2 ? s.args.inbox_words : 0; }
 
 TP_DEVICE float activated(int op, float x) {
     switch (op) {
@@ -503,8 +502,9 @@ TP_OUTLINE void store_sums(const StreamExperts& experts, Shared& s, Turn<kOuts>&
         if (lane < p.rows && at < part.n) Destination(p, part).put(s, at, v, part.bias ? part.bias[at] : 0.0f);
     }
 }
-TP_OUTLINE void store_results(const StreamArgs& args) {
+TP_OUTLINE void store_results() {
     Shared& s = shared_of();
+    const StreamArgs& args = s.args;
     const int lane = threadIdx.x % 32;
     Turn<kOuts> out;
     for (int i = args.first_product, next, kind; i < args.n_stages; i = next) {
@@ -518,7 +518,7 @@ TP_OUTLINE void store_results(const StreamArgs& args) {
         const bool weighs = p.role == kExpertsEach;
         if (weighs && experts.route.visible) weigh_experts(experts.route, p);
         __syncwarp();
-        if (lane == 0) arrive(args);
+        if (lane == 0) arrive();
         if (weighs && !experts.route.visible) weigh_experts(experts.route, p);
         if (weighs) tp_barrier_arrive(&s.weighed);
         if (lane == 0 && blockIdx.x == 0) args.cycles[i * kStreamTimes + kTimeStored] = tp_cycles();
@@ -822,32 +822,34 @@ TP_DEVICE void wait_until(Shared& s, TryIt try_it) {
         tp_spin();
         if (polls % kPollsPerLook) continue;
         if (tp_peek(&s.late)) return;
-        if (tp_nanoseconds() - begin <= s.deadline_ns) continue;
+        if (tp_nanoseconds() - begin <= s.args.deadline_ns) continue;
         tp_poke(&s.late, 1);
-        atomicExch(s.fault, (u32)kFaultLatePeer);
+        atomicExch(s.args.fault, (u32)kFaultLatePeer);
     }
 }
 
 /// For whoever asks where a token's time goes.
-TP_DEVICE void mark_stage(const StreamArgs& args, int stage, StreamTime what) {
-    if (threadIdx.x == 0 && blockIdx.x == 0) args.cycles[stage * kStreamTimes + what] = tp_cycles();
+TP_DEVICE void mark_stage(int stage, StreamTime what) {
+    if (threadIdx.x == 0 && blockIdx.x == 0) shared_of().args.cycles[stage * kStreamTimes + what] = tp_cycles();
 }
 /// Stages come into shared memory two ahead: see fetch_product.
-TP_DEVICE void fetch_stage(const StreamArgs& args, int stage) {
+TP_DEVICE void fetch_stage(int stage) {
     constexpr int kWords = kStreamStageBytes / 16;
     const int thread = threadIdx.x;
+    const StreamArgs& args = shared_of().args;
     if (thread < kWords && stage < args.n_stages) tp_copy_async((TpInt4*)shared_of().stage[stage % 3] + thread, (const TpInt4*)(args.stages + stage) + thread);
 }
 /// What other blocks have done before this stage is seen by all threads, and nobody reads the stage before any more.
-TP_OUTLINE void begin_stage(const StreamArgs& args, int i) {
+TP_OUTLINE void begin_stage(int i) {
     Shared& s = shared_of();
+    const StreamArgs& args = s.args;
     const StreamStage& stage = stage_at(i % 3);
     if (threadIdx.x == 0 && stage.wait) wait_until(s, [&] { return (i32)(tp_read_signal(&args.state->arrived) - (u32)i * gridDim.x) >= 0; });
     if (threadIdx.x == 0 && stage.kind == kStreamProduct && ((const StreamProduct*)stage.body)->role == kExpertsEach) tp_barrier_arrive(&s.routed);
     tp_copy_wait();
     sync_multiplying();
-    fetch_stage(args, i + 2);
-    mark_stage(args, i, kTimeWaited);
+    fetch_stage(i + 2);
+    mark_stage(i, kTimeWaited);
 }
 
 /// The queries of a unit of n_kv KV heads from heads.kv_head on, as halves [heads.n][d] in shared memory, scaled; its own keys and values go to the
@@ -855,7 +857,6 @@ TP_OUTLINE void begin_stage(const StreamArgs& args, int i) {
 /// code that runs once a layer costs five cycles an instruction. Where the cache is streamed, own_rows gets the piece's own keys and values as well,
 /// [2][n_kv][d] halves, and queries that are turned already stay in memory.
 struct QueriesShared {
-    const StreamArgs& launch;
     int stage;  // to begin, or -1
     const StreamFlash& f;
     const UnitHeads& heads;
@@ -901,7 +902,7 @@ struct QueriesShared {
 #pragma unroll
             for (int i = 0; i < 2; ++i)
                 row[i] = tp_load_word_in_order(cache(i).row, true), high[i] = tp_load_word_in_order(cache(i).row + 4, cache(i).row_type == kI64);
-        if (stage >= 0) begin_stage(launch, stage);
+        if (stage >= 0) begin_stage(stage);
         if (f.own.table) {
             const int warp = threadIdx.x / 32;
             const float* const weights = warp == 0 ? f.own.table : warp == 1 ? f.own.q_norm : f.own.k_norm;
@@ -1038,7 +1039,7 @@ struct StreamResults {
 };
 
 template <int kD>
-TP_OUTLINE void attend(const StreamArgs& launch, int stage) {
+TP_OUTLINE void attend(int stage) {
     const StreamFlash& f = *(const StreamFlash*)stage_at(stage % 3).body;
     Shared& s = shared_of();
     const FlashSplitArgs& args = f.args;
@@ -1046,7 +1047,7 @@ TP_OUTLINE void attend(const StreamArgs& launch, int stage) {
     u16* queries = (u16*)s.x;
     float* merged = (float*)(s.x + kStreamQueryBytes);
     const u32 n_units = (u32)(f.n_units * args.n_splits);
-    if (blockIdx.x >= n_units) begin_stage(launch, stage);
+    if (blockIdx.x >= n_units) begin_stage(stage);
     for (u32 unit = blockIdx.x; unit < n_units; unit += gridDim.x) {
         const u32 head = unit / (u32)args.n_splits;
         const int split = (int)(unit - head * (u32)args.n_splits);
@@ -1054,8 +1055,7 @@ TP_OUTLINE void attend(const StreamArgs& launch, int stage) {
         const StreamResults to{f, split};
         const int begins = unit == blockIdx.x ? stage : -1;
         flash_columns<kD, kStreamWarps, false>(args, heads, split, 0, 0, thread, merged,
-                                               QueriesShared{launch, begins, f, heads, split, d, queries, merged, 1, kFlashHeads + 2, nullptr}, to,
-                                               sync_multiplying);
+                                               QueriesShared{begins, f, heads, split, d, queries, merged, 1, kFlashHeads + 2, nullptr}, to, sync_multiplying);
         sync_multiplying();  // the next unit writes there
     }
 }
@@ -1072,7 +1072,7 @@ struct StreamPieces {
 /// An attention whose cells come through the ring: see StreamCells. A warp has the query heads of one KV head and one of a tile's groups of 16 cells.
 /// Begins the stage itself: what no stage writes is looked at before.
 template <int kD>
-TP_OUTLINE u32 attend_streamed(const StreamArgs& launch, int stage, u32 packed_walk) {
+TP_OUTLINE u32 attend_streamed(int stage, u32 packed_walk) {
     constexpr int kChunks = kD / 32, kBlocks = kD / 64;
     Walk walk = Walk::of(packed_walk);
     const StreamFlash& f = *(const StreamFlash*)stage_at(stage % 3).body;
@@ -1099,11 +1099,11 @@ TP_OUTLINE u32 attend_streamed(const StreamArgs& launch, int stage, u32 packed_w
         if (!works) heads.n = 0;
         u16* const queries = own_rows + 2 * of.n * d;
         float* const rows = (float*)(queries + all.n * d);
-        QueriesShared own{launch, first_unit ? stage : -1, f, all, of.split, d, queries, rows, of.n, stream_head_batch(of.n, all.n, d), own_rows};
+        QueriesShared own{first_unit ? stage : -1, f, all, of.split, d, queries, rows, of.n, stream_head_batch(of.n, all.n, d), own_rows};
         const float slope = alibi_slope(a.max_bias, heads.first + g + a.head_offset, a.n_head_global);
         const StreamPieces pieces{args.acc, args.meta, args.n_splits, of.split, d};
         if (!some) {
-            begin_stage(launch, stage);
+            begin_stage(stage);
             break;
         }
         own.begin();
@@ -1117,7 +1117,7 @@ TP_OUTLINE u32 attend_streamed(const StreamArgs& launch, int stage, u32 packed_w
         }
         if (threadIdx.x == 0) tp_poke(&s.stage_now, (u32)stage);  // not before: tiles at full speed would hold up the queries
         sync_multiplying();                                       // sums will lie over the queries
-        mark_stage(launch, stage, kTimeInput);
+        mark_stage(stage, kTimeInput);
         ColumnSums<kBlocks> sums;
         for (int base = of.begin; base < of.end; base += kStreamedStep) {
             if (base != of.begin) open = open_groups(c.mask, base, of.end);
@@ -1176,7 +1176,7 @@ TP_OUTLINE u32 attend_streamed(const StreamArgs& launch, int stage, u32 packed_w
                 leave();
             }
         }
-        mark_stage(launch, stage, kTimeDone);
+        mark_stage(stage, kTimeDone);
         sums.fold(group, groups, set, sets, (float*)(own_rows + 2 * c.unit_heads * d), sync_multiplying);
         if (group == 0) sums.store(heads, d, pieces);
         sync_multiplying();  // the next unit writes there
@@ -1348,52 +1348,53 @@ TP_DEVICE void fetch_ahead(const StreamStage& stage) {
     }
 }
 
-TP_DEVICE void multiply_and_more(const StreamArgs& args) {
+TP_DEVICE void multiply_and_more() {
     Shared& s = shared_of();
+    const StreamArgs& args = s.args;
     const int thread = threadIdx.x;
     u32 walk = Walk{}.packed();
     float scale = 1.0f;
-    fetch_stage(args, 0);
-    fetch_stage(args, 1);
+    fetch_stage(0);
+    fetch_stage(1);
     tp_copy_wait();
     sync_multiplying();
     for (int i = 0; i < args.n_stages; ++i) {
-        mark_stage(args, i, kTimeBegin);
+        mark_stage(i, kTimeBegin);
         const StreamStage& stage = *(const StreamStage*)s.stage[i % 3];
         if (stage.kind == kStreamFlash) {  // begins by itself
             const StreamFlash& f = *(const StreamFlash*)stage.body;
             const bool streamed = f.cells.groups;
             const int d = (int)f.args.a.q.ne[0];
             if (streamed) {
-                if (d <= 64) walk = attend_streamed<64>(args, i, walk);
-                else if (d <= 128) walk = attend_streamed<128>(args, i, walk);
-                else walk = attend_streamed<256>(args, i, walk);
+                if (d <= 64) walk = attend_streamed<64>(i, walk);
+                else if (d <= 128) walk = attend_streamed<128>(i, walk);
+                else walk = attend_streamed<256>(i, walk);
             } else {
                 fetch_ahead(stage);
-                if (d <= 64) attend<64>(args, i);
-                else if (d <= 128) attend<128>(args, i);
-                else attend<256>(args, i);
-                mark_stage(args, i, kTimeInput);
-                mark_stage(args, i, kTimeDone);
+                if (d <= 64) attend<64>(i);
+                else if (d <= 128) attend<128>(i);
+                else attend<256>(i);
+                mark_stage(i, kTimeInput);
+                mark_stage(i, kTimeDone);
             }
-            if (thread == 0) arrive(args);
-            mark_stage(args, i, kTimeStored);
+            if (thread == 0) arrive();
+            mark_stage(i, kTimeStored);
             continue;
         }
         fetch_ahead(stage);
-        begin_stage(args, i);
+        begin_stage(i);
         if (stage.kind != kStreamProduct) {
             do_stage(i % 3);
             sync_multiplying();
-            if (thread == 0) arrive(args);
-            mark_stage(args, i, kTimeInput);
-            mark_stage(args, i, kTimeDone);
+            if (thread == 0) arrive();
+            mark_stage(i, kTimeInput);
+            mark_stage(i, kTimeDone);
             continue;
         }
         const StreamProduct& p = *(const StreamProduct*)stage.body;
         if (p.input != kInputKept) scale = take_input(i % 3);
         if (thread == 0) tp_poke(&s.stage_now, (u32)i);  // not before: tiles at full speed would hold up the input
-        mark_stage(args, i, kTimeInput);
+        mark_stage(i, kTimeInput);
         if (p.role == kExpertsSum) {
             if (p.type == kQ4_0) walk = multiply_slots<kQ4_0>(i % 3, walk);
             else if (p.type == kQ8_0) walk = multiply_slots<kQ8_0>(i % 3, walk);
@@ -1403,10 +1404,10 @@ TP_DEVICE void multiply_and_more(const StreamArgs& args) {
         else if (p.type == kQ8_0) walk = multiply<kQ8_0>(p.units_each, i % 3, walk, scale);
         else if (p.type == kQ4_K) walk = multiply<kQ4_K>(p.units_each, i % 3, walk, scale);
         else walk = multiply<kQ6_K>(p.units_each, i % 3, walk, scale);
-        mark_stage(args, i, kTimeDone);
+        mark_stage(i, kTimeDone);
         if ((int)blockIdx.x >= p.n_tiles) {  // nothing for the storing warp; what take_input wrote counts all the same
             sync_multiplying();
-            if (thread == 0) arrive(args);
+            if (thread == 0) arrive();
         }
     }
 }
@@ -1425,13 +1426,13 @@ TP_KERNEL_COOPERATIVE(stream, StreamArgs, 320) {
         for (int i = 0; i < kOuts; ++i) tp_barrier_init(TpBarrierAt(s.out_full) + i, kMultiply), tp_barrier_init(TpBarrierAt(s.out_empty) + i, 32);
         tp_barrier_init(&s.routed, 1), tp_barrier_init(&s.weighed, 32);
         s.late = 0, s.stage_now = 0;
-        s.pushed_before = args.state->pushed_before, s.inbox_words = args.inbox_words, s.deadline_ns = args.deadline_ns, s.fault = args.fault;
+        s.pushed_before = args.state->pushed_before, s.args = args;
         tp_barrier_init_fence();
     }
     __syncthreads();
-    if (thread < kMultiply) multiply_and_more(args);
-    else if (thread < kMultiply + 32) stream_weights(args);
-    else store_results(args);
+    if (thread < kMultiply) multiply_and_more();
+    else if (thread < kMultiply + 32) stream_weights();
+    else store_results();
     __syncthreads();
     // The last block to end leaves the counters as the next launch wants them: nobody waits on them any more.
     if (thread == 0 && tp_count(&args.state->done) == gridDim.x - 1) {

@@ -88,8 +88,9 @@ inline bool stream_fit(StreamProduct& p) {
 // stage that is multiplied, where bandwidth counts; 18 KB ahead of it, while stages hand over (docs/decisions.md).
 constexpr int kStreamInFlight = 3, kStreamInFlightEarly = 1;
 // Cells of a cache beyond which they come through the ring (one H100, tokens/s with it, without): 8B, Q4_0 at 768 cells 478, 462, at 1,280 460, 442, at 4,352
-// 423, 395; but where heads are normed, 32 of them in every block: Qwen3-30B-A3B at 1,280 325, 354, at 2,304 347, 342, at 4,352 337, 326.
-constexpr i64 kStreamedCells = 512, kStreamedCellsNormed = 2048;
+// 423, 395; but where heads are normed, 32 of them in every block: Qwen3-30B-A3B at 1,280 365, 378, at 2,304 346, 370, at 4,352 340, 342, at 16,640
+// 303, 243.
+constexpr i64 kStreamedCells = 512, kStreamedCellsNormed = 4096;
 constexpr int kStreamedHeads = 8;                 // KV heads of a unit at most: the more, the longer the copies, and the more pieces there are to add up
 constexpr int kStreamedStep = 32 * kColumnsStep;  // cells that a warp's look at masks covers
 
