@@ -338,6 +338,8 @@ def main() -> int:
             wanted = [case for case in wanted if case.op in ops]
         if args.sample:
             wanted = sample(wanted, args.sample)
+        # An emulated graph may take as long as its case: 512 tokens over 16,384 cells are minutes, after which their ranks would be called late.
+        environment.setdefault("GGML_TP_DEADLINE", str(args.deadline))
         answers = test(program, wanted, environment, args.processes, args.deadline)
     except (upstream.UpstreamError, OSError) as error:
         print(f"ggml-tp: {error}", file=sys.stderr)

@@ -51,13 +51,13 @@ def test_nothing_that_the_peer_takes_is_refused(program):
     assert len(op_support.cases(program, environment(2, "sm_90"))) >= COMPARABLE
 
 
-def run(program: Path, ranks: int, arch: str, n: int | None) -> int:
+def run(program: Path, ranks: int, arch: str, n: int | None, deadline: int = 240) -> int:
     """How many cases are right; none may be wrong, and what is chosen is what can be compared."""
     settings = environment(ranks, arch)
     wanted = op_support.cases(program, settings)
     if n:
         wanted = op_support.sample(wanted, n)
-    answers = op_support.test(program, wanted, settings, processes=os.cpu_count() or 1, deadline=240)
+    answers = op_support.test(program, wanted, settings | {"GGML_TP_DEADLINE": str(deadline)}, processes=os.cpu_count() or 1, deadline=deadline)
     assert [(str(answer.case), answer.says) for answer in answers if answer.outcome == "failed"] == []
     rows = op_support.outcomes(answers)
     assert {op for op, row in rows.items() if row["refused"]} == NOT_WHOLE
@@ -73,4 +73,4 @@ def test_a_few_cases_of_every_op(program, arch, ranks):
 @pytest.mark.full
 @pytest.mark.timeout(6 * 3600)
 def test_all_cases(program):
-    assert run(program, 2, "sm_90", None) >= COMPARABLE - NOT_WHOLE_CASES
+    assert run(program, 2, "sm_90", None, deadline=1800) >= COMPARABLE - NOT_WHOLE_CASES
