@@ -335,13 +335,30 @@ def copy_between(names: list[str]) -> dict[str, list[bool]]:
     return out
 
 
-def sequences(model: str, on_device: bool) -> np.ndarray:
-    """Three sequences of different length in one batch, then one more token of each."""
+def _unified(host: Host, n_ctx: int, n_seq_max: int) -> Any:
+    """Parameters of a context whose sequences share all cells."""
+    ffi = host.ffi
+    params = ffi.new("params_t *", host.lib.llama_context_default_params())
+    bools = bytes(ffi.buffer(params)).index(bytes([0, 1, 1, 1, 1, 0]))  # embeddings, offload_kqv, no_perf, op_offload, swa_full, kv_unified
+    ffi.cast("char *", params)[bools + 5] = b"\x01"
+    words = ffi.cast("int32_t *", params)
+    words[0], words[1], words[2], words[3] = n_ctx, 2048, 512, n_seq_max
+    return params
+
+
+def sequences(model: str, on_device: bool, unified: bool = False) -> np.ndarray:
+    """Three sequences of different length in one batch, then one more token of each, then one of the second alone. Unified, one is longer than a third
+    of the cells, which a context of parts would refuse."""
     host = _with_plugin() if on_device else _host()
     loaded = host.model(model, "TP0" if on_device else None)
-    context = loaded.context(n_ctx=512, n_seq_max=3)
-    first = [((7 * i + 13 * s) % 300, i, s) for s, n in enumerate((5, 17, 40)) for i in range(n)]
-    rows = [context.decode_batch(first, all_logits=True), context.decode_batch([(3, 5, 0), (4, 17, 1), (5, 40, 2)], all_logits=True)]
+    context = loaded.context(params=_unified(host, 1024, 3)) if unified else loaded.context(n_ctx=512, n_seq_max=3)
+    lengths = (5, 170, 430) if unified else (5, 17, 40)
+    rows = []
+    for s, n in enumerate(lengths) if unified else [(-1, 0)]:
+        items = [((7 * i + 13 * q) % 300, i, q) for q, m in enumerate(lengths) for i in range(m) if q == s or s < 0]
+        rows.append(context.decode_batch(items, all_logits=True))
+    rows.append(context.decode_batch([(3 + s, n, s) for s, n in enumerate(lengths)], all_logits=True))
+    rows.append(context.decode_batch([(6, lengths[1] + 1, 1)], all_logits=True))
     context.close()
     loaded.close()
     return np.concatenate(rows)

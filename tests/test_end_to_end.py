@@ -155,6 +155,15 @@ def test_several_sequences(workers, models, family, ranks):
     assert nmse(workers.run(jobs.sequences, emulated(ranks), model=model, on_device=True), reference) <= TOLERANCE["F16"]
 
 
+@pytest.mark.parametrize(
+    ("family", "quant", "ranks", "arch"), [("llama", "F16", 2, "sm_60"), ("llama", "Q4_0", 1, "sm_90"), ("llama", "Q4_0", 3, "sm_90"), ("gemma3", "F16", 2, "sm_80")]
+)
+def test_sequences_that_share_all_cells(workers, models, family, quant, ranks, arch):
+    arguments = {"model": models(family, quant), "unified": True}
+    reference = workers.run(jobs.sequences, {}, on_device=False, **arguments)
+    assert nmse(workers.run(jobs.sequences, emulated(ranks, arch), on_device=True, **arguments), reference) <= TOLERANCE[quant]
+
+
 @pytest.mark.parametrize("ranks", [r if r in (1, 2, 3, 8) else pytest.param(r, marks=pytest.mark.full) for r in ALL_RANKS])
 def test_shipped_model_says_the_same(workers, ranks):
     arguments = {"model": SHIPPED, "prompt": "It was a ", "n": 48}
