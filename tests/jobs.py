@@ -347,14 +347,14 @@ def _unified(host: Host, n_ctx: int, n_seq_max: int) -> Any:
 
 
 def sequences(model: str, on_device: bool, unified: bool = False) -> np.ndarray:
-    """Three sequences of different length in one batch, then one more token of each, then one of the second alone. Unified, one is longer than a third
+    """Three sequences of different length, then one more token of each in one batch, then one of the second alone. Unified, one is longer than a third
     of the cells, which a context of parts would refuse."""
     host = _with_plugin() if on_device else _host()
     loaded = host.model(model, "TP0" if on_device else None)
     context = loaded.context(params=_unified(host, 1024, 3)) if unified else loaded.context(n_ctx=512, n_seq_max=3)
     lengths = (5, 170, 430) if unified else (5, 17, 40)
     rows = []
-    for s, n in enumerate(lengths) if unified else [(-1, 0)]:
+    for s in range(3) if unified else [-1]:  # one after the other, or all in one batch
         items = [((7 * i + 13 * q) % 300, i, q) for q, m in enumerate(lengths) for i in range(m) if q == s or s < 0]
         rows.append(context.decode_batch(items, all_logits=True))
     rows.append(context.decode_batch([(3 + s, n, s) for s, n in enumerate(lengths)], all_logits=True))

@@ -156,7 +156,8 @@ def test_several_sequences(workers, models, family, ranks):
 
 
 @pytest.mark.parametrize(
-    ("family", "quant", "ranks", "arch"), [("llama", "F16", 2, "sm_60"), ("llama", "Q4_0", 1, "sm_90"), ("llama", "Q4_0", 3, "sm_90"), ("gemma3", "F16", 2, "sm_80")]
+    ("family", "quant", "ranks", "arch"),
+    [("llama", "F16", 2, "sm_60"), ("llama", "Q4_0", 1, "sm_90"), ("llama", "Q4_0", 3, "sm_90"), ("gemma3", "F16", 2, "sm_80")],
 )
 def test_sequences_that_share_all_cells(workers, models, family, quant, ranks, arch):
     arguments = {"model": models(family, quant), "unified": True}
