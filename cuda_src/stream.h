@@ -91,7 +91,6 @@ constexpr int kStreamInFlight = 3, kStreamInFlightEarly = 1;
 // 423, 395; but where heads are normed, 32 of them in every block: Qwen3-30B-A3B at 1,280 365, 378, at 2,304 346, 370, at 4,352 340, 342, at 16,640
 // 303, 243.
 constexpr i64 kStreamedCells = 512, kStreamedCellsNormed = 4096;
-constexpr int kStreamedHeads = 8;                 // KV heads of a unit at most: the more, the longer the copies, and the more pieces there are to add up
 constexpr int kStreamedStep = 32 * kColumnsStep;  // cells that a warp's look at masks covers
 
 /// For divisions of small numbers (stream.cu, divided).
@@ -114,15 +113,17 @@ inline bool stream_cells_fit(StreamFlash& f, i64 blocks) {
     const i64 d = a.q.ne[0], heads = a.k.ne[2], cells = a.k.ne[1];
     auto rows = [&](const View& v) { return (u64)v.data % 16 == 0 && (heads <= 1 || v.nb[2] == d * 2) && v.nb[1] >= heads * d * 2; };
     if (cells % kColumnsStep || cells > 1 << 30 || !rows(a.k) || !rows(a.v) || (a.has_mask && (u64)a.mask.data % 16)) return false;
-    if (args.head_groups > kStreamWarps) return false;
     StreamCells c{};
     c.k = a.k.data, c.v = a.v.data, c.mask = a.has_mask ? a.mask.data : nullptr;
     c.k_row = a.k.nb[1], c.v_row = a.v.nb[1];
     c.n_cells = (i32)cells, c.n_heads = (i32)heads, c.head_bytes = (i32)(d * 2);
     for (i64 most = kStreamWarps / args.head_groups; most > 0; --most) {
-        const i64 units = heads > 0 ? (heads + (most < kStreamedHeads ? most : kStreamedHeads) - 1) / (most < kStreamedHeads ? most : kStreamedHeads) : 0;
-        const i64 each = heads > 0 ? (heads + units - 1) / units : 1, row = each * d * 2;
-        auto stride = [row, units](i64 from, i64 rest) { return (i32)(units == 1 && from == row ? row : row + (rest - row % 128 + 128) % 128); };
+        const i64 units = (heads + most - 1) / most, each = units > 0 ? (heads + units - 1) / units : 1, row = each * d * 2;
+        auto stride = [row, units](i64 from, i64 rest) {
+            if (units == 1 && from == row) return (i32)row;
+            const i64 apart = row + (rest - row % 128 + 128) % 128;
+            return (i32)(apart == from ? apart + 128 : apart);  // as it lies in memory would mean that several rows are one copy
+        };
         c.unit_heads = (i32)each, c.n_units = (i32)units, c.k_stride = stride(c.k_row, 64), c.v_stride = stride(c.v_row, 16);
         const i64 sets = each * args.head_groups, tallest = c.k_stride > c.v_stride ? c.k_stride : c.v_stride;
         for (c.groups = 1; c.groups * 2 * sets <= kStreamWarps && c.groups * 2 * kColumnsStep * tallest <= kStreamSlotBytes;) c.groups *= 2;
