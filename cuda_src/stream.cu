@@ -12,7 +12,6 @@
 
 #include "elementwise.h"
 #include "flash_columns.h"
-#include "flash_piece.h"
 #include "get_row.h"
 #include "quantize_group.h"
 #include "rope_pair.h"

@@ -21,7 +21,8 @@ constexpr int kAttributeCooperative = 95;                 // CU_DEVICE_ATTRIBUTE
 constexpr int kAttributeSharedOptIn = 97;                 // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 constexpr i64 kLeastCells = kStreamWarps * kColumnsStep;  // of a piece of attention: a step for every warp
 constexpr i64 kWholeCells = kStreamWarps * kColumnsRun;   // up to here one piece: to combine pieces costs more than four steps of its warps
-constexpr i64 kMostCells = 8192;     // at 32768 a kernel per step is ahead (8B, Q4_0, one H100: 228 tokens/s, 200), at 256 behind (403, 448)
+constexpr i64 kMostCells =
+    8192;  // where cells cannot be streamed: at 32768 a kernel per step is ahead (8B, Q4_0, one H100: 228 tokens/s, 200), at 256 behind (403, 448)
 constexpr i64 kMostElems = 1 << 17;  // of an element-wise stage: more is no token's work
 // Of a run, a dense layer's: two between the launches of experts lose (Qwen3-30B-A3B, Q4_K, H100: one rank 253 tokens/s without, 223; two 248, 218).
 constexpr size_t kLeastProducts = 4;
@@ -694,9 +695,11 @@ class RankRun {
         if (take_own_token(stage, out)) stages.pop_back();
         else out.reads.push_back(span_of(a.q));
         if (a.has_mask) out.reads.push_back(span_of(a.mask));
+        if (!stage.own.table) stage.own = {};
+        const bool known = cells > (stage.own.q_norm ? kStreamedCellsNormed : kStreamedCells) && own_cells(stage);
         for (const StreamOwnToken::Cache& cache : {stage.own.k_cache, stage.own.v_cache})
             if (cache.row && written(span_of(cache.row, 8))) return false;
-        if (cells > (stage.own.q_norm ? kStreamedCellsNormed : kStreamedCells) && own_cells(stage)) stream_cells_fit(stage, memory_->n_blocks);
+        if (known) stream_cells_fit(stage, memory_->n_blocks);
         if (!stage.cells.groups && !stage.own.table) stage.own = {};
         // Offsets for now; a later attention of the run uses the same scratch.
         const i64 acc_bytes = round_up(flash_split_acc(stage.args) * 4, kAlign), meta_bytes = round_up(flash_split_meta(stage.args) * 4, kAlign);
@@ -765,8 +768,7 @@ class RankRun {
         if (!find(f.args.a.k, k) || !find(f.args.a.v, v)) return false;
         if (taken && (k.row || v.row)) return false;
         if (!taken) own.k_cache = k, own.v_cache = v;
-        if (!own.k_cache.row != !own.v_cache.row) return false;
-        return !own.k_cache.row || (!written(span_of(own.k_cache.row, 8)) && !written(span_of(own.v_cache.row, 8)));
+        return !own.k_cache.row == !own.v_cache.row;
     }
     /// Whether the attention can do what the stage before it does, which turns its queries and keys and stores its keys and values: one hand-over
     /// less a layer. What it reads must not lie where it, or the same stage of another block, writes.
