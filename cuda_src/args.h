@@ -502,6 +502,7 @@ struct StreamProduct {
     i32 glu_k, glu_begin;
     i32 lanes, y_stride;  // lanes that share a row of a slot (kExpertsSum); from slot to slot of y and glu_y
     i32 piece_shift;      // rows of a tile's piece, of gates and of ups each where there are both: 1 << piece_shift
+    i32 share;            // elements of a normed input, of which a block writes what others may read of it
 };
 constexpr i32 kStreamMostExperts = 512;
 // A router's choice, for one token: of the logits (plus logits_bias) a soft max or sigmoids, of which (plus selection_bias) the n_used largest
@@ -526,6 +527,7 @@ struct StreamSums {
     float *y, *products;
     i64 products_stride;  // elements from slot to slot
     float* sum[kVecSlots - 2];
+    i64 visible;  // any of them is wanted
 };
 struct alignas(16) StreamExperts {
     StreamProduct product;  // first: whoever looks for a product finds it
@@ -540,7 +542,7 @@ struct StreamFloats {
     float *sum, *sum_copy, *norm, *norm_copy, *y, *y_copy;
     i64 k, n, row_stride;  // elements
     float eps;
-    i32 has_norm;
+    i32 has_norm, share;  // share: as a product's
 };
 // y[i] = sum over ranks of inbox[rank][i], in rank order: the same bits on every rank. An inbox has words {sum, number of the push}, which
 // are stored and read whole: whoever finds the number that it waits for has the sum too, and no fence and no counter is between them. There

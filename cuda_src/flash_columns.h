@@ -22,7 +22,7 @@ TP_DEVICE float low_half(u32 w) { return tp_half_to_float((u16)(w & 0xffff)); }
 struct OpenSteps {
     const char* mask;  // of the token; null: every cell counts
     int first, end, step, stride;
-    u32 ahead, words, open = 0;  // masks of two cells a lane: the next look's, this one's; its open steps
+    u32 ahead = 0, words = 0, open = 0;  // masks of two cells a lane: the next look's, this one's; its open steps
     int base = 0;
 
     TP_MEMBER u32 load(int from) const {
@@ -139,14 +139,16 @@ struct ColumnSums {
         next_most = fmaxf(next_most, __shfl_xor_sync(0xffffffffu, next_most, 1));
         next_most = fmaxf(next_most, __shfl_xor_sync(0xffffffffu, next_most, 2));
         if (__ballot_sync(0xffffffffu, next_most > most)) {
-            const float keep = most > -INFINITY ? expf(most - next_most) : 0.0f;
+            if (__ballot_sync(0xffffffffu, most > -INFINITY)) {  // not of a warp's first cells: there are no sums yet
+                const float keep = most > -INFINITY ? expf(most - next_most) : 0.0f;
+                sum *= keep;
+                const float first = __shfl_sync(0xffffffffu, keep, 8 * t), second = __shfl_sync(0xffffffffu, keep, 8 * t + 4);  // of heads 2t, 2t + 1
+#pragma unroll
+                for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+                    for (int w = 0; w < 4; ++w) out[b][w][0] *= first, out[b][w][2] *= first, out[b][w][1] *= second, out[b][w][3] *= second;
+            }
             most = next_most;
-            sum *= keep;
-            const float first = __shfl_sync(0xffffffffu, keep, 8 * t), second = __shfl_sync(0xffffffffu, keep, 8 * t + 4);  // of heads 2t, 2t + 1
-#pragma unroll
-            for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-                for (int w = 0; w < 4; ++w) out[b][w][0] *= first, out[b][w][2] *= first, out[b][w][1] *= second, out[b][w][3] *= second;
         }
         const float base = most == -INFINITY ? 0.0f : most;  // while all are masked, every exponential is 0
         float p[2][2];
@@ -310,67 +312,74 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
     queries.prepare();
 
     auto load_q = [&](int c) { return heads.mine(g) && c * 32 + t * 8 < d ? queries.eight(heads, g, c * 32 + t * 8) : TpInt4{0, 0, 0, 0}; };
-    TpInt4 q[kAhead ? kChunks : 1];
-    if constexpr (kAhead)
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) q[c] = load_q(c);
     ColumnSums<kBlocks> sums;
-    TpInt4 kf[kChunksAtOnce][2], vf[kBlocksAtOnce][4];
-    ColumnScores scores;
-    u32 pairs[2] = {}, next_pairs[2];
     const u32 k_row = (u32)a.k.nb[1], v_row = (u32)a.v.nb[1];
     // Beyond the last cell: that one again, it counts nothing there. Beyond the head: its first elements, which meet a query of zero, or are not stored.
     auto inside = [&](int cell, int at) { return (u32)(cell + at < end ? at : end - 1 - cell); };
     auto load = [](const char* from) { return kAhead ? *(const TpInt4*)from : tp_load_in_order(from, true); };
-    auto load_k = [&](int cell, int c) {
+    auto load_k = [&](int cell, int c, TpInt4(&to)[2]) {
         const char* from = k + cell * a.k.nb[1] + (c * 32 + t * 8 < d ? c * 64 : -t * 16);
 #pragma unroll
-        for (int j = 0; j < 2; ++j) kf[c % kChunksAtOnce][j] = load(from + inside(cell, j * 8 + g) * k_row);
+        for (int j = 0; j < 2; ++j) to[j] = load(from + inside(cell, j * 8 + g) * k_row);
     };
-    auto load_v = [&](int cell, int b) {
+    auto load_v = [&](int cell, int b, TpInt4(&to)[4]) {
         const char* from = v + cell * a.v.nb[1] + (b * 64 + g * 8 < d ? b * 128 : -g * 16);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) vf[b % kBlocksAtOnce][i] = load(from + inside(cell, 2 * t + i % 2 + i / 2 * 8) * v_row);
+        for (int i = 0; i < 4; ++i) to[i] = load(from + inside(cell, 2 * t + i % 2 + i / 2 * 8) * v_row);
     };
-    // What is here once would be 150 instructions more twice: in stream.cu a layer's code comes from the L2, once a layer.
-    for (int cell = -1, next_cell;; cell = next_cell, pairs[0] = next_pairs[0], pairs[1] = next_pairs[1]) {
-        if (cell >= 0) {
-            if constexpr (kAhead)
+    u32 pairs[2] = {};
+    if constexpr (kAhead) {
+        TpInt4 q[kChunks], kf[kChunks][2] = {};
 #pragma unroll
-                for (int b = 0; b < kBlocks; ++b) load_v(cell, b);
-            scores = {};
+        for (int c = 0; c < kChunks; ++c) q[c] = load_q(c);
+        auto load_all_k = [&](int cell) {
 #pragma unroll
-            for (int c = 0; c < kChunks; ++c) {
-                if constexpr (!kAhead)
-                    if (c % kChunksAtOnce == 0)
+            for (int c = 0; c < kChunks; ++c) load_k(cell, c, kf[c]);
+        };
+        int cell = steps.next(pairs);
+        if (cell >= 0) load_all_k(cell);
+        while (cell >= 0) {
+            TpInt4 vf[kBlocks][4];
 #pragma unroll
-                        for (int i = 0; i < kChunksAtOnce; ++i) load_k(cell, c + i);
-                scores.add(kAhead ? q[kAhead ? c : 0] : load_q(c), kf[c % kChunksAtOnce]);
+            for (int b = 0; b < kBlocks; ++b) load_v(cell, b, vf[b]);
+            ColumnScores scores;
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) scores.add(q[c], kf[c]);
+            u32 next_pairs[2] = {};
+            cell = steps.next(next_pairs);
+            if (cell >= 0) load_all_k(cell);
+            const ColumnWeights weights = sums.weigh(scores, pairs, slope, a.logit_softcap);
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b) sums.add(b, vf[b], weights);
+            pairs[0] = next_pairs[0], pairs[1] = next_pairs[1];
+        }
+    } else {
+        constexpr int kBlocksWithK = kBlocks <= 2 ? 1 : 0;  // of V: what registers are left
+        for (int cell; (cell = steps.next(pairs)) >= 0;) {
+            ColumnScores scores;
+            TpInt4 vf[kBlocks][4];
+#pragma unroll
+            for (int c = 0; c < kChunks; c += kChunksAtOnce) {
+                TpInt4 kf[kChunksAtOnce][2];
+#pragma unroll
+                for (int i = 0; i < kChunksAtOnce; ++i) load_k(cell, c + i, kf[i]);
+                if (c == 0)
+#pragma unroll
+                    for (int b = 0; b < kBlocksWithK; ++b) load_v(cell, b, vf[b]);
+#pragma unroll
+                for (int i = 0; i < kChunksAtOnce; ++i) scores.add(load_q(c + i), kf[i]);
             }
-        }
-        next_cell = steps.next(next_pairs);
-        if (next_cell >= 0) {
-            if constexpr (kAhead)
 #pragma unroll
-                for (int c = 0; c < kChunks; ++c) load_k(next_cell, c);
-        }
-        if (cell < 0) {
-            if (next_cell < 0) break;
-            continue;
-        }
-        if constexpr (!kAhead)
+            for (int b = kBlocksWithK; b < kBlocksAtOnce; ++b) load_v(cell, b, vf[b]);
+            const ColumnWeights weights = sums.weigh(scores, pairs, slope, a.logit_softcap);
 #pragma unroll
-            for (int b = 0; b < kBlocksAtOnce; ++b) load_v(cell, b);
-        const ColumnWeights weights = sums.weigh(scores, pairs, slope, a.logit_softcap);
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-            if constexpr (!kAhead)
+            for (int b = 0; b < kBlocks; ++b) {
                 if (b && b % kBlocksAtOnce == 0)
 #pragma unroll
-                    for (int i = 0; i < kBlocksAtOnce; ++i) load_v(cell, b + i);
-            sums.add(b, vf[b % kBlocksAtOnce], weights);
+                    for (int i = 0; i < kBlocksAtOnce; ++i) load_v(cell, b + i, vf[b + i]);
+                sums.add(b, vf[b], weights);
+            }
         }
-        if (next_cell < 0) break;
     }
     sums.template merge<kWarps>(heads, d, warp, merged, results, sync);
 }

@@ -17,7 +17,12 @@ TP_DEVICE void store_four(char* p, const float (&v)[4]) {
 /// kernel and as many. (Exact ties are common where rows of blocks are quantised again: v / d and v * (1 / d) would part there.)
 struct Int8Scale {
     float inverse, d;
-    TP_MEMBER explicit Int8Scale(float most) : inverse(most > 1e-30f ? 127.0f / most : 0.0f), d(most / 127.0f) {}
+    /// 127 / most, of both a 2^20th: whatever `most` is, it and its reciprocal are normal numbers then. And most / 127.
+    TP_MEMBER explicit Int8Scale(float most) : inverse(most > 1e-30f ? tp_quotient(127.0f * 0x1p-20f, most * 0x1p-20f) : 0.0f) {
+        constexpr float kInverse = 1.0f / 127.0f;
+        const float near = most * kInverse;
+        d = fmaf(fmaf(-127.0f, near, most), kInverse, near);  // as most / 127.0f is rounded, of every mantissa
+    }
     /// v's int8 is the low byte: added to 1.5 * 2^23 a float is rounded to an integer. Conversions are a quarter as fast.
     TP_MEMBER u32 bits(float v) const { return (u32)__float_as_int(tp_mul_rounded(v, inverse) + 12582912.0f); }
 };

@@ -43,6 +43,7 @@ struct Shared {
     TpBarrier routed;   // the blocks have arrived that a router's choice waits for
     TpBarrier weighed;  // the storing warp has read what the last one chose
     u32 late, stage_now;
+    u32 walk;  // a Progress's, while attention needs all registers
     u32 pushed_before;
     StreamArgs args;  // the kernel's: functions that are called would read them from local memory, which is in the L2 most of the time
 };
@@ -90,14 +91,15 @@ TP_DEVICE const StreamExperts& fetch_product(const StreamStage& stage, char* to,
 // It is code that runs once a layer, at five cycles an instruction: experts come first (with their weights in one
 // function, unrolled, it took 7,000 cycles before that). Weights are the storing warp's work, while it waits for the experts' last product.
 
-TP_DEVICE float logit_of(const StreamRoute& r, int e, bool inside) {
-    const float x = __int_as_float(tp_load_word_in_order(r.logits + e, inside));
+TP_DEVICE float logit_of(const StreamRoute& r, const float* logits, int e, bool inside) {
+    const float x = __int_as_float(tp_load_word_in_order(logits + e, inside));
     return r.logits_bias ? x + __int_as_float(tp_load_word_in_order(r.logits_bias + e, inside)) : x;
 }
+TP_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 /// An expert's logit, or its sigmoid.
-TP_DEVICE float gate_of(const StreamRoute& r, int e, bool inside) {
-    const float x = logit_of(r, e, inside);
-    return r.gating == kGatingSigmoid ? 1.0f / (1.0f + expf(-x)) : x;
+TP_DEVICE float gate_of(const StreamRoute& r, const float* logits, int e, bool inside) {
+    const float x = logit_of(r, logits, e, inside);
+    return r.gating == kGatingSigmoid ? sigmoid(x) : x;
 }
 /// The soft max of v over the values of all lanes' calls: first their largest and sum.
 struct SoftMax {
@@ -105,13 +107,13 @@ struct SoftMax {
     TP_MEMBER float power(float v) const { return most == -INFINITY ? 0.0f : expf(v * scale - most); }
     TP_MEMBER float of(float v) const { return power(v) * inverse; }
 };
-TP_DEVICE SoftMax soft_max_of_gates(const StreamRoute& r) {
+TP_DEVICE SoftMax soft_max_of_gates(const StreamRoute& r, const float* logits) {
     const int lane = threadIdx.x % 32;
     SoftMax out{r.scale_before};
-    for (int e = lane; e < r.n_expert; e += 32) out.most = fmaxf(out.most, gate_of(r, e, true) * out.scale);
+    for (int e = lane; e < r.n_expert; e += 32) out.most = fmaxf(out.most, gate_of(r, logits, e, true) * out.scale);
     out.most = tp_warp_max(out.most);
     float sum = 0;
-    for (int e = lane; e < r.n_expert; e += 32) sum += out.power(gate_of(r, e, true));
+    for (int e = lane; e < r.n_expert; e += 32) sum += out.power(gate_of(r, logits, e, true));
     sum = tp_warp_sum(sum);
     out.inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
     return out;
@@ -120,48 +122,65 @@ TP_DEVICE SoftMax soft_max_of_gates(const StreamRoute& r) {
 /// The experts of one token, into shared memory: the first of the largest, again and again, in the order of sort_row.h. A soft max without a
 /// selection bias orders as its logits do.
 template <int kPer>
-TP_DEVICE void choose_experts(const StreamRoute& r, Shared& s) {
+TP_DEVICE void choose_experts(const StreamRoute& r, const float* logits, Shared& s) {
+    constexpr u32 kChosen = ~0u;  // or no expert
     const int lane = threadIdx.x % 32, n = r.n_expert, n_used = r.n_used;
-    u32 key[kPer], left = 0;
-    const SoftMax gates = r.selection_bias && r.gating == kGatingSoftMax ? soft_max_of_gates(r) : SoftMax{};
+    float by[kPer];
+    u32 key[kPer];
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) by[j] = logit_of(r, logits, lane + 32 * j, lane + 32 * j < n);
+    if (r.gating == kGatingSigmoid || r.selection_bias) {
+        const SoftMax gates = r.gating == kGatingSoftMax ? soft_max_of_gates(r, logits) : SoftMax{};
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) {
+            if (r.gating == kGatingSigmoid) by[j] = sigmoid(by[j]);
+            if (r.selection_bias)
+                by[j] = (r.gating == kGatingSoftMax ? gates.of(by[j]) : by[j]) +
+                        __int_as_float(tp_load_word_in_order(r.selection_bias + lane + 32 * j, lane + 32 * j < n));
+        }
+    }
 #pragma unroll
     for (int j = 0; j < kPer; ++j) {
-        const int e = lane + 32 * j;
-        float by = gate_of(r, e, e < n);
-        if (r.selection_bias) by = (r.gating == kGatingSoftMax ? gates.of(by) : by) + __int_as_float(tp_load_word_in_order(r.selection_bias + e, e < n));
-        key[j] = e < n ? sort_key(by, true) : ~0u;
-        left |= (u32)(e < n) << j;
+        const u32 of_it = sort_key(by[j], true);
+        key[j] = lane + 32 * j >= n ? kChosen : of_it < kChosen ? of_it : kChosen - 1;
     }
+#pragma unroll 1
     for (int i = 0; i < n_used; ++i) {
-        u32 best = ~0u, first = ~0u;
+        u32 best = key[0];
 #pragma unroll
-        for (int j = 0; j < kPer; ++j)
-            if (left >> j & 1 && key[j] < best) best = key[j];
-        best = tp_warp_min(best);
+        for (int j = 1; j < kPer; ++j) best = key[j] < best ? key[j] : best;
+        const u32 of_all = tp_warp_min(best);
+        int first = 0;
 #pragma unroll
         for (int j = kPer; j-- > 0;)
-            if (left >> j & 1 && key[j] == best) first = (u32)(lane + 32 * j);
-        const int e = (int)tp_warp_min(first);
-        if (lane == e % 32) left &= ~(1u << e / 32);
-        if (lane == 0) s.experts[i] = e;
+            if (key[j] == of_all) first = j;
+        int e = lane + 32 * first;
+        const u32 lanes = __ballot_sync(0xffffffffu, best == of_all);
+        bool mine = best == of_all;
+        if (lanes & (lanes - 1)) mine = e == (int)tp_warp_min(mine ? (u32)e : ~0u);  // equal ones: the first of them
+        if (!mine) continue;
+        s.experts[i] = e;
+#pragma unroll
+        for (int j = 0; j < kPer; ++j)
+            if (j == first) key[j] = kChosen;
     }
     __syncwarp();
 }
-TP_OUTLINE void choose_experts() {
+TP_OUTLINE void choose_experts(const float* logits) {
     Shared& s = shared_of();
     const StreamRoute& r = ((const StreamExperts*)s.streamed)->route;
-    if (r.n_expert <= 128) choose_experts<4>(r, s);
-    else if (r.n_expert <= 256) choose_experts<8>(r, s);
-    else choose_experts<kStreamMostExperts / 32>(r, s);
+    if (r.n_expert <= 128) choose_experts<4>(r, logits, s);
+    else if (r.n_expert <= 256) choose_experts<8>(r, logits, s);
+    else choose_experts<kStreamMostExperts / 32>(r, logits, s);
 }
 /// Their weights, into shared memory; arithmetic and order are those of chain.cu. And all that others may read.
 TP_OUTLINE void weigh_experts(const StreamRoute& r, const StreamProduct& p) {
     Shared& s = shared_of();
     const int lane = threadIdx.x % 32, n = r.n_expert, n_used = r.n_used, n_writers = p.n_tiles < (int)gridDim.x ? p.n_tiles : (int)gridDim.x;
     const bool writes = (int)blockIdx.x == n_writers - 1;  // that block has the fewest tiles
-    const SoftMax gates = r.gating == kGatingSoftMax ? soft_max_of_gates(r) : SoftMax{};
+    const SoftMax gates = r.gating == kGatingSoftMax ? soft_max_of_gates(r, r.logits) : SoftMax{};
     auto gated = [&](int e, bool inside) {
-        const float gate = gate_of(r, e, inside);
+        const float gate = gate_of(r, r.logits, e, inside);
         return r.gating == kGatingSoftMax ? gates.of(gate) : gate;
     };
     const bool used = lane < n_used;
@@ -193,13 +212,13 @@ TP_OUTLINE void weigh_experts(const StreamRoute& r, const StreamProduct& p) {
     if (r.visible && (int)blockIdx.x < n_writers) {
         for (int e = lane; e < n && writes; e += 32) {
             const float v = gated(e, true);
-            if (r.biased) r.biased[e] = logit_of(r, e, true);
+            if (r.biased) r.biased[e] = logit_of(r, r.logits, e, true);
             if (r.gated) r.gated[e] = v;
             if (r.selection) r.selection[e] = v + r.selection_bias[e];
         }
         // The whole order: a block finds the places of some experts.
         auto key_of = [&](int e) {
-            const float by = r.selection_bias ? gated(e, true) + r.selection_bias[e] : gate_of(r, e, true);
+            const float by = r.selection_bias ? gated(e, true) + r.selection_bias[e] : gate_of(r, r.logits, e, true);
             return sort_key(by, true);
         };
         for (int e = blockIdx.x; r.order && e < n; e += n_writers) {
@@ -320,16 +339,19 @@ TP_OUTLINE void stream_weights() {
         }
         const StreamProduct& p = experts.product;
         if (p.role == kExpertsEach) {
-            tp_barrier_wait(&s.routed, routed.parity);
-            routed.next();
             if (weighs) {
                 tp_barrier_wait(&s.weighed, weighed.parity);
                 weighed.next();
             }
-            choose_experts();
+            choose_experts((const float*)p.part[0].plane[0]);  // of any numbers: so that its instructions are there when the logits are
+            tp_barrier_wait(&s.routed, routed.parity);
+            routed.next();
+            choose_experts(experts.route.logits);
             weighs = (int)blockIdx.x < p.n_tiles;
             if (!weighs) weigh_experts(experts.route, p);
         }
+        if (p.input == kInputNorm && p.weight)  // into the L2: a share of every block
+            for (int line = (int)blockIdx.x + (int)gridDim.x * lane; line < p.k / 32; line += 32 * (int)gridDim.x) tp_prefetch(p.weight + line * 32);
         early = !p.role;
         most_in_flight = p.role ? kInFlightExperts : kStreamInFlight;
         const int halves = p.glu ? 2 : 1, step = p.rows / halves, n_planes = p.n_planes, n_tiles = p.n_tiles, piece_rows = 1 << p.piece_shift;
@@ -399,26 +421,26 @@ TP_DEVICE float activated(int op, float x) {
 
 // ---- the warp that stores
 /// A tile of every slot's rows: products with the slots' weights, added up slot by slot. Returns the last sum of row `row` + lane.
-TP_DEVICE float store_slots(const StreamExperts& experts, float* out, i64 row) {
+TP_DEVICE float store_slots(const StreamExperts& experts, const float* out, i64 row) {
     const StreamProduct& p = experts.product;
     const StreamSums& sums = experts.sums;
     const Shared& s = shared_of();
-    const int lane = threadIdx.x % 32, rows = p.rows;
-    const i64 n = p.part[0].n;
-    for (int i = lane; i < rows * p.slots; i += 32) {
-        const int slot = i / rows;
-        const i64 at = row + i - slot * rows;
-        const float v = out[i], product = v * s.weights[slot];
-        out[i] = product;
-        if (at >= n) continue;
-        if (sums.y) sums.y[slot * (i64)p.y_stride + at] = v;
-        if (sums.products) sums.products[slot * sums.products_stride + at] = product;
+    const int lane = threadIdx.x % 32, rows = p.rows, slots = p.slots;
+    const bool mine = lane < rows, inside = mine && row + lane < p.part[0].n;
+    const float* const from = out + (mine ? lane : 0);
+    float sum = tp_mul_rounded(from[0], s.weights[0]);
+    if (!sums.visible) {
+#pragma unroll 4
+        for (int slot = 1; slot < slots; ++slot) sum += tp_mul_rounded(from[slot * rows], s.weights[slot]);
+        return sum;
     }
-    __syncwarp();
-    float sum = lane < rows ? out[lane] : 0.0f;
-    for (int slot = 1; slot < p.slots; ++slot) {
-        if (lane < rows) sum += out[slot * rows + lane];
-        if (slot + 1 < p.slots && sums.sum[slot - 1] && lane < rows && row + lane < n) sums.sum[slot - 1][row + lane] = sum;
+    for (int slot = 0; slot < slots; ++slot) {
+        const float v = from[slot * rows], product = tp_mul_rounded(v, s.weights[slot]);
+        if (slot) sum += product;
+        if (!inside) continue;
+        if (sums.y) sums.y[slot * (i64)p.y_stride + row + lane] = v;
+        if (sums.products) sums.products[slot * sums.products_stride + row + lane] = product;
+        if (slot && slot + 1 < slots && sums.sum[slot - 1]) sums.sum[slot - 1][row + lane] = sum;
     }
     return sum;
 }
@@ -488,7 +510,9 @@ TP_DEVICE void store_glu(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
         }
     }
 }
-TP_OUTLINE void store_sums(const StreamExperts& experts, Shared& s, Turn<kOuts>& out) {
+TP_OUTLINE Turn<kOuts> store_sums(Turn<kOuts> out) {
+    Shared& s = shared_of();
+    const StreamExperts& experts = *(const StreamExperts*)s.stored;
     const StreamProduct& p = experts.product;
     const int lane = threadIdx.x % 32;
     for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
@@ -500,6 +524,7 @@ TP_OUTLINE void store_sums(const StreamExperts& experts, Shared& s, Turn<kOuts>&
         const StreamPart& part = p.part[0];
         if (lane < p.rows && at < part.n) Destination(p, part).put(s, at, v, part.bias ? part.bias[at] : 0.0f);
     }
+    return out;
 }
 TP_OUTLINE void store_results() {
     Shared& s = shared_of();
@@ -511,7 +536,7 @@ TP_OUTLINE void store_results() {
         if (kind == kStreamFlash) continue;
         const StreamProduct& p = experts.product;
         if ((int)blockIdx.x >= p.n_tiles) continue;
-        if (p.role == kExpertsSum) store_sums(experts, s, out);
+        if (p.role == kExpertsSum) out = store_sums(out);
         else if (p.glu) store_glu(p, s, out);
         else store_rows(p, s, out);
         const bool weighs = p.role == kExpertsEach;
@@ -532,43 +557,122 @@ struct Walk {
     TP_MEMBER u32 packed() const { return (u32)(slot.at | slot.parity << 8 | out.at << 16 | out.parity << 24); }
     static TP_MEMBER Walk of(u32 v) { return {{(int)(v & 255), (int)(v >> 8 & 255)}, {(int)(v >> 16 & 255), (int)(v >> 24)}}; }
 };
+/// Where the multiplying warps are. It goes from function to function in registers: what a caller keeps across a call lies in local memory, and each wait
+/// for other blocks empties the L1 of that.
+struct Progress {
+    int stage;
+    u32 walk;     // a Walk
+    float scale;  // of the input that shared memory holds
+};
 
 TP_DEVICE void load_eight(const float* from, bool inside, float (&v)[8]) {
     const TpInt4 a = tp_load_in_order(from, inside), b = tp_load_in_order(from + 4, inside);
     v[0] = __int_as_float(a.x), v[1] = __int_as_float(a.y), v[2] = __int_as_float(a.z), v[3] = __int_as_float(a.w);
     v[4] = __int_as_float(b.x), v[5] = __int_as_float(b.y), v[6] = __int_as_float(b.z), v[7] = __int_as_float(b.w);
 }
+TP_DEVICE void load_eight(const float* from, float (&v)[8]) { load_eight(from, true, v); }
 TP_DEVICE void store_eight(float* to, const float (&v)[8]) {
     ((TpInt4*)to)[0] = {__float_as_int(v[0]), __float_as_int(v[1]), __float_as_int(v[2]), __float_as_int(v[3])};
     ((TpInt4*)to)[1] = {__float_as_int(v[4]), __float_as_int(v[5]), __float_as_int(v[6]), __float_as_int(v[7])};
 }
 
-constexpr int kStep = 8 * kMultiply;  // elements of a step: eight neighbours a thread (sixteen: more lines a load, and slower by a quarter)
+/// Until try_it, or the deadline: the results are not valid then.
+template <class TryIt>
+TP_DEVICE void wait_until(Shared& s, TryIt try_it) {
+    const u64 begin = tp_nanoseconds();
+    for (u32 polls = 1; !try_it(); ++polls) {
+        tp_spin();
+        if (polls % kPollsPerLook) continue;
+        if (tp_peek(&s.late)) return;
+        if (tp_nanoseconds() - begin <= s.args.deadline_ns) continue;
+        tp_poke(&s.late, 1);
+        atomicExch(s.args.fault, (u32)kFaultLatePeer);
+    }
+}
 
-/// Elements [first, first + kSteps * kStep) of a product's input; all loads go out before any is used. Of what is written for others every
-/// block writes its share [from, to). Returns this thread's sum of squares.
-template <int kSteps, bool kNorm>
-TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int k, int first, i64 from, i64 to) {
+/// For whoever asks where a token's time goes; called by thread 0.
+TP_DEVICE void mark_stage(int stage, StreamTime what) {
+    if (blockIdx.x == 0) shared_of().args.cycles[stage * kStreamTimes + what] = tp_cycles();
+}
+/// Stages come into shared memory two ahead: see fetch_product.
+TP_DEVICE void fetch_stage(int stage) {
+    constexpr int kWords = kStreamStageBytes / 16;
     const int thread = threadIdx.x;
-    float v[kSteps][8], more[kNorm ? kSteps : 1][8], weight[kNorm ? kSteps : 1][8], squares = 0;
+    const StreamArgs& args = shared_of().args;
+    if (thread < kWords && stage < args.n_stages) tp_copy_async((TpInt4*)shared_of().stage[stage % 3] + thread, (const TpInt4*)(args.stages + stage) + thread);
+}
+/// What other blocks have done before stage i is seen by all threads, and nobody reads the stage before any more: fetch_stage(i + 2) may follow.
+TP_DEVICE void wait_for_stage(int i) {
+    Shared& s = shared_of();
+    if (threadIdx.x == 0) {
+        const StreamStage& stage = stage_at(i % 3);
+        const StreamArgs& args = s.args;
+        mark_stage(i, kTimeBegin);
+        const bool routes = stage.kind == kStreamProduct && ((const StreamProduct*)stage.body)->role == kExpertsEach;
+        const u32 arrivals = (u32)i * gridDim.x;
+        const u32* const arrived = &args.state->arrived;
+        if (stage.wait) wait_until(s, [&] { return (i32)(tp_read_signal(arrived) - arrivals) >= 0; });
+        if (routes) tp_barrier_arrive(&s.routed);
+        mark_stage(i, kTimeWaited);
+    }
+    tp_copy_wait();
+    sync_multiplying();
+}
+TP_OUTLINE void begin_stage(int i) {
+    wait_for_stage(i);
+    fetch_stage(i + 2);
+}
+
+constexpr int kStep = kStreamStep;  // (sixteen neighbours a thread: more lines a load, and slower by a quarter)
+
+/// Elements of a norm that a thread writes for others, once the norm's scale is known: eight of its block's share, or none.
+struct OwnEight {
+    int at = -1;
+    float v[8] = {};
+    TP_MEMBER void keep(int where, const float (&from)[8]) {
+        at = where;
+        for (int i = 0; i < 8; ++i) v[i] = from[i];
+    }
+    TP_MEMBER void scale(float by) {
+        for (int i = 0; i < 8; ++i) v[i] *= by;
+    }
+};
+
+/// Elements [first, first + kSteps * kStep) of a product's input, as far as there are such; all loads go out before any is used. Of what is written for
+/// others every block writes its share. Returns this thread's sum of squares.
+template <int kSteps, bool kNorm>
+TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int k, int first, OwnEight& own) {
+    const int thread = threadIdx.x, from = (int)blockIdx.x * p.share;
+    // What is not loaded has a value all the same: registers that are defined on some paths only were kept from the function's beginning on, in local memory.
+    float v[kSteps][8] = {}, more[kNorm ? kSteps : 1][8] = {}, weight[kNorm ? kSteps : 1][8] = {}, squares = 0;
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
-        const int at = first + j * kStep + thread * 8;
-        load_eight(p.a + at, at < k, v[j]);
-        if constexpr (kNorm) load_eight(p.b + at, p.b && at < k, more[j]), load_eight(p.weight + at, p.weight && at < k, weight[j]);
+        if (j && first + j * kStep >= k) break;  // of all threads: half of an input of 2,048 was steps beyond it
+        const int at = first + j * kStep + thread * 8, here = at < k ? at : 0;
+        load_eight(p.a + here, v[j]);
+        if constexpr (kNorm) {
+            if (p.b) load_eight(p.b + here, more[j]);
+            if (p.weight) load_eight(p.weight + here, weight[j]);
+        }
     }
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
+        if (j && first + j * kStep >= k) break;
         const int at = first + j * kStep + thread * 8;
         if constexpr (kNorm) {
-            for (int i = 0; i < 8; ++i) v[j][i] += more[j][i];
-            if (at >= from && at < to && at < k) {
+            const bool mine = at >= from && at < from + p.share && at < k;
+            if (p.b)
+                for (int i = 0; i < 8; ++i) v[j][i] += more[j][i];
+            if (mine) {
                 if (p.sum) store_eight(p.sum + at, v[j]);
                 if (p.sum_copy) store_eight(p.sum_copy + at, v[j]);
             }
-            for (int i = 0; i < 8; ++i) squares += v[j][i] * v[j][i];
+            float of_eight = 0;
+            for (int i = 0; i < 8; ++i) of_eight += v[j][i] * v[j][i];
+            squares += at < k ? of_eight : 0.0f;
             if (p.weight)
                 for (int i = 0; i < 8; ++i) v[j][i] *= weight[j][i];
+            if (mine && p.norm) own.keep(at, v[j]);
         }
         float most = 0;
         for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(v[j][i]));
@@ -594,41 +698,50 @@ TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int k, int first, 
     return squares;
 }
 
-/// The input of a product, as int8 in shared memory, without the norm's 1 / root mean square: that is returned, and scales the results.
-TP_OUTLINE float take_input(int at) {
-    const StreamProduct& p = *(const StreamProduct*)stage_at(at).body;
+/// Begins a product and takes its input, as int8 in shared memory, without the norm's 1 / root mean square: that scales the results.
+TP_OUTLINE Progress take_input(Progress at) {
     Shared& s = shared_of();
     const int thread = threadIdx.x;
+    wait_for_stage(at.stage);
+    const StreamProduct& p = *(const StreamProduct*)stage_at(at.stage % 3).body;
     const int k = p.role == kExpertsSum ? p.k * p.slots : p.k;
-    const i64 share = ((k + gridDim.x - 1) / gridDim.x + 7) / 8 * 8, from = blockIdx.x * share, to = from + share;
-    if (p.input != kInputNorm) {
-        if (k <= 2 * kStep) take_steps<2, false>(p, s, k, 0, from, to);
-        else
-            for (int first = 0; first < k; first += 4 * kStep) take_steps<4, false>(p, s, k, first, from, to);
+    if (p.input == kInputNorm) {
+        OwnEight own;
+        float squares = 0;
+        for (int first = 0; first < k; first += 2 * kStep) squares += take_steps<2, true>(p, s, k, first, own);
+        fetch_stage(at.stage + 2);
+        squares = tp_warp_sum(squares);
+        if (thread % 32 == 0) s.squares[thread / 32] = squares;
         sync_multiplying();
-        return 1.0f;
+        float total = 0;
+        for (int w = 0; w < kStreamWarps; ++w) total += s.squares[w];
+        at.scale = tp_quotient(1.0f, sqrtf(tp_quotient(total, (float)k) + p.eps));
+        if (own.at >= 0) own.scale(at.scale), store_eight(p.norm + own.at, own.v);
+    } else {
+        if (p.input != kInputKept) {
+            OwnEight nothing;
+            if (k <= 2 * kStep) take_steps<2, false>(p, s, k, 0, nothing);
+            else
+                for (int first = 0; first < k; first += 4 * kStep) take_steps<4, false>(p, s, k, first, nothing);
+            sync_multiplying();
+            at.scale = 1.0f;
+        }
+        fetch_stage(at.stage + 2);
     }
-    float squares = 0;
-    for (int first = 0; first < k; first += 2 * kStep) squares += take_steps<2, true>(p, s, k, first, from, to);
-    squares = tp_warp_sum(squares);
-    if (thread % 32 == 0) s.squares[thread / 32] = squares;
-    sync_multiplying();
-    float total = 0;
-    for (int w = 0; w < kStreamWarps; ++w) total += s.squares[w];
-    const float scale = 1.0f / sqrtf(total / (float)k + p.eps);
-    // The norm itself, for whoever else may read it: the last warp's work, while the others begin to multiply.
-    if (p.norm && thread / 32 == kStreamWarps - 1)
-        for (i64 at = from + thread % 32; at < to && at < k; at += 32)
-            p.norm[at] = (p.a[at] + (p.b ? p.b[at] : 0.0f)) * scale * (p.weight ? p.weight[at] : 1.0f);
-    return scale;
+    if (thread == 0) {
+        tp_poke(&s.stage_now, (u32)at.stage);  // not before: tiles at full speed would hold up the input
+        mark_stage(at.stage, kTimeInput);
+    }
+    return at;
 }
 
 /// All tiles of a product. A warp takes two rows at a time, so that their loads, products and sums overlap.
 template <int kType, int kUnits>
-TP_OUTLINE u32 multiply(int at_stage, u32 packed_walk, float scale) {
+TP_OUTLINE Progress multiply(Progress now) {
     using U = Unit<kType>;
-    Walk walk = Walk::of(packed_walk);
-    const StreamProduct& p = *(const StreamProduct*)stage_at(at_stage).body;
+    Walk walk = Walk::of(now.walk);
+    const float scale = now.scale;
+    const StreamProduct& p = *(const StreamProduct*)stage_at(now.stage % 3).body;
     Shared& s = shared_of();
     const char* ring = ring_of();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, units = p.k / U::kElems;
@@ -685,25 +798,17 @@ TP_OUTLINE u32 multiply(int at_stage, u32 packed_walk, float scale) {
         walk.slot.next();
         walk.out.next();
     }
-    return walk.packed();
-}
-
-template <int kType>
-TP_DEVICE u32 multiply(int units_each, int at, u32 walk, float scale) {
-    static_assert(Unit<kType>::kElems == stream_unit(kType), "what stream_fit counts");
-    if (units_each == 1) return multiply<kType, 1>(at, walk, scale);
-    if constexpr (2 * Unit<kType>::kElems < kStreamMostElems)
-        if (units_each > 2) return multiply<kType, 4>(at, walk, scale);
-    return multiply<kType, 2>(at, walk, scale);
+    now.walk = walk.packed();
+    return now;
 }
 
 /// All tiles of the experts' last product: kLanes lanes have a row of a slot, each slot with its own part of the input, from shared memory: k is
 /// short here, and what a warp reads of it changes from row to row. Two rows at a time, as above.
 template <int kType>
-TP_OUTLINE u32 multiply_slots(int at_stage, u32 packed_walk) {
+TP_OUTLINE Progress multiply_slots(Progress now) {
     using U = Unit<kType>;
-    Walk walk = Walk::of(packed_walk);
-    const StreamProduct& p = *(const StreamProduct*)stage_at(at_stage).body;
+    Walk walk = Walk::of(now.walk);
+    const StreamProduct& p = *(const StreamProduct*)stage_at(now.stage % 3).body;
     Shared& s = shared_of();
     const int lanes = p.lanes, lane = threadIdx.x % lanes, rows = p.rows, k = p.k, units = k / U::kElems, n_sums = rows * p.slots, n_tiles = p.n_tiles;
     const int step = kMultiply / lanes, first = threadIdx.x / lanes;
@@ -753,102 +858,79 @@ TP_OUTLINE u32 multiply_slots(int at_stage, u32 packed_walk) {
         walk.slot.next();
         walk.out.next();
     }
-    return walk.packed();
+    now.walk = walk.packed();
+    return now;
 }
 
-/// A product of floats, of few rows: a router's. A block has whole rows, and what it multiplies with them it computes as it reads it.
+template <int kType>
+TP_DEVICE Progress multiply(const StreamProduct& p, Progress now) {
+    static_assert(Unit<kType>::kElems == stream_unit(kType), "what stream_fit counts");
+    if (p.role == kExpertsSum) return multiply_slots<kType>(now);
+    if (p.units_each == 1) return multiply<kType, 1>(now);
+    if constexpr (2 * Unit<kType>::kElems < kStreamMostElems)
+        if (p.units_each > 2) return multiply<kType, 4>(now);
+    return multiply<kType, 2>(now);
+}
+
+/// A product of floats, of few rows: a router's. A block has whole rows, kRows at once, and what it multiplies with them it computes as it reads it.
+template <int kRows>
 TP_OUTLINE void multiply_floats(int at) {
     const StreamFloats& f = *(const StreamFloats*)stage_at(at).body;
-    float* met = (float*)shared_of().x;  // [kFloatRows + 1][kStreamWarps]
-    const int thread = threadIdx.x, k = (int)f.k;
-    const i64 share = ((k + gridDim.x - 1) / gridDim.x + 7) / 8 * 8, from = blockIdx.x * share, to = from + share;
-    for (i64 row = blockIdx.x, round = 0; row < f.n || !round; row += (i64)gridDim.x * kFloatRows, ++round) {
-        float squares = 0, sum[kFloatRows] = {};
+    float* met = (float*)shared_of().x;  // [kRows + 1][kStreamWarps]
+    const int thread = threadIdx.x, k = (int)f.k, from = (int)blockIdx.x * f.share, n = (int)f.n, blocks = (int)gridDim.x;
+    OwnEight own;
+    for (int row = blockIdx.x, round = 0; row < n || !round; row += blocks * kRows, ++round) {
+        float squares = 0, sum[kRows] = {};
         for (int i = thread * 8; i < k; i += kStep) {
-            float v[8], more[8], weight[8], w[kFloatRows][8];
-            load_eight(f.a + i, true, v);
-            load_eight(f.b + i, f.b != nullptr, more);
-            load_eight(f.weight + i, f.weight != nullptr, weight);
+            float v[8], more[8] = {}, weight[8] = {}, w[kRows][8];
+            load_eight(f.a + i, v);
+            if (f.b) load_eight(f.b + i, more);
+            if (f.weight) load_eight(f.weight + i, weight);
 #pragma unroll
-            for (int r = 0; r < kFloatRows; ++r) load_eight(f.w + (row + r * gridDim.x) * f.row_stride + i, row + r * gridDim.x < f.n, w[r]);
-            for (int e = 0; e < 8; ++e) v[e] += more[e];
-            if (!round && i >= from && i < to) {
+            for (int r = 0; r < kRows; ++r) load_eight(f.w + (row + r * blocks) * f.row_stride + i, row + r * blocks < n, w[r]);
+            if (f.b)
+                for (int e = 0; e < 8; ++e) v[e] += more[e];
+            const bool mine = !round && i >= from && i < from + f.share;
+            if (mine) {
                 if (f.sum) store_eight(f.sum + i, v);
                 if (f.sum_copy) store_eight(f.sum_copy + i, v);
             }
-            for (int e = 0; e < 8; ++e) {
-                squares += v[e] * v[e];
-                if (f.weight) v[e] *= weight[e];
+            for (int e = 0; e < 8; ++e) squares += v[e] * v[e];
+            if (f.weight)
+                for (int e = 0; e < 8; ++e) v[e] *= weight[e];
+            if (mine) own.keep(i, v);
+            for (int e = 0; e < 8; ++e)
 #pragma unroll
-                for (int r = 0; r < kFloatRows; ++r) sum[r] += v[e] * w[r][e];
-            }
+                for (int r = 0; r < kRows; ++r) sum[r] += v[e] * w[r][e];
         }
         squares = tp_warp_sum(squares);
 #pragma unroll
-        for (int r = 0; r < kFloatRows; ++r) sum[r] = tp_warp_sum(sum[r]);
+        for (int r = 0; r < kRows; ++r) sum[r] = tp_warp_sum(sum[r]);
+        if (round) sync_multiplying();  // the last rows met there
         if (thread % 32 == 0) {
             met[thread / 32] = squares;
 #pragma unroll
-            for (int r = 0; r < kFloatRows; ++r) met[(r + 1) * kStreamWarps + thread / 32] = sum[r];
+            for (int r = 0; r < kRows; ++r) met[(r + 1) * kStreamWarps + thread / 32] = sum[r];
         }
         sync_multiplying();
+        const int mine = row + thread * blocks;
+        const bool writes = thread < kRows && mine < n;
+        if (!writes && (round || own.at < 0)) continue;
         float total = 0;
         for (int w = 0; w < kStreamWarps; ++w) total += met[w];
-        const float scale = f.has_norm ? 1.0f / sqrtf(total / (float)k + f.eps) : 1.0f;
-        const i64 mine = row + thread * (i64)gridDim.x;
-        if (thread < kFloatRows && mine < f.n) {
+        const float scale = f.has_norm ? tp_quotient(1.0f, sqrtf(tp_quotient(total, (float)k) + f.eps)) : 1.0f;
+        if (writes) {
             float y = 0;
             for (int w = 0; w < kStreamWarps; ++w) y += met[(thread + 1) * kStreamWarps + w];
             if (f.y) f.y[mine] = y * scale;
             if (f.y_copy) f.y_copy[mine] = y * scale;
         }
-        if (!round && f.has_norm && (f.norm || f.norm_copy) && thread >= kMultiply - 32) {
-            for (i64 i = from + thread % 32; i < to && i < k; i += 32) {
-                const float y = (f.a[i] + (f.b ? f.b[i] : 0.0f)) * scale * (f.weight ? f.weight[i] : 1.0f);
-                if (f.norm) f.norm[i] = y;
-                if (f.norm_copy) f.norm_copy[i] = y;
-            }
+        if (!round && own.at >= 0 && f.has_norm) {
+            own.scale(scale);
+            if (f.norm) store_eight(f.norm + own.at, own.v);
+            if (f.norm_copy) store_eight(f.norm_copy + own.at, own.v);
         }
-        sync_multiplying();  // before the next rows meet there
     }
-}
-
-/// Until try_it, or the deadline: the results are not valid then.
-template <class TryIt>
-TP_DEVICE void wait_until(Shared& s, TryIt try_it) {
-    const u64 begin = tp_nanoseconds();
-    for (u32 polls = 1; !try_it(); ++polls) {
-        tp_spin();
-        if (polls % kPollsPerLook) continue;
-        if (tp_peek(&s.late)) return;
-        if (tp_nanoseconds() - begin <= s.args.deadline_ns) continue;
-        tp_poke(&s.late, 1);
-        atomicExch(s.args.fault, (u32)kFaultLatePeer);
-    }
-}
-
-/// For whoever asks where a token's time goes.
-TP_DEVICE void mark_stage(int stage, StreamTime what) {
-    if (threadIdx.x == 0 && blockIdx.x == 0) shared_of().args.cycles[stage * kStreamTimes + what] = tp_cycles();
-}
-/// Stages come into shared memory two ahead: see fetch_product.
-TP_DEVICE void fetch_stage(int stage) {
-    constexpr int kWords = kStreamStageBytes / 16;
-    const int thread = threadIdx.x;
-    const StreamArgs& args = shared_of().args;
-    if (thread < kWords && stage < args.n_stages) tp_copy_async((TpInt4*)shared_of().stage[stage % 3] + thread, (const TpInt4*)(args.stages + stage) + thread);
-}
-/// What other blocks have done before this stage is seen by all threads, and nobody reads the stage before any more.
-TP_OUTLINE void begin_stage(int i) {
-    Shared& s = shared_of();
-    const StreamArgs& args = s.args;
-    const StreamStage& stage = stage_at(i % 3);
-    if (threadIdx.x == 0 && stage.wait) wait_until(s, [&] { return (i32)(tp_read_signal(&args.state->arrived) - (u32)i * gridDim.x) >= 0; });
-    if (threadIdx.x == 0 && stage.kind == kStreamProduct && ((const StreamProduct*)stage.body)->role == kExpertsEach) tp_barrier_arrive(&s.routed);
-    tp_copy_wait();
-    sync_multiplying();
-    fetch_stage(i + 2);
-    mark_stage(i, kTimeWaited);
 }
 
 /// The queries of a unit of n_kv KV heads from heads.kv_head on, as halves [heads.n][d] in shared memory, scaled; its own keys and values go to the
@@ -879,20 +961,17 @@ struct QueriesShared {
 #pragma unroll 1
         for (int i = threadIdx.x % 32 * 4; i < d; i += 128) tp_copy_async(rows + to * d + i, from + i);
     }
-    /// Heads [first, first + batch): queries, keys and values lie one behind the other each.
+    /// Heads [first, first + batch), of queries, keys and values one behind the other: a thread four elements of each head that it takes, as in turn().
     TP_MEMBER void copy_heads(int first) const {
         const StreamOwnToken& own = f.own;
-        const int last = first + batch;
+        const int width = d / 4, step = divided(kMultiply, own.width_inverse), begin = divided((int)threadIdx.x, own.width_inverse);
+        const int at = 4 * ((int)threadIdx.x - begin * width), end = first + batch < n_heads() ? first + batch : n_heads();
+        float* to = rows + (3 + begin) * d + at;
 #pragma unroll 1
-        for (int kind = 0; kind < 3; ++kind) {
-            const int begin = kind == 0 ? 0 : kind == 1 ? heads.n : heads.n + n_kv, end = kind == 0 ? heads.n : begin + n_kv;
-            const int head = kind == 0 ? heads.first : heads.kv_head;  // of `begin`
-            int low = first > begin ? first : begin, high = last < end ? last : end;
-            if (kind == 0) low = low < -head ? -head : low, high = high > heads.n_local - head ? heads.n_local - head : high;
-            const float* const from = (kind == 0 ? own.q : kind == 1 ? own.k : own.v) + (head - begin) * d;
-            float* const to = rows + (3 - first) * d;
-#pragma unroll 1
-            for (int i = low * d + 4 * (int)threadIdx.x; i < high * d; i += 4 * kMultiply) tp_copy_async(to + i, from + i);
+        for (int h = first + begin; h < end && begin < step; h += step, to += step * d) {
+            const int of_cache = h - heads.n, kv = heads.kv_head + of_cache;
+            const float* const from = of_cache < 0 ? own.q + (heads.first + h) * d : of_cache < n_kv ? own.k + kv * d : own.v + (kv - n_kv) * d;
+            if (of_cache >= 0 || heads.mine(h)) tp_copy_async(to, from + at);
         }
     }
     /// Which rows, the host has written before the launch; all else, stages before this one.
@@ -953,15 +1032,21 @@ struct QueriesShared {
         const int place[2] = {apart ? own.n_offs + pair : 4 * at, apart ? own.n_offs + pair + half : 4 * at + 2};
         const int end = batch_first + batch < n_heads() ? batch_first + batch : n_heads();
         float* const scales = rows + (3 + batch) * d - batch_first;  // of a head's norm
-        if (normed) {
-            const int lane = threadIdx.x % 32;
+        if (normed) {                                                // half a warp a head
+            const int lane = threadIdx.x % 16;
 #pragma unroll 1
-            for (int h = batch_first + (int)threadIdx.x / 32; h < end; h += kStreamWarps) {
+            for (int first_of_warp = batch_first + (int)threadIdx.x / 32 * 2; first_of_warp < end; first_of_warp += 2 * kStreamWarps) {
+                const int h = first_of_warp + (int)threadIdx.x / 16 % 2;
                 float squares = 0;
 #pragma unroll 1
-                for (int i = lane; i < d; i += 32) squares += rows[(3 + h - batch_first) * d + i] * rows[(3 + h - batch_first) * d + i];
-                squares = tp_warp_sum(squares);
-                if (lane == 0) scales[h] = 1.0f / sqrtf(squares / (float)d + (h < heads.n ? own.q_eps : own.k_eps));
+                for (int i = 4 * lane; i < d && h < end; i += 64) {
+                    const TpInt4 four = *(const TpInt4*)(rows + (3 + h - batch_first) * d + i);
+                    const float x = __int_as_float(four.x), y = __int_as_float(four.y), z = __int_as_float(four.z), w = __int_as_float(four.w);
+                    squares += x * x + y * y + (z * z + w * w);
+                }
+#pragma unroll
+                for (int o = 8; o; o /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, o);
+                if (lane == 0 && h < end) scales[h] = tp_quotient(1.0f, sqrtf(tp_quotient(squares, (float)d) + (h < heads.n ? own.q_eps : own.k_eps)));
             }
             sync_multiplying();
         }
@@ -1037,12 +1122,28 @@ struct StreamResults {
     }
 };
 
+/// What the cache has of other tokens goes into the L2 while the block still waits.
+TP_DEVICE void fetch_ahead(const StreamFlash& f, i64 kv_head, int split) {
+    const FlashAttnArgs& a = f.args.a;
+    const i64 first = (i64)split * f.args.cells;
+    const int bytes = (int)a.q.ne[0] * 2;
+    for (int i = threadIdx.x; i < kAheadCells; i += kMultiply) {
+        if (i >= f.args.cells || first + i >= a.k.ne[1]) break;
+        for (int at = 0; at < bytes; at += 128) {
+            tp_prefetch(a.k.data + kv_head * a.k.nb[2] + (first + i) * a.k.nb[1] + at);
+            tp_prefetch(a.v.data + kv_head * a.v.nb[2] + (first + i) * a.v.nb[1] + at);
+        }
+    }
+}
+
 template <int kD>
-TP_OUTLINE void attend(int stage) {
+TP_OUTLINE Progress attend(Progress now) {
+    const int stage = now.stage;
     const StreamFlash& f = *(const StreamFlash*)stage_at(stage % 3).body;
     Shared& s = shared_of();
     const FlashSplitArgs& args = f.args;
     const int d = (int)args.a.q.ne[0], thread = threadIdx.x;
+    if (thread == 0) s.walk = now.walk;
     u16* queries = (u16*)s.x;
     float* merged = (float*)(s.x + kStreamQueryBytes);
     const u32 n_units = (u32)(f.n_units * args.n_splits);
@@ -1053,10 +1154,12 @@ TP_OUTLINE void attend(int stage) {
         const UnitHeads heads = heads_of_unit(args, head);
         const StreamResults to{f, split};
         const int begins = unit == blockIdx.x ? stage : -1;
+        if (begins >= 0) fetch_ahead(f, heads.kv_head, split);
         flash_columns<kD, kStreamWarps, false>(args, heads, split, 0, 0, thread, merged,
                                                QueriesShared{begins, f, heads, split, d, queries, merged, 1, kFlashHeads + 2, nullptr}, to, sync_multiplying);
         sync_multiplying();  // the next unit writes there
     }
+    return {stage, s.walk, 1.0f};
 }
 
 /// PieceResults of one token.
@@ -1071,9 +1174,10 @@ struct StreamPieces {
 /// An attention whose cells come through the ring: see StreamCells. A warp has the query heads of one KV head and one of a tile's groups of 16 cells.
 /// Begins the stage itself: what no stage writes is looked at before.
 template <int kD>
-TP_OUTLINE u32 attend_streamed(int stage, u32 packed_walk) {
+TP_OUTLINE Progress attend_streamed(Progress now) {
     constexpr int kChunks = kD / 32, kBlocks = kD / 64;
-    Walk walk = Walk::of(packed_walk);
+    const int stage = now.stage;
+    Walk walk = Walk::of(now.walk);
     const StreamFlash& f = *(const StreamFlash*)stage_at(stage % 3).body;
     const StreamCells& c = f.cells;
     const FlashSplitArgs& args = f.args;
@@ -1114,9 +1218,11 @@ TP_OUTLINE u32 attend_streamed(int stage, u32 packed_walk) {
             const int at = chunk * 32 + t * 8;
             q[chunk] = heads.mine(g) && at < d ? own.eight(heads, heads.first - all.first + g, at) : TpInt4{0, 0, 0, 0};
         }
-        if (threadIdx.x == 0) tp_poke(&s.stage_now, (u32)stage);  // not before: tiles at full speed would hold up the queries
-        sync_multiplying();                                       // sums will lie over the queries
-        mark_stage(stage, kTimeInput);
+        if (threadIdx.x == 0) {
+            tp_poke(&s.stage_now, (u32)stage);  // not before: tiles at full speed would hold up the queries
+            mark_stage(stage, kTimeInput);
+        }
+        sync_multiplying();  // sums will lie over the queries
         ColumnSums<kBlocks> sums;
         for (int base = of.begin; base < of.end; base += kStreamedStep) {
             if (base != of.begin) open = open_groups(c.mask, base, of.end);
@@ -1175,12 +1281,13 @@ TP_OUTLINE u32 attend_streamed(int stage, u32 packed_walk) {
                 leave();
             }
         }
-        mark_stage(stage, kTimeDone);
+        if (threadIdx.x == 0) mark_stage(stage, kTimeDone);
         sums.fold(group, groups, set, sets, (float*)(own_rows + 2 * c.unit_heads * d), sync_multiplying);
         if (group == 0) sums.store(heads, d, pieces);
         sync_multiplying();  // the next unit writes there
     }
-    return walk.packed();
+    now.walk = walk.packed();
+    return now;
 }
 
 /// The sum of every head's pieces: a block has 32 elements of a head, which come in one trip to the L2, its warps every eighth piece of them.
@@ -1234,11 +1341,20 @@ TP_DEVICE float sum_of(const u64* word, u32 push, Shared& s) {
     return __int_as_float((int)(u32)now);
 }
 
+/// What a stage reads that no stage writes goes into the L2 while its block still waits: here a router's weights.
+TP_DEVICE void fetch_ahead(const StreamFloats& f) {
+    const int thread = threadIdx.x, lines = (int)f.k / 32;
+    for (i64 row = blockIdx.x; row < f.n; row += gridDim.x)  // the first warp's other lanes would hold up the one that waits
+        for (int i = thread - 32; i >= 0 && i < lines; i += kMultiply - 32) tp_prefetch(f.w + row * f.row_stride + i * 32);
+}
+
 /// A stage that is no product: elements, rows or units of all blocks' threads.
-TP_OUTLINE void do_stage(int stage_slot) {
-    const StreamStage& stage = stage_at(stage_slot);
+TP_OUTLINE Progress do_stage(Progress now) {
+    const StreamStage& stage = stage_at(now.stage % 3);
     const char* body = stage.body;
     const int thread = threadIdx.x, lane = thread % 32;
+    if (stage.kind == kStreamFloats) fetch_ahead(*(const StreamFloats*)body);
+    begin_stage(now.stage);
     const i64 first = (i64)blockIdx.x * kMultiply + thread, step = (i64)gridDim.x * kMultiply;
     switch (stage.kind) {
         case kStreamReduce: {
@@ -1313,101 +1429,59 @@ TP_OUTLINE void do_stage(int stage_slot) {
             for (i64 i = first; i < tp_elems(a.y); i += step) get_row_element(a, i);
             break;
         }
-        case kStreamFloats: multiply_floats(stage_slot); break;
+        case kStreamFloats:
+            if (((const StreamFloats*)body)->n <= gridDim.x) multiply_floats<1>(now.stage % 3);
+            else multiply_floats<kFloatRows>(now.stage % 3);
+            break;
         case kStreamCombine: combine_pieces(*(const StreamCombine*)body); break;
         default: break;
     }
+    return now;
 }
 
-/// What a stage reads that no stage writes goes into the L2 while its block still waits: norms' weights, what the cache has of other tokens.
-TP_DEVICE void fetch_ahead(const StreamStage& stage) {
-    const int thread = threadIdx.x;
-    if (stage.kind == kStreamProduct) {
-        const StreamProduct& p = *(const StreamProduct*)stage.body;
-        const int line = (int)blockIdx.x + (int)gridDim.x * (thread - 32);  // the first warp's other lanes would hold up the one that waits
-        if (p.input == kInputNorm && p.weight && thread >= 32 && line < p.k / 32) tp_prefetch((const char*)p.weight + line * 128);
-    } else if (stage.kind == kStreamFloats) {
-        const StreamFloats& f = *(const StreamFloats*)stage.body;
-        for (i64 row = blockIdx.x; row < f.n; row += gridDim.x)
-            for (int i = thread - 32; i >= 0 && i < (int)f.k / 32; i += kMultiply - 32) tp_prefetch(f.w + row * f.row_stride + i * 32);
-    } else if (stage.kind == kStreamFlash) {
-        const StreamFlash& f = *(const StreamFlash*)stage.body;
-        const FlashAttnArgs& a = f.args.a;
-        if ((int)blockIdx.x >= f.n_units * f.args.n_splits) return;
-        const u32 unit = blockIdx.x / (u32)f.args.n_splits, split = blockIdx.x - unit * (u32)f.args.n_splits;
-        const i64 kv_head = unit / (u32)f.args.head_groups, first = (i64)split * f.args.cells;
-        const int bytes = (int)a.q.ne[0] * 2;
-        for (int i = thread; i < kAheadCells; i += kMultiply) {
-            if (i >= f.args.cells || first + i >= a.k.ne[1]) break;
-            for (int at = 0; at < bytes; at += 128) {
-                tp_prefetch(a.k.data + kv_head * a.k.nb[2] + (first + i) * a.k.nb[1] + at);
-                tp_prefetch(a.v.data + kv_head * a.v.nb[2] + (first + i) * a.v.nb[1] + at);
-            }
-        }
-    }
-}
-
-TP_DEVICE void multiply_and_more() {
+/// All stages, by the multiplying warps.
+TP_DEVICE void do_stages() {
     Shared& s = shared_of();
-    const StreamArgs& args = s.args;
-    const int thread = threadIdx.x;
-    u32 walk = Walk{}.packed();
-    float scale = 1.0f;
     fetch_stage(0);
     fetch_stage(1);
     tp_copy_wait();
     sync_multiplying();
-    for (int i = 0; i < args.n_stages; ++i) {
-        mark_stage(i, kTimeBegin);
-        const StreamStage& stage = *(const StreamStage*)s.stage[i % 3];
+    for (Progress now = {0, Walk{}.packed(), 1.0f}; now.stage < s.args.n_stages; ++now.stage) {
+        const StreamStage& stage = stage_at(now.stage % 3);
+        if (stage.kind == kStreamProduct) {
+            now = take_input(now);
+            const StreamProduct& p = *(const StreamProduct*)stage_at(now.stage % 3).body;
+            if (p.type == kQ4_0) now = multiply<kQ4_0>(p, now);
+            else if (p.type == kQ8_0) now = multiply<kQ8_0>(p, now);
+            else if (p.type == kQ4_K) now = multiply<kQ4_K>(p, now);
+            else now = multiply<kQ6_K>(p, now);
+            const bool nothing = (int)blockIdx.x >= ((const StreamProduct*)stage_at(now.stage % 3).body)->n_tiles;
+            if (nothing) sync_multiplying();  // nothing for the storing warp; what take_input wrote counts all the same
+            if (threadIdx.x == 0) {
+                mark_stage(now.stage, kTimeDone);
+                if (nothing) arrive();
+            }
+            continue;
+        }
         if (stage.kind == kStreamFlash) {  // begins by itself
             const StreamFlash& f = *(const StreamFlash*)stage.body;
-            const bool streamed = f.cells.groups;
             const int d = (int)f.args.a.q.ne[0];
-            if (streamed) {
-                if (d <= 64) walk = attend_streamed<64>(i, walk);
-                else if (d <= 128) walk = attend_streamed<128>(i, walk);
-                else walk = attend_streamed<256>(i, walk);
+            if (f.cells.groups) {
+                if (d <= 64) now = attend_streamed<64>(now);
+                else if (d <= 128) now = attend_streamed<128>(now);
+                else now = attend_streamed<256>(now);
             } else {
-                fetch_ahead(stage);
-                if (d <= 64) attend<64>(i);
-                else if (d <= 128) attend<128>(i);
-                else attend<256>(i);
-                mark_stage(i, kTimeInput);
-                mark_stage(i, kTimeDone);
+                if (d <= 64) now = attend<64>(now);
+                else if (d <= 128) now = attend<128>(now);
+                else now = attend<256>(now);
+                if (threadIdx.x == 0) mark_stage(now.stage, kTimeInput), mark_stage(now.stage, kTimeDone);
             }
-            if (thread == 0) arrive();
-            mark_stage(i, kTimeStored);
-            continue;
-        }
-        fetch_ahead(stage);
-        begin_stage(i);
-        if (stage.kind != kStreamProduct) {
-            do_stage(i % 3);
+        } else {
+            now = do_stage(now);
             sync_multiplying();
-            if (thread == 0) arrive();
-            mark_stage(i, kTimeInput);
-            mark_stage(i, kTimeDone);
-            continue;
+            if (threadIdx.x == 0) mark_stage(now.stage, kTimeInput), mark_stage(now.stage, kTimeDone);
         }
-        const StreamProduct& p = *(const StreamProduct*)stage.body;
-        if (p.input != kInputKept) scale = take_input(i % 3);
-        if (thread == 0) tp_poke(&s.stage_now, (u32)i);  // not before: tiles at full speed would hold up the input
-        mark_stage(i, kTimeInput);
-        if (p.role == kExpertsSum) {
-            if (p.type == kQ4_0) walk = multiply_slots<kQ4_0>(i % 3, walk);
-            else if (p.type == kQ8_0) walk = multiply_slots<kQ8_0>(i % 3, walk);
-            else if (p.type == kQ4_K) walk = multiply_slots<kQ4_K>(i % 3, walk);
-            else walk = multiply_slots<kQ6_K>(i % 3, walk);
-        } else if (p.type == kQ4_0) walk = multiply<kQ4_0>(p.units_each, i % 3, walk, scale);
-        else if (p.type == kQ8_0) walk = multiply<kQ8_0>(p.units_each, i % 3, walk, scale);
-        else if (p.type == kQ4_K) walk = multiply<kQ4_K>(p.units_each, i % 3, walk, scale);
-        else walk = multiply<kQ6_K>(p.units_each, i % 3, walk, scale);
-        mark_stage(i, kTimeDone);
-        if ((int)blockIdx.x >= p.n_tiles) {  // nothing for the storing warp; what take_input wrote counts all the same
-            sync_multiplying();
-            if (thread == 0) arrive();
-        }
+        if (threadIdx.x == 0) arrive(), mark_stage(now.stage, kTimeStored);
     }
 }
 
@@ -1429,7 +1503,7 @@ TP_KERNEL_COOPERATIVE(stream, StreamArgs, 320) {
         tp_barrier_init_fence();
     }
     __syncthreads();
-    if (thread < kMultiply) multiply_and_more();
+    if (thread < kMultiply) do_stages();
     else if (thread < kMultiply + 32) stream_weights();
     else store_results();
     __syncthreads();

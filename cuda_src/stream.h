@@ -23,12 +23,16 @@ constexpr bool stream_can_type(i32 type) { return type == kQ4_0 || type == kQ8_0
 /// Weights that a lane takes at a time (vec_piece.h, Unit).
 constexpr int stream_unit(i32 type) { return type == kQ4_K ? 64 : 32; }
 
+constexpr int kStreamStep = 8 * 32 * kStreamWarps;  // elements of an input that a block takes at once: eight neighbours a thread
+/// Elements of an input that each of so many blocks writes for others; a thread may have eight of them at most.
+inline i32 stream_share(i64 k, i64 blocks) { return (i32)(((k + blocks - 1) / blocks + 7) / 8 * 8); }
+
 /// Elements of a product's input.
 inline i32 stream_input(const StreamProduct& p) { return p.role == kExpertsSum ? p.k * p.slots : p.k; }
 
-/// Fills in the tiles of a product of which parts, n_parts, type, k, glu, slots and role are set. False: it does not fit the ring, or its rows do
+/// Fills in the tiles of a product of which parts, n_parts, type, k, glu, slots and role are set, for so many blocks. False: it does not fit the ring, or its rows do
 /// not begin at multiples of 16 bytes.
-inline bool stream_fit(StreamProduct& p) {
+inline bool stream_fit(StreamProduct& p, i64 blocks) {
     const WeightFormat* format = find_weight_format(p.type);
     if (!format || !stream_can_type(p.type) || p.k % format->block_elems || stream_input(p) > kStreamMostK) return false;
     p.n_planes = format->n_fields;
@@ -46,6 +50,12 @@ inline bool stream_fit(StreamProduct& p) {
     };
     while (p.rows >= least && !fits()) p.rows /= 2;
     if (p.rows < least) return false;
+    // Half the rows, where that takes the fullest block less: its warps go over a tile twice as many rows at a time as they are, and a tile costs half as
+    // much as going over it once (1B: the output product's 64 tiles became 128 for 132 blocks).
+    i64 all_rows = 0;
+    for (int i = 0; i < p.n_parts; ++i) all_rows += p.part[i].n;
+    auto cost = [&](i64 rows) { return ((all_rows + rows - 1) / rows + blocks - 1) / blocks * (2 * ((rows + 2 * kStreamWarps - 1) / (2 * kStreamWarps)) + 1); };
+    if (!p.role && p.rows > 2 * kStreamWarps && cost(p.rows / 2) < cost(p.rows)) p.rows /= 2, fits();
     const i32 unit = stream_unit(p.type), units = p.k / unit;
     if (sums) {
         for (p.lanes = 8; p.lanes < 32 && p.lanes < units;) p.lanes *= 2;

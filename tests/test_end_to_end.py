@@ -28,6 +28,8 @@ TOLERANCE = {
 }
 PROMPT = [(17 * i + i * i) % 300 for i in range(70)]
 WIDE = {"embedding_length": 512, "feed_forward_length": 1024, "attention__key_length": 64, "attention__value_length": 64, "rope__dimension_count": 64}
+# Inputs that a block takes in several steps of 2,048 elements, of which the last is not whole, and in several rounds of four steps.
+LONG = {"embedding_length": 2560, "feed_forward_length": 8704}
 SHIPPED = str(Path(ggml_tp.__file__).parent / "models" / "tiny-english.gguf")
 ALL_RANKS = (1, 2, 3, 4, 5, 7, 8)
 SAMPLE = [
@@ -345,6 +347,13 @@ def test_a_token_is_one_persistent_kernel(workers, models, family, quant, ranks)
     assert " binary " not in result["program"]  # biases and residuals are their products' and norms' work
     if quant == "Q4_K":  # heads of 64: whole warps norm them
         assert " norm rows " not in result["program"]
+
+
+@pytest.mark.parametrize(("family", "options"), [("llama", LONG), ("qwen3moe", {"embedding_length": 2560, "expert_count": 4})])
+def test_a_token_of_long_inputs(workers, models, family, options):
+    """One persistent kernel as well. Four experts: each emulated block has one row of the router."""
+    result = check(workers, models, family, "Q4_0", 1, arch="sm_90", **options)
+    assert result["counters"].last_kernel_launches == 1, result["program"]
 
 
 @pytest.mark.parametrize(

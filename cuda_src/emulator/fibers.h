@@ -204,6 +204,7 @@ static inline int __float_as_int(float f) {
     std::memcpy(&x, &f, 4);
     return x;
 }
+static inline float tp_quotient(float a, float b) { return a / b; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float tp_exp2(float x) { return exp2f(x); }
 static inline float __fdividef(float x, float y) { return x / y; }

@@ -186,9 +186,15 @@ class RankRun {
     /// When all that is left out is left out.
     void mark_visible() {
         for (Draft& d : stages) {
-            if (d.kind != kStreamProduct || d.get<StreamProduct>().role != kExpertsEach) continue;
+            if (d.kind != kStreamProduct || d.get<StreamProduct>().role == kExpertsNone) continue;
             StreamExperts experts = d.get<StreamExperts>();
-            for (const Result& result : results_of(experts.route)) experts.route.visible |= *result.at != nullptr;
+            if (experts.product.role == kExpertsEach) {
+                for (const Result& result : results_of(experts.route)) experts.route.visible |= *result.at != nullptr;
+            } else {
+                StreamSums& sums = experts.sums;
+                sums.visible =
+                    sums.y || sums.products || std::any_of(std::begin(sums.sum), std::end(sums.sum), [](const float* sum) { return sum != nullptr; });
+            }
             d.set(experts);
         }
     }
@@ -320,6 +326,7 @@ class RankRun {
     }
     bool bind(const char* xq, const Recipe& recipe) {
         if (recipe.k % 32 || recipe.k > kStreamMostK) return false;
+        if (recipe.input == kInputNorm && stream_share(recipe.k, memory_->n_blocks) > kStreamStep) return false;
         recipes_[xq] = recipe;
         if (kept_ == xq) kept_ = nullptr;
         return true;
@@ -337,7 +344,8 @@ class RankRun {
     bool add_floats(const MulVecArgs& m) {
         const Matrix& w = m.part[0].w;
         const i64 n = w.n;
-        if (m.n_parts != 1 || m.x.ne[1] != 1 || w.k % 8 || w.k > kStreamMostK || w.row_stride[0] % 16 || !is_vector(m.x, w.k) || m.part[0].y.nb[0] != 4)
+        if (m.n_parts != 1 || m.x.ne[1] != 1 || w.k % 8 || w.k > kStreamMostK || stream_share(w.k, memory_->n_blocks) > kStreamStep || w.row_stride[0] % 16 ||
+            !is_vector(m.x, w.k) || m.part[0].y.nb[0] != 4)
             return false;
         StreamFloats f{};
         f.w = reinterpret_cast<const float*>(w.plane[0]), f.row_stride = w.row_stride[0] / 4, f.k = w.k, f.n = n;
@@ -365,6 +373,7 @@ class RankRun {
             p.k = static_cast<i32>(w.k);
             give_input(p, r, d);
             f.a = p.a, f.b = p.b, f.weight = p.weight, f.eps = p.eps, f.sum = p.sum, f.sum_copy = p.sum_copy, f.norm = p.norm, f.has_norm = 1;
+            f.share = p.share;
             f.norm_copy = memory_->vectors[kNormed];
             last_norm_ = {f.norm, f.norm_copy};
             d.writes.push_back(span_of(f.norm_copy, w.k * 4));
@@ -496,7 +505,7 @@ class RankRun {
             for (const float* read : {e.route.logits, e.route.logits_bias, e.route.selection_bias})
                 if (read) d.reads.push_back(span_of(read, e.route.n_expert * 4));
         } else {
-            if (pending || m.weights.data != weights_ || m.n_sums != slots - 1 || !stream_fit(p)) return false;
+            if (pending || m.weights.data != weights_ || m.n_sums != slots - 1 || !stream_fit(p, memory_->n_blocks)) return false;
             const View &y = m.part[0].y, &products = m.products;
             e.sums.products = reinterpret_cast<float*>(products.data), e.sums.products_stride = products.nb[1] / 4;
             if (y.data != products.data) e.sums.y = p.part[0].y;
@@ -547,7 +556,7 @@ class RankRun {
         for (int op = 0; op < 3; ++op)
             if (!std::strcmp(l.launch.kernel, kKernels[op])) p.glu = 1 + op;
         p.glu_y = reinterpret_cast<float*>(g.glu.y.data);
-        if (!p.glu || !stream_fit(p)) return false;
+        if (!p.glu || !stream_fit(p, memory_->n_blocks)) return false;
         Draft& d = stages.back();
         if (p.role) {  // the host may have given the sums behind the next product this memory
             p.glu_copy = memory_->vectors[kGlu], p.glu_k = static_cast<i32>(g.k), p.glu_begin = static_cast<i32>(g.k_begin);
@@ -578,7 +587,7 @@ class RankRun {
             p.part[i].y = reinterpret_cast<float*>(part.y.data);
             p.part[i].n = part.w.n;
         }
-        if (!stream_fit(p)) return false;
+        if (!stream_fit(p, memory_->n_blocks)) return false;
         for (int i = 0; i < m.n_parts; ++i)
             for (int f = 0; f < p.n_planes; ++f)
                 if (m.part[i].w.row_stride[f] != p.row_bytes[f]) return false;
@@ -598,6 +607,7 @@ class RankRun {
     void give_input(StreamProduct& p, const Recipe& r, Draft& d) {
         p.input = r.input;
         p.a = r.a, p.b = r.b, p.weight = r.weight, p.eps = r.eps, p.sum = r.sum, p.norm = r.norm;
+        p.share = stream_share(r.k, memory_->n_blocks);
         bool own_a = false, own_b = false;
         if (p.input == kInputPlain && still(last_norm_, p.a, r.k)) p.a = last_norm_.copy, own_a = true;
         if (p.input == kInputNorm) {
