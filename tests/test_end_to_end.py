@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import ggml_tp
+import gguf
 import jobs
 import numpy as np
 import pytest
@@ -380,6 +382,20 @@ def test_routers_with_sigmoids(workers, models, family, ranks):
     """And with a bias that chooses but does not weigh; beside shared experts, which end a run of stages."""
     result = check(workers, models, family, "Q8_0", ranks, arch="sm_90")
     assert "stream of " in result["program"]
+
+
+def test_equal_logits_choose_the_first_experts(workers, models, tmp_path):
+    """Of a router that prefers none; a lane has two of these forty. The kernel per step finds places by counting."""
+    model = tmp_path / "equal.gguf"
+    shutil.copy(models("qwen3moe", "Q4_0", expert_count=40), model)
+    for tensor in gguf.GGUFReader(model, "r+").tensors:
+        if "ffn_gate_inp" in tensor.name:
+            tensor.data[:] = 0
+    arguments = {"model": str(model), "prompt": PROMPT, "n": 4, "on_device": True}
+    whole = workers.run(jobs.run_model, emulated(1, "sm_90"), **arguments)
+    parts = workers.run(jobs.run_model, emulated(1, "sm_90", GGML_TP_PERSIST="0"), **arguments)
+    assert whole["counters"].last_kernel_launches == 1 < parts["counters"].last_kernel_launches
+    assert nmse(whole["logits"], parts["logits"]) < 1e-6
 
 
 @pytest.mark.parametrize(("off", "by_nccl"), [("GGML_TP_P2P", 2 * N_LAYER), ("GGML_TP_PERSIST", 1)])
