@@ -208,10 +208,7 @@ TP_OUTLINE void weigh_experts(const StreamRoute& r, const StreamProduct& p) {
         weight = weight * r.factor + r.shift;
         give(r.scaled_weights, weight);
     }
-    for (int i = 0; i < n_used; ++i) {  // by the lane that arrives at barriers for its warp: racecheck sees no other order
-        const float of_slot = __shfl_sync(0xffffffffu, weight, i);
-        if (lane == 0) s.weights[i] = of_slot;
-    }
+    if (used) s.weights[lane] = weight;
     if (r.visible && (int)blockIdx.x < n_writers) {
         for (int e = lane; e < n && writes; e += 32) {
             const float v = gated(e, true);
