@@ -343,7 +343,8 @@ TP_OUTLINE void stream_weights() {
                 tp_barrier_wait(&s.weighed, weighed.parity);
                 weighed.next();
             }
-            choose_experts((const float*)p.part[0].plane[0]);  // of any numbers: so that its instructions are there when the logits are
+            // First of any numbers, of which a matrix has enough (16 bytes of each expert at least): so that the instructions are there when the logits are.
+            choose_experts((const float*)p.part[0].plane[0]);
             tp_barrier_wait(&s.routed, routed.parity);
             routed.next();
             choose_experts(experts.route.logits);
@@ -1032,8 +1033,8 @@ struct QueriesShared {
         const int place[2] = {apart ? own.n_offs + pair : 4 * at, apart ? own.n_offs + pair + half : 4 * at + 2};
         const int end = batch_first + batch < n_heads() ? batch_first + batch : n_heads();
         float* const scales = rows + (3 + batch) * d - batch_first;  // of a head's norm
-        if (normed) {                                                // half a warp a head
-            const int lane = threadIdx.x % 16;
+        if (normed) {
+            const int lane = threadIdx.x % 16;  // half a warp a head
 #pragma unroll 1
             for (int first_of_warp = batch_first + (int)threadIdx.x / 32 * 2; first_of_warp < end; first_of_warp += 2 * kStreamWarps) {
                 const int h = first_of_warp + (int)threadIdx.x / 16 % 2;
