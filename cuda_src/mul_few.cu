@@ -71,7 +71,7 @@ TP_DEVICE TpInt4 four_words(const char* p) { return *(const TpInt4*)p; }
 
 // Pairs of halves. A byte b below 0x64 is the half 1024 + b; what is subtracted from it leaves no rounding.
 constexpr u32 kHalfOne = 0x3c003c00u, kHalfSixteenth = 0x2c002c00u;
-TP_DEVICE u32 half_pair_of(u32 halves, int which) { return tp_byte_perm(halves, 0, which ? 0x3232 : 0x1010); }
+TP_DEVICE u32 half_pair_of(u32 halves, int which) { return tp_half_twice(halves, which); }
 TP_DEVICE u32 half2_mul(u32 a, u32 b) { return tp_half2_fma(a, b, 0x80008000u); }
 /// Four weights of a word of bytes: (byte * factor + minus) * scale + shift, of which the first is exact. magic: 0x64646464.
 TP_DEVICE void four_halves(u32 bytes, u32 magic, u32 factor, u32 minus, u32 scale, u32 shift, u32* out) {
@@ -286,17 +286,18 @@ struct FewWeights<kBF16, kThreads, kRows, kK> : FewHalves<kBF16, kThreads, kRows
 template <int kType, int kColumns, int kThreads, int kChunks>
 struct FewX {
     static constexpr int kUnits = kColumns * 8, kApart = kColumns * 128 + (kType == kQ4_K ? 64 : 32), kChunkBytes = few_chunk_bytes(kColumns);
-    static constexpr int kTimes = 2 * kChunks * kUnits / kThreads;
-    static_assert(kUnits % kThreads == 0 || kThreads == 2 * kUnits);
+    static constexpr int kAll = 2 * kChunks * kUnits, kTimes = kAll < kThreads ? 1 : kAll / kThreads;
+    static_assert(kUnits % kThreads == 0 || kThreads % (2 * kUnits) == 0);
     const char* from;
     int first;  // of this thread's steps in a stage
     u32 at, step_bytes;
     TP_MEMBER FewX(const char* xh, u32 step_bytes, int thread)
         : from(xh + (u32)(thread / kUnits) * step_bytes + thread % kUnits * 16),
           first(thread / kUnits),
-          at((u32)(thread / kUnits * kApart + thread % kUnits * 16)),
+          at((u32)(thread / kUnits / 2 * kChunkBytes + thread / kUnits % 2 * kApart + thread % kUnits * 16)),
           step_bytes(step_bytes) {}
     TP_MEMBER void bring(TpSharedAt to, u32 stage, u32 steps) const {
+        if (kAll < kThreads && first >= 2 * kChunks) return;
         const char* p = from + (i64)(stage * 2 * kChunks) * step_bytes;
         const TpSharedAt place = to + at;
 #pragma unroll
@@ -310,11 +311,13 @@ struct FewX {
 
 /// Stages [first, end) of the rows from row0 on of a matrix, times columns that lie in panels, step_bytes between steps of 64. store(row, column, y):
 /// row of the matrix, column below kColumns. kEarly: x is the work of the kernel before, the weights were not.
-template <int kType, int kColumns, bool kEarly, class Store>
+template <int kType, int kColumns, int kRows, bool kEarly, class Store>
 TP_DEVICE void few_product(const Matrix& w, i64 matrix, i64 row0, const char* xh, u32 step_bytes, u32 first, u32 end, u32 n_stages, const Store& store) {
-    constexpr FewShape kShape = few_shape(kType, kColumns);
-    constexpr int kThreads = kShape.threads, kRows = kShape.rows, kK = kShape.k, kChunks = kK / 128, kRowWarps = kRows / 32, kXAt = kRows * kShape.row_bytes;
+    constexpr FewShape kShape = few_shape(kType, kColumns, kRows);
+    constexpr int kThreads = kShape.threads, kK = kShape.k, kChunks = kK / 128, kRowWarps = kRows / 32, kXAt = kRows * kShape.row_bytes;
     using X = FewX<kType, kColumns, kThreads, kChunks>;
+    // Loads of a stage wait behind its copies, if those begin first; but strips of more words than these would be spilled meanwhile.
+    constexpr bool kTakeFirst = sizeof(FewStrip<kType>) <= 24;
     TP_DYN_SHARED(char, ring);
     const u32 magic = tp_in_register(0x64646464u);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4, rows = warp % kRowWarps * 32, chunk = warp / kRowWarps;
@@ -335,17 +338,21 @@ TP_DEVICE void few_product(const Matrix& w, i64 matrix, i64 row0, const char* xh
         else if (ahead == 2) tp_copy_wait_but<1>();
         else tp_copy_wait_but<2>();
         __syncthreads();
-        if (stage + ahead < end) {
-            weights.bring(ring + behind, ring_at + behind, stage + ahead, thread);
-            columns.bring(ring_at + (behind + kXAt), stage + ahead, steps);
-        }
-        tp_copy_commit();
         const char* from = ring + slot;
-        behind = slot;
-        slot = slot == ahead * kShape.bytes ? 0 : slot + kShape.bytes;
+        const auto bring = [&] {
+            if (stage + ahead < end) {
+                weights.bring(ring + behind, ring_at + behind, stage + ahead, thread);
+                columns.bring(ring_at + (behind + kXAt), stage + ahead, steps);
+            }
+            tp_copy_commit();
+        };
         FewStrip<kType> strip[4];
+        if (!kTakeFirst) bring();
 #pragma unroll
         for (int r = 0; r < 4; ++r) weights.take(strip[r], from, stage, rows + r * 8 + g, chunk, t, magic);
+        if (kTakeFirst) bring();
+        behind = slot;
+        slot = slot == ahead * kShape.bytes ? 0 : slot + kShape.bytes;
         const char* x = from + kXAt + chunk * X::kChunkBytes + t / 2 * X::kApart + g * 128;
 #pragma unroll
         for (int r = 0; r < 2; ++r)
@@ -395,15 +402,15 @@ TP_DEVICE void few_product(const Matrix& w, i64 matrix, i64 row0, const char* xh
             }
 }
 
-template <int kType, int kColumns>
+template <int kType, int kColumns, int kRows>
 TP_DEVICE void mul_few(const MulPiecesArgs& a) {
-    constexpr FewShape kShape = few_shape(kType, kColumns);
+    constexpr FewShape kShape = few_shape(kType, kColumns, kRows);
     i64 row0, before;
     const MulVecPart& p = few_part(a, blockIdx.x, kShape.rows, row0, before);
     const u32 all = (u32)((a.wide.k + kShape.k - 1) / kShape.k), stages = (u32)(a.chunks * 128 / kShape.k), first = blockIdx.y * stages,
               end = first + stages < all ? first + stages : all;
     if (a.made) tp_grid_wait();
-    few_product<kType, kColumns, true>(p.w, 0, row0, a.wide.xh, kPanelBytes, first, end, (u32)a.n_stages, [&](i64 row, i64 column, float y) {
+    few_product<kType, kColumns, kRows, true>(p.w, 0, row0, a.wide.xh, kPanelBytes, first, end, (u32)a.n_stages, [&](i64 row, i64 column, float y) {
         if (column >= a.wide.m) return;
         if (a.n_pieces > 1) a.sums[((i64)blockIdx.y * a.wide.m + column) * a.n_rows + before + row] = y;
         else *(float*)(p.y.data + row * p.y.nb[0] + column * p.y.nb[1]) = y;
@@ -413,39 +420,45 @@ TP_DEVICE void mul_few(const MulPiecesArgs& a) {
 /// A tile of an expert's entries. The grid is for the worst case: blocks without a tile leave.
 template <int kType, int kColumns>
 TP_DEVICE void mul_few_entries(const MulTileIdArgs& a) {
-    constexpr FewShape kShape = few_shape(kType, kColumns);
+    constexpr FewShape kShape = few_shape(kType, kColumns, kFewExpertRows);
     if ((i32)blockIdx.y >= *a.n_tiles) return;
     const ExpertTile& tile = a.tiles[blockIdx.y];
     const TileEntries entries{a, a.entries + tile.first, tile.count, (i64)blockIdx.y};
     const i64 steps = (a.w.k + kTileStep - 1) / kTileStep;
     const u32 step_bytes = (u32)kColumns * 128, all = (u32)((a.w.k + kShape.k - 1) / kShape.k);
-    few_product<kType, kColumns, false>(a.w, tile.expert, (i64)blockIdx.x * kShape.rows, a.xh + entries.panel() * steps * step_bytes, step_bytes, 0, all,
-                                        (u32)a.n_stages, [&](i64 row, i64 column, float y) {
-                                            if (entries.has(column)) *(float*)entries.y(row, column) = y;
-                                        });
+    few_product<kType, kColumns, kShape.rows, false>(a.w, tile.expert, (i64)blockIdx.x * kShape.rows, a.xh + entries.panel() * steps * step_bytes, step_bytes,
+                                                     0, all, (u32)a.n_stages, [&](i64 row, i64 column, float y) {
+                                                         if (entries.has(column)) *(float*)entries.y(row, column) = y;
+                                                     });
 }
 
 }  // namespace ggml_tp
 
-#define MUL_FEW_OF(name, type, columns)                                                                                                                        \
-    TP_KERNEL_EARLY_RESIDENT(mul_few_##name##_##columns, MulPiecesArgs, ggml_tp::few_shape(type, columns).threads, ggml_tp::few_shape(type, columns).blocks) { \
-        ggml_tp::mul_few<type, columns>(args);                                                                                                                 \
+#define MUL_FEW_OF(name, type, columns, rows)                                                                         \
+    TP_KERNEL_EARLY_RESIDENT(mul_few_##name, MulPiecesArgs, ggml_tp::few_shape(ggml_tp::type, columns, rows).threads, \
+                             ggml_tp::few_shape(ggml_tp::type, columns, rows).blocks) {                               \
+        ggml_tp::mul_few<ggml_tp::type, columns, rows>(args);                                                         \
     }
-#define MUL_FEW(name, type)                                                                                      \
-    MUL_FEW_OF(name, type, 16)                                                                                   \
-    MUL_FEW_OF(name, type, 32)                                                                                   \
-    MUL_FEW_OF(name, type, 64)                                                                                   \
-    TP_KERNEL_RESIDENT(mul_few_id_##name, MulTileIdArgs, ggml_tp::few_shape(type, ggml_tp::kFewEntries).threads, \
-                       ggml_tp::few_shape(type, ggml_tp::kFewEntries).blocks) {                                  \
-        ggml_tp::mul_few_entries<type, ggml_tp::kFewEntries>(args);                                              \
+#define MUL_FEW_ID_OF(name, type, columns)                                                                                            \
+    TP_KERNEL_RESIDENT(mul_few_id_##name, MulTileIdArgs, ggml_tp::few_shape(ggml_tp::type, columns, ggml_tp::kFewExpertRows).threads, \
+                       ggml_tp::few_shape(ggml_tp::type, columns, ggml_tp::kFewExpertRows).blocks) {                                  \
+        ggml_tp::mul_few_entries<ggml_tp::type, columns>(args);                                                                       \
     }
+#define MUL_FEW(name, type)                                               \
+    MUL_FEW_OF(name##_8, type, 8, ggml_tp::few_rows(ggml_tp::type, 8))    \
+    MUL_FEW_OF(name##_16, type, 16, ggml_tp::few_rows(ggml_tp::type, 16)) \
+    MUL_FEW_OF(name##_32, type, 32, ggml_tp::few_rows(ggml_tp::type, 32)) \
+    MUL_FEW_OF(name##_64, type, 64, ggml_tp::few_rows(ggml_tp::type, 64)) \
+    MUL_FEW_ID_OF(name##_8, type, 8)                                      \
+    MUL_FEW_ID_OF(name##_16, type, 16)
 
-MUL_FEW(q4_0, ggml_tp::kQ4_0)
-MUL_FEW(q8_0, ggml_tp::kQ8_0)
-MUL_FEW(q4_K, ggml_tp::kQ4_K)
-MUL_FEW(q6_K, ggml_tp::kQ6_K)
-MUL_FEW(f16, ggml_tp::kF16)
-MUL_FEW(bf16, ggml_tp::kBF16)
+MUL_FEW(q4_0, kQ4_0)
+MUL_FEW(q8_0, kQ8_0)
+MUL_FEW(q4_K, kQ4_K)
+MUL_FEW(q6_K, kQ6_K)
+MUL_FEW(f16, kF16)
+MUL_FEW(bf16, kBF16)
+MUL_FEW_OF(q4_K_16_tall, kQ4_K, ggml_tp::kFewTallColumns, ggml_tp::kFewTallRows)
 
 // The pieces of k, in their order. grid: (rows of all parts / 256, m).
 TP_KERNEL(sum_pieces, MulPiecesArgs, 256) {

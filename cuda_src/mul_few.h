@@ -10,23 +10,29 @@ constexpr i32 kFewLeastChunks = 4;  // of a piece of k: 512
 
 constexpr int few_chunk_bytes(int columns) { return 2 * columns * 128 + 64; }  // of x for 128 of k
 
-/// What a block is: `rows` of weights, and of them and of x `k` a stage of its ring, which a warp has 32 rows and 128 of. 18 to 33 KB of weights
-/// a stage; of 64 columns twice the rows, as every block reads all of x.
+/// What a block is: `rows` of weights, and of them and of x `k` a stage of its ring, which a warp has 32 rows and 128 of. 18 to 37 KB of weights
+/// a stage.
 struct FewShape {
     int rows, k, threads;
     int blocks;     // of a multiprocessor, that registers leave room for: the sums of 64 columns are half of what 16 warps have
     int row_bytes;  // of a row's k, with the scales of the 256 that it is part of
     int bytes;      // of a stage
 };
-constexpr FewShape few_shape(i32 type, int columns) {
+constexpr FewShape few_shape(i32 type, int columns, int rows) {
     const bool wide = type == kQ4_0 || type == kQ4_K || type == kQ6_K;
-    FewShape s{wide && columns == 64 ? 256 : 128, wide && columns < 64 ? 256 : 128, wide ? 256 : 128, 0, 0, 0};
+    FewShape s{rows, wide && columns < 64 ? 256 : 128, 0, 0, 0, 0};
+    s.threads = s.rows * s.k / 128;
     s.blocks = (columns < 64 ? 512 : 256) / s.threads;
     s.row_bytes = type == kQ6_K ? s.k / 2 + s.k / 4 + 16 + 4 : type == kQ8_0 ? s.k + 16 : wide ? s.k / 2 + 16 : s.k * 2;
     s.bytes = s.rows * s.row_bytes + s.k / 128 * few_chunk_bytes(columns);
     return s;
 }
-constexpr int few_columns(i64 m) { return m <= 16 ? 16 : m <= 32 ? 32 : 64; }
+/// Rows of a block: of 64 columns twice the rows, as every block reads all of x.
+constexpr int few_rows(i32 type, int columns) { return columns == 64 && (type == kQ4_0 || type == kQ4_K || type == kQ6_K) ? 256 : 128; }
+/// And of 16 columns of Q4_K, where so few blocks keep the device busy: 28,672 rows take 38.8 us, with 128 rows 43 (8 columns 34.2 and 33.8, 32
+/// columns 55 and 52.5; ncu, one H100). Q4_0, which has fewer instructions for each of its bytes, loses: 16 sequences of 8B 4,420, 4,470 -> 4,260.
+constexpr int kFewTallRows = 256, kFewTallColumns = 16;
+constexpr int few_columns(i64 m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64; }
 
 /// Blocks of a multiprocessor, and stages of each one's ring: what its shared memory holds of few_shape's blocks, at most four stages.
 struct FewRing {
@@ -55,46 +61,68 @@ constexpr FewRing few_ring(const FewShape& shape, Arch arch) {
 }
 
 constexpr bool few_fits(i32 type) {
-    for (int columns = 16; columns <= kFewColumns; columns *= 2)
-        if (few_ring(few_shape(type, columns), {860, 1}).stages < 2) return false;
+    for (int columns = 8; columns <= kFewColumns; columns *= 2)
+        if (few_ring(few_shape(type, columns, few_rows(type, columns)), {860, 1}).stages < 2) return false;
     return true;
 }
+constexpr bool few_has_tall(i32 type) { return type == kQ4_K; }
+static_assert(few_ring(few_shape(kQ4_K, kFewTallColumns, kFewTallRows), {860, 1}).stages >= 2);
 static_assert(few_fits(kQ4_0) && few_fits(kQ8_0) && few_fits(kQ4_K) && few_fits(kQ6_K) && few_fits(kF16) && few_fits(kBF16), "99 KB hold two stages of each");
 
 /// Whether a product is the kind that mul_few computes: mul_tile's kind, of few columns.
 inline bool mul_few_can(const MulMatArgs& a, Arch arch) { return a.x.ne[1] <= kFewColumns && mul_tile_can(a, arch); }
 
-inline FewShape few_shape(const MulPiecesArgs& a) { return few_shape(a.wide.part[0].w.type, few_columns(a.wide.m)); }
+/// The most pieces of k that a product is divided in.
+inline i64 few_most_pieces(const MulPiecesArgs& a) { return piece_chunks(a.wide.k) / kFewLeastChunks; }
+inline bool few_tall(const MulPiecesArgs& a, Arch arch) {
+    const i64 pieces = few_most_pieces(a);
+    return few_columns(a.wide.m) == kFewTallColumns && few_has_tall(a.wide.part[0].w.type) &&
+           row_tiles(a.wide, kFewTallRows) * (pieces > 1 ? pieces : 1) * 4 >= (i64)arch.n_sm * 3;
+}
+inline FewShape few_shape(const MulPiecesArgs& a, Arch arch) {
+    const i32 type = a.wide.part[0].w.type;
+    const int columns = few_columns(a.wide.m);
+    return few_shape(type, columns, few_tall(a, arch) ? kFewTallRows : few_rows(type, columns));
+}
 /// Divides k where the rows alone leave multiprocessors idle. The division depends on shapes and device alone, so results repeat.
 inline void few_divide(MulPiecesArgs& a, Arch arch) {
-    const FewShape shape = few_shape(a);
+    const FewShape shape = few_shape(a, arch);
     const FewRing ring = few_ring(shape, arch);
-    const i64 blocks = row_tiles(a.wide, shape.rows), most = piece_chunks(a.wide.k) / kFewLeastChunks;
+    const i64 blocks = row_tiles(a.wide, shape.rows), most = few_most_pieces(a);
     const i64 pieces = blocks > 0 ? (i64)arch.n_sm * ring.blocks / blocks : 1;
     divide_pieces(a, pieces > most ? most : pieces, shape.k / 128);
     a.n_stages = ring.stages;
 }
 /// Bytes of `sums`, whatever else is joined to a product of m columns.
 inline i64 few_sums_bytes(const MulPiecesArgs& a, Arch arch) {
-    const FewShape shape = few_shape(a);
-    return (i64)arch.n_sm * few_ring(shape, arch).blocks * shape.rows * a.wide.m * 4;
+    const i32 type = a.wide.part[0].w.type;
+    const int columns = few_columns(a.wide.m), rows = few_rows(type, columns);
+    i64 most = (i64)few_ring(few_shape(type, columns, rows), arch).blocks * rows;
+    if (few_has_tall(type) && columns == kFewTallColumns) {  // what is joined may make it so
+        const i64 tall = (i64)few_ring(few_shape(type, columns, kFewTallRows), arch).blocks * kFewTallRows;
+        if (tall > most) most = tall;
+    }
+    return (i64)arch.n_sm * most * a.wide.m * 4;
 }
 
-inline Launch mul_few_launch(const MulPiecesArgs& a, Arch) {
+inline Launch mul_few_launch(const MulPiecesArgs& a, Arch arch) {
     struct Row {
         i32 type;
-        const char* kernel[3];
+        const char *kernel[4], *tall;
     };
     static constexpr Row kRows[] = {
-        {kQ4_0, {"mul_few_q4_0_16", "mul_few_q4_0_32", "mul_few_q4_0_64"}}, {kQ8_0, {"mul_few_q8_0_16", "mul_few_q8_0_32", "mul_few_q8_0_64"}},
-        {kQ4_K, {"mul_few_q4_K_16", "mul_few_q4_K_32", "mul_few_q4_K_64"}}, {kQ6_K, {"mul_few_q6_K_16", "mul_few_q6_K_32", "mul_few_q6_K_64"}},
-        {kF16, {"mul_few_f16_16", "mul_few_f16_32", "mul_few_f16_64"}},     {kBF16, {"mul_few_bf16_16", "mul_few_bf16_32", "mul_few_bf16_64"}},
+        {kQ4_0, {"mul_few_q4_0_8", "mul_few_q4_0_16", "mul_few_q4_0_32", "mul_few_q4_0_64"}, nullptr},
+        {kQ8_0, {"mul_few_q8_0_8", "mul_few_q8_0_16", "mul_few_q8_0_32", "mul_few_q8_0_64"}, nullptr},
+        {kQ4_K, {"mul_few_q4_K_8", "mul_few_q4_K_16", "mul_few_q4_K_32", "mul_few_q4_K_64"}, "mul_few_q4_K_16_tall"},
+        {kQ6_K, {"mul_few_q6_K_8", "mul_few_q6_K_16", "mul_few_q6_K_32", "mul_few_q6_K_64"}, nullptr},
+        {kF16, {"mul_few_f16_8", "mul_few_f16_16", "mul_few_f16_32", "mul_few_f16_64"}, nullptr},
+        {kBF16, {"mul_few_bf16_8", "mul_few_bf16_16", "mul_few_bf16_32", "mul_few_bf16_64"}, nullptr},
     };
     Launch out;
-    const FewShape shape = few_shape(a);
-    const int columns = few_columns(a.wide.m), at = columns == 16 ? 0 : columns == 32 ? 1 : 2;
+    const FewShape shape = few_shape(a, arch);
+    const int columns = few_columns(a.wide.m), at = columns == 8 ? 0 : columns == 16 ? 1 : columns == 32 ? 2 : 3;
     for (const Row& row : kRows)
-        if (row.type == a.wide.part[0].w.type) out.kernel = row.kernel[at];
+        if (row.type == a.wide.part[0].w.type) out.kernel = few_tall(a, arch) ? row.tall : row.kernel[at];
     const i64 blocks = row_tiles(a.wide, shape.rows);
     if (blocks > 0x7fffffff || a.n_pieces > 65535) return {};
     out.grid[0] = (u32)blocks;
@@ -104,28 +132,38 @@ inline Launch mul_few_launch(const MulPiecesArgs& a, Arch) {
     return out;
 }
 
-/// Columns of a tile of experts' entries, and the most entries of an expert, on average, for which such tiles are taken (docs/decisions.md).
-constexpr int kFewEntries = 16;
-constexpr i64 kFewMostEntries = 8;
+/// The most entries of an expert, on average, for which tiles of `columns` entries are taken (docs/decisions.md).
+struct FewEntries {
+    int columns;
+    i64 most;
+};
+constexpr FewEntries kFewEntries[] = {{8, 4}, {16, 8}};
+constexpr int kFewExpertRows = 128;
 constexpr i64 kFewLeastTokens = 3;  // that mul_vec_id takes where it can
-inline bool mul_few_id_can(const MulIdArgs& a, Arch arch) { return mul_tile_id_can(a, arch) && a.y.ne[1] * a.y.ne[2] <= kFewMostEntries * a.w.ne2; }
+inline int few_entries(const MulIdArgs& a) {
+    for (const FewEntries& e : kFewEntries)
+        if (a.y.ne[1] * a.y.ne[2] <= e.most * a.w.ne2) return e.columns;
+    return 0;
+}
+inline bool mul_few_id_can(const MulIdArgs& a, Arch arch) { return mul_tile_id_can(a, arch) && few_entries(a); }
 
-inline Launch mul_few_id_launch(MulTileIdArgs& a, Arch arch) {
+inline Launch mul_few_id_launch(MulTileIdArgs& a, int columns, Arch arch) {
     struct Row {
         i32 type;
-        const char* kernel;
+        const char* kernel[2];
     };
     static constexpr Row kRows[] = {
-        {kQ4_0, "mul_few_id_q4_0"}, {kQ8_0, "mul_few_id_q8_0"}, {kQ4_K, "mul_few_id_q4_K"},
-        {kQ6_K, "mul_few_id_q6_K"}, {kF16, "mul_few_id_f16"},   {kBF16, "mul_few_id_bf16"},
+        {kQ4_0, {"mul_few_id_q4_0_8", "mul_few_id_q4_0_16"}}, {kQ8_0, {"mul_few_id_q8_0_8", "mul_few_id_q8_0_16"}},
+        {kQ4_K, {"mul_few_id_q4_K_8", "mul_few_id_q4_K_16"}}, {kQ6_K, {"mul_few_id_q6_K_8", "mul_few_id_q6_K_16"}},
+        {kF16, {"mul_few_id_f16_8", "mul_few_id_f16_16"}},    {kBF16, {"mul_few_id_bf16_8", "mul_few_id_bf16_16"}},
     };
     Launch out;
-    const FewShape shape = few_shape(a.w.type, kFewEntries);
+    const FewShape shape = few_shape(a.w.type, columns, kFewExpertRows);
     for (const Row& row : kRows)
-        if (row.type == a.w.type) out.kernel = row.kernel;
+        if (row.type == a.w.type) out.kernel = row.kernel[columns == 8 ? 0 : 1];
     a.n_stages = few_ring(shape, arch).stages;
     out.grid[0] = (u32)((a.w.n + shape.rows - 1) / shape.rows);
-    out.grid[1] = (u32)most_tiles(a.y.ne[1] * a.y.ne[2], a.w.ne2, kFewEntries);
+    out.grid[1] = (u32)most_tiles(a.y.ne[1] * a.y.ne[2], a.w.ne2, columns);
     out.block[0] = (u32)shape.threads;
     out.shared_bytes = (u32)(a.n_stages * shape.bytes);
     return out;

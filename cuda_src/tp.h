@@ -175,6 +175,13 @@ TP_DEVICE u32 tp_half2_fma(u32 x, u32 y, u32 z) {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(y), "r"(z));
     return out;
 }
+/// One half of two, twice. (As byte permutations these were instructions, and registers, of their own; moved so they are an operand's selector.)
+TP_DEVICE u32 tp_half_twice(u32 halves, int which) {
+    u32 out;
+    if (which) asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h}; }" : "=r"(out) : "r"(halves));
+    else asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l}; }" : "=r"(out) : "r"(halves));
+    return out;
+}
 /// Words that other GPUs wait for: what this thread, and by a barrier before it its block, has written to any GPU is seen after a read of the word.
 TP_DEVICE void tp_signal_peer(u32* p, u32 v) {
 #if __CUDA_ARCH__ >= 700

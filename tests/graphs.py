@@ -241,11 +241,11 @@ def _mul_mats() -> None:
         case(f"mul_mat {NAMES[t]} of a feed-forward network m150")(lambda g, t=t: feed_forward(g, t, 256, 512, 150))
         case(f"mul_mat {NAMES[t]}, three of one input m150")(lambda g, t=t: three_products(g, t, 256, 150))
         case(f"mul_mat {NAMES[t]} 2304x150, k in pieces, m12")(
-            lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 2304, 150, scale=1 / 48), g.leaf(F32, 2304, 12))
+            lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 2304, 150, scale=1 / 48, name="blk.0.attn_q.weight"), g.leaf(F32, 2304, 12))
         )
         if t in (Q4_0, Q8_0, Q4_K, Q6_K, F16, BF16):  # which tiles of many columns multiply without a copy
             case(f"mul_mat {NAMES[t]} 2304x150, k in pieces, m100")(
-                lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 2304, 150, scale=1 / 48), g.leaf(F32, 2304, 100))
+                lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 2304, 150, scale=1 / 48, name="blk.0.attn_q.weight"), g.leaf(F32, 2304, 100))
             )
             case(f"mul_mat {NAMES[t]}, two of one input, k in pieces, m70")(lambda g, t=t: two_products(g, t, 2304, 70))
         case(f"mul_mat {NAMES[t]} of a feed-forward network m40")(lambda g, t=t: feed_forward(g, t, 768, 1280, 40))
@@ -549,10 +549,11 @@ def _experts() -> None:
                 case(f"mul_mat_id {NAMES[t]} {name}, {n_tokens} tokens")(
                     lambda g, t=t, m=n_tokens, name=name, n=n, x=x_rows: mul_mat_id(g, t, 512, n, 9, 4, m, f"blk.0.{name}.weight", x)
                 )
-        # More entries of one expert than a tile of few columns has.
-        case(f"mul_mat_id {NAMES[t]}, an expert of all 20 tokens")(
-            lambda g, t=t: mul_mat_id(g, t, 512, 150, 9, 2, 20, "blk.0.ffn_up_exps.weight", of_all=True)
-        )
+        # More entries of one expert than a tile of few columns has: of 16, and where an expert has fewer on average of 8.
+        for n_expert in (9, 12):
+            case(f"mul_mat_id {NAMES[t]} of {n_expert}, an expert of all 20 tokens")(
+                lambda g, t=t, n=n_expert: mul_mat_id(g, t, 512, 150, n, 2, 20, "blk.0.ffn_up_exps.weight", of_all=True)
+            )
         case(f"mul_mat_id {NAMES[t]} more experts used than warps")(lambda g, t=t: mul_mat_id(g, t, 256, 37, 40, 18, 3, "blk.0.ffn_up_exps.weight"))
         case(f"mul_mat_id {NAMES[t]}, many tokens of few experts")(lambda g, t=t: mul_mat_id(g, t, 256, 200, 3, 2, 170, "blk.0.ffn_up_exps.weight"))
     for t, name in ELEMENT_TYPES.items():

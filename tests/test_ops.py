@@ -90,7 +90,7 @@ def test_products_of_warpgroups(workers, reference, ranks):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_120"])
 def test_few_columns_of_rows_that_begin_anywhere(workers, reference, arch):
     """288 weights have 18 bytes of scales, 768 of Q6_K 6: rows of them begin at multiples of 2. Architectures differ in how long rings are."""
-    few = re.compile(r"mul_mat \S+ attn_(q|output) \d+x200 m(12|40)$|mul_mat_id .*(exps, 5 tokens|all 20 tokens)$")
+    few = re.compile(r"mul_mat \S+ attn_(q|output) \d+x200 m(12|40)$|.* in pieces, m12$|mul_mat_id .*(exps, 5 tokens|all 20 tokens)$")
     names = [name for name in CASES if few.match(name)]
     assert len(names) > 20 or "TEST_EVERY" in os.environ
     check(workers, reference, arch, 3, names)
@@ -136,19 +136,24 @@ def test_warpgroups_take_what_they_can(workers):
 def test_few_columns_have_their_kernel(workers):
     """From seven columns on, where there are tensor cores; batches of 2 to 6 read weights once too, by mul_vec."""
     names = [f"mul_mat Q4_0 attn_q m{m}" for m in (6, 7, 33)]
-    for arch, kernels in (("sm_75", ("mul_vec_q4_0_", "mul_vec_q4_0_", "mul_")), ("sm_80", ("mul_vec_q4_0_", "mul_few_q4_0_16<", "mul_few_q4_0_64<"))):
+    names += ["mul_mat Q4_K attn_q 768x200 m12", "mul_mat Q4_K 2304x150, k in pieces, m12"]
+    expected = {
+        "sm_75": ("mul_vec_q4_0_", "mul_vec_q4_0_", "mul_", "mul_", "mul_"),
+        "sm_80": ("mul_vec_q4_0_", "mul_few_q4_0_8<", "mul_few_q4_0_64<", "mul_few_q4_K_16<", "mul_few_q4_K_16_tall<"),
+    }
+    for arch, kernels in expected.items():
         for text, kernel in zip(workers.run(jobs.programs, emulated(1, arch), names=names).values(), kernels, strict=True):
             assert kernel in text, text
 
 
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
 def test_experts_of_few_tokens_have_their_kernel(workers):
-    """From four tokens on, where there are tensor cores; until there are 8 entries for an expert."""
-    names = [f"mul_mat_id Q4_K ffn_gate_exps, {n} tokens" for n in (1, 5, 33)]
+    """From four tokens on, where there are tensor cores; until there are 8 entries for an expert, of more than 4 in tiles of 16."""
+    names = [f"mul_mat_id Q4_K ffn_gate_exps, {n} tokens" for n in (1, 5, 33)] + ["mul_mat_id Q4_K of 9, an expert of all 20 tokens"]
     expected = {
-        "sm_75": ("mul_vec_id_q4_K<", "mul_vec_id_q4_K<", "mul_id_q4_K<"),
-        "sm_80": ("mul_vec_id_q4_K<", "mul_few_id_q4_K<", "mul_tile_id_q4_K_small<"),
-        "sm_90": ("mul_vec_id_q4_K<", "mul_few_id_q4_K<", "mul_wgmma_id_q4_K_64<"),
+        "sm_75": ("mul_vec_id_q4_K<", "mul_vec_id_q4_K<", "mul_id_q4_K<", "mul_id_q4_K<"),
+        "sm_80": ("mul_vec_id_q4_K<", "mul_few_id_q4_K_8<", "mul_tile_id_q4_K_small<", "mul_few_id_q4_K_16<"),
+        "sm_90": ("mul_vec_id_q4_K<", "mul_few_id_q4_K_8<", "mul_wgmma_id_q4_K_64<", "mul_few_id_q4_K_16<"),
     }
     for arch, kernels in expected.items():
         for text, kernel in zip(workers.run(jobs.programs, emulated(1, arch), names=names).values(), kernels, strict=True):

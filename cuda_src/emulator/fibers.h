@@ -157,6 +157,7 @@ void barrier_wait(TpBarrier* b, int parity);
 static inline void tp_barrier_init(TpBarrier* b, int count) { *b = {0, count, count, 0}; }
 static inline void tp_barrier_init_fence() {}
 static inline void tp_barrier_arrive(TpBarrier* b) { tp_emulator::barrier_arrive(b, 0, 0, 1); }
+static inline void tp_barrier_arrive_copied(TpBarrier* b) { tp_emulator::barrier_arrive(b, 0, 0, 1); }
 static inline void tp_barrier_expect(TpBarrier* b, u32 bytes) { tp_emulator::barrier_arrive(b, static_cast<int>(bytes), 0, 1); }
 static inline void tp_barrier_wait(TpBarrier* b, int parity) { tp_emulator::barrier_wait(b, parity); }
 static inline void tp_bulk_load(void* to, const char* from, u32 bytes, TpBarrier* b) {
@@ -189,6 +190,7 @@ static inline void tp_store_tagged(u64* p, float value, u32 tag) {
 }
 static inline u64 tp_load_tagged(const u64* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 static inline u32 tp_in_register(u32 v) { return v; }
+static inline u32 tp_half_twice(u32 halves, int which) { return (halves >> 16 * which & 0xffffu) * 0x10001u; }
 static inline u32 tp_count(u32* p) { return tp_emulator::count(p); }
 static inline u32 tp_peek(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 static inline void tp_poke(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }

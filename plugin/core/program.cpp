@@ -238,7 +238,7 @@ void lower_mul_mat(const Site& s, Lowered& out) {
 
 void lower_expert_tiles(const Site& s, Lowered& out, const MulIdArgs& args, const QuantizeArgs& prepare) {
     const bool few = mul_few_id_can(args, s.arch);
-    const i32 columns = few ? kFewEntries : tile_columns(args);
+    const i32 columns = few ? few_entries(args) : tile_columns(args);
     const i64 entries = args.y.ne[1] * args.y.ne[2], entries_bytes = round_up(entries * 4, kScratchAlign);
     char* place = reinterpret_cast<char*>(s.partials);
     GroupArgs group{};
@@ -276,7 +276,7 @@ void lower_expert_tiles(const Site& s, Lowered& out, const MulIdArgs& args, cons
         if (s.prepared != out.prepared) out.add(halve_launch(prepare, bf16, s.arch), prepare);
     }
     auto multiply = [&] {
-        const Launch launch = few            ? mul_few_id_launch(tile, s.arch)
+        const Launch launch = few            ? mul_few_id_launch(tile, columns, s.arch)
                               : s.arch.wgmma ? mul_wgmma_id_launch(tile, columns, s.arch)
                                              : mul_tile_id_launch(tile, columns, s.arch);
         out.add(launch, tile);
