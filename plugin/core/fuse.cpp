@@ -386,15 +386,17 @@ constexpr Merge kMerges[] = {
 bool try_merge(ProgramStep& a, const ProgramStep& b, const std::vector<Arch>& archs) {
     if (a.kind != ProgramStep::kLaunch || b.kind != ProgramStep::kLaunch) return false;
     for (const Merge& merge : kMerges) {
-        std::vector<RankLaunch> joined = a.launches;
         bool any = false, all = true;
-        for (size_t r = 0; all && r < joined.size(); ++r) {
+        for (size_t r = 0; all && r < a.launches.size(); ++r) {
             const char *first = a.launches[r].launch.kernel, *second = b.launches[r].launch.kernel;
             if (!first && !second) continue;
             any = true;
-            all = first && second && merge.first(first) && merge.second(second) && merge.join(joined[r], b.launches[r], archs[r]);
+            all = first && second && merge.first(first) && merge.second(second);
         }
         if (!any || !all) continue;
+        std::vector<RankLaunch> joined = a.launches;
+        for (size_t r = 0; all && r < joined.size(); ++r) all = !joined[r].launch.kernel || merge.join(joined[r], b.launches[r], archs[r]);
+        if (!all) continue;
         a.launches = std::move(joined);
         a.label += ", " + b.label;
         a.tensors.insert(a.tensors.end(), b.tensors.begin(), b.tensors.end());

@@ -171,12 +171,14 @@ class RankRun {
     /// What a stage writes for whoever else may read it is left out where nobody does: a later stage of the run writes all of that memory anew, and none
     /// before it reads of it. What a launch behind the run or the host reads stays, as no stage writes over it.
     void leave_out_unread() {
+        std::vector<std::vector<Span>> written(stages.size());  // what is left out of a stage is only looked for in those behind it
+        for (size_t i = 0; i < stages.size(); ++i) written[i] = written_whole(stages[i]);
         for (size_t i = 0; i < stages.size(); ++i) {
             for (const Result& result : optional_results(i)) {
                 const Span span = span_of(*result.at, result.elems * 4);
-                for (size_t j = i + 1; j < stages.size() && !meet({span}, stages[j].reads); ++j) {
-                    const std::vector<Span> whole = written_whole(stages[j]);
-                    if (std::none_of(whole.begin(), whole.end(), [&](const Span& s) { return s.begin <= span.begin && span.end <= s.end; })) continue;
+                const auto reads = [&](const Draft& d) { return std::any_of(d.reads.begin(), d.reads.end(), [&](const Span& s) { return s.meets(span); }); };
+                for (size_t j = i + 1; j < stages.size() && !reads(stages[j]); ++j) {
+                    if (std::none_of(written[j].begin(), written[j].end(), [&](const Span& s) { return s.begin <= span.begin && span.end <= s.end; })) continue;
                     forget(i, result);
                     break;
                 }

@@ -915,25 +915,28 @@ Scratch::~Scratch() {
     for (auto& [rank, pointer] : retired_) devices_[rank]->release(pointer);
 }
 
-void Scratch::grow(i64 bytes) {
-    if (bytes <= bytes_) return;
+bool Scratch::grow(i64 bytes, i64 partial_bytes) {
+    if (bytes <= bytes_ && partial_bytes <= partial_bytes_) return false;
+    bytes = std::max(bytes, bytes_), partial_bytes = std::max(partial_bytes, partial_bytes_);
     for (size_t r = 0; r < devices_.size(); ++r) {
-        const DevicePtr fresh = devices_[r]->allocate(static_cast<size_t>(bytes));
+        const DevicePtr fresh = devices_[r]->allocate(static_cast<size_t>(bytes + partial_bytes));
         if (pointers_[r]) retired_.push_back({static_cast<int>(r), pointers_[r]});
         pointers_[r] = fresh;
     }
-    bytes_ = bytes;
+    bytes_ = bytes, partial_bytes_ = partial_bytes;
+    return true;
 }
 
 RowStaging::~RowStaging() {
     for (char* pinned : pinned_) memory_.release_pinned(pinned);
 }
 
-void RowStaging::grow(i64 bytes) {
+bool RowStaging::grow(i64 bytes) {
     device_.grow(bytes);
-    if (bytes <= bytes_) return;
+    if (bytes <= bytes_) return false;
     pinned_.push_back(memory_.allocate_pinned(bytes));
     bytes_ = bytes;
+    return true;
 }
 
 std::string Program::to_text() const {
@@ -958,10 +961,11 @@ std::string Program::to_text() const {
 std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringContext context) {
     auto program = std::make_unique<Program>();
     const int n = plan.n_ranks;
-    // Twice: the first pass finds out how much scratch memory there must be, the second writes its address into arguments.
-    i64 scratch_bytes = 0, partial_bytes = 0;
-    for (int pass = 0; pass < 2; ++pass) {
+    // Again where more scratch memory must be there than is: its address stands in arguments.
+    for (bool placed = false; !placed;) {
+        i64 scratch_bytes = 0, partial_bytes = 0;
         program->steps.clear();
+        program->host_rows.clear();
         struct Quantized {
             int x = -1;
             Sharding s;
@@ -1034,7 +1038,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 site.rank = r;
                 site.arch = context.devices[r]->arch();
                 site.scratch = context.scratch.pointer(r);
-                site.partials = site.scratch + static_cast<u64>(pass ? scratch_bytes : 0);
+                site.partials = context.scratch.partials(r);
                 site.fault = reinterpret_cast<u32*>(context.faults[r]);
                 site.output = step.output;
                 site.y = local_view(context.memory, t, step.output, r);
@@ -1079,8 +1083,8 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 site.grouped = t.op == Op::MUL_MAT_ID && last_ids == t.src[2];
                 if (!is_empty(site.y) || (t.op == Op::SET_ROWS && site.output.kind != Sharding::kSharded)) row->lower(site, lowered[r]);
                 if (!lowered[r].ok) throw Error(std::string("no kernel for ") + abi::op_name(t.op) + " (" + t.name + ") with these types and strides");
-                if (pass == 0) scratch_bytes = std::max(scratch_bytes, round_up(lowered[r].scratch_bytes, kScratchAlign));
-                if (pass == 0) partial_bytes = std::max(partial_bytes, lowered[r].partial_bytes);
+                scratch_bytes = std::max(scratch_bytes, round_up(lowered[r].scratch_bytes, kScratchAlign));
+                partial_bytes = std::max(partial_bytes, lowered[r].partial_bytes);
                 most = std::max(most, lowered[r].launches.size());
                 now.prepared[r] = lowered[r].prepared;
             }
@@ -1094,7 +1098,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 if (!x.stored && x.buffer == t.buffer && x.address < t.address + static_cast<u64>(t.bytes) && t.address < x.address + static_cast<u64>(x.bytes))
                     last.x = -1;
             }
-            if (rows && pass) program->host_rows.push_back(std::move(*rows));
+            if (rows) program->host_rows.push_back(std::move(*rows));
             for (size_t i = 0; i < most; ++i) {
                 ProgramStep out;
                 out.label = t.name;
@@ -1108,7 +1112,8 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 program->steps.push_back(std::move(out));
             }
         }
-        if (pass == 0) context.scratch.grow(scratch_bytes + partial_bytes), context.rows.grow(row_bytes);
+        placed = !context.scratch.grow(scratch_bytes, partial_bytes);
+        placed &= !context.rows.grow(row_bytes);
     }
     std::vector<Arch> archs;
     for (const auto& device : context.devices) archs.push_back(device->arch());

@@ -104,15 +104,16 @@ class Scratch {
   public:
     explicit Scratch(std::vector<std::unique_ptr<Device>>& devices) : devices_(devices), pointers_(devices.size()) {}
     ~Scratch();
-    /// At least `bytes` on every rank. Older programs keep the memory that they were built with.
-    void grow(i64 bytes);
+    /// Two places on every rank, of at least so many bytes. True: they lie elsewhere than before. Older programs keep the memory that they were built with.
+    bool grow(i64 bytes, i64 partial_bytes = 0);
     DevicePtr pointer(int rank) const { return pointers_[rank]; }
+    DevicePtr partials(int rank) const { return pointers_[rank] + static_cast<u64>(bytes_); }
 
   private:
     std::vector<std::unique_ptr<Device>>& devices_;
     std::vector<DevicePtr> pointers_;
     std::vector<std::pair<int, DevicePtr>> retired_;
-    i64 bytes_ = 0;
+    i64 bytes_ = 0, partial_bytes_ = 0;
 };
 
 /// Where rows of the host's tables are gathered and sent to, of one graph at a time: like Scratch, and in pinned memory of the host.
@@ -120,7 +121,7 @@ class RowStaging {
   public:
     RowStaging(std::vector<std::unique_ptr<Device>>& devices, Memory& memory) : memory_(memory), device_(devices) {}
     ~RowStaging();
-    void grow(i64 bytes);
+    bool grow(i64 bytes);
     DevicePtr pointer(int rank) const { return device_.pointer(rank); }
     char* pinned() const { return pinned_.empty() ? nullptr : pinned_.back(); }
 
