@@ -244,8 +244,9 @@ struct FlashCombineArgs {
     View y;  // F32 [dv, n_head, n_tok, ns]
     View sinks;
     const float *acc, *meta;
-    char *xq, *xd;  // not null: also as int8, a row being all heads of a token
-    i32 n_splits, has_sinks, head_offset, pad;
+    char *xq, *xd;  // not null: also in `form`, a row being all heads of a token
+    i32 n_splits, has_sinks, head_offset;
+    ActivationForm form;
 };
 struct GetRowsArgs {
     Matrix w;

@@ -109,8 +109,12 @@ TP_KERNEL(flash_combine, FlashCombineArgs, 256) {
     const float y = flash_combined(args, head, token, stream, threadIdx.x);
     if (threadIdx.x < dv) *(float*)(args.y.data + threadIdx.x * 4 + head * args.y.nb[1] + token * args.y.nb[2] + stream * args.y.nb[3]) = y;
     if (!args.xq) return;
-    // A warp is a block of 32: the arithmetic of quantize.cu.
     const i64 row = stream * args.y.ne[2] + token, k = dv * args.y.ne[1], i = head * dv + threadIdx.x;
+    if (args.form != kInt8Rows) {
+        *(u16*)(args.xq + panel_byte((u32)row, (u32)i, (u32)k)) = args.form == kBf16Panels ? tp_float_to_bf16(y) : activation_half(y);
+        return;
+    }
+    // A warp is a block of 32: the arithmetic of quantize.cu.
     const Int8Scale scale(tp_warp_max(fabsf(y)));
     const s8 q = (s8)(scale.bits(y) & 255);
     const float q_sum = tp_warp_sum((float)q), d = scale.d;

@@ -53,6 +53,7 @@ tensor ggml_glu(ctx c, tensor a, int op, bool swapped); tensor ggml_glu_split(ct
 tensor ggml_rms_norm(ctx c, tensor a, float eps); tensor ggml_norm(ctx c, tensor a, float eps);
 tensor ggml_get_rows(ctx c, tensor a, tensor b); tensor ggml_set_rows(ctx c, tensor a, tensor b, tensor idx);
 tensor ggml_cpy(ctx c, tensor a, tensor b); tensor ggml_cont(ctx c, tensor a); tensor ggml_cont_4d(ctx c, tensor a, int64_t p, int64_t q, int64_t r, int64_t s);
+tensor ggml_reshape_2d(ctx c, tensor a, int64_t ne0, int64_t ne1);
 tensor ggml_permute(ctx c, tensor a, int p, int q, int r, int s); tensor ggml_transpose(ctx c, tensor a);
 tensor ggml_view_4d(ctx c, tensor a, int64_t p, int64_t q, int64_t r, int64_t s, size_t nb1, size_t nb2, size_t nb3, size_t offset);
 tensor ggml_rope_ext(ctx c, tensor a, tensor pos, tensor factors, int n_dims, int mode, int n_ctx_orig, float base, float scale, float ext, float attn,
@@ -460,6 +461,15 @@ def _attention() -> None:
         mask = g.leaf(F16, n_kv, n_tokens, values=causal(n_kv, n_tokens))
         return g.lib.ggml_flash_attn_ext(g.c, g.leaf(F32, d, n_tokens, heads), view("cache_k_l0"), view("cache_v_l0"), mask, d**-0.5, max_bias, 0.0)
 
+    def product(g: Case, type_: int, n_tokens: int) -> Any:
+        """What follows attention: it leaves what the product reads."""
+        out = of_cache(g, F16, 8, 4, n_kv=256, n_tokens=n_tokens)
+        w = g.leaf(type_, 512, 96, scale=1 / 22, name="blk.0.attn_output.weight")
+        return g.lib.ggml_mul_mat(g.c, w, g.lib.ggml_reshape_2d(g.c, out, 512, n_tokens))
+
+    for type_ in (Q4_K, BF16):
+        for n_tokens in (1, 12, 40):
+            case(f"mul_mat {NAMES[type_]} of attention of {n_tokens} tokens")(lambda g, t=type_, n=n_tokens: product(g, t, n))
     for kv_heads in (2, 3, 6):
         case(f"flash_attn of caches, {kv_heads} heads")(lambda g, n=kv_heads: of_cache(g, F16, 6, n))
         for type_, name in {Q8_0: "Q8_0", Q4_0: "Q4_0"}.items():

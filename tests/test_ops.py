@@ -117,6 +117,13 @@ def test_attention_of_many_tokens_has_blocks_of_eight_warps_where_they_suffice(w
 
 
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
+def test_attention_leaves_what_its_product_reads(workers):
+    names = [f"mul_mat {name} of attention of {n} tokens" for n in (12, 40) for name in ("Q4_K", "BF16")]
+    for name, text in zip(names, workers.run(jobs.programs, emulated(1, "sm_80"), names=names).values(), strict=True):
+        assert "flash_combine<" in text and "mul_few_" in text and "panels<" not in text, f"{name}: {text}"
+
+
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
 def test_warpgroups_take_what_they_can(workers):
     """Q, K and V are one launch, so are gate and up; norm and GLU leave what the products read, whose weights have their own type's kernel; few tiles
     divide k."""

@@ -164,7 +164,8 @@ bool glu_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
 bool attention_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
     FlashCombineArgs args = args_of<FlashCombineArgs>(a);
     const QuantizeArgs q = args_of<QuantizeArgs>(b);
-    if (args.xq || !quantizes(q, args.y, args.y.ne[0] * args.y.ne[1], args.y.ne[2] * args.y.ne[3])) return false;
+    if (args.xq || !quantizes(q, args.y, args.y.ne[0] * args.y.ne[1], args.y.ne[2] * args.y.ne[3]) || !can_leave(b, q.k)) return false;
+    args.form = static_cast<ActivationForm>(form_of(b.launch.kernel));
     args.xq = q.xq;
     args.xd = q.xd;
     return replace(a, flash_combine_launch(args, arch), args);
@@ -372,7 +373,7 @@ constexpr Merge kMerges[] = {
     {is_norm, is_mul, norm_then_weight},
     {is_norm, makes_form, norm_then_quantize},
     {is_glu, makes_form, glu_then_quantize},
-    {is_combine, is_quantize, attention_then_quantize},
+    {is_combine, makes_form, attention_then_quantize},
     {is_rope, is_rope, rope_then_rope},
     {is_rope, is_set_rows, rope_then_store},
     {is_mul_vec_id, is_mul_vec_id, join_experts},
