@@ -71,7 +71,6 @@ TP_DEVICE TpInt4 four_words(const char* p) { return *(const TpInt4*)p; }
 
 // Pairs of halves. A byte b below 0x64 is the half 1024 + b; what is subtracted from it leaves no rounding.
 constexpr u32 kHalfOne = 0x3c003c00u, kHalfSixteenth = 0x2c002c00u;
-TP_DEVICE u32 half_pair_of(u32 halves, int which) { return tp_half_twice(halves, which); }
 TP_DEVICE u32 half2_mul(u32 a, u32 b) { return tp_half2_fma(a, b, 0x80008000u); }
 /// Four weights of a word of bytes: (byte * factor + minus) * scale + shift, of which the first is exact. magic: 0x64646464.
 TP_DEVICE void four_halves(u32 bytes, u32 magic, u32 factor, u32 minus, u32 scale, u32 shift, u32* out) {
@@ -110,7 +109,7 @@ struct FewStrip<kQ4_K> {
     TpInt4 q;
     u32 scales, mins;  // both runs', mins negative
     TP_MEMBER void run(u32 magic, int r, int i, u32 (&out)[4]) const {
-        const u32 scale = half_pair_of(scales, r), min = half_pair_of(mins, r);
+        const u32 scale = tp_half_twice(scales, r), min = tp_half_twice(mins, r);
         for (int j = 0; j < 2; ++j) four_nibbles((u32)(&q.x)[2 * i + j], magic, r, 0xe400e400u, 0xd400d400u, scale, min, out + 2 * j);
     }
 };
@@ -120,7 +119,7 @@ struct FewStrip<kQ6_K> {
     u32 scales;  // both runs'
     int nibble, shift;
     TP_MEMBER void run(u32 magic, int r, int i, u32 (&out)[4]) const {
-        const u32 scale = half_pair_of(scales, r);
+        const u32 scale = tp_half_twice(scales, r);
         for (int j = 0; j < 2; ++j) {
             const u32 low = (u32)(&q[r].x)[2 * i + j] >> nibble & 0x0f0f0f0fu, high = (u32)(&top[r].x)[2 * i + j] >> shift & 0x03030303u;
             four_halves(low | high << 4, magic, kHalfOne, 0xe420e420u, scale, 0x80008000u, out + 2 * j);  // of offset 32
@@ -212,7 +211,7 @@ struct FewWeights<kQ4_K, kThreads, kRows, kK> {
         const bool second = (kK == 256 ? chunk : (int)(stage % 2)) != 0;
         const u32 scale6 = second ? (more & 0x0f0fu) | (low >> 2 & 0x3030u) : low & 0x3f3fu,
                   min6 = second ? (more >> 4 & 0x0f0fu) | (mins >> 2 & 0x3030u) : mins & 0x3f3fu;
-        const u32 d = half_pair_of((u32)v.w, 0), m = half_pair_of((u32)v.w, 1) ^ 0x80008000u;
+        const u32 d = tp_half_twice((u32)v.w, 0), m = tp_half_twice((u32)v.w, 1) ^ 0x80008000u;
         s.scales = half2_mul(tp_half2_fma(tp_byte_perm(scale6, magic, 0x4140), kHalfOne, 0xe400e400u), d);
         s.mins = half2_mul(tp_half2_fma(tp_byte_perm(min6, magic, 0x4140), kHalfOne, 0xe400e400u), m);
     }

@@ -157,7 +157,6 @@ void barrier_wait(TpBarrier* b, int parity);
 static inline void tp_barrier_init(TpBarrier* b, int count) { *b = {0, count, count, 0}; }
 static inline void tp_barrier_init_fence() {}
 static inline void tp_barrier_arrive(TpBarrier* b) { tp_emulator::barrier_arrive(b, 0, 0, 1); }
-static inline void tp_barrier_arrive_copied(TpBarrier* b) { tp_emulator::barrier_arrive(b, 0, 0, 1); }
 static inline void tp_barrier_expect(TpBarrier* b, u32 bytes) { tp_emulator::barrier_arrive(b, static_cast<int>(bytes), 0, 1); }
 static inline void tp_barrier_wait(TpBarrier* b, int parity) { tp_emulator::barrier_wait(b, parity); }
 static inline void tp_bulk_load(void* to, const char* from, u32 bytes, TpBarrier* b) {
