@@ -873,6 +873,15 @@ TP_DEVICE Progress multiply(const StreamProduct& p, Progress now) {
     return multiply<kType, 2>(now);
 }
 
+/// By weights of the one of these types that they are.
+template <int kType, int... kOthers>
+TP_DEVICE Progress multiply_one_of(const StreamProduct& p, Progress now) {
+    static_assert(stream_can_type(kType));
+    if constexpr (sizeof...(kOthers) > 0)
+        if (p.type != kType) return multiply_one_of<kOthers...>(p, now);
+    return multiply<kType>(p, now);
+}
+
 /// A product of floats, of few rows: a router's. A block has whole rows, kRows at once, and what it multiplies with them it computes as it reads it.
 template <int kRows>
 TP_OUTLINE void multiply_floats(int at) {
@@ -1452,10 +1461,7 @@ TP_DEVICE void do_stages() {
         if (stage.kind == kStreamProduct) {
             now = take_input(now);
             const StreamProduct& p = *(const StreamProduct*)stage_at(now.stage % 3).body;
-            if (p.type == kQ4_0) now = multiply<kQ4_0>(p, now);
-            else if (p.type == kQ8_0) now = multiply<kQ8_0>(p, now);
-            else if (p.type == kQ4_K) now = multiply<kQ4_K>(p, now);
-            else now = multiply<kQ6_K>(p, now);
+            now = multiply_one_of<kQ4_0, kQ8_0, kQ4_K, kQ6_K, kQ5_K, kIQ4_XS, kIQ4_NL, kMXFP4, kQ3_K, kQ2_K, kQ5_0, kQ5_1, kQ4_1, kNVFP4, kTQ2_0>(p, now);
             const bool nothing = (int)blockIdx.x >= ((const StreamProduct*)stage_at(now.stage % 3).body)->n_tiles;
             if (nothing) sync_multiplying();  // nothing for the storing warp; what take_input wrote counts all the same
             if (threadIdx.x == 0) {

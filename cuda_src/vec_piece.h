@@ -50,6 +50,150 @@ struct Piece<kQ8_0> {
     }
     TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2) const { return d * d0.x * (float)dot16(q1, x1, dot16(q0, x0, 0)); }
 };
+/// Bits `bit` of bytes as the fifth bits of others.
+TP_DEVICE TpInt4 fifth(const TpInt4& q, const TpInt4& h, int bit) {
+    return {q.x | (h.x >> bit & 0x01010101) << 4, q.y | (h.y >> bit & 0x01010101) << 4, q.z | (h.z >> bit & 0x01010101) << 4,
+            q.w | (h.w >> bit & 0x01010101) << 4};
+}
+/// Sixteen bits as the fifth bits of bytes: the product puts bits 0 to 3 of a nibble at 4, 12, 20 and 28, and no two of its sums meet.
+TP_DEVICE TpInt4 fifth(const TpInt4& q, u32 bits) {
+    auto four = [bits](int shift) { return (int)((bits >> shift & 15) * 0x02040810u & 0x10101010u); };
+    return {q.x | four(0), q.y | four(4), q.z | four(8), q.w | four(12)};
+}
+/// A run of a piece: its weights are byte * scale + shift. What halve_weights.cu writes; types that have strips need none.
+struct PieceRun {
+    TpInt4 bytes;
+    float scale, shift;
+};
+/// A block of 32 whose low nibbles are its first half: all of them share a scale.
+struct BlockPiece {
+    TpInt4 q0, q1;
+    float d;
+    static TP_MEMBER i64 first(i64 p) { return p * 32; }
+    static TP_MEMBER i64 second(i64 p) { return p * 32 + 16; }
+    TP_MEMBER int products(const TpInt4& x0, const TpInt4& x1) const { return dot16(q1, x1, dot16(q0, x0, 0)); }
+    template <class Load>
+    TP_MEMBER void load_low(const char* plane, i64 p, Load load16) {
+        const TpInt4 q = load16(plane + p * 16);
+        q0 = nibbles(q, 0), q1 = nibbles(q, 4);
+    }
+    TP_MEMBER void load_fifth(const char* plane, i64 p) {
+        const u32 bits = *(const u32*)(plane + p * 4);
+        q0 = fifth(q0, bits), q1 = fifth(q1, bits >> 16);
+    }
+};
+/// With a minimum beside the scale.
+struct MinPiece : BlockPiece {
+    float m;
+    TP_MEMBER void load_scales(const char* plane, i64 p) {
+        const u32 dm = *(const u32*)(plane + p * 4);
+        d = tp_half_to_float((u16)dm), m = tp_half_to_float((u16)(dm >> 16));
+    }
+    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2) const { return d * ((float)products(x0, x1) * d0.x) + m * d0.y; }
+    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, d, m}; }
+};
+template <>
+struct Piece<kQ4_1> : MinPiece {
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
+        load_low(plane[0], p, load16);
+        load_scales(plane[1], p);
+    }
+};
+template <>
+struct Piece<kQ5_1> : MinPiece {
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
+        load_low(plane[0], p, load16);
+        load_fifth(plane[1], p);
+        load_scales(plane[2], p);
+    }
+};
+template <>
+struct Piece<kQ5_0> : BlockPiece {
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
+        load_low(plane[0], p, load16);
+        load_fifth(plane[1], p);
+        d = tp_load_half(plane[2] + p * 2);
+    }
+    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2) const { return d * ((float)products(x0, x1) * d0.x - 16.0f * d0.y); }
+    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, d, -16.0f * d}; }
+};
+/// Sixteen values, a byte each, that nibbles stand for.
+struct FourBitValues {
+    u32 word[4];
+};
+constexpr FourBitValues kIq4Words = {{0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u}};  // kIq4Values
+constexpr FourBitValues kFp4Words = {{0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu}};  // tp_fp4_doubled
+/// The values of eight nibbles: of the low ones of four bytes, of the high ones. A selector's three bits choose one of eight values, four at a time;
+/// then the fourth bits choose which eight.
+TP_DEVICE void look_up(const FourBitValues& values, u32 q, int& low, int& high) {
+    const u32 which = q & 0x77777777u, upper = (q >> 1 & 0x44444444u) | 0x32103210u;
+    const u32 a = tp_byte_perm(tp_byte_perm(values.word[0], values.word[1], which), tp_byte_perm(values.word[2], values.word[3], which), upper);
+    const u32 b =
+        tp_byte_perm(tp_byte_perm(values.word[0], values.word[1], which >> 16), tp_byte_perm(values.word[2], values.word[3], which >> 16), upper >> 16);
+    low = (int)tp_byte_perm(a, b, 0x6420), high = (int)tp_byte_perm(a, b, 0x7531);
+}
+/// A block of 32 nibbles that stand for values.
+struct ValuesPiece : BlockPiece {
+    template <class Load>
+    TP_MEMBER void load_values(const FourBitValues& values, const char* plane, i64 p, Load load16) {
+        const TpInt4 q = load16(plane + p * 16);
+        look_up(values, (u32)q.x, q0.x, q1.x), look_up(values, (u32)q.y, q0.y, q1.y);
+        look_up(values, (u32)q.z, q0.z, q1.z), look_up(values, (u32)q.w, q0.w, q1.w);
+    }
+    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2) const { return d * d0.x * (float)products(x0, x1); }
+    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, d, 0.0f}; }
+};
+template <>
+struct Piece<kIQ4_NL> : ValuesPiece {
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
+        load_values(kIq4Words, plane[0], p, load16);
+        d = tp_load_half(plane[1] + p * 2);
+    }
+};
+template <>
+struct Piece<kIQ4_XS> : ValuesPiece {
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
+        load_values(kIq4Words, plane[0], p, load16);
+        // d, two high bits of each of eight scales, then their low nibbles
+        const u32* block = (const u32*)(plane[1] + p / 8 * 8);
+        const int sub = (int)(p % 8);
+        const int scale = (int)((block[1] >> 4 * sub & 15) | (block[0] >> (16 + 2 * sub) & 3) << 4);
+        d = tp_half_to_float((u16)block[0]) * (float)(scale - 32);
+    }
+};
+template <>
+struct Piece<kMXFP4> : ValuesPiece {
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
+        load_values(kFp4Words, plane[0], p, load16);
+        d = tp_e8m0_half(*(const u8*)(plane[1] + p));
+    }
+};
+// Sixteen weights share a scale and eight bytes: low nibbles are the first eight.
+template <>
+struct Piece<kNVFP4> {
+    TpInt4 q0, q1;
+    float s0, s1;
+    static TP_MEMBER i64 first(i64 p) { return p * 32; }
+    static TP_MEMBER i64 second(i64 p) { return p * 32 + 16; }
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
+        const TpInt4 q = load16(plane[0] + p * 16);
+        look_up(kFp4Words, (u32)q.x, q0.x, q0.z), look_up(kFp4Words, (u32)q.y, q0.y, q0.w);
+        look_up(kFp4Words, (u32)q.z, q1.x, q1.z), look_up(kFp4Words, (u32)q.w, q1.y, q1.w);
+        const u8* scales = (const u8*)plane[1] + p * 2;
+        s0 = tp_ue4m3_half(scales[0]), s1 = tp_ue4m3_half(scales[1]);
+    }
+    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
+        return s0 * d0.x * (float)dot16(q0, x0, 0) + s1 * d1.x * (float)dot16(q1, x1, 0);
+    }
+    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, r ? s1 : s0, 0.0f}; }
+};
 /// Scales and mins of sub-blocks 2 * pair and 2 * pair + 1, a byte each (above them lies anything). Twelve bytes of a block: scales 0-3, mins
 /// 0-3, then the low halves of 4-7 with their high bits above the first eight. No branch: a warp's lanes have all four pairs.
 TP_DEVICE void six_bits(const u32* packed, int pair, u32& scales, u32& mins) {
@@ -58,31 +202,124 @@ TP_DEVICE void six_bits(const u32* packed, int pair, u32& scales, u32& mins) {
     scales = pair < 2 ? s & 0x3f3f : (low & 0x0f0f) | (s >> 2 & 0x3030);
     mins = pair < 2 ? m & 0x3f3f : (low >> 4 & 0x0f0f) | (m >> 2 & 0x3030);
 }
-// 32 bytes hold sub-blocks 2j (low nibbles) and 2j + 1 (high); a piece is half of them. The mins' share, which needs the sum over a
-// whole sub-block, is the first half's work.
-template <>
-struct Piece<kQ4_K> {
-    TpInt4 q;
+/// A piece of 256 weights in 8 sub-blocks with 6-bit scales and mins: 32 bytes hold sub-blocks 2j (low nibbles) and 2j + 1 (high); a piece is half of
+/// them. The mins' share, which needs the sum over a whole sub-block, is the first half's work.
+struct SixBitPiece {
     float d0_, d1_, m0_, m1_;
     static TP_MEMBER i64 first(i64 p) { return p / 8 * 256 + p % 8 / 2 * 64 + p % 2 * 16; }
     static TP_MEMBER i64 second(i64 p) { return first(p) + 32; }
+    TP_MEMBER void load_scales(const char* scales_plane, const char* dm_plane, i64 p) {
+        const i64 b = p / 8;
+        const u32 dm = *(const u32*)(dm_plane + b * 4);
+        const float d = tp_half_to_float((u16)dm), m = tp_half_to_float((u16)(dm >> 16));
+        u32 scales, mins;
+        six_bits((const u32*)(scales_plane + b * 12), (int)(p % 8 / 2), scales, mins);
+        d0_ = d * (float)(scales & 63);
+        d1_ = d * (float)(scales >> 8 & 63);
+        m0_ = m * (float)(mins & 63);
+        m1_ = m * (float)(mins >> 8 & 63);
+    }
+    TP_MEMBER float scaled(i64 p, int first_sum, int second_sum, TpFloat2 d0, TpFloat2 d1) const {
+        const float sum0 = p % 2 ? 0.0f : d0.y, sum1 = p % 2 ? 0.0f : d1.y;
+        return d0_ * d0.x * (float)first_sum + d1_ * d1.x * (float)second_sum - m0_ * sum0 - m1_ * sum1;
+    }
+};
+template <>
+struct Piece<kQ4_K> : SixBitPiece {
+    TpInt4 q;
     template <class Load>
     TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
         q = load16(plane[0] + p * 16);
-        const i64 b = p / 8;
-        const int pair = (int)(p % 8 / 2);
-        const u32 dm = *(const u32*)(plane[2] + b * 4);
+        load_scales(plane[1], plane[2], p);
+    }
+    TP_MEMBER float dot(i64 p, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
+        return scaled(p, dot16(nibbles(q, 0), x0, 0), dot16(nibbles(q, 4), x1, 0), d0, d1);
+    }
+};
+// The fifth bits: of byte i bit s is element i's of sub-block s.
+template <>
+struct Piece<kQ5_K> : SixBitPiece {
+    TpInt4 q0, q1;
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
+        const TpInt4 q = load16(plane[0] + p * 16), h = load16(plane[1] + p / 8 * 32 + p % 2 * 16);
+        const int bit = (int)(p % 8 / 2 * 2);
+        q0 = fifth(nibbles(q, 0), h, bit), q1 = fifth(nibbles(q, 4), h, bit + 1);
+        load_scales(plane[2], plane[3], p);
+    }
+    TP_MEMBER float dot(i64 p, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
+        return scaled(p, dot16(q0, x0, 0), dot16(q1, x1, 0), d0, d1);
+    }
+    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, r ? d1_ : d0_, r ? -m1_ : -m0_}; }
+};
+/// Of 256 weights in 2 bits: 16 bytes hold 16 of each of four sub-blocks of 32, a piece is those of two.
+struct TwoBitPiece {
+    TpInt4 q0, q1;
+    static TP_MEMBER i64 first(i64 p) { return p / 4 * 128 + p % 2 * 64 + p % 4 / 2 * 16; }
+    static TP_MEMBER i64 second(i64 p) { return first(p) + 32; }
+    /// Numbers of the first run among the 16 runs of 256; the second's is 2 more.
+    static TP_MEMBER int run_number(i64 p) { return (int)(p % 8 / 4 * 8 + p % 2 * 4 + p % 4 / 2); }
+    template <class Load>
+    TP_MEMBER void load_low(const char* plane, i64 p, Load load16) {
+        const TpInt4 q = load16(plane + p / 2 * 16);
+        q0 = twos(q, (int)(p % 2) * 4), q1 = twos(q, (int)(p % 2) * 4 + 2);
+    }
+    static TP_MEMBER TpInt4 twos(const TpInt4& v, int shift) {
+        return {v.x >> shift & 0x03030303, v.y >> shift & 0x03030303, v.z >> shift & 0x03030303, v.w >> shift & 0x03030303};
+    }
+};
+template <>
+struct Piece<kQ2_K> : TwoBitPiece {
+    float s0, s1, m0, m1;
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
+        load_low(plane[0], p, load16);
+        const u8* scales = (const u8*)plane[1] + p / 8 * 16 + run_number(p);
+        const u32 dm = *(const u32*)(plane[2] + p / 8 * 4), a = scales[0], b = scales[2];
         const float d = tp_half_to_float((u16)dm), m = tp_half_to_float((u16)(dm >> 16));
-        u32 scales, mins;
-        six_bits((const u32*)(plane[1] + b * 12), pair, scales, mins);
-        d0_ = d * (float)(scales & 63);
-        d1_ = d * (float)(scales >> 8 & 63);
-        m0_ = p % 2 ? 0.0f : m * (float)(mins & 63);
-        m1_ = p % 2 ? 0.0f : m * (float)(mins >> 8 & 63);
+        s0 = d * (float)(a & 15), s1 = d * (float)(b & 15);
+        m0 = m * (float)(a >> 4), m1 = m * (float)(b >> 4);
     }
     TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
-        return d0_ * d0.x * (float)dot16(nibbles(q, 0), x0, 0) + d1_ * d1.x * (float)dot16(nibbles(q, 4), x1, 0) - m0_ * d0.y - m1_ * d1.y;
+        return d0.x * (s0 * (float)dot16(q0, x0, 0) - m0 * (float)sum16(x0)) + d1.x * (s1 * (float)dot16(q1, x1, 0) - m1 * (float)sum16(x1));
     }
+    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, r ? s1 : s0, r ? -m1 : -m0}; }
+};
+template <>
+struct Piece<kQ3_K> : TwoBitPiece {
+    float s0, s1;
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
+        load_low(plane[0], p, load16);
+        const TpInt4 h = load16(plane[1] + p / 8 * 32 + p % 4 / 2 * 16);
+        const int bit = (int)(p % 8 / 4 * 4 + p % 2 * 2), r = run_number(p);
+        q0 = third(q0, h, bit), q1 = third(q1, h, bit + 1);
+        const u8* scales = (const u8*)plane[2] + p / 8 * 12;
+        const float d = tp_load_half(plane[3] + p / 8 * 2);
+        s0 = d * (float)(six(scales, r) - 32), s1 = d * (float)(six(scales, r + 2) - 32);
+    }
+    static TP_MEMBER TpInt4 third(const TpInt4& q, const TpInt4& h, int bit) {
+        return {q.x | (h.x >> bit & 0x01010101) << 2, q.y | (h.y >> bit & 0x01010101) << 2, q.z | (h.z >> bit & 0x01010101) << 2,
+                q.w | (h.w >> bit & 0x01010101) << 2};
+    }
+    static TP_MEMBER int six(const u8* scales, int r) { return (scales[r % 8] >> r / 8 * 4 & 15) | (scales[8 + r % 4] >> r / 4 * 2 & 3) << 4; }
+    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
+        return s0 * d0.x * (float)(dot16(q0, x0, 0) - 4 * sum16(x0)) + s1 * d1.x * (float)(dot16(q1, x1, 0) - 4 * sum16(x1));
+    }
+    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, r ? s1 : s0, -4.0f * (r ? s1 : s0)}; }
+};
+template <>
+struct Piece<kTQ2_0> : TwoBitPiece {
+    float d;
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
+        load_low(plane[0], p, load16);
+        d = tp_load_half(plane[1] + p / 8 * 2);
+    }
+    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
+        return d * (d0.x * (float)(dot16(q0, x0, 0) - sum16(x0)) + d1.x * (float)(dot16(q1, x1, 0) - sum16(x1)));
+    }
+    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, d, -d}; }
 };
 // 128 weights: 64 bytes of low nibbles (quarters 0 and 1, above them 2 and 3) and 32 bytes of 2-bit tops for all four.
 template <>
@@ -117,10 +354,10 @@ struct Unit : Piece<kType> {
     static TP_MEMBER int word(int unit, int w) { return (int)(w ? Piece<kType>::second(unit) : Piece<kType>::first(unit)); }
     TP_MEMBER float dot_unit(int unit, const TpInt4* x, TpFloat2 d0, TpFloat2 d1) const { return this->dot(unit, x[0], x[1], d0, d1); }
 };
-// Both halves of two sub-blocks: their scales are unpacked once, and a scale's product with a sum of 32 (at most 3,840,480) stays an integer:
-// added to 1.5 * 2^23's bits it is a float. (As two pieces with branches: 1.7 times the instructions.)
-template <>
-struct Unit<kQ4_K> {
+/// An integer below 2^22 as a float: added to 1.5 * 2^23's bits.
+TP_DEVICE float whole_float(int v) { return __int_as_float(v + 0x4b400000) - 12582912.0f; }
+/// Both halves of two sub-blocks with 6-bit scales and mins, which are unpacked once. (As two pieces with branches: 1.7 times the instructions.)
+struct SixBitUnit {
     static constexpr int kElems = 64, kWords = 4;
     TpInt4 q[2];
     u32 scales, mins, dm;
@@ -128,11 +365,24 @@ struct Unit<kQ4_K> {
     static TP_MEMBER int half(int unit, int w) { return (unit / 4 + w) % 2; }
     static TP_MEMBER int word(int unit, int w) { return unit * 64 + w / 2 * 32 + half(unit, w) * 16; }
     template <class Load>
-    TP_MEMBER void load(const char* const* plane, int unit, Load load16) {
-        for (int h = 0; h < 2; ++h) q[h] = load16(plane[0] + unit * 32 + half(unit, h) * 16);
+    TP_MEMBER void load_unit(const char* quants, const char* scales_plane, const char* dm_plane, int unit, Load load16) {
+        for (int h = 0; h < 2; ++h) q[h] = load16(quants + unit * 32 + half(unit, h) * 16);
         const int b = unit / 4;
-        six_bits((const u32*)(plane[1] + b * 12), unit % 4, scales, mins);
-        dm = *(const u32*)(plane[2] + b * 4);
+        six_bits((const u32*)(scales_plane + b * 12), unit % 4, scales, mins);
+        dm = *(const u32*)(dm_plane + b * 4);
+    }
+    /// first, second: the sub-blocks' sums times their scales.
+    TP_MEMBER float scaled(float first, float second, TpFloat2 d0, TpFloat2 d1) const {
+        const float min0 = whole_float((int)(mins & 63)), min1 = whole_float((int)(mins >> 8 & 63));
+        return tp_half_to_float((u16)dm) * (first * d0.x + second * d1.x) - tp_half_to_float((u16)(dm >> 16)) * (min0 * d0.y + min1 * d1.y);
+    }
+};
+// A scale's product with a sum of 32 (at most 3,840,480) stays an integer.
+template <>
+struct Unit<kQ4_K> : SixBitUnit {
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, int unit, Load load16) {
+        load_unit(plane[0], plane[1], plane[2], unit, load16);
     }
     TP_MEMBER float dot_unit(int, const TpInt4* x, TpFloat2 d0, TpFloat2 d1) const {
         int low = 0, high = 0;  // high: of the upper nibbles where they are, 16 times the sum
@@ -142,11 +392,29 @@ struct Unit<kQ4_K> {
             high = tp_dp4a_unsigned((u32)q[h].x & 0xf0f0f0f0u, x[2 + h].x, high), high = tp_dp4a_unsigned((u32)q[h].y & 0xf0f0f0f0u, x[2 + h].y, high);
             high = tp_dp4a_unsigned((u32)q[h].z & 0xf0f0f0f0u, x[2 + h].z, high), high = tp_dp4a_unsigned((u32)q[h].w & 0xf0f0f0f0u, x[2 + h].w, high);
         }
-        constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23
-        const float first = __int_as_float(low * (int)(scales & 63) + 0x4b400000) - kWhole;
-        const float second = __int_as_float((high >> 4) * (int)(scales >> 8 & 63) + 0x4b400000) - kWhole;
-        const float min0 = __int_as_float((int)(mins & 63) + 0x4b400000) - kWhole, min1 = __int_as_float((int)(mins >> 8 & 63) + 0x4b400000) - kWhole;
-        return tp_half_to_float((u16)dm) * (first * d0.x + second * d1.x) - tp_half_to_float((u16)(dm >> 16)) * (min0 * d0.y + min1 * d1.y);
+        return scaled(whole_float(low * (int)(scales & 63)), whole_float((high >> 4) * (int)(scales >> 8 & 63)), d0, d1);
+    }
+};
+template <>
+struct Unit<kQ5_K> : SixBitUnit {
+    TpInt4 tops[2];  // the first sub-block's fifth bits lowest of each byte, above them the second's
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, int unit, Load load16) {
+        load_unit(plane[0], plane[2], plane[3], unit, load16);
+        const int bit = unit % 4 * 2;
+        for (int h = 0; h < 2; ++h) {
+            const TpInt4 v = load16(plane[1] + unit / 4 * 32 + half(unit, h) * 16);
+            tops[h] = {v.x >> bit, v.y >> bit, v.z >> bit, v.w >> bit};
+        }
+    }
+    TP_MEMBER float dot_unit(int, const TpInt4* x, TpFloat2 d0, TpFloat2 d1) const {
+        int low = 0, high = 0;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            low = dot16(fifth(nibbles(q[h], 0), tops[h], 0), x[h], low);
+            high = dot16(fifth(nibbles(q[h], 4), tops[h], 1), x[2 + h], high);
+        }
+        return scaled(whole_float(low) * whole_float((int)(scales & 63)), whole_float(high) * whole_float((int)(scales >> 8 & 63)), d0, d1);
     }
 };
 

@@ -55,6 +55,14 @@ constexpr const WeightFormat* find_weight_format(i32 type) {
     return nullptr;
 }
 
+/// Types that are multiplied in their own integers, with int8 activations: in pieces of few columns (vec_piece.h, which says how); of those, the ones that
+/// are also strips of halves for tensor cores (tile_piece.h) and have products of the host's layout (tp_dot32).
+constexpr bool has_strips(i32 type) { return type == kQ4_0 || type == kQ8_0 || type == kQ4_K || type == kQ6_K; }
+constexpr bool has_pieces(i32 type) {
+    return has_strips(type) || type == kQ4_1 || type == kQ5_0 || type == kQ5_1 || type == kQ2_K || type == kQ3_K || type == kQ5_K || type == kIQ4_NL ||
+           type == kIQ4_XS || type == kTQ2_0 || type == kMXFP4 || type == kNVFP4;
+}
+
 /// Whether quantize_search.h writes the type: its encoder searches.
 constexpr bool can_search_block(i32 type) { return type == kQ2_K || type == kQ3_K || type == kQ4_K || type == kQ5_K || type == kQ6_K || type == kIQ4_XS; }
 /// Whether quantize_block.h writes the type. Neither file has those that need an importance matrix (IQ1 to IQ3), which hosts do not write either.

@@ -78,6 +78,24 @@ def _q6_k(rng: np.random.Generator, n: int, scale: float) -> np.ndarray:
     return blocks
 
 
+def _scaled(n_bytes: int, halves: dict[int, float]) -> Callable[[np.random.Generator, int, float], np.ndarray]:
+    """Blocks of random bits but for halves at some bytes: these, times the scale."""
+
+    def make(rng: np.random.Generator, n: int, scale: float) -> np.ndarray:
+        blocks = rng.integers(0, 256, (n, n_bytes), dtype=np.uint8)
+        for at, factor in halves.items():
+            blocks[:, at : at + 2] = _halves(n, scale * factor)
+        return blocks
+
+    return make
+
+
+def _mxfp4(rng: np.random.Generator, n: int, scale: float) -> np.ndarray:
+    blocks = rng.integers(0, 256, (n, 17), dtype=np.uint8)
+    blocks[:, 0] = 127 + round(math.log2(scale / 2.7))  # rms of the 16 values; a power of two
+    return blocks
+
+
 def _f16(rng: np.random.Generator, n: int, scale: float) -> np.ndarray:
     return rng.normal(0, scale, n).astype(np.float16).view(np.uint8).reshape(n, 2)
 
@@ -99,6 +117,16 @@ TYPES = {
     "Q8_0": Type(32, 34, _q8_0, "Q8_0"),
     "Q4_K": Type(256, 144, _q4_k, "Q6_K"),
     "Q6_K": Type(256, 210, _q6_k, "Q6_K"),
+    # Factors: one by the rms of what they scale; mins centre the values.
+    "Q4_1": Type(32, 20, _scaled(20, {0: 1 / 4.6, 2: -7.5 / 4.6}), "Q6_K"),
+    "Q5_0": Type(32, 22, _scaled(22, {0: 1 / 9.2}), "Q6_K"),
+    "Q5_1": Type(32, 24, _scaled(24, {0: 1 / 9.2, 2: -15.5 / 9.2}), "Q6_K"),
+    "Q2_K": Type(256, 84, _scaled(84, {80: 1 / 13, 82: 1.5 / 13}), "Q6_K"),
+    "Q3_K": Type(256, 110, _scaled(110, {108: 1 / 43}), "Q6_K"),
+    "Q5_K": Type(256, 176, _scaled(176, {0: 1 / 290, 2: 15.5 / 290}), "Q6_K"),
+    "IQ4_NL": Type(32, 18, _scaled(18, {0: 1 / 66}), "Q6_K"),
+    "IQ4_XS": Type(256, 136, _scaled(136, {0: 1 / 1230}), "Q6_K"),
+    "MXFP4": Type(32, 17, _mxfp4, "Q8_0"),
     "F16": Type(1, 2, _f16, "F16"),
     "F32": Type(1, 4, _f32, "F32"),
 }
@@ -224,7 +252,7 @@ def main() -> int:
     )
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="(default: %(default)s)")
-    parser.add_argument("--type", choices=[t for t in TYPES if t != "F32"], default="Q4_K", help="of the matrices; Q4_K has a Q6_K head (default: %(default)s)")
+    parser.add_argument("--type", choices=[t for t in TYPES if t != "F32"], default="Q4_K", help="of the matrices; the head is what files of it have: Q4_K, Q6_K (default: %(default)s)")
     parser.add_argument("--layers", type=int, help="how many layers (default: all of the shape's)")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
     args = parser.parse_args()

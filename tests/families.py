@@ -166,6 +166,21 @@ def _k_quant(rng: np.random.Generator, values: np.ndarray, name: str) -> np.ndar
     return out.reshape(rows, blocks * n_bytes)
 
 
+def _quantized(host: Host, rng: np.random.Generator, values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """By gguf where it can, else by the host itself."""
+    if kind.name in ("Q4_K", "Q6_K"):
+        return _k_quant(rng, values, kind.name)
+    if kind.name in ("F32", "F16", "BF16", "Q4_0", "Q8_0"):
+        return gguf.quants.quantize(values, kind)
+    ffi = cffi.FFI()
+    ffi.cdef("size_t ggml_quantize_chunk(int type, const float *x, void *blocks, int64_t start, int64_t n_rows, int64_t n, const float *importance);")
+    lib: Any = ffi.dlopen(os.fspath(host.path))
+    (rows, k), (elems, n_bytes) = values.shape, gguf.GGML_QUANT_SIZES[kind]
+    out = np.empty((rows, k // elems * n_bytes), np.uint8)
+    lib.ggml_quantize_chunk(int(kind), ffi.from_buffer("float[]", np.ascontiguousarray(values)), ffi.from_buffer(out), 0, rows, k, ffi.NULL)
+    return out
+
+
 def _writer(path: Path, family: str, more: Mapping[str, Any]) -> gguf.GGUFWriter:
     row = FAMILIES[family]
     w = gguf.GGUFWriter(path, row.arch)
@@ -271,7 +286,7 @@ def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...], n_exper
 
 
 def write_model(host: Host, path: Path, family: str, quant: str, seed: int = 0, also: str = "", dequantized: bool = False, **keys: Any) -> None:
-    """A GGUF file. `quant`: F32, F16, BF16, Q8_0, Q4_0, Q4_K or Q6_K for all matrices, as far as rows are whole blocks.
+    """A GGUF file. `quant`: the type of all matrices, any that needs no importance matrix, as far as rows are whole blocks.
 
     `also`: optional tensors to have. `dequantized` writes the same values as F32. `keys`: other hyperparameters, "." written as "__".
     """
@@ -299,7 +314,7 @@ def write_model(host: Host, path: Path, family: str, quant: str, seed: int = 0, 
             w.add_tensor(name, values)
             continue
         flat = values.reshape(-1, shape[-1])
-        data = _k_quant(rng, flat, kind.name) if kind.name.endswith("_K") else gguf.quants.quantize(flat, kind)
+        data = _quantized(host, rng, flat, kind)
         data = data.reshape(*shape[:-1], -1)
         if dequantized:
             w.add_tensor(name, gguf.quants.dequantize(data, kind))

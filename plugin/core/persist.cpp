@@ -1120,8 +1120,7 @@ bool gains(const Run& run) {
     if (is_deep(run)) return false;
     for (const Draft& d : run.ranks[0].stages) {
         if (d.kind != kStreamProduct) continue;
-        const i32 type = d.get<StreamProduct>().type;
-        if (type == kQ4_0 || type == kQ8_0 || type == kQ4_K) return true;
+        if (d.get<StreamProduct>().type != kQ6_K) return true;
     }
     return false;
 }

@@ -223,7 +223,7 @@ void lower_mul_mat(const Site& s, Lowered& out) {
         }
         return;
     }
-    if (mul_mat_needs_quantized_x(s.w, args.x.ne[1], s.arch)) {
+    if (mul_mat_needs_quantized_x(s.w, vec)) {
         out.ok &= lower_quantize(s, out, prepare);
         args.xq = prepare.xq;
         args.xd = prepare.xd;
@@ -316,7 +316,7 @@ void lower_mul_mat_id(const Site& s, Lowered& out) {
     QuantizeArgs prepare{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
     const bool vec = mul_vec_id_can(args) && (args.y.ne[2] <= kFewLeastTokens || !mul_few_id_can(args, s.arch));
     if (!vec && (mul_tile_id_can(args, s.arch) || halve_experts_can(args, s.arch))) return lower_expert_tiles(s, out, args, prepare);
-    if (mul_mat_needs_quantized_x(s.w, 1, s.arch)) {
+    if (mul_mat_needs_quantized_x(s.w, vec)) {
         out.ok &= lower_quantize(s, out, prepare);
         args.xq = prepare.xq;
         args.xd = prepare.xd;
