@@ -252,7 +252,8 @@ def main() -> int:
     )
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="(default: %(default)s)")
-    parser.add_argument("--type", choices=[t for t in TYPES if t != "F32"], default="Q4_K", help="of the matrices; the head is what files of it have: Q4_K, Q6_K (default: %(default)s)")
+    types = [t for t in TYPES if t != "F32"]
+    parser.add_argument("--type", choices=types, default="Q4_K", help="of the matrices; k-quants have a Q6_K head, as files of them do (default: %(default)s)")
     parser.add_argument("--layers", type=int, help="how many layers (default: all of the shape's)")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
     args = parser.parse_args()

@@ -78,7 +78,7 @@ int ggml_backend_graph_compute(void *backend, void *graph);
 
 F32, F16, Q4_0, Q8_0, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, I32, I64, BF16 = 0, 1, 2, 8, 11, 12, 13, 14, 23, 26, 27, 30
 NAMES = {F32: "F32", F16: "F16", Q4_0: "Q4_0", Q8_0: "Q8_0", Q4_K: "Q4_K", Q6_K: "Q6_K", BF16: "BF16"}
-# Types that are read element by element.
+# Other types than those of all cases: some read in wide words where there are few columns (weight_format.h, has_pieces), the others element by element.
 ELEMENT_TYPES = {
     3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
     21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
