@@ -46,7 +46,7 @@ EXPERTS = [
     *(("qwen3moe", "Q4_K", r, "sm_60") for r in (2, 3, 8)), ("qwen3moe", "Q8_0", 2, "sm_75"), ("qwen3moe", "Q4_K", 3, "sm_90"),
     ("qwen3moe", "F16", 2, "sm_90"), ("mixtral", "F16", 2, "sm_60"), ("mixtral", "Q4_0", 3, "sm_90"), ("mixtral", "Q4_K", 5, "sm_60"),
     ("qwen2moe", "F16", 3, "sm_60"), ("qwen2moe", "Q4_0", 2, "sm_90"), ("gpt-oss", "F16", 1, "sm_60"), ("gpt-oss", "F16", 3, "sm_90"),
-    ("gpt-oss", "Q8_0", 2, "sm_60"),
+    ("gpt-oss", "Q8_0", 2, "sm_60"), ("gpt-oss", "MXFP4", 2, "sm_60"), ("gpt-oss", "MXFP4", 1, "sm_90"),
 ]  # fmt: skip
 # Blocks of k-quants are random, those of embeddings too: of six seeds, one in which no router's choice hangs on the rounding of activations.
 DECISIVE = {"qwen3moe": 1, "mixtral": 5}
