@@ -881,6 +881,16 @@ TP_DEVICE Progress multiply_one_of(const StreamProduct& p, Progress now) {
         if (p.type != kType) return multiply_one_of<kOthers...>(p, now);
     return multiply<kType>(p, now);
 }
+constexpr int stream_types() {
+    int n = 0;
+    for (const WeightFormat& format : kWeightFormats) n += stream_can_type(format.type);
+    return n;
+}
+template <int... kTypes>
+TP_DEVICE Progress multiply_any_of(const StreamProduct& p, Progress now) {
+    static_assert((int)sizeof...(kTypes) == stream_types(), "a type that stream_fit takes would be read as the last of these");
+    return multiply_one_of<kTypes...>(p, now);
+}
 
 /// A product of floats, of few rows: a router's. A block has whole rows, kRows at once, and what it multiplies with them it computes as it reads it.
 template <int kRows>
@@ -1461,7 +1471,7 @@ TP_DEVICE void do_stages() {
         if (stage.kind == kStreamProduct) {
             now = take_input(now);
             const StreamProduct& p = *(const StreamProduct*)stage_at(now.stage % 3).body;
-            now = multiply_one_of<kQ4_0, kQ8_0, kQ4_K, kQ6_K, kQ5_K, kIQ4_XS, kIQ4_NL, kMXFP4, kQ3_K, kQ2_K, kQ5_0, kQ5_1, kQ4_1, kNVFP4, kTQ2_0>(p, now);
+            now = multiply_any_of<kQ4_0, kQ8_0, kQ4_K, kQ6_K, kQ5_K, kIQ4_XS, kIQ4_NL, kMXFP4, kQ3_K, kQ2_K, kQ5_0, kQ5_1, kQ4_1, kNVFP4, kTQ2_0>(p, now);
             const bool nothing = (int)blockIdx.x >= ((const StreamProduct*)stage_at(now.stage % 3).body)->n_tiles;
             if (nothing) sync_multiplying();  // nothing for the storing warp; what take_input wrote counts all the same
             if (threadIdx.x == 0) {

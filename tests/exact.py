@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
-import cffi
 import gguf
 import numpy as np
+from families import host_blocks
 
 
-def _cached(lib: Any, ffi: cffi.FFI, values: np.ndarray, kv_type: int) -> np.ndarray:
+def _cached(library: str | os.PathLike[str], values: np.ndarray, kv_type: int) -> np.ndarray:
     """Rows of [n_tokens, n] as a cache of that type gives them back."""
     kind = gguf.GGMLQuantizationType(kv_type)
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    rows, n = values.shape
-    blocks = np.zeros((rows, n // block * block_bytes), np.uint8)
-    lib.ggml_quantize_chunk(kv_type, ffi.from_buffer("float[]", np.ascontiguousarray(values, np.float32)), ffi.from_buffer(blocks), 0, rows, n, ffi.NULL)
-    return gguf.quants.dequantize(blocks, kind).astype(np.float64)
+    return gguf.quants.dequantize(host_blocks(library, values, kind), kind).astype(np.float64)
 
 
 def llama_logits(library: str | os.PathLike[str], model: str, prompt: list[int], kv_type: int) -> np.ndarray:
     """[n_tokens, n_vocab] of a prompt read at once."""
-    ffi = cffi.FFI()
-    ffi.cdef("size_t ggml_quantize_chunk(int type, const float *x, void *blocks, int64_t start, int64_t n_rows, int64_t n, const float *importance);")
-    lib: Any = ffi.dlopen(os.fspath(library))
     reader = gguf.GGUFReader(model)
     weights = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64) for tensor in reader.tensors}
     keys = ("attention.head_count", "attention.head_count_kv", "attention.key_length", "block_count")
@@ -52,7 +44,7 @@ def llama_logits(library: str | os.PathLike[str], model: str, prompt: list[int],
         p = f"blk.{i}."
         h = norm(x, p + "attn_norm")
         q = rope(times(h, p + "attn_q")).reshape(tokens, n_head, n)
-        k, v = (heads(_cached(lib, ffi, rows, kv_type)) for rows in (rope(times(h, p + "attn_k")), times(h, p + "attn_v")))
+        k, v = (heads(_cached(library, rows, kv_type)) for rows in (rope(times(h, p + "attn_k")), times(h, p + "attn_v")))
         scores = np.einsum("thd,chd->htc", q, k) / np.sqrt(n)
         scores = np.where(np.tril(np.ones((tokens, tokens))), scores, -np.inf)
         shares = np.exp(scores - scores.max(-1, keepdims=True))

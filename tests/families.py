@@ -152,7 +152,7 @@ def has_experts(family: str) -> bool:
 
 
 def _k_quant(rng: np.random.Generator, values: np.ndarray, name: str) -> np.ndarray:
-    """gguf cannot quantise to Q4_K and Q6_K: random blocks whose values have about the same size."""
+    """Random blocks of Q4_K and Q6_K whose values have about the same size."""
     rows, blocks = values.shape[0], values.shape[1] // 256
     scale = float(values.std())
     n_bytes = {"Q4_K": 144, "Q6_K": 210}[name]
@@ -166,19 +166,24 @@ def _k_quant(rng: np.random.Generator, values: np.ndarray, name: str) -> np.ndar
     return out.reshape(rows, blocks * n_bytes)
 
 
-def _quantized(host: Host, rng: np.random.Generator, values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """By gguf where it can, else by the host itself."""
-    if kind.name in ("Q4_K", "Q6_K"):
-        return _k_quant(rng, values, kind.name)
-    if kind.name in ("F32", "F16", "BF16", "Q4_0", "Q8_0"):
-        return gguf.quants.quantize(values, kind)
+def host_blocks(library: str | os.PathLike[str], values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Rows of [n_rows, n] as blocks, by the host's own quantiser: a type that needs no importance matrix."""
     ffi = cffi.FFI()
     ffi.cdef("size_t ggml_quantize_chunk(int type, const float *x, void *blocks, int64_t start, int64_t n_rows, int64_t n, const float *importance);")
-    lib: Any = ffi.dlopen(os.fspath(host.path))
-    (rows, k), (elems, n_bytes) = values.shape, gguf.GGML_QUANT_SIZES[kind]
-    out = np.empty((rows, k // elems * n_bytes), np.uint8)
-    lib.ggml_quantize_chunk(int(kind), ffi.from_buffer("float[]", np.ascontiguousarray(values)), ffi.from_buffer(out), 0, rows, k, ffi.NULL)
+    lib: Any = ffi.dlopen(os.fspath(library))
+    (rows, n), (elems, n_bytes) = values.shape, gguf.GGML_QUANT_SIZES[kind]
+    out = np.zeros((rows, n // elems * n_bytes), np.uint8)
+    lib.ggml_quantize_chunk(int(kind), ffi.from_buffer("float[]", np.ascontiguousarray(values, np.float32)), ffi.from_buffer(out), 0, rows, n, ffi.NULL)
     return out
+
+
+def _quantized(host: Host, rng: np.random.Generator, values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    if kind.name in ("Q4_K", "Q6_K"):
+        return _k_quant(rng, values, kind.name)
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        return host_blocks(host.path, values, kind)
 
 
 def _writer(path: Path, family: str, more: Mapping[str, Any]) -> gguf.GGUFWriter:

@@ -78,8 +78,8 @@ int ggml_backend_graph_compute(void *backend, void *graph);
 
 F32, F16, Q4_0, Q8_0, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, I32, I64, BF16 = 0, 1, 2, 8, 11, 12, 13, 14, 23, 26, 27, 30
 NAMES = {F32: "F32", F16: "F16", Q4_0: "Q4_0", Q8_0: "Q8_0", Q4_K: "Q4_K", Q6_K: "Q6_K", BF16: "BF16"}
-# Other types than those of all cases: some read in wide words where there are few columns (weight_format.h, has_pieces), the others element by element.
-ELEMENT_TYPES = {
+# Types that have not all of the cases: some read in wide words where there are few columns (weight_format.h, has_pieces), the others element by element.
+OTHER_TYPES = {
     3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
     21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
     41: "Q1_0", 42: "Q2_0",
@@ -256,7 +256,7 @@ def _mul_mats() -> None:
         case(f"get_rows of a matrix in planes {NAMES[t]}")(
             lambda g, t=t: g.lib.ggml_get_rows(g.c, g.leaf(t, 256, 9, name="blk.0.ffn_norm.weight"), g.indices(8, 0, 3, 3))
         )
-    for t, name in ELEMENT_TYPES.items():
+    for t, name in OTHER_TYPES.items():
         for m in (1, 11, 33):
             case(f"mul_mat {name} 256x37 m{m}")(lambda g, t=t, m=m: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 37, scale=1 / 16), g.leaf(F32, 256, m)))
         for role, m in (("attn_q", 3), ("attn_output", 1), ("attn_output", 40)):
@@ -566,7 +566,7 @@ def _experts() -> None:
             )
         case(f"mul_mat_id {NAMES[t]} more experts used than warps")(lambda g, t=t: mul_mat_id(g, t, 256, 37, 40, 18, 3, "blk.0.ffn_up_exps.weight"))
         case(f"mul_mat_id {NAMES[t]}, many tokens of few experts")(lambda g, t=t: mul_mat_id(g, t, 256, 200, 3, 2, 170, "blk.0.ffn_up_exps.weight"))
-    for t, name in ELEMENT_TYPES.items():
+    for t, name in OTHER_TYPES.items():
         case(f"mul_mat_id {name} 256x37, 3 tokens")(lambda g, t=t: mul_mat_id(g, t, 256, 37, 5, 2, 3))
         # Enough tokens that tensor cores multiply the experts' halves; cut inside a block at 3 ranks.
         for role, n, x_rows, n_tokens in (("ffn_gate_exps", 96, 1, 2), ("ffn_up_exps", 96, 1, 33), ("ffn_down_exps", 70, 2, 33)):
@@ -662,7 +662,7 @@ def _moves_and_sums() -> None:
     case("diag_mask_inf")(lambda g: g.lib.ggml_diag_mask_inf(g.c, g.leaf(F32, 40, 33, 2), 5))
     case("out_prod")(lambda g: g.lib.ggml_out_prod(g.c, g.leaf(F32, 37, 19, 2), g.leaf(F32, 11, 19, 4)))
     case("out_prod of transposed")(lambda g: g.lib.ggml_out_prod(g.c, g.leaf(F32, 37, 19, 2), g.lib.ggml_transpose(g.c, g.leaf(F32, 19, 11, 4))))
-    for t, name in {Q4_0: "Q4_0", Q8_0: "Q8_0", Q4_K: "Q4_K", Q6_K: "Q6_K", **ELEMENT_TYPES}.items():
+    for t, name in {Q4_0: "Q4_0", Q8_0: "Q8_0", Q4_K: "Q4_K", Q6_K: "Q6_K", **OTHER_TYPES}.items():
         case(f"out_prod {name}")(lambda g, t=t: g.lib.ggml_out_prod(g.c, g.leaf(t, 256, 19, 2), g.leaf(F32, 11, 19, 2)))
     # As a LoRA's training has it: a weight that ranks divide is gathered.
     case("out_prod of a weight")(lambda g: g.lib.ggml_out_prod(g.c, g.leaf(Q4_K, 256, 19, name="blk.0.attn_q.weight"), g.leaf(F32, 11, 19)))

@@ -11,7 +11,7 @@ import pytest
 from conftest import emulated, share_a_gpu
 from ggml_tp.host import nmse
 from graphs import CASES as ALL_CASES
-from graphs import ELEMENT_TYPES, FOREIGN, OUTSIDE
+from graphs import FOREIGN, OTHER_TYPES, OUTSIDE
 
 # Sanitizers are slow: they take every so many cases, which meets each family of kernels.
 CASES = list(ALL_CASES)[:: int(os.environ.get("TEST_EVERY", "1"))]
@@ -23,7 +23,7 @@ SHARES = {("sm_60", 3): slice(0, None, 2), ("sm_86", 2): slice(1, None, 2)} if "
 def tolerance(name: str) -> float:
     if name.startswith("mul_mat") and any(t in name for t in ("Q4_0", "Q8_0", "Q4_K", "Q6_K")):
         return 5e-4  # both sides quantise activations, in blocks of different length
-    if name.startswith("mul_mat") and any(t in name for t in ELEMENT_TYPES.values()):
+    if name.startswith("mul_mat") and any(t in name for t in OTHER_TYPES.values()):
         return 5e-4  # the CPU quantises activations
     if name.startswith("mul_mat BF16"):
         return 1e-4  # the CPU rounds activations to bf16
