@@ -36,15 +36,19 @@ class Shape:
     n_expert_used: int = 0
     n_ff_expert: int = 0
     n_ctx: int = 32768
+    window: int = 0  # tokens that every other layer attends to; 0: all attend to all
 
 
 SHAPES = {
     "tiny": Shape("llama", 2, 256, 512, 8, 4, 32, 512),  # for tests
+    "tiny-gpt-oss": Shape("gpt-oss", 2, 192, 192, 8, 2, 32, 512, n_expert=4, n_expert_used=2, n_ff_expert=192, window=32),  # for tests
     "llama-1b": Shape("llama", 16, 2048, 8192, 32, 8, 64, 128256),
     "llama-8b": Shape("llama", 32, 4096, 14336, 32, 8, 128, 128256),
     "llama-70b": Shape("llama", 80, 8192, 28672, 64, 8, 128, 128256),
     "qwen2.5-72b": Shape("qwen2", 80, 8192, 29696, 64, 8, 128, 152064),  # ffn 29568, rounded up to whole 256-blocks
     "qwen3-30b-a3b": Shape("qwen3moe", 48, 2048, 6144, 32, 4, 128, 151936, n_expert=128, n_expert_used=8, n_ff_expert=768),
+    # In MXFP4 as its files are: experts; attention's matrices have the head's type. 2,880 is no multiple of 256: types with blocks of 32.
+    "gpt-oss-20b": Shape("gpt-oss", 24, 2880, 2880, 64, 8, 64, 201088, n_expert=32, n_expert_used=4, n_ff_expert=2880, window=128),
 }
 
 
@@ -146,28 +150,37 @@ class Tensor:
 
 def tensors(shape: Shape, type_: str) -> Iterator[Tensor]:
     d, q, kv = shape.n_embd, shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
+    oss, head = shape.arch == "gpt-oss", TYPES[type_].head
+    attention = head if oss else type_
 
     def matrix(name: str, *ne: int, of: str = type_) -> Tensor:
         return Tensor(name, ne, of, ne[0] ** -0.5)
 
-    yield Tensor("token_embd.weight", (d, shape.n_vocab), TYPES[type_].head, 1.0)
-    yield matrix("output.weight", d, shape.n_vocab, of=TYPES[type_].head)
+    def bias(name: str, *ne: int) -> Tensor:
+        return Tensor(name + ".bias", ne, "F32", 0.1)
+
+    yield Tensor("token_embd.weight", (d, shape.n_vocab), head, 1.0)
+    yield matrix("output.weight", d, shape.n_vocab, of=head)
     yield Tensor("output_norm.weight", (d,), "F32")
     for i in range(shape.n_layer):
         p = f"blk.{i}."
         yield Tensor(p + "attn_norm.weight", (d,), "F32")
-        yield from (matrix(p + "attn_q.weight", d, q), matrix(p + "attn_k.weight", d, kv), matrix(p + "attn_v.weight", d, kv))
-        yield matrix(p + "attn_output.weight", q, d)
-        if shape.arch == "qwen2":
-            yield from (Tensor(f"{p}attn_{x}.bias", (n,), "F32", 0.1) for x, n in (("q", q), ("k", kv), ("v", kv)))
+        yield from (matrix(f"{p}attn_{x}.weight", d, n, of=attention) for x, n in (("q", q), ("k", kv), ("v", kv)))
+        yield matrix(p + "attn_output.weight", q, d, of=attention)
+        if oss or shape.arch == "qwen2":
+            yield from (bias(f"{p}attn_{x}", n) for x, n in (("q", q), ("k", kv), ("v", kv)))
+        if oss:
+            yield from (bias(p + "attn_output", d), Tensor(p + "attn_sinks.weight", (shape.n_head,), "F32", 1.0))
         if shape.arch.startswith("qwen3"):
             yield from (Tensor(f"{p}attn_{x}_norm.weight", (shape.head_dim,), "F32") for x in "qk")
-        yield Tensor(p + "ffn_norm.weight", (d,), "F32")
+        yield Tensor(p + ("post_attention_norm.weight" if oss else "ffn_norm.weight"), (d,), "F32")
         if shape.n_expert:
             n, f = shape.n_expert, shape.n_ff_expert
             yield matrix(p + "ffn_gate_inp.weight", d, n, of="F32")
             yield from (matrix(p + "ffn_gate_exps.weight", d, f, n), matrix(p + "ffn_up_exps.weight", d, f, n))
             yield matrix(p + "ffn_down_exps.weight", f, d, n)
+            if oss:
+                yield from (bias(p + "ffn_gate_inp", n), bias(p + "ffn_gate_exps", f, n), bias(p + "ffn_up_exps", f, n), bias(p + "ffn_down_exps", d, n))
         else:
             yield from (matrix(p + "ffn_gate.weight", d, shape.n_ff), matrix(p + "ffn_up.weight", d, shape.n_ff))
             yield matrix(p + "ffn_down.weight", shape.n_ff, d)
@@ -192,6 +205,8 @@ def _write_header(path: Path, name: str, shape: Shape, all_tensors: list[Tensor]
         writer.add_expert_count(shape.n_expert)
         writer.add_expert_used_count(shape.n_expert_used)
         writer.add_expert_feed_forward_length(shape.n_ff_expert)
+    if shape.window:
+        writer.add_sliding_window(shape.window)
     writer.add_tokenizer_model("no_vocab")
     for t in all_tensors:
         ne, type_ = list(reversed(t.ne)), TYPES[t.type]
@@ -213,6 +228,10 @@ _ALIGNMENT = 32  # GGUF's default
 def write(path: Path, name: str, type_: str, n_layer: int | None = None, quiet: bool = False) -> dict[str, object]:
     """Writes the file. Keys: path, shape, type, layers, bytes, seconds."""
     shape = SHAPES[name] if n_layer is None else replace(SHAPES[name], n_layer=n_layer)
+    for t in tensors(shape, type_):
+        if t.ne[0] % TYPES[t.type].elems:
+            of = f"{t.name} has rows of {t.ne[0]}, blocks of {t.type} have {TYPES[t.type].elems}"
+            raise ValueError(f"{name} in {type_}: {of}; choose a type of smaller blocks")
     begin = shown = time.monotonic()
     all_tensors = list(tensors(shape, type_))
     total = sum(t.n_bytes for t in all_tensors)
@@ -258,7 +277,10 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="how many layers (default: all of the shape's)")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
     args = parser.parse_args()
-    result = write(args.out, args.shape, args.type, args.layers)
+    try:
+        result = write(args.out, args.shape, args.type, args.layers)
+    except ValueError as e:
+        parser.error(str(e))
     print(json.dumps(result) if args.json else "{path}: {shape}, {type}, {layers} layers, {bytes} bytes in {seconds:.1f} s".format(**result))
     return 0
 
