@@ -60,19 +60,8 @@ inline Launch halve_weights_launch(const HalveWeightsArgs& a, Arch) {
     Launch out;
     const i64 matrices = a.w.ne2 * a.w.ne3;
     if (a.w.k % 8 || a.rows > 65535 || a.rows <= 0 || matrices > 65535) return out;
-    struct Row {
-        i32 type;
-        const char* kernel;
-    };
-    static constexpr Row kRows[] = {
-        {kQ4_1, "halve_q4_1"},     {kQ5_0, "halve_q5_0"},     {kQ5_1, "halve_q5_1"},   {kQ2_K, "halve_q2_K"},   {kQ3_K, "halve_q3_K"},   {kQ5_K, "halve_q5_K"},
-        {kIQ4_NL, "halve_iq4_nl"}, {kIQ4_XS, "halve_iq4_xs"}, {kTQ2_0, "halve_tq2_0"}, {kMXFP4, "halve_mxfp4"}, {kNVFP4, "halve_nvfp4"},
-    };
     out.kernel = "halve_weights";
-    i64 elems = 8;  // of a thread
-    for (const Row& row : kRows)
-        if (row.type == a.w.type && a.w.repacked) out.kernel = row.kernel, elems = 32;
-    out.grid[0] = (u32)((a.w.k / elems + 255) / 256);
+    out.grid[0] = (u32)((a.w.k / 8 + 255) / 256);
     out.grid[1] = (u32)a.rows;
     out.grid[2] = (u32)matrices;
     out.block[0] = 256;

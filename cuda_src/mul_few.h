@@ -60,6 +60,8 @@ constexpr FewRing few_ring(const FewShape& shape, Arch arch) {
     return ring;
 }
 
+/// Types that it has.
+constexpr bool few_has(i32 type) { return has_dots(type) || type == kF16 || type == kBF16; }
 constexpr bool few_fits(i32 type) {
     for (int columns = 8; columns <= kFewColumns; columns *= 2)
         if (few_ring(few_shape(type, columns, few_rows(type, columns)), {860, 1}).stages < 2) return false;
@@ -70,7 +72,7 @@ static_assert(few_ring(few_shape(kQ4_K, kFewTallColumns, kFewTallRows), {860, 1}
 static_assert(few_fits(kQ4_0) && few_fits(kQ8_0) && few_fits(kQ4_K) && few_fits(kQ6_K) && few_fits(kF16) && few_fits(kBF16), "99 KB hold two stages of each");
 
 /// Whether a product is the kind that mul_few computes: mul_tile's kind, of few columns.
-inline bool mul_few_can(const MulMatArgs& a, Arch arch) { return a.x.ne[1] <= kFewColumns && mul_tile_can(a, arch); }
+inline bool mul_few_can(const MulMatArgs& a, Arch arch) { return few_has(a.w.type) && a.x.ne[1] <= kFewColumns && mul_tile_can(a, arch); }
 
 /// The most pieces of k that a product is divided in.
 inline i64 few_most_pieces(const MulPiecesArgs& a) { return piece_chunks(a.wide.k) / kFewLeastChunks; }
@@ -145,7 +147,7 @@ inline int few_entries(const MulIdArgs& a) {
         if (a.y.ne[1] * a.y.ne[2] <= e.most * a.w.ne2) return e.columns;
     return 0;
 }
-inline bool mul_few_id_can(const MulIdArgs& a, Arch arch) { return mul_tile_id_can(a, arch) && few_entries(a); }
+inline bool mul_few_id_can(const MulIdArgs& a, Arch arch) { return few_has(a.w.type) && mul_tile_id_can(a, arch) && few_entries(a); }
 
 inline Launch mul_few_id_launch(MulTileIdArgs& a, int columns, Arch arch) {
     struct Row {

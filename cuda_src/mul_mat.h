@@ -9,7 +9,7 @@ constexpr int kRowsPerBlock = 4;
 
 /// Weights that are multiplied in their own integers, with int8 activations (quantize.h makes them first), by mul_vec and mul_vec_id (vec) or by mul_mat
 /// and mul_id; the others element by element in f32.
-inline bool mul_mat_needs_quantized_x(const Matrix& w, bool vec) { return vec ? has_pieces(w.type) : has_strips(w.type); }
+inline bool mul_mat_needs_quantized_x(const Matrix& w, bool vec) { return vec ? has_pieces(w.type) : has_dots(w.type); }
 
 inline Launch mul_mat_launch(const MulMatArgs& a, Arch) {
     struct Row {

@@ -129,16 +129,11 @@ TP_DEVICE void mul_tile_entries(const MulTileIdArgs& a) {
 
 }  // namespace ggml_tp
 
-#define MUL_TILE(name, type)                                                                               \
-    TP_KERNEL(mul_tile_##name, MulTileArgs, 256) { ggml_tp::mul_tile_columns<type, 128, 128>(args); }      \
-    TP_KERNEL(mul_tile_id_##name, MulTileIdArgs, 256) { ggml_tp::mul_tile_entries<type, 128, 128>(args); } \
-    TP_KERNEL(mul_tile_id_##name##_small, MulTileIdArgs, 256) { ggml_tp::mul_tile_entries<type, 64, 64>(args); }
+#define MUL_TILE(name, type)                                                                                        \
+    TP_KERNEL(mul_tile_##name, MulTileArgs, 256) { ggml_tp::mul_tile_columns<ggml_tp::type, 128, 128>(args); }      \
+    TP_KERNEL(mul_tile_id_##name, MulTileIdArgs, 256) { ggml_tp::mul_tile_entries<ggml_tp::type, 128, 128>(args); } \
+    TP_KERNEL(mul_tile_id_##name##_small, MulTileIdArgs, 256) { ggml_tp::mul_tile_entries<ggml_tp::type, 64, 64>(args); }
 
-MUL_TILE(q4_0, ggml_tp::kQ4_0)
-MUL_TILE(q8_0, ggml_tp::kQ8_0)
-MUL_TILE(q4_K, ggml_tp::kQ4_K)
-MUL_TILE(q6_K, ggml_tp::kQ6_K)
-MUL_TILE(f16, ggml_tp::kF16)
-MUL_TILE(bf16, ggml_tp::kBF16)
+TP_TILE_TYPES(MUL_TILE)
 
 #endif

@@ -10,12 +10,15 @@ constexpr int kTileStride = 72;  // halves between rows there: 144 bytes, so tha
 constexpr int kTileThreads = 256;
 constexpr i32 kTileArch = 800;  // mma.m16n8k16; older cards go on with mul_mat
 
+/// Types that before tensor cores have nothing but pieces that is not element by element.
+constexpr bool only_pieces(i32 type, Arch arch) { return arch.cc < kTileArch && has_pieces(type) && !has_dots(type); }
+
 /// Bytes of two stages of both operands.
 constexpr u32 mul_tile_shared(int rows, int columns) { return 2u * (u32)(rows + columns) * kTileStride * 2u; }
 
 /// Whether a product is the kind that mul_tile computes: one repacked matrix, more columns than mul_vec takes, tensor cores.
 inline bool mul_tile_can(const MulMatArgs& a, Arch arch) {
-    const bool plain = a.w.type == kF16 || a.w.type == kBF16, blocks = has_strips(a.w.type);
+    const bool plain = a.w.type == kF16 || a.w.type == kBF16, blocks = has_pieces(a.w.type);
     if (arch.cc < kTileArch || (!plain && !blocks) || !a.w.repacked || a.x.ne[2] * a.x.ne[3] != 1 || a.y.type != kF32 || a.x.type != kF32) return false;
     return blocks || (a.w.row_stride[0] % 16 == 0 && a.w.k % 8 == 0);
 }
@@ -25,10 +28,9 @@ inline Launch mul_tile_launch(const MulTileArgs& a, Arch) {
         i32 type;
         const char* kernel;
     };
-    static constexpr Row kRows[] = {
-        {kQ4_0, "mul_tile_q4_0"}, {kQ8_0, "mul_tile_q8_0"}, {kQ4_K, "mul_tile_q4_K"},
-        {kQ6_K, "mul_tile_q6_K"}, {kF16, "mul_tile_f16"},   {kBF16, "mul_tile_bf16"},
-    };
+#define TP_ROW(name, type) {type, "mul_tile_" #name},
+    static constexpr Row kRows[] = {TP_TILE_TYPES(TP_ROW)};
+#undef TP_ROW
     Launch out;
     constexpr int rows = 128, columns = 128;
     for (const Row& row : kRows)

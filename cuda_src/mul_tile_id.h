@@ -15,11 +15,9 @@ inline const char* mul_tile_id_kernel(i32 type, bool small) {
         i32 type;
         const char *large, *small;
     };
-    static constexpr Row kRows[] = {
-        {kQ4_0, "mul_tile_id_q4_0", "mul_tile_id_q4_0_small"}, {kQ8_0, "mul_tile_id_q8_0", "mul_tile_id_q8_0_small"},
-        {kQ4_K, "mul_tile_id_q4_K", "mul_tile_id_q4_K_small"}, {kQ6_K, "mul_tile_id_q6_K", "mul_tile_id_q6_K_small"},
-        {kF16, "mul_tile_id_f16", "mul_tile_id_f16_small"},    {kBF16, "mul_tile_id_bf16", "mul_tile_id_bf16_small"},
-    };
+#define TP_ROW(name, type) {type, "mul_tile_id_" #name, "mul_tile_id_" #name "_small"},
+    static constexpr Row kRows[] = {TP_TILE_TYPES(TP_ROW)};
+#undef TP_ROW
     for (const Row& row : kRows)
         if (row.type == type) return small ? row.small : row.large;
     return nullptr;

@@ -128,22 +128,9 @@ TP_DEVICE void mul_vec_float(const MulVecArgs& a) {
     TP_KERNEL_EARLY(mul_vec_##name##_2, MulVecArgs, 32 * ggml_tp::kVecWarps) { ggml_tp::kind<type, 2>(args); } \
     TP_KERNEL_EARLY(mul_vec_##name##_4, MulVecArgs, 32 * ggml_tp::kVecWarps) { ggml_tp::kind<type, 4>(args); } \
     TP_KERNEL_EARLY(mul_vec_##name##_8, MulVecArgs, 32 * ggml_tp::kVecWarps) { ggml_tp::kind<type, 8>(args); }
+#define MUL_VEC_PIECES(name, type) MUL_VEC(mul_vec_quantized, name, ggml_tp::type)
 
-MUL_VEC(mul_vec_quantized, q4_0, ggml_tp::kQ4_0)
-MUL_VEC(mul_vec_quantized, q8_0, ggml_tp::kQ8_0)
-MUL_VEC(mul_vec_quantized, q4_K, ggml_tp::kQ4_K)
-MUL_VEC(mul_vec_quantized, q6_K, ggml_tp::kQ6_K)
-MUL_VEC(mul_vec_quantized, q4_1, ggml_tp::kQ4_1)
-MUL_VEC(mul_vec_quantized, q5_0, ggml_tp::kQ5_0)
-MUL_VEC(mul_vec_quantized, q5_1, ggml_tp::kQ5_1)
-MUL_VEC(mul_vec_quantized, q2_K, ggml_tp::kQ2_K)
-MUL_VEC(mul_vec_quantized, q3_K, ggml_tp::kQ3_K)
-MUL_VEC(mul_vec_quantized, q5_K, ggml_tp::kQ5_K)
-MUL_VEC(mul_vec_quantized, iq4_nl, ggml_tp::kIQ4_NL)
-MUL_VEC(mul_vec_quantized, iq4_xs, ggml_tp::kIQ4_XS)
-MUL_VEC(mul_vec_quantized, tq2_0, ggml_tp::kTQ2_0)
-MUL_VEC(mul_vec_quantized, mxfp4, ggml_tp::kMXFP4)
-MUL_VEC(mul_vec_quantized, nvfp4, ggml_tp::kNVFP4)
+TP_PIECE_TYPES(MUL_VEC_PIECES)
 MUL_VEC(mul_vec_float, f32, ggml_tp::kF32)
 MUL_VEC(mul_vec_float, f16, ggml_tp::kF16)
 MUL_VEC(mul_vec_float, bf16, ggml_tp::kBF16)

@@ -1,23 +1,24 @@
 // Launch settings of mul_vec.cu.
 #pragma once
-#include "launch.h"
-#include "weight_format.h"
+#include "mul_tile.h"
 
 namespace ggml_tp {
 
 constexpr int kVecWarps = 4;                               // of a block, sharing the k axis
 constexpr int kVecMaxColumns = 16;                         // in groups of 8; above, the tiles of mul_tile win
+constexpr i64 kVecAllColumns = 65535 * 8;                  // where there is nothing above: what a grid can be
 constexpr i64 kVecFloatRows = 512, kVecFloatColumns = 64;  // a router: it stays in the L2, and tiles of mul_floats leave most multiprocessors idle
 constexpr int kVecMatrices = 3;                            // Q, K and V in one launch
 
 /// Columns that one instance of the kernel computes: the next of 1, 2, 4, 8.
 constexpr int mul_vec_columns(i64 m) { return m <= 1 ? 1 : m <= 2 ? 2 : m <= 4 ? 4 : 8; }
 
-/// Whether a product is the kind that mul_vec computes: one repacked matrix, whole 16-byte pieces in each row, few columns.
-inline bool mul_vec_can(const MulMatArgs& a) {
+/// Whether a product is the kind that mul_vec computes: one repacked matrix, whole 16-byte pieces in each row, few columns, or any number where
+/// pieces are all that there is (a group of 8 columns reads the weights again, from the L2 mostly).
+inline bool mul_vec_can(const MulMatArgs& a, Arch arch) {
     const WeightFormat* format = find_weight_format(a.w.type);
     const bool plain = format && format->block_elems == 1, blocks = has_pieces(a.w.type);
-    const i64 most = a.w.type == kF32 && a.w.n <= kVecFloatRows ? kVecFloatColumns : kVecMaxColumns;
+    const i64 most = a.w.type == kF32 && a.w.n <= kVecFloatRows ? kVecFloatColumns : only_pieces(a.w.type, arch) ? kVecAllColumns : kVecMaxColumns;
     if ((!plain && !blocks) || !a.w.repacked || a.x.ne[1] > most || a.x.ne[2] * a.x.ne[3] != 1 || a.y.type != kF32 || a.x.type != kF32) return false;
     if (plain) return a.w.row_stride[0] % 16 == 0 && a.x.nb[0] == 4 && a.x.nb[1] % 16 == 0 && (u64)a.x.data % 16 == 0 && a.k_begin == 0;
     return true;
@@ -48,26 +49,9 @@ inline Launch mul_vec_launch(const MulVecArgs& a, Arch) {
         i32 type;
         const char* kernel[4];
     };
-    static constexpr Row kRows[] = {
-        {kQ4_0, {"mul_vec_q4_0_1", "mul_vec_q4_0_2", "mul_vec_q4_0_4", "mul_vec_q4_0_8"}},
-        {kQ8_0, {"mul_vec_q8_0_1", "mul_vec_q8_0_2", "mul_vec_q8_0_4", "mul_vec_q8_0_8"}},
-        {kQ4_K, {"mul_vec_q4_K_1", "mul_vec_q4_K_2", "mul_vec_q4_K_4", "mul_vec_q4_K_8"}},
-        {kQ6_K, {"mul_vec_q6_K_1", "mul_vec_q6_K_2", "mul_vec_q6_K_4", "mul_vec_q6_K_8"}},
-        {kQ4_1, {"mul_vec_q4_1_1", "mul_vec_q4_1_2", "mul_vec_q4_1_4", "mul_vec_q4_1_8"}},
-        {kQ5_0, {"mul_vec_q5_0_1", "mul_vec_q5_0_2", "mul_vec_q5_0_4", "mul_vec_q5_0_8"}},
-        {kQ5_1, {"mul_vec_q5_1_1", "mul_vec_q5_1_2", "mul_vec_q5_1_4", "mul_vec_q5_1_8"}},
-        {kQ2_K, {"mul_vec_q2_K_1", "mul_vec_q2_K_2", "mul_vec_q2_K_4", "mul_vec_q2_K_8"}},
-        {kQ3_K, {"mul_vec_q3_K_1", "mul_vec_q3_K_2", "mul_vec_q3_K_4", "mul_vec_q3_K_8"}},
-        {kQ5_K, {"mul_vec_q5_K_1", "mul_vec_q5_K_2", "mul_vec_q5_K_4", "mul_vec_q5_K_8"}},
-        {kIQ4_NL, {"mul_vec_iq4_nl_1", "mul_vec_iq4_nl_2", "mul_vec_iq4_nl_4", "mul_vec_iq4_nl_8"}},
-        {kIQ4_XS, {"mul_vec_iq4_xs_1", "mul_vec_iq4_xs_2", "mul_vec_iq4_xs_4", "mul_vec_iq4_xs_8"}},
-        {kTQ2_0, {"mul_vec_tq2_0_1", "mul_vec_tq2_0_2", "mul_vec_tq2_0_4", "mul_vec_tq2_0_8"}},
-        {kMXFP4, {"mul_vec_mxfp4_1", "mul_vec_mxfp4_2", "mul_vec_mxfp4_4", "mul_vec_mxfp4_8"}},
-        {kNVFP4, {"mul_vec_nvfp4_1", "mul_vec_nvfp4_2", "mul_vec_nvfp4_4", "mul_vec_nvfp4_8"}},
-        {kF32, {"mul_vec_f32_1", "mul_vec_f32_2", "mul_vec_f32_4", "mul_vec_f32_8"}},
-        {kF16, {"mul_vec_f16_1", "mul_vec_f16_2", "mul_vec_f16_4", "mul_vec_f16_8"}},
-        {kBF16, {"mul_vec_bf16_1", "mul_vec_bf16_2", "mul_vec_bf16_4", "mul_vec_bf16_8"}},
-    };
+#define TP_ROW(name, type) {type, {"mul_vec_" #name "_1", "mul_vec_" #name "_2", "mul_vec_" #name "_4", "mul_vec_" #name "_8"}},
+    static constexpr Row kRows[] = {TP_TILE_TYPES(TP_ROW) TP_ROW(f32, kF32)};
+#undef TP_ROW
     Launch out;
     const int columns = mul_vec_columns(a.x.ne[1]);
     for (const Row& row : kRows)

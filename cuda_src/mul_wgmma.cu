@@ -218,20 +218,15 @@ TP_DEVICE void mul_wgmma_entries(const MulTileIdArgs& a) {
 }  // namespace ggml_tp
 
 #define MUL_WGMMA_OF(name, type, columns) \
-    TP_KERNEL(mul_wgmma_##name##_##columns, MulPiecesArgs, ggml_tp::wide_threads(columns)) { ggml_tp::mul_wgmma_columns<type, columns>(args); }
+    TP_KERNEL(mul_wgmma_##name##_##columns, MulPiecesArgs, ggml_tp::wide_threads(columns)) { ggml_tp::mul_wgmma_columns<ggml_tp::type, columns>(args); }
 #define MUL_WGMMA_ID_OF(name, type, columns) \
-    TP_KERNEL(mul_wgmma_id_##name##_##columns, MulTileIdArgs, ggml_tp::wide_threads(columns)) { ggml_tp::mul_wgmma_entries<type, columns>(args); }
+    TP_KERNEL(mul_wgmma_id_##name##_##columns, MulTileIdArgs, ggml_tp::wide_threads(columns)) { ggml_tp::mul_wgmma_entries<ggml_tp::type, columns>(args); }
 #define MUL_WGMMA(name, type)       \
     MUL_WGMMA_OF(name, type, 128)   \
     MUL_WGMMA_OF(name, type, 256)   \
     MUL_WGMMA_ID_OF(name, type, 64) \
     MUL_WGMMA_ID_OF(name, type, 128)
 
-MUL_WGMMA(q4_0, ggml_tp::kQ4_0)
-MUL_WGMMA(q8_0, ggml_tp::kQ8_0)
-MUL_WGMMA(q4_K, ggml_tp::kQ4_K)
-MUL_WGMMA(q6_K, ggml_tp::kQ6_K)
-MUL_WGMMA(f16, ggml_tp::kF16)
-MUL_WGMMA(bf16, ggml_tp::kBF16)
+TP_TILE_TYPES(MUL_WGMMA)
 
 #endif

@@ -109,11 +109,9 @@ inline Launch mul_wgmma_launch(const MulPiecesArgs& a, Arch arch) {
         i32 type;
         const char *columns_128, *columns_256;
     };
-    static constexpr Row kRows[] = {
-        {kQ4_0, "mul_wgmma_q4_0_128", "mul_wgmma_q4_0_256"}, {kQ8_0, "mul_wgmma_q8_0_128", "mul_wgmma_q8_0_256"},
-        {kQ4_K, "mul_wgmma_q4_K_128", "mul_wgmma_q4_K_256"}, {kQ6_K, "mul_wgmma_q6_K_128", "mul_wgmma_q6_K_256"},
-        {kF16, "mul_wgmma_f16_128", "mul_wgmma_f16_256"},    {kBF16, "mul_wgmma_bf16_128", "mul_wgmma_bf16_256"},
-    };
+#define TP_ROW(name, type) {type, "mul_wgmma_" #name "_128", "mul_wgmma_" #name "_256"},
+    static constexpr Row kRows[] = {TP_TILE_TYPES(TP_ROW)};
+#undef TP_ROW
     Launch out;
     const int columns = wide_columns(a, arch);
     for (const Row& row : kRows)
@@ -137,11 +135,9 @@ inline Launch mul_wgmma_id_launch(const MulTileIdArgs& a, i32 columns, Arch arch
         i32 type;
         const char *columns_64, *columns_128;
     };
-    static constexpr Row kRows[] = {
-        {kQ4_0, "mul_wgmma_id_q4_0_64", "mul_wgmma_id_q4_0_128"}, {kQ8_0, "mul_wgmma_id_q8_0_64", "mul_wgmma_id_q8_0_128"},
-        {kQ4_K, "mul_wgmma_id_q4_K_64", "mul_wgmma_id_q4_K_128"}, {kQ6_K, "mul_wgmma_id_q6_K_64", "mul_wgmma_id_q6_K_128"},
-        {kF16, "mul_wgmma_id_f16_64", "mul_wgmma_id_f16_128"},    {kBF16, "mul_wgmma_id_bf16_64", "mul_wgmma_id_bf16_128"},
-    };
+#define TP_ROW(name, type) {type, "mul_wgmma_id_" #name "_64", "mul_wgmma_id_" #name "_128"},
+    static constexpr Row kRows[] = {TP_TILE_TYPES(TP_ROW)};
+#undef TP_ROW
     Launch out;
     for (const Row& row : kRows)
         if (row.type == a.w.type) out.kernel = columns == 64 ? row.columns_64 : row.columns_128;

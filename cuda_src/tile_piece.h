@@ -1,6 +1,6 @@
 // What the tiles of mul_tile.cu and mul_wgmma.cu have in common: weights as strips of halves, and which columns a tile multiplies.
 #pragma once
-#include "dequantize.h"
+#include "vec_piece.h"
 
 namespace ggml_tp {
 
@@ -18,8 +18,10 @@ TP_DEVICE void expand(const TpInt4& v, float offset, float scale, float shift, u
         out[2 * i + 1] = tp_half2_fma(tp_half2_fma(tp_byte_perm(words[i], 0x64646464u, 0x4342), kOne, minus), s, t);
     }
 }
-TP_DEVICE TpInt4 low(const TpInt4& v, int shift) {
-    return {v.x >> shift & 0x0f0f0f0f, v.y >> shift & 0x0f0f0f0f, v.z >> shift & 0x0f0f0f0f, v.w >> shift & 0x0f0f0f0f};
+/// Bytes of values v < 256 whose sign bit is turned: v - 128 as they were signed.
+TP_DEVICE TpInt4 signs_turned(const TpInt4& v) {
+    const int flip = (int)0x80808080u;
+    return {v.x ^ flip, v.y ^ flip, v.z ^ flip, v.w ^ flip};
 }
 
 /// Half of a row's 64 weights of a step, u = 0 or 1: two runs of 16. load() takes words from the planes and does nothing with them, so that
@@ -30,18 +32,91 @@ struct Strip;
 
 TP_DEVICE TpInt4 words_or_zero(const char* p, bool ok) { return ok ? *(const TpInt4*)p : TpInt4{0, 0, 0, 0}; }
 
-template <>
-struct Strip<kQ4_0> {
+/// A block of 32 whose low nibbles are its first run.
+struct BlockStrip {
     TpInt4 q;
-    u16 d;
     static constexpr bool kCrossed = false;
-    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
-        q = words_or_zero(plane[0] + (step * 2 + (u32)u) * 16, ok);
-        d = ok ? *(const u16*)(plane[1] + (step * 2 + (u32)u) * 2) : (u16)0;
+    static TP_MEMBER u32 block(u32 step, int u) { return step * 2 + (u32)u; }
+    TP_MEMBER void load_quants(const char* plane, u32 step, int u, bool ok) { q = words_or_zero(plane + block(step, u) * 16, ok); }
+    template <class T>
+    static TP_MEMBER T field(const char* plane, u32 step, int u, bool ok) {
+        return ok ? *(const T*)(plane + block(step, u) * sizeof(T)) : (T)0;
     }
-    TP_MEMBER void run(u32, int, int r, u32 (&out)[8]) const { expand(low(q, 4 * r), 8.0f, tp_half_to_float(d), 0.0f, out); }
     static TP_MEMBER int place(int u, int r) { return u * 32 + r * 16; }
     static TP_MEMBER u32 end(u32 step, int u) { return step * 64 + (u32)u * 32 + 32; }
+};
+template <>
+struct Strip<kQ4_0> : BlockStrip {
+    u16 d;
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) { load_quants(plane[0], step, u, ok), d = field<u16>(plane[1], step, u, ok); }
+    TP_MEMBER void run(u32, int, int r, u32 (&out)[8]) const { expand(nibbles(q, 4 * r), 8.0f, tp_half_to_float(d), 0.0f, out); }
+};
+template <>
+struct Strip<kQ4_1> : BlockStrip {
+    u32 dm;
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) { load_quants(plane[0], step, u, ok), dm = field<u32>(plane[1], step, u, ok); }
+    TP_MEMBER void run(u32, int, int r, u32 (&out)[8]) const {
+        expand(nibbles(q, 4 * r), 0.0f, tp_half_to_float((u16)dm), tp_half_to_float((u16)(dm >> 16)), out);
+    }
+};
+template <>
+struct Strip<kQ5_0> : BlockStrip {
+    u32 tops;
+    u16 d;
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
+        load_quants(plane[0], step, u, ok);
+        tops = field<u32>(plane[1], step, u, ok), d = field<u16>(plane[2], step, u, ok);
+    }
+    TP_MEMBER void run(u32, int, int r, u32 (&out)[8]) const { expand(fifth(nibbles(q, 4 * r), tops >> 16 * r), 16.0f, tp_half_to_float(d), 0.0f, out); }
+};
+template <>
+struct Strip<kQ5_1> : BlockStrip {
+    u32 tops, dm;
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
+        load_quants(plane[0], step, u, ok);
+        tops = field<u32>(plane[1], step, u, ok), dm = field<u32>(plane[2], step, u, ok);
+    }
+    TP_MEMBER void run(u32, int, int r, u32 (&out)[8]) const {
+        expand(fifth(nibbles(q, 4 * r), tops >> 16 * r), 0.0f, tp_half_to_float((u16)dm), tp_half_to_float((u16)(dm >> 16)), out);
+    }
+};
+/// A block of 32 nibbles that stand for values: of both runs at once, of which the compiler keeps what the other one needs.
+struct ValuesStrip : BlockStrip {
+    TP_MEMBER void run_values(const FourBitValues& values, float scale, int r, u32 (&out)[8]) const {
+        TpInt4 runs[2];
+        look_up(values, q, runs[0], runs[1]);
+        expand(signs_turned(runs[r]), 128.0f, scale, 0.0f, out);
+    }
+};
+template <>
+struct Strip<kIQ4_NL> : ValuesStrip {
+    u16 d;
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) { load_quants(plane[0], step, u, ok), d = field<u16>(plane[1], step, u, ok); }
+    TP_MEMBER void run(u32, int, int r, u32 (&out)[8]) const { run_values(kIq4Words, tp_half_to_float(d), r, out); }
+};
+template <>
+struct Strip<kIQ4_XS> : ValuesStrip {
+    u32 scales[2];  // of the 256, as iq4_xs_scale has them
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
+        load_quants(plane[0], step, u, ok);
+        for (int i = 0; i < 2; ++i) scales[i] = ok ? ((const u32*)(plane[1] + step / 4 * 8))[i] : 0u;
+    }
+    TP_MEMBER void run(u32 step, int u, int r, u32 (&out)[8]) const { run_values(kIq4Words, iq4_xs_scale(scales, (int)(step % 4) * 2 + u), r, out); }
+};
+template <>
+struct Strip<kMXFP4> : ValuesStrip {
+    u8 e;
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) { load_quants(plane[0], step, u, ok), e = field<u8>(plane[1], step, u, ok); }
+    TP_MEMBER void run(u32, int, int r, u32 (&out)[8]) const { run_values(kFp4Words, tp_e8m0_half(e), r, out); }
+};
+// Two sub-blocks of 16, each a run with its scale.
+template <>
+struct Strip<kNVFP4> : BlockStrip {
+    u16 scales;
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) { load_quants(plane[0], step, u, ok), scales = field<u16>(plane[1], step, u, ok); }
+    TP_MEMBER void run(u32, int, int r, u32 (&out)[8]) const {
+        expand(signs_turned(look_up_eights(q, r)), 128.0f, tp_ue4m3_half((u8)(scales >> 8 * r)), 0.0f, out);
+    }
 };
 template <>
 struct Strip<kQ8_0> {
@@ -50,35 +125,96 @@ struct Strip<kQ8_0> {
     static constexpr bool kCrossed = false;
     TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
         for (int r = 0; r < 2; ++r) q[r] = words_or_zero(plane[0] + ((step * 2 + (u32)u) * 32 + (u32)r * 16), ok);
-        d = ok ? *(const u16*)(plane[1] + (step * 2 + (u32)u) * 2) : (u16)0;
+        d = BlockStrip::field<u16>(plane[1], step, u, ok);
     }
-    TP_MEMBER void run(u32, int, int r, u32 (&out)[8]) const {
-        const int flip = (int)0x80808080u;  // signed to offset 128
-        expand({q[r].x ^ flip, q[r].y ^ flip, q[r].z ^ flip, q[r].w ^ flip}, 128.0f, tp_half_to_float(d), 0.0f, out);
-    }
-    static TP_MEMBER int place(int u, int r) { return u * 32 + r * 16; }
-    static TP_MEMBER u32 end(u32 step, int u) { return step * 64 + (u32)u * 32 + 32; }
+    TP_MEMBER void run(u32, int, int r, u32 (&out)[8]) const { expand(signs_turned(q[r]), 128.0f, tp_half_to_float(d), 0.0f, out); }
+    static TP_MEMBER int place(int u, int r) { return BlockStrip::place(u, r); }
+    static TP_MEMBER u32 end(u32 step, int u) { return BlockStrip::end(step, u); }
 };
-template <>
-struct Strip<kQ4_K> {
+/// Of 256 weights with 6-bit scales and mins: two sub-blocks, a run of each.
+struct SixBitStrip {
     TpInt4 q;
     u32 scales[3], dm;  // as in tp_q4_k_scale; d and dmin
     static constexpr bool kCrossed = true;
-    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
-        load_weights(plane, step, u, ok);
-        const u32 b = step / 4;
-        for (int i = 0; i < 3; ++i) scales[i] = ok ? *(const u32*)(plane[1] + (b * 12 + (u32)i * 4)) : 0u;
-        dm = ok ? *(const u32*)(plane[2] + b * 4) : 0u;
-    }
     TP_MEMBER void load_weights(const char* const* plane, u32 step, int u, bool ok) { q = words_or_zero(plane[0] + (step * 2 + (u32)u) * 16, ok); }
-    TP_MEMBER void run(u32 step, int, int r, u32 (&out)[8]) const {
+    TP_MEMBER void load_scales(const char* scales_plane, const char* dm_plane, u32 step, bool ok) {
+        const u32 b = step / 4;
+        for (int i = 0; i < 3; ++i) scales[i] = ok ? *(const u32*)(scales_plane + (b * 12 + (u32)i * 4)) : 0u;
+        dm = ok ? *(const u32*)(dm_plane + b * 4) : 0u;
+    }
+    TP_MEMBER void expand_run(const TpInt4& bytes, u32 step, int r, u32 (&out)[8]) const {
         const int j = (int)(step % 4) * 2 + r, at = j % 4 * 8;
         const u32 s = scales[0] >> at, m = scales[1] >> at, high = scales[2] >> at;
         const u32 scale = j < 4 ? s & 63 : (high & 15) | (s >> 6 & 3) << 4, min = j < 4 ? m & 63 : (high >> 4 & 15) | (m >> 6 & 3) << 4;
-        expand(low(q, 4 * r), 0.0f, tp_half_to_float((u16)dm) * (float)scale, -tp_half_to_float((u16)(dm >> 16)) * (float)min, out);
+        expand(bytes, 0.0f, tp_half_to_float((u16)dm) * (float)scale, -tp_half_to_float((u16)(dm >> 16)) * (float)min, out);
     }
     static TP_MEMBER int place(int u, int r) { return r * 32 + u * 16; }
     static TP_MEMBER u32 end(u32 step, int) { return step * 64 + 64; }
+};
+template <>
+struct Strip<kQ4_K> : SixBitStrip {
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) { load_weights(plane, step, u, ok), load_scales(plane[1], plane[2], step, ok); }
+    TP_MEMBER void run(u32 step, int, int r, u32 (&out)[8]) const { expand_run(nibbles(q, 4 * r), step, r, out); }
+};
+template <>
+struct Strip<kQ5_K> : SixBitStrip {
+    TpInt4 tops;  // of byte i bit j is element i's of sub-block j of the 256
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
+        load_weights(plane, step, u, ok), load_scales(plane[2], plane[3], step, ok);
+        tops = words_or_zero(plane[1] + (step / 4 * 32 + (u32)u * 16), ok);
+    }
+    TP_MEMBER void run(u32 step, int, int r, u32 (&out)[8]) const { expand_run(fifth(nibbles(q, 4 * r), tops, (int)(step % 4) * 2 + r), step, r, out); }
+};
+/// Of 256 weights in 2 bits: 128 share 32 bytes, a step is two of their four sub-blocks.
+struct TwoBitStrip {
+    TpInt4 q;
+    static constexpr bool kCrossed = true;
+    TP_MEMBER void load_low(const char* plane, u32 step, int u, bool ok) { q = words_or_zero(plane + (step / 2 * 32 + (u32)u * 16), ok); }
+    TP_MEMBER TpInt4 twos(u32 step, int r) const { return TwoBitPiece::twos(q, (int)(step % 2) * 4 + r * 2); }
+    /// Where a run's scale is among those of the four runs of 64.
+    static TP_MEMBER int byte_of(int u, int r) { return (r * 2 + u) * 8; }
+    static TP_MEMBER int place(int u, int r) { return r * 32 + u * 16; }
+    static TP_MEMBER u32 end(u32 step, int) { return step * 64 + 64; }
+};
+template <>
+struct Strip<kQ2_K> : TwoBitStrip {
+    u32 scales, dm;
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
+        load_low(plane[0], step, u, ok);
+        scales = ok ? *(const u32*)(plane[1] + step * 4) : 0u;
+        dm = ok ? *(const u32*)(plane[2] + step / 4 * 4) : 0u;
+    }
+    TP_MEMBER void run(u32 step, int u, int r, u32 (&out)[8]) const {
+        const u32 both = scales >> byte_of(u, r);
+        expand(twos(step, r), 0.0f, tp_half_to_float((u16)dm) * (float)(both & 15), -tp_half_to_float((u16)(dm >> 16)) * (float)(both >> 4 & 15), out);
+    }
+};
+template <>
+struct Strip<kQ3_K> : TwoBitStrip {
+    TpInt4 tops;             // as Q5_K's
+    u32 low_bits, top_bits;  // of the runs' scales
+    u16 d;
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
+        load_low(plane[0], step, u, ok);
+        tops = words_or_zero(plane[1] + (step / 4 * 32 + (u32)u * 16), ok);
+        const u32* const scales = (const u32*)(plane[2] + step / 4 * 12);
+        low_bits = ok ? scales[step % 2] : 0u, top_bits = ok ? scales[2] : 0u;
+        d = ok ? *(const u16*)(plane[3] + step / 4 * 2) : (u16)0;
+    }
+    TP_MEMBER void run(u32 step, int u, int r, u32 (&out)[8]) const {
+        const int quarter = (int)(step % 4), at = byte_of(u, r);
+        const u32 scale = (low_bits >> at >> quarter / 2 * 4 & 15) | (top_bits >> at >> quarter * 2 & 3) << 4;
+        expand(Piece<kQ3_K>::third(twos(step, r), tops, quarter * 2 + r), 4.0f, tp_half_to_float(d) * (float)((int)scale - 32), 0.0f, out);
+    }
+};
+template <>
+struct Strip<kTQ2_0> : TwoBitStrip {
+    u16 d;
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
+        load_low(plane[0], step, u, ok);
+        d = ok ? *(const u16*)(plane[1] + step / 4 * 2) : (u16)0;
+    }
+    TP_MEMBER void run(u32 step, int, int r, u32 (&out)[8]) const { expand(twos(step, r), 1.0f, tp_half_to_float(d), 0.0f, out); }
 };
 // 128 weights share 64 bytes of low nibbles: an even step takes the low ones, an odd step the high ones.
 template <>
@@ -96,7 +232,7 @@ struct Strip<kQ6_K> {
     }
     TP_MEMBER void run(u32 step, int u, int r, u32 (&out)[8]) const {
         const int odd = (int)(step % 2), shift = (u + 2 * odd) * 2;
-        const TpInt4 l = low(q[r], 4 * odd), &h = top[r];
+        const TpInt4 l = nibbles(q[r], 4 * odd), &h = top[r];
         auto six = [&](int a, int b) { return a | (b >> shift & 0x03030303) << 4; };
         expand({six(l.x, h.x), six(l.y, h.y), six(l.z, h.z), six(l.w, h.w)}, 32.0f, tp_half_to_float(d) * (float)(s8)(scales >> 8 * r), 0.0f, out);
     }

@@ -60,11 +60,6 @@ TP_DEVICE TpInt4 fifth(const TpInt4& q, u32 bits) {
     auto four = [bits](int shift) { return (int)((bits >> shift & 15) * 0x02040810u & 0x10101010u); };
     return {q.x | four(0), q.y | four(4), q.z | four(8), q.w | four(12)};
 }
-/// A run of a piece: its weights are byte * scale + shift. What halve_weights.cu writes; types that have strips need none.
-struct PieceRun {
-    TpInt4 bytes;
-    float scale, shift;
-};
 /// A block of 32 whose low nibbles are its first half: all of them share a scale.
 struct BlockPiece {
     TpInt4 q0, q1;
@@ -90,7 +85,6 @@ struct MinPiece : BlockPiece {
         d = tp_half_to_float((u16)dm), m = tp_half_to_float((u16)(dm >> 16));
     }
     TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2) const { return d * ((float)products(x0, x1) * d0.x) + m * d0.y; }
-    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, d, m}; }
 };
 template <>
 struct Piece<kQ4_1> : MinPiece {
@@ -118,7 +112,6 @@ struct Piece<kQ5_0> : BlockPiece {
         d = tp_load_half(plane[2] + p * 2);
     }
     TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2) const { return d * ((float)products(x0, x1) * d0.x - 16.0f * d0.y); }
-    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, d, -16.0f * d}; }
 };
 /// Sixteen values, a byte each, that nibbles stand for.
 struct FourBitValues {
@@ -135,16 +128,24 @@ TP_DEVICE void look_up(const FourBitValues& values, u32 q, int& low, int& high) 
         tp_byte_perm(tp_byte_perm(values.word[0], values.word[1], which >> 16), tp_byte_perm(values.word[2], values.word[3], which >> 16), upper >> 16);
     low = (int)tp_byte_perm(a, b, 0x6420), high = (int)tp_byte_perm(a, b, 0x7531);
 }
+/// Of sixteen bytes.
+TP_DEVICE void look_up(const FourBitValues& values, const TpInt4& q, TpInt4& low, TpInt4& high) {
+    look_up(values, (u32)q.x, low.x, high.x), look_up(values, (u32)q.y, low.y, high.y);
+    look_up(values, (u32)q.z, low.z, high.z), look_up(values, (u32)q.w, low.w, high.w);
+}
+/// NVFP4's values of the first (r = 0) or second eight bytes, whose low nibbles are the first eight.
+TP_DEVICE TpInt4 look_up_eights(const TpInt4& q, int r) {
+    TpInt4 out;
+    look_up(kFp4Words, (u32)(r ? q.z : q.x), out.x, out.z), look_up(kFp4Words, (u32)(r ? q.w : q.y), out.y, out.w);
+    return out;
+}
 /// A block of 32 nibbles that stand for values.
 struct ValuesPiece : BlockPiece {
     template <class Load>
     TP_MEMBER void load_values(const FourBitValues& values, const char* plane, i64 p, Load load16) {
-        const TpInt4 q = load16(plane + p * 16);
-        look_up(values, (u32)q.x, q0.x, q1.x), look_up(values, (u32)q.y, q0.y, q1.y);
-        look_up(values, (u32)q.z, q0.z, q1.z), look_up(values, (u32)q.w, q0.w, q1.w);
+        look_up(values, load16(plane + p * 16), q0, q1);
     }
     TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2) const { return d * d0.x * (float)products(x0, x1); }
-    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, d, 0.0f}; }
 };
 template <>
 struct Piece<kIQ4_NL> : ValuesPiece {
@@ -154,16 +155,17 @@ struct Piece<kIQ4_NL> : ValuesPiece {
         d = tp_load_half(plane[1] + p * 2);
     }
 };
+/// Of a sub-block of 256: d and two high bits of each of eight scales, then their low nibbles.
+TP_DEVICE float iq4_xs_scale(const u32* block, int sub) {
+    const int scale = (int)((block[1] >> 4 * sub & 15) | (block[0] >> (16 + 2 * sub) & 3) << 4);
+    return tp_half_to_float((u16)block[0]) * (float)(scale - 32);
+}
 template <>
 struct Piece<kIQ4_XS> : ValuesPiece {
     template <class Load>
     TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
         load_values(kIq4Words, plane[0], p, load16);
-        // d, two high bits of each of eight scales, then their low nibbles
-        const u32* block = (const u32*)(plane[1] + p / 8 * 8);
-        const int sub = (int)(p % 8);
-        const int scale = (int)((block[1] >> 4 * sub & 15) | (block[0] >> (16 + 2 * sub) & 3) << 4);
-        d = tp_half_to_float((u16)block[0]) * (float)(scale - 32);
+        d = iq4_xs_scale((const u32*)(plane[1] + p / 8 * 8), (int)(p % 8));
     }
 };
 template <>
@@ -184,15 +186,13 @@ struct Piece<kNVFP4> {
     template <class Load>
     TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
         const TpInt4 q = load16(plane[0] + p * 16);
-        look_up(kFp4Words, (u32)q.x, q0.x, q0.z), look_up(kFp4Words, (u32)q.y, q0.y, q0.w);
-        look_up(kFp4Words, (u32)q.z, q1.x, q1.z), look_up(kFp4Words, (u32)q.w, q1.y, q1.w);
+        q0 = look_up_eights(q, 0), q1 = look_up_eights(q, 1);
         const u8* scales = (const u8*)plane[1] + p * 2;
         s0 = tp_ue4m3_half(scales[0]), s1 = tp_ue4m3_half(scales[1]);
     }
     TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
         return s0 * d0.x * (float)dot16(q0, x0, 0) + s1 * d1.x * (float)dot16(q1, x1, 0);
     }
-    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, r ? s1 : s0, 0.0f}; }
 };
 /// Scales and mins of sub-blocks 2 * pair and 2 * pair + 1, a byte each (above them lies anything). Twelve bytes of a block: scales 0-3, mins
 /// 0-3, then the low halves of 4-7 with their high bits above the first eight. No branch: a warp's lanes have all four pairs.
@@ -250,7 +250,6 @@ struct Piece<kQ5_K> : SixBitPiece {
     TP_MEMBER float dot(i64 p, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
         return scaled(p, dot16(q0, x0, 0), dot16(q1, x1, 0), d0, d1);
     }
-    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, r ? d1_ : d0_, r ? -m1_ : -m0_}; }
 };
 /// Of 256 weights in 2 bits: 16 bytes hold 16 of each of four sub-blocks of 32, a piece is those of two.
 struct TwoBitPiece {
@@ -283,7 +282,6 @@ struct Piece<kQ2_K> : TwoBitPiece {
     TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
         return d0.x * (s0 * (float)dot16(q0, x0, 0) - m0 * (float)sum16(x0)) + d1.x * (s1 * (float)dot16(q1, x1, 0) - m1 * (float)sum16(x1));
     }
-    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, r ? s1 : s0, r ? -m1 : -m0}; }
 };
 template <>
 struct Piece<kQ3_K> : TwoBitPiece {
@@ -306,7 +304,6 @@ struct Piece<kQ3_K> : TwoBitPiece {
     TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
         return s0 * d0.x * (float)(dot16(q0, x0, 0) - 4 * sum16(x0)) + s1 * d1.x * (float)(dot16(q1, x1, 0) - 4 * sum16(x1));
     }
-    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, r ? s1 : s0, -4.0f * (r ? s1 : s0)}; }
 };
 template <>
 struct Piece<kTQ2_0> : TwoBitPiece {
@@ -319,7 +316,6 @@ struct Piece<kTQ2_0> : TwoBitPiece {
     TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
         return d * (d0.x * (float)(dot16(q0, x0, 0) - sum16(x0)) + d1.x * (float)(dot16(q1, x1, 0) - sum16(x1)));
     }
-    TP_MEMBER PieceRun run(int r) const { return {r ? q1 : q0, d, -d}; }
 };
 // 128 weights: 64 bytes of low nibbles (quarters 0 and 1, above them 2 and 3) and 32 bytes of 2-bit tops for all four.
 template <>

@@ -55,13 +55,34 @@ constexpr const WeightFormat* find_weight_format(i32 type) {
     return nullptr;
 }
 
-/// Types that are multiplied in their own integers, with int8 activations: in pieces of few columns (vec_piece.h, which says how); of those, the ones that
-/// are also strips of halves for tensor cores (tile_piece.h) and have products of the host's layout (tp_dot32).
-constexpr bool has_strips(i32 type) { return type == kQ4_0 || type == kQ8_0 || type == kQ4_K || type == kQ6_K; }
+/// Types that are multiplied in their own integers, with int8 activations, in pieces of few columns (vec_piece.h, which says how), and that are strips
+/// of halves for tensor cores (tile_piece.h): a row of each table of kernels, by their names.
+#define TP_PIECE_TYPES(ROW) \
+    ROW(q4_0, kQ4_0)        \
+    ROW(q8_0, kQ8_0)        \
+    ROW(q4_K, kQ4_K)        \
+    ROW(q6_K, kQ6_K)        \
+    ROW(q4_1, kQ4_1)        \
+    ROW(q5_0, kQ5_0)        \
+    ROW(q5_1, kQ5_1)        \
+    ROW(q2_K, kQ2_K)        \
+    ROW(q3_K, kQ3_K)        \
+    ROW(q5_K, kQ5_K)        \
+    ROW(iq4_nl, kIQ4_NL)    \
+    ROW(iq4_xs, kIQ4_XS)    \
+    ROW(tq2_0, kTQ2_0)      \
+    ROW(mxfp4, kMXFP4)      \
+    ROW(nvfp4, kNVFP4)
+/// And those of two bytes, which tensor cores multiply as they are.
+#define TP_TILE_TYPES(ROW) TP_PIECE_TYPES(ROW) ROW(f16, kF16) ROW(bf16, kBF16)
+
 constexpr bool has_pieces(i32 type) {
-    return has_strips(type) || type == kQ4_1 || type == kQ5_0 || type == kQ5_1 || type == kQ2_K || type == kQ3_K || type == kQ5_K || type == kIQ4_NL ||
-           type == kIQ4_XS || type == kTQ2_0 || type == kMXFP4 || type == kNVFP4;
+#define TP_IS(name, type_of) || type == type_of
+    return false TP_PIECE_TYPES(TP_IS);
+#undef TP_IS
 }
+/// Of those, types with products of the host's layout and of many columns before tensor cores (tp_dot32), and of few columns as halves (mul_few.cu).
+constexpr bool has_dots(i32 type) { return type == kQ4_0 || type == kQ8_0 || type == kQ4_K || type == kQ6_K; }
 
 /// Whether quantize_search.h writes the type: its encoder searches.
 constexpr bool can_search_block(i32 type) { return type == kQ2_K || type == kQ3_K || type == kQ4_K || type == kQ5_K || type == kQ6_K || type == kIQ4_XS; }
