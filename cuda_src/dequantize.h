@@ -121,7 +121,7 @@ TP_DEVICE float tp_grid2(const u16* grid, int entry, int j) {
     const int q = grid[entry] >> 2 * j & 3;
     return (float)(8 + 17 * q + (q >> 1));  // 8, 25, 43
 }
-TP_DEVICE float tp_grid3(const u16* grid, int entry, int j) { return (float)(grid[entry] >> 3 * j & 7); }
+TP_DEVICE float tp_grid3(const u16* grid, int entry, int j) { return (float)(grid[entry] >> 4 * j & 7); }
 /// A trit of a byte that holds a fraction in base 3, minus one.
 TP_DEVICE float tp_trit(u8 byte, int n) {
     int power = 1;

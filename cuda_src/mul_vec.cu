@@ -4,7 +4,7 @@
 // Activations of quantised weights are int8 (quantize.h); they are small and stay in L1.
 #include "mul_vec.h"
 
-#include "vec_piece.h"
+#include "grid_piece.h"
 
 namespace ggml_tp {
 

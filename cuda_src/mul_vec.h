@@ -50,7 +50,7 @@ inline Launch mul_vec_launch(const MulVecArgs& a, Arch) {
         const char* kernel[4];
     };
 #define TP_ROW(name, type) {type, {"mul_vec_" #name "_1", "mul_vec_" #name "_2", "mul_vec_" #name "_4", "mul_vec_" #name "_8"}},
-    static constexpr Row kRows[] = {TP_TILE_TYPES(TP_ROW) TP_ROW(f32, kF32)};
+    static constexpr Row kRows[] = {TP_PIECE_TYPES(TP_ROW) TP_ROW(f32, kF32) TP_ROW(f16, kF16) TP_ROW(bf16, kBF16)};
 #undef TP_ROW
     Launch out;
     const int columns = mul_vec_columns(a.x.ne[1]);

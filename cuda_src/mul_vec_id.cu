@@ -5,7 +5,7 @@
 #include "mul_vec_id.h"
 
 #include "expert.h"
-#include "vec_piece.h"
+#include "grid_piece.h"
 
 namespace ggml_tp {
 
@@ -94,23 +94,9 @@ TP_DEVICE void mul_vec_id(const MulVecIdArgs& a) {
 }  // namespace ggml_tp
 
 #define MUL_VEC_ID(name, type) \
-    TP_KERNEL(mul_vec_id_##name, MulVecIdArgs, 32 * ggml_tp::kVecSlots) { ggml_tp::mul_vec_id<type>(args); }
+    TP_KERNEL(mul_vec_id_##name, MulVecIdArgs, 32 * ggml_tp::kVecSlots) { ggml_tp::mul_vec_id<ggml_tp::type>(args); }
 
-MUL_VEC_ID(q4_0, ggml_tp::kQ4_0)
-MUL_VEC_ID(q8_0, ggml_tp::kQ8_0)
-MUL_VEC_ID(q4_K, ggml_tp::kQ4_K)
-MUL_VEC_ID(q6_K, ggml_tp::kQ6_K)
-MUL_VEC_ID(q4_1, ggml_tp::kQ4_1)
-MUL_VEC_ID(q5_0, ggml_tp::kQ5_0)
-MUL_VEC_ID(q5_1, ggml_tp::kQ5_1)
-MUL_VEC_ID(q2_K, ggml_tp::kQ2_K)
-MUL_VEC_ID(q3_K, ggml_tp::kQ3_K)
-MUL_VEC_ID(q5_K, ggml_tp::kQ5_K)
-MUL_VEC_ID(iq4_nl, ggml_tp::kIQ4_NL)
-MUL_VEC_ID(iq4_xs, ggml_tp::kIQ4_XS)
-MUL_VEC_ID(tq2_0, ggml_tp::kTQ2_0)
-MUL_VEC_ID(mxfp4, ggml_tp::kMXFP4)
-MUL_VEC_ID(nvfp4, ggml_tp::kNVFP4)
-MUL_VEC_ID(f32, ggml_tp::kF32)
-MUL_VEC_ID(f16, ggml_tp::kF16)
-MUL_VEC_ID(bf16, ggml_tp::kBF16)
+TP_PIECE_TYPES(MUL_VEC_ID)
+MUL_VEC_ID(f32, kF32)
+MUL_VEC_ID(f16, kF16)
+MUL_VEC_ID(bf16, kBF16)

@@ -11,13 +11,9 @@ inline const char* mul_vec_id_kernel(i32 type) {
         i32 type;
         const char* kernel;
     };
-    static constexpr Row kRows[] = {
-        {kQ4_0, "mul_vec_id_q4_0"},   {kQ8_0, "mul_vec_id_q8_0"},   {kQ4_K, "mul_vec_id_q4_K"},     {kQ6_K, "mul_vec_id_q6_K"},
-        {kQ4_1, "mul_vec_id_q4_1"},   {kQ5_0, "mul_vec_id_q5_0"},   {kQ5_1, "mul_vec_id_q5_1"},     {kQ2_K, "mul_vec_id_q2_K"},
-        {kQ3_K, "mul_vec_id_q3_K"},   {kQ5_K, "mul_vec_id_q5_K"},   {kIQ4_NL, "mul_vec_id_iq4_nl"}, {kIQ4_XS, "mul_vec_id_iq4_xs"},
-        {kTQ2_0, "mul_vec_id_tq2_0"}, {kMXFP4, "mul_vec_id_mxfp4"}, {kNVFP4, "mul_vec_id_nvfp4"},   {kF32, "mul_vec_id_f32"},
-        {kF16, "mul_vec_id_f16"},     {kBF16, "mul_vec_id_bf16"},
-    };
+#define TP_ROW(name, type) {type, "mul_vec_id_" #name},
+    static constexpr Row kRows[] = {TP_PIECE_TYPES(TP_ROW) TP_ROW(f32, kF32) TP_ROW(f16, kF16) TP_ROW(bf16, kBF16)};
+#undef TP_ROW
     for (const Row& row : kRows)
         if (row.type == type) return row.kernel;
     return nullptr;

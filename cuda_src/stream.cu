@@ -16,7 +16,7 @@
 #include "quantize_group.h"
 #include "rope_pair.h"
 #include "sort_row.h"
-#include "vec_piece.h"
+#include "grid_piece.h"
 
 #if TP_ARCH >= 900
 
@@ -1471,7 +1471,8 @@ TP_DEVICE void do_stages() {
         if (stage.kind == kStreamProduct) {
             now = take_input(now);
             const StreamProduct& p = *(const StreamProduct*)stage_at(now.stage % 3).body;
-            now = multiply_any_of<kQ4_0, kQ8_0, kQ4_K, kQ6_K, kQ5_K, kIQ4_XS, kIQ4_NL, kMXFP4, kQ3_K, kQ2_K, kQ5_0, kQ5_1, kQ4_1, kNVFP4, kTQ2_0>(p, now);
+            now = multiply_any_of<kQ4_0, kQ8_0, kQ4_K, kQ6_K, kQ5_K, kIQ4_XS, kIQ4_NL, kMXFP4, kQ3_K, kQ2_K, kQ5_0, kQ5_1, kQ4_1, kNVFP4, kTQ2_0, kIQ3_S,
+                                  kIQ3_XXS, kIQ2_S, kIQ2_XS, kIQ2_XXS, kIQ1_M, kIQ1_S>(p, now);
             const bool nothing = (int)blockIdx.x >= ((const StreamProduct*)stage_at(now.stage % 3).body)->n_tiles;
             if (nothing) sync_multiplying();  // nothing for the storing warp; what take_input wrote counts all the same
             if (threadIdx.x == 0) {

@@ -176,22 +176,25 @@ struct Piece<kMXFP4> : ValuesPiece {
         d = tp_e8m0_half(*(const u8*)(plane[1] + p));
     }
 };
-// Sixteen weights share a scale and eight bytes: low nibbles are the first eight.
-template <>
-struct Piece<kNVFP4> {
+/// Two runs side by side with a scale each.
+struct RunsPiece {
     TpInt4 q0, q1;
     float s0, s1;
     static TP_MEMBER i64 first(i64 p) { return p * 32; }
     static TP_MEMBER i64 second(i64 p) { return p * 32 + 16; }
+    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
+        return s0 * d0.x * (float)dot16(q0, x0, 0) + s1 * d1.x * (float)dot16(q1, x1, 0);
+    }
+};
+// Sixteen weights share a scale and eight bytes: low nibbles are the first eight.
+template <>
+struct Piece<kNVFP4> : RunsPiece {
     template <class Load>
     TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
         const TpInt4 q = load16(plane[0] + p * 16);
         q0 = look_up_eights(q, 0), q1 = look_up_eights(q, 1);
         const u8* scales = (const u8*)plane[1] + p * 2;
         s0 = tp_ue4m3_half(scales[0]), s1 = tp_ue4m3_half(scales[1]);
-    }
-    TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
-        return s0 * d0.x * (float)dot16(q0, x0, 0) + s1 * d1.x * (float)dot16(q1, x1, 0);
     }
 };
 /// Scales and mins of sub-blocks 2 * pair and 2 * pair + 1, a byte each (above them lies anything). Twelve bytes of a block: scales 0-3, mins

@@ -100,6 +100,14 @@ def _mxfp4(rng: np.random.Generator, n: int, scale: float) -> np.ndarray:
     return blocks
 
 
+def _iq1_m(rng: np.random.Generator, n: int, scale: float) -> np.ndarray:
+    blocks = rng.integers(0, 256, (n, 56), dtype=np.uint8)
+    scales = blocks[:, 48:].view(np.uint16)  # each has 4 bits of d at its top
+    d = np.array([scale / 7.2], np.float16).view(np.uint16)[0]
+    scales[:] = (scales & 0x0FFF) | (d >> np.arange(0, 16, 4, dtype=np.uint16) & 15) << 12
+    return blocks
+
+
 def _f16(rng: np.random.Generator, n: int, scale: float) -> np.ndarray:
     return rng.normal(0, scale, n).astype(np.float16).view(np.uint8).reshape(n, 2)
 
@@ -130,6 +138,13 @@ TYPES = {
     "Q5_K": Type(256, 176, _scaled(176, {0: 1 / 290, 2: 15.5 / 290}), "Q6_K"),
     "IQ4_NL": Type(32, 18, _scaled(18, {0: 1 / 66}), "Q6_K"),
     "IQ4_XS": Type(256, 136, _scaled(136, {0: 1 / 1230}), "Q6_K"),
+    "IQ2_XXS": Type(256, 66, _scaled(66, {0: 1 / 53}), "Q6_K"),
+    "IQ2_XS": Type(256, 74, _scaled(74, {0: 1 / 56}), "Q6_K"),
+    "IQ2_S": Type(256, 82, _scaled(82, {0: 1 / 56}), "Q6_K"),
+    "IQ3_XXS": Type(256, 98, _scaled(98, {0: 1 / 140}), "Q6_K"),
+    "IQ3_S": Type(256, 110, _scaled(110, {0: 1 / 141}), "Q6_K"),
+    "IQ1_S": Type(256, 50, _scaled(50, {0: 1 / 7.2}), "Q6_K"),
+    "IQ1_M": Type(256, 56, _iq1_m, "Q6_K"),
     "MXFP4": Type(32, 17, _mxfp4, "Q8_0"),
     "F16": Type(1, 2, _f16, "F16"),
     "F32": Type(1, 4, _f32, "F32"),

@@ -167,13 +167,16 @@ def _k_quant(rng: np.random.Generator, values: np.ndarray, name: str) -> np.ndar
 
 
 def host_blocks(library: str | os.PathLike[str], values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """Rows of [n_rows, n] as blocks, by the host's own quantiser: a type that needs no importance matrix."""
+    """Rows of [n_rows, n] as blocks, by the host's own quantiser; where a type needs an importance matrix, everything matters as much."""
     ffi = cffi.FFI()
     ffi.cdef("size_t ggml_quantize_chunk(int type, const float *x, void *blocks, int64_t start, int64_t n_rows, int64_t n, const float *importance);")
+    ffi.cdef("bool ggml_quantize_requires_imatrix(int type);")
     lib: Any = ffi.dlopen(os.fspath(library))
     (rows, n), (elems, n_bytes) = values.shape, gguf.GGML_QUANT_SIZES[kind]
     out = np.zeros((rows, n // elems * n_bytes), np.uint8)
-    lib.ggml_quantize_chunk(int(kind), ffi.from_buffer("float[]", np.ascontiguousarray(values, np.float32)), ffi.from_buffer(out), 0, rows, n, ffi.NULL)
+    alike = np.ones(n, np.float32)
+    importance = ffi.from_buffer("float[]", alike) if lib.ggml_quantize_requires_imatrix(int(kind)) else ffi.NULL
+    lib.ggml_quantize_chunk(int(kind), ffi.from_buffer("float[]", np.ascontiguousarray(values, np.float32)), ffi.from_buffer(out), 0, rows, n, importance)
     return out
 
 

@@ -28,8 +28,9 @@ TOLERANCE = {
     "Q4_K": 5e-4,  # ... per 256 elements on the CPU, per 32 here
     "Q6_K": 5e-4,
     **dict.fromkeys(("Q4_1", "Q5_0", "Q5_1", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS", "TQ2_0", "MXFP4", "NVFP4"), 5e-4),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M"), 5e-4),
 }
-BLOCKS_OF_256 = re.compile(r"_K$|_XS$|^TQ")
+BLOCKS_OF_256 = re.compile(r"_K$|_XS$|^TQ|^IQ[123]")
 PROMPT = [(17 * i + i * i) % 300 for i in range(70)]
 WIDE = {"embedding_length": 512, "feed_forward_length": 1024, "attention__key_length": 64, "attention__value_length": 64, "rope__dimension_count": 64}
 # Inputs that a block takes in several steps of 2,048 elements, of which the last is not whole, and in several rounds of four steps.
@@ -339,7 +340,8 @@ def test_a_late_peer_fails_one_graph(workers, models, arch, quant, n_ubatch):
     [("llama", "Q4_0", 1), ("llama", "Q4_0", 2), ("llama", "Q4_0", 4), ("llama", "Q8_0", 3), ("llama", "Q4_K", 1), ("llama", "Q4_K", 2), ("qwen2", "Q4_0", 2),
      ("llama", "Q5_K", 2), ("llama", "Q3_K", 1), ("llama", "Q2_K", 1), ("llama", "IQ4_XS", 2), ("llama", "IQ4_NL", 3), ("llama", "Q5_0", 1),
      ("llama", "Q5_1", 2), ("llama", "Q4_1", 1), ("llama", "MXFP4", 2), ("llama", "NVFP4", 1), ("llama", "TQ2_0", 1), ("qwen3moe", "Q5_K", 2),
-     ("qwen3moe", "MXFP4", 1), ("qwen3", "Q8_0", 2), ("qwen3", "Q4_K", 1), ("qwen3moe", "Q8_0", 1), ("qwen3moe", "Q4_K", 2), ("mixtral", "Q4_0", 3)],
+     ("llama", "IQ2_XXS", 1), ("llama", "IQ2_S", 2), ("llama", "IQ3_S", 1), ("llama", "IQ1_M", 2), ("qwen3moe", "IQ3_XXS", 2), ("qwen3moe", "IQ2_XS", 1),
+     ("qwen3moe", "IQ1_S", 1), ("qwen3moe", "MXFP4", 1), ("qwen3", "Q8_0", 2), ("qwen3", "Q4_K", 1), ("qwen3moe", "Q8_0", 1), ("qwen3moe", "Q4_K", 2), ("mixtral", "Q4_0", 3)],
 )  # fmt: skip
 def test_a_token_is_one_persistent_kernel(workers, models, family, quant, ranks):
     """sm_90: everything between embedding and logits, the all_reduces and the experts too, is one launch a rank."""
