@@ -1,6 +1,6 @@
 // What the tiles of mul_tile.cu and mul_wgmma.cu have in common: weights as strips of halves, and which columns a tile multiplies.
 #pragma once
-#include "vec_piece.h"
+#include "grid_piece.h"
 
 namespace ggml_tp {
 
@@ -239,6 +239,26 @@ struct Strip<kQ6_K> {
     static TP_MEMBER int place(int u, int r) { return u * 32 + r * 16; }
     static TP_MEMBER u32 end(u32 step, int) { return step * 64 + 64; }
 };
+template <int kType>
+struct GridStrip {
+    GridWords<kType> words;
+    static constexpr bool kCrossed = false;
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
+        words = {};
+        if (ok) words.load(plane, BlockStrip::block(step, u));
+    }
+    TP_MEMBER void run(u32 step, int u, int r, u32 (&out)[8]) const {
+        const int p = (int)(BlockStrip::block(step, u) % 8);
+        expand(signs_turned(words.bytes(p, r)), 128.0f, words.scale(p, r), 0.0f, out);
+    }
+    static TP_MEMBER int place(int u, int r) { return BlockStrip::place(u, r); }
+    static TP_MEMBER u32 end(u32 step, int u) { return BlockStrip::end(step, u); }
+};
+#define TP_GRID_STRIP(name, type) \
+    template <>                   \
+    struct Strip<type> : GridStrip<type> {};
+TP_GRID_TYPES(TP_GRID_STRIP)
+#undef TP_GRID_STRIP
 /// F16 and BF16: the words as they are.
 struct HalfStrip {
     TpInt4 q[4];

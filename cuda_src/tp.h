@@ -220,6 +220,12 @@ TP_DEVICE TpInt4 tp_load_peer(const char* p) {
 }
 TP_DEVICE void tp_spin() {}
 TP_DEVICE u32 tp_byte_perm(u32 x, u32 y, u32 selector) { return __byte_perm(x, y, selector); }
+/// Each byte's top bit all over it. (PTX's prmt has that mode, __byte_perm leaves the selector's bit for it out.)
+TP_DEVICE u32 tp_byte_signs(u32 x) {
+    u32 out;
+    asm("prmt.b32 %0, %1, 0, 0xba98;" : "=r"(out) : "r"(x));
+    return out;
+}
 /// A constant that the compiler does not know, as blocks are not that high: what it knows it puts into instructions, and their other operands that do
 /// not fit there beside it into registers, again and again.
 TP_DEVICE u32 tp_in_register(u32 v) { return v + threadIdx.z; }

@@ -55,8 +55,18 @@ constexpr const WeightFormat* find_weight_format(i32 type) {
     return nullptr;
 }
 
-/// Types that are strips of halves for tensor cores (tile_piece.h): a row of each table of kernels, by their names.
-#define TP_STRIP_TYPES(ROW) \
+/// Types whose quants are numbers of a grid's entries (grid_piece.h): a row of each table of kernels, by their names.
+#define TP_GRID_TYPES(ROW) \
+    ROW(iq2_xxs, kIQ2_XXS) \
+    ROW(iq2_xs, kIQ2_XS)   \
+    ROW(iq2_s, kIQ2_S)     \
+    ROW(iq3_xxs, kIQ3_XXS) \
+    ROW(iq3_s, kIQ3_S)     \
+    ROW(iq1_s, kIQ1_S)     \
+    ROW(iq1_m, kIQ1_M)
+/// Types that are multiplied in their own integers, with int8 activations, in pieces of few columns (vec_piece.h, grid_piece.h), and that are strips of
+/// halves for tensor cores (tile_piece.h).
+#define TP_PIECE_TYPES(ROW) \
     ROW(q4_0, kQ4_0)        \
     ROW(q8_0, kQ8_0)        \
     ROW(q4_K, kQ4_K)        \
@@ -71,24 +81,16 @@ constexpr const WeightFormat* find_weight_format(i32 type) {
     ROW(iq4_xs, kIQ4_XS)    \
     ROW(tq2_0, kTQ2_0)      \
     ROW(mxfp4, kMXFP4)      \
-    ROW(nvfp4, kNVFP4)
+    ROW(nvfp4, kNVFP4)      \
+    TP_GRID_TYPES(ROW)
 /// And those of two bytes, which tensor cores multiply as they are.
-#define TP_TILE_TYPES(ROW) TP_STRIP_TYPES(ROW) ROW(f16, kF16) ROW(bf16, kBF16)
-/// Types that are multiplied in their own integers, with int8 activations, in pieces of few columns (vec_piece.h, grid_piece.h).
-#define TP_PIECE_TYPES(ROW) \
-    TP_STRIP_TYPES(ROW)     \
-    ROW(iq2_xxs, kIQ2_XXS)  \
-    ROW(iq2_xs, kIQ2_XS)    \
-    ROW(iq2_s, kIQ2_S)      \
-    ROW(iq3_xxs, kIQ3_XXS)  \
-    ROW(iq3_s, kIQ3_S)      \
-    ROW(iq1_s, kIQ1_S)      \
-    ROW(iq1_m, kIQ1_M)
+#define TP_TILE_TYPES(ROW) TP_PIECE_TYPES(ROW) ROW(f16, kF16) ROW(bf16, kBF16)
 
+constexpr bool has_pieces(i32 type) {
 #define TP_IS(name, type_of) || type == type_of
-constexpr bool has_strips(i32 type) { return false TP_STRIP_TYPES(TP_IS); }
-constexpr bool has_pieces(i32 type) { return false TP_PIECE_TYPES(TP_IS); }
+    return false TP_PIECE_TYPES(TP_IS);
 #undef TP_IS
+}
 /// Of those, types with products of the host's layout and of many columns before tensor cores (tp_dot32), and of few columns as halves (mul_few.cu).
 constexpr bool has_dots(i32 type) { return type == kQ4_0 || type == kQ8_0 || type == kQ4_K || type == kQ6_K; }
 

@@ -78,12 +78,13 @@ int ggml_backend_graph_compute(void *backend, void *graph);
 
 F32, F16, Q4_0, Q8_0, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, I32, I64, BF16 = 0, 1, 2, 8, 11, 12, 13, 14, 23, 26, 27, 30
 NAMES = {F32: "F32", F16: "F16", Q4_0: "Q4_0", Q8_0: "Q8_0", Q4_K: "Q4_K", Q6_K: "Q6_K", BF16: "BF16"}
-# Types that have not all of the cases: some read in wide words where there are few columns (weight_format.h, has_pieces), the others element by element.
+# Types that have not all of the cases: most are read in wide words (weight_format.h, has_pieces), the others element by element.
 OTHER_TYPES = {
     3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
     21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
     41: "Q1_0", 42: "Q2_0",
 }  # fmt: skip
+BLOCKS_OF_32 = ("Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4")
 # Types whose encoders search among scales.
 SEARCHED = {10: "Q2_K", 11: "Q3_K", Q4_K: "Q4_K", 13: "Q5_K", Q6_K: "Q6_K", IQ4_XS: "IQ4_XS"}
 _CPU = 0
@@ -262,6 +263,10 @@ def _mul_mats() -> None:
         for role, m in (("attn_q", 3), ("attn_output", 1), ("attn_output", 40)):
             case(f"mul_mat {name} {role} m{m}")(
                 lambda g, t=t, m=m, role=role: g.lib.ggml_mul_mat(g.c, g.leaf(t, 768, 96, scale=1 / 28, name=f"blk.0.{role}.weight"), g.leaf(F32, 768, m))
+            )
+        if name in BLOCKS_OF_32:  # half a step of tensor cores' tiles at the end
+            case(f"mul_mat {name} attn_output 288x200 m40")(
+                lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 288, 200, scale=1 / 17, name="blk.0.attn_output.weight"), g.leaf(F32, 288, 40))
             )
         case(f"mul_mat {name} broadcast")(lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 16, 2, 1, scale=1 / 16), g.leaf(F32, 256, 3, 4, 2)))
         case(f"get_rows {name}")(lambda g, t=t: g.lib.ggml_get_rows(g.c, g.leaf(t, 512, 9), g.indices(8, 0, 3, 3)))
@@ -568,7 +573,7 @@ def _experts() -> None:
         case(f"mul_mat_id {NAMES[t]}, many tokens of few experts")(lambda g, t=t: mul_mat_id(g, t, 256, 200, 3, 2, 170, "blk.0.ffn_up_exps.weight"))
     for t, name in OTHER_TYPES.items():
         case(f"mul_mat_id {name} 256x37, 3 tokens")(lambda g, t=t: mul_mat_id(g, t, 256, 37, 5, 2, 3))
-        # Enough tokens that tensor cores multiply the experts' halves; cut inside a block at 3 ranks.
+        # Enough tokens for tensor cores; cut inside a block at 3 ranks.
         for role, n, x_rows, n_tokens in (("ffn_gate_exps", 96, 1, 2), ("ffn_up_exps", 96, 1, 33), ("ffn_down_exps", 70, 2, 33)):
             case(f"mul_mat_id {name} {role}, {n_tokens} tokens")(
                 lambda g, t=t, m=n_tokens, role=role, n=n, x=x_rows: mul_mat_id(g, t, 768, n, 4, 2, m, f"blk.0.{role}.weight", x)

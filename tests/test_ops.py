@@ -82,8 +82,11 @@ def test_all_ops_of_several_ranks(workers, reference, arch, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_products_of_warpgroups(workers, reference, ranks):
-    """sm_90's own instructions, for all products of more columns than mul_vec takes (of some types their halves), and those of many experts' tokens."""
-    many = re.compile(r"mul_mat (Q5_K .* m33|\S+ attn_output m40|.* m(130|150|300)|.* in pieces, m(70|100))$|mul_mat_id .*(130|many) tokens|large activations")
+    """sm_90's own instructions, for all products of more columns than mul_vec takes (of few types their halves), and those of many experts' tokens."""
+    many = re.compile(
+        r"mul_mat (\S+ attn_output (\S+ )?m40|.* m(130|150|300)|.* in pieces, m(70|100))$|mul_mat_id .*(130 tokens|many tokens|ffn_(up|down)_exps, 33 tokens)"
+        "|large activations"
+    )
     check(workers, reference, "sm_90", ranks, [name for name in CASES if many.match(name)])
 
 

@@ -358,9 +358,7 @@ static inline u32 tp_half2_fma(u32 x, u32 y, u32 z) {
 static inline u32 tp_byte_perm(u32 x, u32 y, u32 selector) {
     const u64 bytes = static_cast<u64>(y) << 32 | x;
     u32 out = 0;
-    for (int i = 0; i < 4; ++i) {
-        const u32 one = selector >> 4 * i, byte = static_cast<u32>(bytes >> 8 * (one & 7) & 255);
-        out |= (one & 8 ? (byte >> 7) * 255u : byte) << 8 * i;
-    }
+    for (int i = 0; i < 4; ++i) out |= static_cast<u32>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
     return out;
 }
+static inline u32 tp_byte_signs(u32 x) { return (x >> 7 & 0x01010101u) * 255u; }
