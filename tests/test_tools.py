@@ -227,6 +227,18 @@ def test_a_synthetic_model_of_a_real_shape_is_whole_and_loads(tmp_path, type_):
     assert json.loads(done.stdout)[0]["tests"]["tg2"]["tokens_per_s"] > 0
 
 
+def test_a_synthetic_gpt_oss_has_its_own_tensors_and_loads(tmp_path):
+    path, script = tmp_path / "model.gguf", [sys.executable, str(ROOT / "integration" / "shapes.py")]
+    subprocess.run([*script, str(path), "--shape", "tiny-gpt-oss", "--type", "MXFP4"], check=True)
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+    assert types["blk.1.ffn_up_exps.weight"] == "MXFP4" and types["blk.1.attn_q.weight"] == "Q8_0"
+    assert {"blk.0.attn_sinks.weight", "blk.0.ffn_down_exps.bias", "blk.0.post_attention_norm.weight"} <= types.keys()
+    done = tool("bench", str(path), "--tests", "pp40,tg2", "-r", "1", "--ranks", "2", "--json", GGML_TP_EMULATE="sm_90*2")
+    assert json.loads(done.stdout)[0]["tests"]["tg2"]["tokens_per_s"] > 0
+    refused = subprocess.run([*script, str(path), "--shape", "gpt-oss-20b", "--type", "Q4_K"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "rows of 2880, blocks of Q6_K have 256; choose a type of smaller blocks" in refused.stderr
+
+
 def test_scaling_reports_what_ran_and_what_did_not(tmp_path):
     peer = tmp_path / "peer"
     peer.write_text(
