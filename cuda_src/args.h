@@ -414,17 +414,25 @@ struct HalveEntriesArgs {
     i32 n_used, x_per_slot, columns, pad;
 };
 constexpr int kVecSlots = 16;  // of a token, a warp each
-// Few tokens: up to two products (gate, up) of the same x and ids. And, when `scaled`, of one product what follows the experts:
-// products = y * weights, sum[0] = products of slots 0 and 1, sum[i] = sum[i - 1] + products of slot i + 1, for n_sums of them.
+// What is added to a product of experts: y[:, j, t] = product[:, j, t] + row ids[j, t] of `rows`, F32 as long as the product's. rows null: y is the
+// product, as of a Partial's summands one takes the bias; y.data null: there is nothing of this.
+struct ExpertBias {
+    View y;
+    const char* rows;
+    i64 row_bytes;
+};
+// Few tokens: up to two products (gate, up) of the same x and ids, each with a bias or none. And, when `scaled`, of one product what follows the
+// experts: products = y (with its bias) * weights, sum[0] = products of slots 0 and 1, sum[i] = sum[i - 1] + products of slot i + 1, for n_sums of them.
 struct MulVecIdArgs {
     MulVecPart part[2];
+    ExpertBias bias[2];
     View x, ids;
     const char *xq, *xd;
     i64 k;
     u32* fault;
     i32 n_parts, scaled, n_sums, pad;
     View weights;   // F32 [1, n_used, n_tokens]
-    View products;  // F32 [n, n_used, n_tokens]; may be y
+    View products;  // F32 [n, n_used, n_tokens]; may be y, with its bias or without
     View sum[kVecSlots - 1];
 };
 // The same behind the products of many tokens: products = x * weights, sum[0] = products of slots 0 and 1, sum[i] = sum[i - 1] + products of slot
@@ -473,7 +481,7 @@ struct StreamPart {
     float *y, *copy;    // copy: for a later stage of the stream, or null
     const float* bias;  // added to what goes to y and copy, or null
     float* raw;         // what it is added to, for whoever else reads it, or null
-    i64 n;              // rows
+    i64 n, bias_row;    // rows; of experts, elements from one's bias to the next one's
 };
 enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2 };
 // Up to three products of one quantised type and the same activations. A tile is `rows` rows of one part (glu: half of them of part 0, the
@@ -491,6 +499,7 @@ struct StreamProduct {
     i32 first_tile[3];  // of each part; beyond the last: n_tiles
     i32 row_bytes[4], slot_offset[4];
     i32 glu, input;  // glu: 1 + GluOp, or 0
+    float alpha, limit;  // of the glu
     float eps;
     i32 n_push;                    // ranks; 0: nobody adds these sums up
     i32 push;                      // of the launch, from 1 on
@@ -522,8 +531,8 @@ struct StreamRoute {
     i32* order;                                                          // the first n_order places of all experts' order
     float *chosen, *after, *sum, *clamped_sum, *norms, *scaled_weights;  // [n_used], [1]
 };
-// What becomes of kExpertsSum's results: products with the weights, and sums of the first two, three, ... slots' products. The last sum is
-// the stage's part[0].y.
+// What becomes of kExpertsSum's results (y: with their biases): products with the weights, and sums of the first two, three, ... slots' products. The
+// last sum is the stage's part[0].y.
 struct StreamSums {
     float *y, *products;
     i64 products_stride;  // elements from slot to slot
@@ -551,6 +560,8 @@ struct StreamFloats {
 struct StreamReduce {
     const u64* inbox;  // [n_ranks][n]
     float *y, *copy;
+    const float* bias;  // as a StreamPart's
+    float* raw;
     i64 n;
     i32 n_ranks, push;
 };

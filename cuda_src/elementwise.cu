@@ -2,6 +2,7 @@
 // accesses do. Arithmetic is f32 whatever the types. y may be a (or b where b is not broadcast): a thread touches one element.
 #include "elementwise.h"
 
+#include "activation.h"
 #include "element.h"
 #include "quantize_group.h"
 
@@ -19,14 +20,24 @@ TP_DEVICE void for_my_element(const View& y, F f) {
     f(i);
 }
 
-TP_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-TP_DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
-TP_DEVICE float gelu(float x) { return 0.5f * x * (1.0f + tanhf(0.79788456080286535588f * x * (1.0f + 0.044715f * x * x))); }
-TP_DEVICE float gelu_quick(float x) { return x / (1.0f + expf(-1.702f * x)); }
-TP_DEVICE float gelu_erf(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752440f)); }
-TP_DEVICE float relu(float x) { return x > 0.0f ? x : 0.0f; }
 TP_DEVICE float hardsigmoid(float x) { return fminf(1.0f, fmaxf(0.0f, (x + 3.0f) / 6.0f)); }
-TP_DEVICE float clamp(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
+
+/// Four elements a thread; grid: (rows, elements / 1024).
+template <GluOp op>
+TP_DEVICE void fused_glu(const FusedGluArgs& args) {
+    const GluArgs& g = args.glu;
+    const i64 at = ((i64)blockIdx.y * blockDim.x + threadIdx.x) * 4, i = at - args.k_begin;
+    const Index row = row_index(blockIdx.x, g.y.ne);
+    float v[4] = {};
+    if (i >= 0 && i < g.y.ne[0]) {
+        float a[4], b[4];
+        load_four(element_at(g.a, row) + i * 4, a);
+        load_four(element_at(g.b, row) + i * 4, b);
+        for (int e = 0; e < 4; ++e) v[e] = glu_of(op, a[e], b[e], g.alpha, g.limit);
+        store_four(element_at(g.y, row) + i * 4, v);
+    }
+    leave_four(args.form, v, at, at < args.k, args.xq, args.xd, blockIdx.x, args.k);
+}
 
 }  // namespace
 }  // namespace ggml_tp
@@ -83,52 +94,20 @@ UNARY(sin, sinf(x))
 UNARY(cos, cosf(x))
 UNARY(leaky_relu, x > 0.0f ? x : args.p0 * x)
 
-#define GLU(name, expression)                                     \
-    TP_KERNEL(glu_##name, GluArgs, 256) {                         \
-        for_my_element(args.y, [&](const Index& i) {              \
-            const float a = load(args.a, i), b = load(args.b, i); \
-            store(args.y, i, expression);                         \
-        });                                                       \
-    }
-GLU(swiglu, silu(a) * b)
-GLU(geglu, gelu(a) * b)
-GLU(reglu, relu(a) * b)
-GLU(geglu_erf, gelu_erf(a) * b)
-GLU(geglu_quick, gelu_quick(a) * b)
-
-// gpt-oss: the gate is clamped from above, the up half from both sides and shifted by one.
-TP_KERNEL(glu_swiglu_oai, GluArgs, 256) {
-    for_my_element(args.y, [&](const Index& i) {
-        const float a = fminf(load(args.a, i), args.limit);
-        const float b = clamp(load(args.b, i), -args.limit, args.limit);
-        store(args.y, i, a / (1.0f + expf(-args.alpha * a)) * (b + 1.0f));
-    });
-}
-
-GLU(swiglu_clamp, silu(fminf(a, args.limit)) * clamp(b, -args.limit, args.limit))
-
-// Four elements a thread; grid: (rows, elements / 1024).
-#define FUSED_GLU(name, expression)                                                             \
-    TP_KERNEL(fused_glu_##name, FusedGluArgs, 256) {                                            \
-        const GluArgs& g = args.glu;                                                            \
-        const i64 at = ((i64)blockIdx.y * blockDim.x + threadIdx.x) * 4, i = at - args.k_begin; \
-        const Index row = row_index(blockIdx.x, g.y.ne);                                        \
-        float v[4] = {};                                                                        \
-        if (i >= 0 && i < g.y.ne[0]) {                                                          \
-            float va[4], vb[4];                                                                 \
-            load_four(element_at(g.a, row) + i * 4, va);                                        \
-            load_four(element_at(g.b, row) + i * 4, vb);                                        \
-            for (int e = 0; e < 4; ++e) {                                                       \
-                const float a = va[e], b = vb[e];                                               \
-                v[e] = expression;                                                              \
-            }                                                                                   \
-            store_four(element_at(g.y, row) + i * 4, v);                                        \
-        }                                                                                       \
-        leave_four(args.form, v, at, at < args.k, args.xq, args.xd, blockIdx.x, args.k);        \
-    }
-FUSED_GLU(swiglu, silu(a) * b)
-FUSED_GLU(geglu, gelu(a) * b)
-FUSED_GLU(reglu, relu(a) * b)
+#define GLU(name, op)                                                                                             \
+    TP_KERNEL(glu_##name, GluArgs, 256) {                                                                         \
+        for_my_element(args.y, [&](const Index& i) {                                                              \
+            store(args.y, i, glu_of(GluOp::op, load(args.a, i), load(args.b, i), args.alpha, args.limit));        \
+        });                                                                                                       \
+    }                                                                                                             \
+    TP_KERNEL(fused_glu_##name, FusedGluArgs, 256) { fused_glu<GluOp::op>(args); }
+GLU(swiglu, kSwiglu)
+GLU(geglu, kGeglu)
+GLU(reglu, kReglu)
+GLU(swiglu_oai, kSwigluOai)
+GLU(geglu_erf, kGegluErf)
+GLU(geglu_quick, kGegluQuick)
+GLU(swiglu_clamp, kSwigluClamp)
 
 TP_KERNEL(fill, FillArgs, 256) {
     for_my_element(args.y, [&](const Index& i) { store(args.y, i, args.value); });

@@ -49,6 +49,10 @@ inline constexpr const char* kUnaryKernels[] = {
 inline constexpr const char* kGluKernels[] = {
     "glu_swiglu", "glu_geglu", "glu_reglu", "glu_swiglu_oai", "glu_geglu_erf", "glu_geglu_quick", "glu_swiglu_clamp",
 };
+inline constexpr const char* kFusedGluKernels[] = {
+    "fused_glu_swiglu",    "fused_glu_geglu",       "fused_glu_reglu",        "fused_glu_swiglu_oai",
+    "fused_glu_geglu_erf", "fused_glu_geglu_quick", "fused_glu_swiglu_clamp",
+};
 
 /// y has a's shape; each extent of b divides a's.
 inline Launch binary_launch(BinaryOp op, const BinaryArgs& args, Arch) {
@@ -73,10 +77,6 @@ inline Launch glu_launch(GluOp op, const GluArgs& args, Arch) {
 
 /// `kernel`: that of the plain GLU. Rows of F32 side by side, quantised in whole blocks of 32 of which they may fill a part.
 inline Launch fused_glu_launch(const char* kernel, const FusedGluArgs& args, Arch) {
-    struct Row {
-        const char *plain, *fused;
-    };
-    static constexpr Row kRows[] = {{"glu_swiglu", "fused_glu_swiglu"}, {"glu_geglu", "fused_glu_geglu"}, {"glu_reglu", "fused_glu_reglu"}};
     const GluArgs& g = args.glu;
     Launch l;
     auto fits = [](const View& v) {
@@ -85,10 +85,11 @@ inline Launch fused_glu_launch(const char* kernel, const FusedGluArgs& args, Arc
     if (!fits(g.a) || !fits(g.b) || !fits(g.y)) return l;
     const i64 rows = n_rows(g.y), blocks = (args.k / 4 + kElementThreads - 1) / kElementThreads;
     if (args.k % 32 || g.y.ne[0] % 4 || args.k_begin % 4 || rows <= 0 || rows > 0x7fffffff || blocks > 65535) return l;
-    for (const Row& row : kRows) {
+    for (const char* fused : kFusedGluKernels) {
+        const char* const plain = fused + 6;  // behind "fused_"
         bool same = true;
-        for (int i = 0; same && (row.plain[i] || kernel[i]); ++i) same = row.plain[i] == kernel[i];
-        if (same) l.kernel = row.fused;
+        for (int i = 0; same && (plain[i] || kernel[i]); ++i) same = plain[i] == kernel[i];
+        if (same) l.kernel = fused;
     }
     l.grid[0] = (u32)rows;
     l.grid[1] = (u32)blocks;

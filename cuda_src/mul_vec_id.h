@@ -43,6 +43,9 @@ inline MulVecIdArgs mul_vec_id_args(const MulIdArgs& a) {
     return v;
 }
 
+/// What a part comes to, with its bias.
+inline const View& mul_vec_id_result(const MulVecIdArgs& a, int part) { return a.bias[part].y.data ? a.bias[part].y : a.part[part].y; }
+
 inline Launch mul_vec_id_launch(const MulVecIdArgs& a, Arch) {
     Launch out;
     out.kernel = mul_vec_id_kernel(a.part[0].w.type);

@@ -10,7 +10,7 @@
 // Each wait has a deadline; after it nobody waits any more: the results are not valid, and the fault says so.
 #include "stream.h"
 
-#include "elementwise.h"
+#include "activation.h"
 #include "flash_columns.h"
 #include "get_row.h"
 #include "quantize_group.h"
@@ -38,10 +38,12 @@ struct Shared {
     float out[kOuts][kStreamMostSums];
     float squares[kStreamWarps];
     i32 experts[kVecSlots];  // that the last router chose
+    i32 weighed_experts[kVecSlots];  // the same, until the storing warp weighs again: the streaming warp is at the next ones while it adds these up
     float weights[kVecSlots];
     TpBarrier full[kStreamSlots * kStreamPieces], empty[kStreamSlots], out_full[kOuts], out_empty[kOuts];
     TpBarrier routed;   // the blocks have arrived that a router's choice waits for
-    TpBarrier weighed;  // the storing warp has read what the last one chose
+    TpBarrier chosen;   // the streaming warp has chosen
+    TpBarrier weighed;  // the storing warp has read what was chosen
     u32 late, stage_now;
     u32 walk;  // a Progress's, while attention needs all registers
     u32 pushed_before;
@@ -95,7 +97,6 @@ TP_DEVICE float logit_of(const StreamRoute& r, const float* logits, int e, bool 
     const float x = __int_as_float(tp_load_word_in_order(logits + e, inside));
     return r.logits_bias ? x + __int_as_float(tp_load_word_in_order(r.logits_bias + e, inside)) : x;
 }
-TP_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 /// An expert's logit, or its sigmoid.
 TP_DEVICE float gate_of(const StreamRoute& r, const float* logits, int e, bool inside) {
     const float x = logit_of(r, logits, e, inside);
@@ -208,7 +209,7 @@ TP_OUTLINE void weigh_experts(const StreamRoute& r, const StreamProduct& p) {
         weight = weight * r.factor + r.shift;
         give(r.scaled_weights, weight);
     }
-    if (used) s.weights[lane] = weight;
+    if (used) s.weights[lane] = weight, s.weighed_experts[lane] = s.experts[lane];
     if (r.visible && (int)blockIdx.x < n_writers) {
         for (int e = lane; e < n && writes; e += 32) {
             const float v = gated(e, true);
@@ -280,7 +281,6 @@ TP_OUTLINE void stream_weights() {
     Turn<kStreamSlots> slot;
     Turn<kStreamSlots * kStreamPieces> ahead;
     Turn<1> routed, weighed;
-    bool weighs = false;  // the storing warp, what was chosen last
     const u64 once = tp_read_once();
     int in_flight = 0, most_in_flight = kStreamInFlight;
     bool early = true;  // ahead of the stage that is multiplied
@@ -339,17 +339,14 @@ TP_OUTLINE void stream_weights() {
         }
         const StreamProduct& p = experts.product;
         if (p.role == kExpertsEach) {
-            if (weighs) {
-                tp_barrier_wait(&s.weighed, weighed.parity);
-                weighed.next();
-            }
+            tp_barrier_wait(&s.weighed, weighed.parity ^ 1);
+            weighed.next();
             // First of any numbers, of which a matrix has enough (16 bytes of each expert at least): so that the instructions are there when the logits are.
             choose_experts((const float*)p.part[0].plane[0]);
             tp_barrier_wait(&s.routed, routed.parity);
             routed.next();
             choose_experts(experts.route.logits);
-            weighs = (int)blockIdx.x < p.n_tiles;
-            if (!weighs) weigh_experts(experts.route, p);
+            tp_barrier_arrive(&s.chosen);
         }
         if (p.input == kInputNorm && p.weight)  // into the L2: a share of every block
             for (int line = (int)blockIdx.x + (int)gridDim.x * lane; line < p.k / 32; line += 32 * (int)gridDim.x) tp_prefetch(p.weight + line * 32);
@@ -412,14 +409,6 @@ TP_DEVICE void arrive() { tp_signal(&shared_of().args.state->arrived); }
 /// Where the inbox of a push begins, in words from the first inbox.
 TP_DEVICE i64 inbox_of(const Shared& s, u32 push) { return push % 2 ? s.args.inbox_words : 0; }
 
-TP_DEVICE float activated(int op, float x) {
-    switch (op) {
-        case (int)GluOp::kSwiglu: return x / (1.0f + expf(-x));
-        case (int)GluOp::kGeglu: return 0.5f * x * (1.0f + tanhf(0.79788456080286535588f * x * (1.0f + 0.044715f * x * x)));
-        default: return x > 0.0f ? x : 0.0f;
-    }
-}
-
 // ---- the warp that stores
 /// A tile of every slot's rows: products with the slots' weights, added up slot by slot. Returns the last sum of row `row` + lane.
 TP_DEVICE float store_slots(const StreamExperts& experts, const float* out, i64 row) {
@@ -448,18 +437,17 @@ TP_DEVICE float store_slots(const StreamExperts& experts, const float* out, i64 
 /// Where results of a part go: to y and its copies, or to every rank's inbox.
 struct Destination {
     const StreamProduct& p;
-    float *y, *copy, *raw;
+    float *y, *copy;
     i32 n_push;
-    TP_MEMBER Destination(const StreamProduct& of, const StreamPart& part) : p(of), y(part.y), copy(part.copy), raw(part.raw), n_push(of.n_push) {}
-    TP_MEMBER void put(const Shared& s, i64 at, float v, float bias) const {
+    TP_MEMBER Destination(const StreamProduct& of, const StreamPart& part) : p(of), y(part.y), copy(part.copy), n_push(of.n_push) {}
+    TP_MEMBER void put(const Shared& s, i64 at, float v) const {
         if (n_push) {
             const u32 push = s.pushed_before + (u32)p.push;
             for (int r = 0; r < n_push; ++r) tp_store_tagged(p.inbox[r] + inbox_of(s, push) + at, v, push);
             return;
         }
-        if (raw) raw[at] = v;
-        y[at] = v + bias;
-        if (copy) copy[at] = v + bias;
+        y[at] = v;
+        if (copy) copy[at] = v;
     }
 };
 /// Rows of one product or several. Where they go is known before they are there: what comes behind the wait is what the next stage waits for.
@@ -471,6 +459,7 @@ TP_DEVICE void store_rows(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
         const i64 at = row + lane;
         const bool inside = lane < rows && at < part.n;
         const Destination to(p, part);
+        float* const raw = part.raw;
         const float added = part.bias && inside ? part.bias[at] : 0.0f;  // on its way while the tile is multiplied
         tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
         float v = 0;
@@ -478,32 +467,37 @@ TP_DEVICE void store_rows(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
             for (int g = 0; g < groups; ++g) v += s.out[out.at][g * rows + lane];
         tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
         out.next();
-        if (inside) to.put(s, at, v, added);
+        if (raw && inside) raw[at] = v;
+        if (inside) to.put(s, at, v + added);
     }
 }
-/// Gates and ups, of experts or not, and what the GLU makes of them.
+/// Gates and ups, of experts or not, and what the GLU makes of them. Half of the lanes have gates, the other half ups.
 TP_DEVICE void store_glu(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
-    const int lane = threadIdx.x % 32, rows = p.rows, half = rows / 2, groups = p.k_groups, op = p.glu - 1;
+    const int lane = threadIdx.x % 32, rows = p.rows, half = rows / 2, groups = p.k_groups;
     const int tiles_each = p.role ? p.n_tiles / p.slots : p.n_tiles;
-    const i64 n = p.part[0].n;
-    float *const gates = p.part[0].y, *const ups = p.part[1].y, *const glu_y = p.glu_y;
+    const StreamPart& part = p.part[lane >= half];
+    const i64 n = part.n;
+    float *const halves_y = part.y, *const raw = part.raw, *const glu_y = p.glu_y;
     for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
         const int slot = p.role ? tile / tiles_each : 0;
-        const i64 row = (i64)(tile - slot * tiles_each) * half, at = row + lane, to = slot * (i64)p.y_stride + at;
+        const i64 row = (i64)(tile - slot * tiles_each) * half, at = row + (lane >= half ? lane - half : lane), to = slot * (i64)p.y_stride + at;
+        const bool inside = lane < rows && at < n;
         float* const copy = p.glu_copy ? p.glu_copy + (i64)slot * p.glu_k : nullptr;
+        const float added = part.bias && inside ? part.bias[(p.role ? s.experts[slot] * part.bias_row : 0) + at] : 0.0f;  // on its way while the tile is multiplied
         tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
         float v = 0;
         if (lane < rows)
             for (int g = 0; g < groups; ++g) v += s.out[out.at][g * rows + lane];
         tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
         out.next();
+        if (raw && inside) raw[to] = v;
+        v += added;
         const float up = __shfl_sync(0xffffffffu, v, lane + half < 32 ? lane + half : lane);
-        if (lane < half && at < n) {
-            const float y = activated(op, v) * up;
+        if (halves_y && inside) halves_y[to] = v;
+        if (lane < half && inside) {
+            const float y = glu_of((GluOp)(p.glu - 1), v, up, p.alpha, p.limit);
             if (glu_y) glu_y[to] = y;
             if (copy) copy[p.glu_begin + at] = y;
-            if (gates) gates[to] = v;
-            if (ups) ups[to] = up;
         }
         if (copy && row == 0) {  // what a cut inside of a block leaves of its row
             for (i64 i = lane; i < p.glu_begin; i += 32) copy[i] = 0;
@@ -515,15 +509,41 @@ TP_OUTLINE Turn<kOuts> store_sums(Turn<kOuts> out) {
     Shared& s = shared_of();
     const StreamExperts& experts = *(const StreamExperts*)s.stored;
     const StreamProduct& p = experts.product;
-    const int lane = threadIdx.x % 32;
+    const StreamPart& part = p.part[0];
+    const int lane = threadIdx.x % 32, rows = p.rows, n = (int)part.n;
+    // Biases are added to sums as these lie there: a lane has two of the tile's rows and slots.
+    static_assert(kStreamMostSums == 64, "two of each lane");
+    const bool biased = part.bias || part.raw;
+    int slot[2] = {}, row_of_slot[2] = {n, n};
+    i64 of_expert[2] = {};
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+        if (!biased || lane + 32 * j >= rows * p.slots) continue;
+        slot[j] = (lane + 32 * j) / rows, row_of_slot[j] = lane + 32 * j - slot[j] * rows;
+        of_expert[j] = s.weighed_experts[slot[j]] * part.bias_row;
+    }
     for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
-        const i64 row = (i64)tile * p.rows, at = row + lane;
+        const int row = tile * rows, at = row + lane;
+        float added[2] = {};
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+            if (part.bias && row + row_of_slot[j] < n) added[j] = part.bias[of_expert[j] + row + row_of_slot[j]];  // on its way while the tile is multiplied
         tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
-        const float v = store_slots(experts, s.out[out.at], row);
+        float* const sums = s.out[out.at];
+        if (biased) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                if (row + row_of_slot[j] >= n) continue;
+                const float v = sums[lane + 32 * j];
+                if (part.raw) part.raw[slot[j] * (i64)p.y_stride + row + row_of_slot[j]] = v;
+                sums[lane + 32 * j] = v + added[j];
+            }
+            __syncwarp();
+        }
+        const float v = store_slots(experts, sums, row);
         tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
         out.next();
-        const StreamPart& part = p.part[0];
-        if (lane < p.rows && at < part.n) Destination(p, part).put(s, at, v, part.bias ? part.bias[at] : 0.0f);
+        if (lane < rows && at < n) Destination(p, part).put(s, at, v);
     }
     return out;
 }
@@ -532,15 +552,23 @@ TP_OUTLINE void store_results() {
     const StreamArgs& args = s.args;
     const int lane = threadIdx.x % 32;
     Turn<kOuts> out;
+    Turn<1> chosen;
     for (int i = args.first_product, next, kind; i < args.n_stages; i = next) {
         const StreamExperts& experts = fetch_product(args.stages[i], s.stored, next, kind);
         if (kind == kStreamFlash) continue;
         const StreamProduct& p = experts.product;
-        if ((int)blockIdx.x >= p.n_tiles) continue;
+        const bool weighs = p.role == kExpertsEach;
+        if (weighs) {
+            tp_barrier_wait(&s.chosen, chosen.parity);
+            chosen.next();
+        }
+        if ((int)blockIdx.x >= p.n_tiles) {
+            if (weighs) weigh_experts(experts.route, p), tp_barrier_arrive(&s.weighed);
+            continue;
+        }
         if (p.role == kExpertsSum) out = store_sums(out);
         else if (p.glu) store_glu(p, s, out);
         else store_rows(p, s, out);
-        const bool weighs = p.role == kExpertsEach;
         if (weighs && experts.route.visible) weigh_experts(experts.route, p);
         __syncwarp();
         if (lane == 0) arrive();
@@ -1383,8 +1411,11 @@ TP_OUTLINE Progress do_stage(Progress now) {
             const u32 push = s.pushed_before + (u32)a.push;
             const u64* inbox = a.inbox + inbox_of(s, push);
             for (i64 i = first; i < a.n; i += step) {
+                const float added = a.bias ? a.bias[i] : 0.0f;
                 float sum = sum_of(inbox + i, push, s);
                 for (int r = 1; r < a.n_ranks; ++r) sum += sum_of(inbox + r * a.n + i, push, s);
+                if (a.raw) a.raw[i] = sum;
+                sum += added;
                 a.y[i] = sum;
                 if (a.copy) a.copy[i] = sum;
             }
@@ -1515,7 +1546,7 @@ TP_KERNEL_COOPERATIVE(stream, StreamArgs, 320) {
         for (int i = 0; i < kStreamSlots * kStreamPieces; ++i) tp_barrier_init(TpBarrierAt(s.full) + i, 1);
         for (int i = 0; i < kStreamSlots; ++i) tp_barrier_init(TpBarrierAt(s.empty) + i, kMultiply);
         for (int i = 0; i < kOuts; ++i) tp_barrier_init(TpBarrierAt(s.out_full) + i, kMultiply), tp_barrier_init(TpBarrierAt(s.out_empty) + i, 32);
-        tp_barrier_init(&s.routed, 1), tp_barrier_init(&s.weighed, 32);
+        tp_barrier_init(&s.routed, 1), tp_barrier_init(&s.chosen, 32), tp_barrier_init(&s.weighed, 32);
         s.late = 0, s.stage_now = 0;
         s.pushed_before = args.state->pushed_before, s.args = args;
         tp_barrier_init_fence();

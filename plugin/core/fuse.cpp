@@ -211,24 +211,45 @@ bool rope_then_store(RankLaunch& a, const RankLaunch& b, Arch arch) {
     return replace(a, rope_store_launch(args, arch), args);
 }
 
+/// Whether y lies where nothing is written of part i, without its bias or with it.
+bool apart_from_part(const MulVecIdArgs& a, int i, const View& y) { return apart(y, a.part[i].y) && (!a.bias[i].y.data || apart(y, a.bias[i].y)); }
 /// Experts: gate and up.
 bool join_experts(RankLaunch& a, const RankLaunch& b, Arch arch) {
     MulVecIdArgs args = args_of<MulVecIdArgs>(a);
     const MulVecIdArgs more = args_of<MulVecIdArgs>(b);
     if (args.n_parts + more.n_parts > 2 || args.scaled || more.scaled || !same_view(args.x, more.x) || !same_view(args.ids, more.ids)) return false;
     if (args.xq != more.xq || args.k != more.k || args.part[0].w.type != more.part[0].w.type) return false;
-    if (args.part[0].w.ne2 != more.part[0].w.ne2 || !apart(args.part[0].y, more.part[0].y)) return false;
+    if (args.part[0].w.ne2 != more.part[0].w.ne2 || !apart_from_part(args, 0, more.part[0].y) || !apart_from_part(args, 0, mul_vec_id_result(more, 0)))
+        return false;
+    args.bias[args.n_parts] = more.bias[0];
     args.part[args.n_parts++] = more.part[0];
     return replace(a, mul_vec_id_launch(args, arch), args);
 }
 /// What other blocks of the launch may still read must not be written.
 bool touches_sources(const MulVecIdArgs& a, const View& y) { return (!a.xq && !apart(y, a.x)) || !apart(y, a.ids) || (a.scaled && !apart(y, a.weights)); }
+/// Their biases: rows of the same experts.
+bool experts_then_bias(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    MulVecIdArgs args = args_of<MulVecIdArgs>(a);
+    const AddIdArgs add = args_of<AddIdArgs>(b);
+    if (args.scaled || !same_view(add.ids, args.ids) || add.y.nb[0] != 4 || touches_sources(args, add.y)) return false;
+    for (int i = 0; i < args.n_parts; ++i) {
+        const MulVecPart& part = args.part[i];
+        if (args.bias[i].y.data || !same_view(add.a, part.y)) continue;
+        if (!same_or_apart(add.y, part.y) || add.b.nb[0] != 4 || add.b.ne[0] != part.w.n || add.b.ne[1] != part.w.ne2) return false;
+        for (int j = 0; j < args.n_parts; ++j)
+            if ((j != i && !apart_from_part(args, j, add.y)) || !apart_from_part(args, j, add.b)) return false;
+        args.bias[i] = {add.y, add.has_b ? add.b.data : nullptr, add.b.nb[1]};
+        return apart(add.y, add.b) && replace(a, mul_vec_id_launch(args, arch), args);
+    }
+    return false;
+}
 /// Down, times the weights of the experts ...
 bool experts_then_weights(RankLaunch& a, const RankLaunch& b, Arch arch) {
     MulVecIdArgs args = args_of<MulVecIdArgs>(a);
     const BinaryArgs scale = args_of<BinaryArgs>(b);
-    const View& y = args.part[0].y;
+    const View& y = mul_vec_id_result(args, 0);
     if (args.n_parts != 1 || args.scaled || !same_view(scale.a, y) || scale.y.type != kF32 || scale.y.nb[0] != 4 || !same_or_apart(scale.y, y)) return false;
+    if (!same_or_apart(scale.y, args.part[0].y) || !apart(scale.b, args.part[0].y)) return false;
     if (scale.b.type != kF32 || scale.b.ne[0] != 1 || scale.b.ne[1] != y.ne[1] || scale.b.ne[2] != y.ne[2] || !apart(scale.b, y)) return false;
     args.weights = scale.b;
     args.products = scale.y;
@@ -252,7 +273,7 @@ bool next_sum(Args& args, const BinaryArgs& sum) {
 bool experts_then_sum(RankLaunch& a, const RankLaunch& b, Arch arch) {
     MulVecIdArgs args = args_of<MulVecIdArgs>(a);
     const BinaryArgs sum = args_of<BinaryArgs>(b);
-    if (!args.scaled || touches_sources(args, sum.y) || !apart(sum.y, args.part[0].y)) return false;
+    if (!args.scaled || touches_sources(args, sum.y) || !apart_from_part(args, 0, sum.y)) return false;
     return next_sum(args, sum) && replace(a, mul_vec_id_launch(args, arch), args);
 }
 /// The same of many tokens, whose products are a launch of their own: weights and sums.
@@ -350,6 +371,7 @@ bool is_mul_vec(const char* kernel) { return std::strncmp(kernel, "mul_vec_", 8)
 bool is_mul_few(const char* kernel) { return std::strncmp(kernel, "mul_few_", 8) == 0 && std::strncmp(kernel, "mul_few_id_", 11) != 0; }
 bool is_mul_wgmma(const char* kernel) { return std::strncmp(kernel, "mul_wgmma_", 10) == 0 && std::strncmp(kernel, "mul_wgmma_id_", 13) != 0; }
 bool is_add(const char* kernel) { return std::strcmp(kernel, "binary_add") == 0; }
+bool is_add_id(const char* kernel) { return std::strcmp(kernel, "add_id") == 0; }
 bool is_mul(const char* kernel) { return std::strcmp(kernel, "binary_mul") == 0; }
 bool weighs(const char* kernel) { return is_mul(kernel) || std::strcmp(kernel, "weighted_sum") == 0; }
 bool is_norm(const char* kernel) { return std::strcmp(kernel, "rms_norm") == 0 || std::strcmp(kernel, "fused_norm") == 0; }
@@ -377,6 +399,7 @@ constexpr Merge kMerges[] = {
     {is_rope, is_rope, rope_then_rope},
     {is_rope, is_set_rows, rope_then_store},
     {is_mul_vec_id, is_mul_vec_id, join_experts},
+    {is_mul_vec_id, is_add_id, experts_then_bias},
     {is_mul_vec_id, is_mul, experts_then_weights},
     {is_mul_vec_id, is_add, experts_then_sum},
     {weighs, is_add, weights_then_sum},

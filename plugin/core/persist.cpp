@@ -108,6 +108,7 @@ class RankRun {
     std::vector<Draft> stages;  // what has been drafted; a step adds none, one or two
 
     bool add(const RankLaunch& l) {
+        if (!l.launch.kernel) return true;  // another rank's bias, of what is a Partial
         if (named(l, "fused_norm")) return add_norm(args_of<FusedNormArgs>(l));
         if (named(l, "quantize_x")) return add_quantize(args_of<QuantizeArgs>(l));
         if (named(l, "fused_glu_")) return add_glu(l);
@@ -134,7 +135,7 @@ class RankRun {
         stages.back().set(p);
         std::vector<Span>& writes = stages.back().writes;
         writes.erase(std::remove_if(writes.begin(), writes.end(), [&](const Span& s) { return s.begin == y; }), writes.end());
-        StreamReduce reduce{inboxes[static_cast<size_t>(rank)], p.part[0].y, nullptr, elems, n_ranks_, push};
+        StreamReduce reduce{inboxes[static_cast<size_t>(rank)], p.part[0].y, nullptr, nullptr, nullptr, elems, n_ranks_, push};
         Draft d = Draft::of(kStreamReduce, reduce);
         d.writes = {span_of(reduce.y, elems * 4)};
         stages.push_back(std::move(d));
@@ -148,11 +149,14 @@ class RankRun {
             StreamProduct p = d.get<StreamProduct>();
             std::vector<Span> results;
             const i64 before = p.role == kExpertsEach ? (p.slots - 1) * p.y_stride : 0;  // of other slots
-            for (int i = 0; i < p.n_parts; ++i) {
-                results.push_back(span_of(p.part[i].y, (before + p.part[i].n) * 4));
-                if (p.part[i].raw) results.push_back(span_of(p.part[i].raw, p.part[i].n * 4));
-            }
+            for (int i = 0; i < p.n_parts; ++i) results.push_back(span_of(p.part[i].y, (before + p.part[i].n) * 4));
             if (p.glu) results.push_back(span_of(p.glu_y, (before + p.part[0].n) * 4));
+            for (StreamPart& part : p.part) {
+                if (!part.raw) continue;
+                const Span raw = span_of(part.raw, (before + part.n) * 4);
+                if (meet({raw}, results)) part.raw = nullptr;
+                else results.push_back(raw);
+            }
             for (float** written : {&p.sum, &p.norm})
                 if (*written && meet({span_of(*written, static_cast<i64>(p.k) * 4)}, results)) *written = nullptr;
             d.set(p);
@@ -240,9 +244,10 @@ class RankRun {
         };
         if (stages[i].kind == kStreamProduct) {
             auto& p = *reinterpret_cast<StreamProduct*>(stages[i].body.data());
+            const i64 before = p.role ? (p.slots - 1) * static_cast<i64>(p.y_stride) : 0;
             add(p.sum, p.k), add(p.norm, p.k);
+            for (StreamPart& part : p.part) add(part.raw, before + part.n);
             if (p.glu) {
-                const i64 before = p.role ? (p.slots - 1) * static_cast<i64>(p.y_stride) : 0;
                 for (int part = 0; part < 2; ++part) add(p.part[part].y, before + p.part[part].n);
                 if (p.glu_copy) add(p.glu_y, before + p.part[0].n);
             }
@@ -251,10 +256,13 @@ class RankRun {
                     if (*result.at) out.push_back(result);
             if (p.role == kExpertsSum) {
                 StreamSums& sums = reinterpret_cast<StreamExperts*>(stages[i].body.data())->sums;
-                add(sums.y, (p.slots - 1) * static_cast<i64>(p.y_stride) + p.part[0].n);
+                add(sums.y, before + p.part[0].n);
                 add(sums.products, (p.slots - 1) * sums.products_stride + p.part[0].n);
                 for (float*& sum : sums.sum) add(sum, p.part[0].n);
             }
+        } else if (stages[i].kind == kStreamReduce) {
+            auto& r = *reinterpret_cast<StreamReduce*>(stages[i].body.data());
+            add(r.raw, r.n);
         } else if (stages[i].kind == kStreamFloats) {
             auto& f = *reinterpret_cast<StreamFloats*>(stages[i].body.data());
             add(f.sum, f.k), add(f.norm, f.k);
@@ -490,15 +498,25 @@ class RankRun {
         StreamProduct& p = e.product;
         p.n_parts = m.n_parts, p.type = m.part[0].w.type, p.k = static_cast<i32>(m.k), p.slots = static_cast<i32>(slots);
         p.role = sums ? kExpertsSum : kExpertsEach, p.y_stride = static_cast<i32>(m.part[0].y.nb[1] / 4);
+        Draft d = Draft::of(kStreamProduct, e);
         for (int i = 0; i < m.n_parts; ++i) {
             const MulVecPart& part = m.part[i];
-            if (!in_rows(part.w) || !is_slots(part.y, part.w.n, slots) || (!sums && part.y.nb[1] != m.part[0].y.nb[1])) return false;
+            const View& y = mul_vec_id_result(m, i);
+            if (!in_rows(part.w) || !is_slots(part.y, part.w.n, slots) || !is_slots(y, part.w.n, slots)) return false;
+            if (part.y.nb[1] != m.part[0].y.nb[1] || y.nb[1] != part.y.nb[1]) return false;
             for (int f = 0; f < 4; ++f) p.part[i].plane[f] = part.w.plane[f];
-            p.part[i].y = reinterpret_cast<float*>(part.y.data);
+            p.part[i].y = reinterpret_cast<float*>(y.data);
             p.part[i].n = part.w.n;
+            d.writes.push_back(span_of(y));
+            if (y.data != part.y.data) {
+                p.part[i].raw = reinterpret_cast<float*>(part.y.data);
+                d.writes.push_back(span_of(part.y));
+            }
+            const ExpertBias& bias = m.bias[i];
+            if (!bias.rows) continue;
+            if (bias.row_bytes % 4 || written(span_of(bias.rows, (part.w.ne2 - 1) * bias.row_bytes + part.w.n * 4))) return false;  // it is read before the stage
+            p.part[i].bias = reinterpret_cast<const float*>(bias.rows), p.part[i].bias_row = bias.row_bytes / 4;
         }
-        Draft d = Draft::of(kStreamProduct, e);
-        for (int i = 0; i < m.n_parts; ++i) d.writes.push_back(span_of(m.part[i].y));
         if (!sums) {
             e.route = route_;
             for (const Result& result : results_of(e.route)) {
@@ -508,9 +526,10 @@ class RankRun {
                 if (read) d.reads.push_back(span_of(read, e.route.n_expert * 4));
         } else {
             if (pending || m.weights.data != weights_ || m.n_sums != slots - 1 || !stream_fit(p, memory_->n_blocks)) return false;
-            const View &y = m.part[0].y, &products = m.products;
+            const View &y = mul_vec_id_result(m, 0), &products = m.products;
             e.sums.products = reinterpret_cast<float*>(products.data), e.sums.products_stride = products.nb[1] / 4;
             if (y.data != products.data) e.sums.y = p.part[0].y;
+            if (p.part[0].raw && m.part[0].y.data == products.data) p.part[0].raw = nullptr;
             d.writes.push_back(span_of(products));
             p.part[0].y = e.sums.products;
             for (int i = 0; i < m.n_sums; ++i) {
@@ -544,7 +563,6 @@ class RankRun {
     /// Two products of the stage before become one whose tiles hold rows of both.
     bool add_glu(const RankLaunch& l) {
         const FusedGluArgs g = args_of<FusedGluArgs>(l);
-        static constexpr const char* kKernels[] = {"fused_glu_swiglu", "fused_glu_geglu", "fused_glu_reglu"};  // in the order of GluOp
         if (stages.empty() || stages.back().kind != kStreamProduct) return false;
         StreamProduct p = stages.back().get<StreamProduct>();
         const i64 n = g.glu.y.ne[0], slots = p.role == kExpertsEach ? p.slots : 1;
@@ -555,8 +573,9 @@ class RankRun {
             if (g.glu.b.data != reinterpret_cast<char*>(p.part[0].y) || g.glu.a.data != reinterpret_cast<char*>(p.part[1].y)) return false;
             std::swap(p.part[0], p.part[1]);
         }
-        for (int op = 0; op < 3; ++op)
-            if (!std::strcmp(l.launch.kernel, kKernels[op])) p.glu = 1 + op;
+        for (size_t op = 0; op < std::size(kFusedGluKernels); ++op)
+            if (!std::strcmp(l.launch.kernel, kFusedGluKernels[op])) p.glu = 1 + static_cast<i32>(op);
+        p.alpha = g.glu.alpha, p.limit = g.glu.limit;
         p.glu_y = reinterpret_cast<float*>(g.glu.y.data);
         if (!p.glu || !stream_fit(p, memory_->n_blocks)) return false;
         Draft& d = stages.back();
@@ -974,35 +993,43 @@ class RankRun {
         return b.op >= 0;
     }
 
-    /// The sum of a product's part and a vector: the product stores it. 72B shape of Qwen2, one H100: three stages of a layer's thirteen less.
+    /// The sum of a product's part, or of all ranks' products, and a vector: the stage stores it. 72B shape of Qwen2, one H100: three stages of a layer's thirteen less.
     bool add_bias(const BinaryArgs& sum) {
         const i64 n = sum.y.ne[0];
         if (!is_vector(sum.y, n) || !is_vector(sum.a, n) || !is_vector(sum.b, n)) return false;
         float* const y = reinterpret_cast<float*>(sum.y.data);
-        const Span from = span_of(sum.a), to = span_of(sum.y), bias = span_of(sum.b);
+        const Span from = span_of(sum.a), to = span_of(sum.y);
+        if (written(span_of(sum.b))) return false;  // it is read before the stage
         for (size_t i = stages.size(); i-- > 0;) {
             Draft& d = stages[i];
-            if (meet({bias}, d.writes) || meet({to}, d.reads)) return false;
+            if (meet({to}, d.reads)) return false;
             if (!meet({from}, d.writes)) {
                 if (meet({to}, d.writes)) return false;
                 continue;
             }
-            if (d.kind != kStreamProduct) return false;
-            StreamProduct p = d.get<StreamProduct>();
-            if (p.glu || p.n_push) return false;
-            for (StreamPart& part : p.part) {
-                if (reinterpret_cast<char*>(part.y) != sum.a.data || part.n != n || part.copy || part.bias) continue;
-                if (part.y != y) {
+            auto take = [&](auto& result) {  // a StreamPart or a StreamReduce
+                if (reinterpret_cast<char*>(result.y) != sum.a.data || result.n != n || result.copy || result.bias) return false;
+                if (result.y != y) {
                     if (meet({to}, d.writes)) return false;
-                    part.raw = part.y;
-                    part.y = y;
+                    result.raw = result.y;
+                    result.y = y;
                     d.writes.push_back(to);
                 }
-                part.bias = reinterpret_cast<const float*>(sum.b.data);
-                d.set(p);
+                result.bias = reinterpret_cast<const float*>(sum.b.data);
                 return true;
+            };
+            if (d.kind == kStreamReduce) {
+                StreamReduce r = d.get<StreamReduce>();
+                const bool taken = take(r);
+                d.set(r);
+                return taken;
             }
-            return false;
+            if (d.kind != kStreamProduct) return false;
+            StreamProduct p = d.get<StreamProduct>();
+            if (p.glu || p.role || p.n_push) return false;
+            const bool taken = std::any_of(std::begin(p.part), std::end(p.part), take);
+            d.set(p);
+            return taken;
         }
         return false;
     }
