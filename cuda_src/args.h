@@ -498,7 +498,7 @@ struct StreamProduct {
     i32 n_tiles, n_planes;
     i32 first_tile[3];  // of each part; beyond the last: n_tiles
     i32 row_bytes[4], slot_offset[4];
-    i32 glu, input;  // glu: 1 + GluOp, or 0
+    i32 glu, input;      // glu: 1 + GluOp, or 0
     float alpha, limit;  // of the glu
     float eps;
     i32 n_push;                    // ranks; 0: nobody adds these sums up

@@ -94,12 +94,10 @@ UNARY(sin, sinf(x))
 UNARY(cos, cosf(x))
 UNARY(leaky_relu, x > 0.0f ? x : args.p0 * x)
 
-#define GLU(name, op)                                                                                             \
-    TP_KERNEL(glu_##name, GluArgs, 256) {                                                                         \
-        for_my_element(args.y, [&](const Index& i) {                                                              \
-            store(args.y, i, glu_of(GluOp::op, load(args.a, i), load(args.b, i), args.alpha, args.limit));        \
-        });                                                                                                       \
-    }                                                                                                             \
+#define GLU(name, op)                                                                                                                                   \
+    TP_KERNEL(glu_##name, GluArgs, 256) {                                                                                                               \
+        for_my_element(args.y, [&](const Index& i) { store(args.y, i, glu_of(GluOp::op, load(args.a, i), load(args.b, i), args.alpha, args.limit)); }); \
+    }                                                                                                                                                   \
     TP_KERNEL(fused_glu_##name, FusedGluArgs, 256) { fused_glu<GluOp::op>(args); }
 GLU(swiglu, kSwiglu)
 GLU(geglu, kGeglu)

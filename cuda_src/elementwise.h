@@ -50,8 +50,7 @@ inline constexpr const char* kGluKernels[] = {
     "glu_swiglu", "glu_geglu", "glu_reglu", "glu_swiglu_oai", "glu_geglu_erf", "glu_geglu_quick", "glu_swiglu_clamp",
 };
 inline constexpr const char* kFusedGluKernels[] = {
-    "fused_glu_swiglu",    "fused_glu_geglu",       "fused_glu_reglu",        "fused_glu_swiglu_oai",
-    "fused_glu_geglu_erf", "fused_glu_geglu_quick", "fused_glu_swiglu_clamp",
+    "fused_glu_swiglu", "fused_glu_geglu", "fused_glu_reglu", "fused_glu_swiglu_oai", "fused_glu_geglu_erf", "fused_glu_geglu_quick", "fused_glu_swiglu_clamp",
 };
 
 /// y has a's shape; each extent of b divides a's.

@@ -59,8 +59,6 @@ TP_DEVICE void mul_vec_id(const MulVecIdArgs& a) {
     const i64 row = (blockIdx.x - (second ? blocks : 0)) * kVecRows, n = part.w.n;
     const i64 expert = expert_of(a.ids, slot, token, part.w.ne2, a.fault);
     const ExpertBias& bias = a.bias[second];
-    const char* const added = bias.rows && expert >= 0 ? bias.rows + expert * bias.row_bytes + row * 4 : nullptr;
-    if (added && threadIdx.x == 0) tp_prefetch(added);  // it would hold registers while the rows are multiplied
     float acc[kVecRows] = {};
     if (expert >= 0) {
         const char* plane[kVecRows][4];
@@ -76,11 +74,18 @@ TP_DEVICE void mul_vec_id(const MulVecIdArgs& a) {
     for (int r = 0; r < kVecRows; ++r) {
         const float sum = tp_warp_sum(acc[r]);
         if (threadIdx.x) continue;
-        const float y = added && row + r < n ? sum + ((const float*)added)[r] : sum;
-        values[slot][r] = y;
-        if (row + r >= n) continue;
-        *(float*)(part.y.data + (row + r) * 4 + slot * part.y.nb[1] + token * part.y.nb[2]) = sum;
-        if (bias.y.data) *(float*)(bias.y.data + (row + r) * 4 + slot * bias.y.nb[1] + token * bias.y.nb[2]) = y;
+        values[slot][r] = sum;
+        if (row + r < n) *(float*)(part.y.data + (row + r) * 4 + slot * part.y.nb[1] + token * part.y.nb[2]) = sum;
+    }
+    if (bias.y.data) {
+        __syncwarp();
+        const int r = threadIdx.x;
+        if (r < kVecRows && row + r < n) {
+            // The expert is read again: it would hold registers while its rows are multiplied.
+            const i64 again = tp_load_word_in_order(a.ids.data + slot * a.ids.nb[0] + token * a.ids.nb[1], true);
+            if (bias.rows && again >= 0 && again < part.w.ne2) values[slot][r] += *(const float*)(bias.rows + again * bias.row_bytes + (row + r) * 4);
+            *(float*)(bias.y.data + (row + r) * 4 + slot * bias.y.nb[1] + token * bias.y.nb[2]) = values[slot][r];
+        }
     }
     if (!a.scaled) return;
     __syncthreads();

@@ -37,7 +37,7 @@ struct Shared {
     char streamed[sizeof(StreamExperts)], stored[sizeof(StreamExperts)];  // the products that the streaming and the storing warp are at
     float out[kOuts][kStreamMostSums];
     float squares[kStreamWarps];
-    i32 experts[kVecSlots];  // that the last router chose
+    i32 experts[kVecSlots];          // that the last router chose
     i32 weighed_experts[kVecSlots];  // the same, until the storing warp weighs again: the streaming warp is at the next ones while it adds these up
     float weights[kVecSlots];
     TpBarrier full[kStreamSlots * kStreamPieces], empty[kStreamSlots], out_full[kOuts], out_empty[kOuts];
@@ -483,7 +483,8 @@ TP_DEVICE void store_glu(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
         const i64 row = (i64)(tile - slot * tiles_each) * half, at = row + (lane >= half ? lane - half : lane), to = slot * (i64)p.y_stride + at;
         const bool inside = lane < rows && at < n;
         float* const copy = p.glu_copy ? p.glu_copy + (i64)slot * p.glu_k : nullptr;
-        const float added = part.bias && inside ? part.bias[(p.role ? s.experts[slot] * part.bias_row : 0) + at] : 0.0f;  // on its way while the tile is multiplied
+        const float added =
+            part.bias && inside ? part.bias[(p.role ? s.experts[slot] * part.bias_row : 0) + at] : 0.0f;  // on its way while the tile is multiplied
         tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
         float v = 0;
         if (lane < rows)

@@ -514,7 +514,8 @@ class RankRun {
             }
             const ExpertBias& bias = m.bias[i];
             if (!bias.rows) continue;
-            if (bias.row_bytes % 4 || written(span_of(bias.rows, (part.w.ne2 - 1) * bias.row_bytes + part.w.n * 4))) return false;  // it is read before the stage
+            if (bias.row_bytes % 4 || written(span_of(bias.rows, (part.w.ne2 - 1) * bias.row_bytes + part.w.n * 4)))
+                return false;  // it is read before the stage
             p.part[i].bias = reinterpret_cast<const float*>(bias.rows), p.part[i].bias_row = bias.row_bytes / 4;
         }
         if (!sums) {
