@@ -44,6 +44,13 @@ void schedule(Plan& plan, const Graph& graph) {
         return step.kind == PlanStep::kCompute && (op == abi::Op::MUL_MAT || op == abi::Op::MUL_MAT_ID);
     };
     auto source = [&](const PlanStep& step, int i) -> const Tensor& { return graph.tensors[graph.tensors[step.tensor].src[i]]; };
+    /// Step j, to place `to` in front of it; false: it depends on what lies between.
+    auto bring = [&](size_t j, size_t to) {
+        const auto first = steps.begin() + static_cast<long>(to), step = steps.begin() + static_cast<long>(j);
+        if (!std::all_of(first, step, [&](const PlanStep& between) { return independent(between, *step, graph); })) return false;
+        std::rotate(first, step, step + 1);
+        return true;
+    };
     for (size_t i = 0; i < steps.size(); ++i) {
         if (!product(steps[i])) continue;
         size_t to = i + 1;
@@ -54,12 +61,18 @@ void schedule(Plan& plan, const Graph& graph) {
                 const Tensor &x = source(steps[i], 1), &other = source(steps[j], 1);
                 if (graph.tensors[steps[i].tensor].op != graph.tensors[steps[j].tensor].op) continue;
                 if (x.address != other.address || x.bytes != other.bytes || !std::equal(x.ne, x.ne + 4, other.ne)) continue;
-                if (!std::all_of(steps.begin() + static_cast<long>(to), steps.begin() + static_cast<long>(j),
-                                 [&](const PlanStep& between) { return independent(between, steps[j], graph); }))
-                    continue;
-                std::rotate(steps.begin() + static_cast<long>(to), steps.begin() + static_cast<long>(j), steps.begin() + static_cast<long>(j) + 1);
-                ++to;
+                to += bring(j, to);
             }
+        // Then what is added to them: between ropes and stores it would keep these apart.
+        const size_t products_end = to;
+        auto adds_bias = [&](const PlanStep& step) {
+            const Tensor& t = graph.tensors[step.tensor];
+            if (step.kind != PlanStep::kCompute || (t.op != abi::Op::ADD && t.op != abi::Op::ADD_ID) || graph.tensors[t.src[1]].is_node) return false;
+            return std::any_of(steps.begin() + static_cast<long>(i), steps.begin() + static_cast<long>(products_end),
+                               [&](const PlanStep& of) { return of.tensor == t.src[0]; });
+        };
+        for (size_t j = to; j < std::min(steps.size(), i + kLookAhead); ++j)
+            if (adds_bias(steps[j])) to += bring(j, to);
         i = to - 1;
     }
 }

@@ -1,11 +1,12 @@
-// Fewer launches for the same work. schedule() brings products of the same activations next to each other in the plan; fuse() joins
+// Fewer launches for the same work. schedule() brings products of the same activations, and their biases, next to each other in the plan; fuse() joins
 // neighbouring launches of the program by the rows of one table. Both keep every tensor of the graph written, so a host may read any.
 #pragma once
 #include "program.h"
 
 namespace ggml_tp {
 
-/// Moves a MUL_MAT up behind an earlier one of the same input where nothing in between touches what it reads or writes.
+/// Moves a MUL_MAT up behind an earlier one of the same input, and behind these what is added to them, where nothing in between touches what is read or
+/// written.
 void schedule(Plan& plan, const Graph& graph);
 
 /// Joins neighbouring steps that one kernel can do, on all ranks alike. Function handles of joined launches are unset.
