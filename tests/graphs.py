@@ -307,6 +307,9 @@ def _element_wise() -> None:
     case("leaky_relu")(lambda g: g.lib.ggml_leaky_relu(g.c, g.leaf(F32, 77, 3), 0.1, False))
     case("xielu")(lambda g: g.lib.ggml_xielu(g.c, g.leaf(F32, 77, 3, scale=3), 4.0, 20.0, 0.5, 1e-7))
     for number, op in ((0, "reglu"), (1, "geglu"), (2, "swiglu"), (4, "geglu_erf"), (5, "geglu_quick")):
+        case(f"mul_mat Q8_0 of a {op}")(
+            lambda g, n=number: g.lib.ggml_mul_mat(g.c, g.leaf(Q8_0, 96, 40, scale=0.1), g.lib.ggml_glu_split(g.c, g.leaf(F32, 96, 4), g.leaf(F32, 96, 4), n))
+        )
         case(f"{op} of two")(lambda g, n=number: g.lib.ggml_glu_split(g.c, g.leaf(F32, 100, 4), g.leaf(F32, 100, 4), n))
         for swapped in (False, True):
             case(f"{op} of halves{', swapped' * swapped}")(lambda g, n=number, s=swapped: g.lib.ggml_glu(g.c, g.leaf(F32, 200, 4), n, s))
@@ -615,7 +618,7 @@ def _experts() -> None:
     case("add_id")(lambda g: g.lib.ggml_add_id(g.c, g.leaf(F32, 70, 2, 5), g.leaf(F32, 70, 6), expert_ids(g, 2, 5, 6)))
     case("fill")(lambda g: g.lib.ggml_fill(g.c, g.leaf(F32, 70, 5), -2.5))
 
-    def layer(g: Case, n_tokens: int, biases: bool, fused: bool = False) -> Any:
+    def layer(g: Case, n_tokens: int, biases: bool, fused: bool = False, type_: int = F16) -> Any:
         """Experts as models have them: weights times products, summed over slots; with biases, gpt-oss's; gate and up one tensor or two."""
         lib, ids = g.lib, expert_ids(g, 3, n_tokens, 8)
         x = g.leaf(F32, 256, 1, n_tokens)
@@ -624,12 +627,12 @@ def _experts() -> None:
             up, gate = (lib.ggml_view_4d(g.c, both, 160, 3, n_tokens, 1, 1280, 3840, 3840 * n_tokens, at) for at in (640, 0))
         else:
             up, gate = (
-                lib.ggml_mul_mat_id(g.c, g.leaf(F16, 256, 160, 8, scale=1 / 16, name=f"blk.0.ffn_{part}_exps.weight"), x, ids) for part in ("up", "gate")
+                lib.ggml_mul_mat_id(g.c, g.leaf(type_, 256, 160, 8, scale=1 / 16, name=f"blk.0.ffn_{part}_exps.weight"), x, ids) for part in ("up", "gate")
             )
         if biases:
             up, gate = (lib.ggml_add_id(g.c, part, g.leaf(F32, 160, 8), ids) for part in (up, gate))
         hidden = lib.ggml_swiglu_oai(g.c, gate, up, 1.702, 7.0) if biases else lib.ggml_glu_split(g.c, gate, up, 2)
-        out = lib.ggml_mul_mat_id(g.c, g.leaf(F16, 160, 64, 8, scale=1 / 13, name="blk.0.ffn_down_exps.weight"), hidden, ids)
+        out = lib.ggml_mul_mat_id(g.c, g.leaf(type_, 160, 64, 8, scale=1 / 13, name="blk.0.ffn_down_exps.weight"), hidden, ids)
         if biases:
             out = lib.ggml_add_id(g.c, out, g.leaf(F32, 64, 8), ids)
         out = lib.ggml_mul(g.c, out, g.leaf(F32, 1, 3, n_tokens))
@@ -640,6 +643,33 @@ def _experts() -> None:
         for biases in (False, True):
             case(f"experts F16 of {n_tokens} tokens{', biases' * biases}")(lambda g, m=n_tokens, b=biases: layer(g, m, b))
         case(f"experts F16 of {n_tokens} tokens, gate and up in one")(lambda g, m=n_tokens: layer(g, m, False, True))
+        for t, name in ((Q8_0, "Q8_0"), (39, "MXFP4")):
+            case(f"experts {name} of {n_tokens} tokens, biases")(lambda g, m=n_tokens, t=t: layer(g, m, True, type_=t))
+
+    def routed(g: Case, again: bool) -> Any:
+        """One token's experts behind their router, as gpt-oss's. again: the products without their biases are read behind all that."""
+        lib = g.lib
+        x = lib.ggml_mul(g.c, lib.ggml_rms_norm(g.c, g.leaf(F32, 256), 1e-5), g.leaf(F32, 256))
+        logits = lib.ggml_add(g.c, lib.ggml_mul_mat(g.c, g.leaf(F32, 256, 8, scale=1 / 16, name="blk.0.ffn_gate_inp.weight"), x), g.leaf(F32, 8))
+        ids = lib.ggml_view_4d(g.c, lib.ggml_argsort(g.c, logits, 1), 4, 1, 1, 1, 32, 32, 32, 0)
+        chosen = lib.ggml_get_rows(g.c, lib.ggml_reshape_3d(g.c, logits, 1, 8, 1), ids)
+        weights = lib.ggml_reshape_3d(g.c, lib.ggml_soft_max_ext(g.c, lib.ggml_reshape_3d(g.c, chosen, 4, 1, 1), g.null, 1.0, 0.0), 1, 4, 1)
+
+        def product(name: str, k: int, n: int, x: Any) -> tuple[Any, Any]:
+            y = lib.ggml_mul_mat_id(g.c, g.leaf(Q8_0, k, n, 8, scale=k**-0.5, name=f"blk.0.ffn_{name}_exps.weight"), x, ids)
+            return y, lib.ggml_add_id(g.c, y, g.leaf(F32, n, 8, name=f"blk.0.ffn_{name}_exps.bias"), ids)
+
+        (up, up_biased), (gate, gate_biased) = (product(name, 256, 160, lib.ggml_reshape_3d(g.c, x, 256, 1, 1)) for name in ("up", "gate"))
+        down, out = product("down", 160, 64, lib.ggml_swiglu_oai(g.c, gate_biased, up_biased, 1.702, 1.5))
+        out = lib.ggml_mul(g.c, out, weights)
+        slots = [lib.ggml_view_4d(g.c, out, 64, 1, 1, 1, 1024, 1024, 1024, 256 * i) for i in range(4)]
+        total = lib.ggml_add(g.c, lib.ggml_add(g.c, lib.ggml_add(g.c, slots[0], slots[1]), slots[2]), slots[3])
+        for part, n in ((up, 640), (gate, 640), (down, 256)) if again else ():
+            total = lib.ggml_add(g.c, total, lib.ggml_sum_rows(g.c, lib.ggml_reshape_3d(g.c, part, n, 1, 1)))
+        return total
+
+    for again in (False, True):
+        case(f"experts Q8_0 behind their router{', products read again' * again}")(lambda g, a=again: routed(g, a))
 
 
 def _moves_and_sums() -> None:

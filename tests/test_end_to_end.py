@@ -358,6 +358,14 @@ def test_a_token_is_one_persistent_kernel(workers, models, family, quant, ranks)
         assert " norm rows " not in result["program"]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_biases_of_a_feed_forward_network(workers, models, ranks):
+    """In front of the GLU too; the last one's is added to what all ranks have summed up."""
+    result = check(workers, models, "llama", "Q4_0", ranks, arch="sm_90", also=r"ffn_(gate|up|down)\.bias")
+    assert result["counters"].last_kernel_launches == 1, result["program"]
+    assert " binary " not in result["program"]
+
+
 @pytest.mark.parametrize(("family", "options"), [("llama", LONG), ("qwen3moe", {"embedding_length": 2560, "expert_count": 4})])
 def test_a_token_of_long_inputs(workers, models, family, options):
     """One persistent kernel as well. Four experts: each emulated block has one row of the router."""
@@ -372,7 +380,8 @@ def test_a_token_of_long_inputs(workers, models, family, options):
      ("llama", "Q4_0", 1, 700, {"attention__key_length": 256, "attention__value_length": 256, "rope__dimension_count": 256}),
      ("llama", "Q4_0", 1, 700, {"attention__head_count": 12, "attention__head_count_kv": 12}),
      ("llama", "Q4_0", 1, 700, {"attention__head_count": 16, "attention__head_count_kv": 1}),
-     ("gemma3", "Q4_0", 2, 700, {}), pytest.param("qwen3", "Q4_K", 1, 4200, WIDE, marks=pytest.mark.full), ("qwen3moe", "Q8_0", 2, 4200, {})],
+     ("gemma3", "Q4_0", 2, 700, {}), ("gpt-oss", "MXFP4", 1, 700, {}), ("gpt-oss", "Q8_0", 3, 700, {}),
+     pytest.param("qwen3", "Q4_K", 1, 4200, WIDE, marks=pytest.mark.full), ("qwen3moe", "Q8_0", 2, 4200, {})],
 )  # fmt: skip
 def test_cells_of_a_long_cache_are_streamed(workers, models, family, quant, ranks, n, options):
     """Groups of cells that nobody sees left out, the token's own cell among cells that are on their way already, and caches that do not begin at cell 0."""

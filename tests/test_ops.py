@@ -21,9 +21,9 @@ SHARES = {("sm_60", 3): slice(0, None, 2), ("sm_86", 2): slice(1, None, 2)} if "
 
 
 def tolerance(name: str) -> float:
-    if name.startswith("mul_mat") and any(t in name for t in ("Q4_0", "Q8_0", "Q4_K", "Q6_K")):
+    if name.startswith(("mul_mat", "experts")) and any(t in name for t in ("Q4_0", "Q8_0", "Q4_K", "Q6_K")):
         return 5e-4  # both sides quantise activations, in blocks of different length
-    if name.startswith("mul_mat") and any(t in name for t in OTHER_TYPES.values()):
+    if name.startswith(("mul_mat", "experts")) and any(t in name for t in OTHER_TYPES.values()):
         return 5e-4  # the CPU quantises activations
     if name.startswith("mul_mat BF16"):
         return 1e-4  # the CPU rounds activations to bf16
@@ -178,6 +178,24 @@ def test_experts_of_many_tokens_are_weighed_and_summed_in_one_launch(workers, ar
     for text in (plain, biases):
         assert [text.count(kernel) for kernel in ("weighted_sum<", "binary_mul<", "binary_add<")] == [1, 0, 0], text
     assert "mul_floats_f32<2,3,1>" in router, router
+
+
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
+@pytest.mark.parametrize("n_tokens", [1, 3])
+def test_biases_of_experts_are_added_with_their_products(workers, n_tokens):
+    """Gate and up are one launch, what their GLU leaves is quantised with it, down with its weights and sums is another."""
+    (text,) = workers.run(jobs.programs, emulated(1, "sm_80"), names=[f"experts MXFP4 of {n_tokens} tokens, biases"]).values()
+    kernels = ("mul_vec_id_mxfp4<", "fused_glu_swiglu_oai<", "add_id<", "binary_", "weighted_sum<")
+    assert [text.count(kernel) for kernel in kernels] == [2, 1, 0, 0, 0], text
+
+
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_experts_of_a_persistent_kernel(workers, reference, ranks):
+    names = [name for name in CASES if name.startswith("experts Q8_0 behind their router")]
+    for name, text in workers.run(jobs.programs, emulated(ranks, "sm_90"), names=names).items():
+        assert "mul_vec_id" not in text and "add_id" not in text and "stream of " in text, f"{name}: {text}"
+    check(workers, reference, "sm_90", ranks, names)
 
 
 # TEST_STDERR: a process of its own, started while pytest captures, so that its lines are seen.
