@@ -21,7 +21,8 @@ bool ggml_quantize_requires_imatrix(int type);
 void *ggml_backend_get_default_buffer_type(void *backend); void *ggml_gallocr_new(void *buft); void ggml_gallocr_free(void *allocator);
 bool ggml_gallocr_alloc_graph(void *allocator, void *graph);
 tensor ggml_mul_mat(ctx c, tensor a, tensor b); tensor ggml_add(ctx c, tensor a, tensor b); tensor ggml_sub(ctx c, tensor a, tensor b);
-tensor ggml_mul(ctx c, tensor a, tensor b); tensor ggml_div(ctx c, tensor a, tensor b); tensor ggml_scale_bias(ctx c, tensor a, float s, float b);
+tensor ggml_mul(ctx c, tensor a, tensor b); tensor ggml_mul_inplace(ctx c, tensor a, tensor b); tensor ggml_div(ctx c, tensor a, tensor b);
+tensor ggml_scale_bias(ctx c, tensor a, float s, float b);
 tensor ggml_clamp(ctx c, tensor a, float lo, float hi); tensor ggml_sqr(ctx c, tensor a); tensor ggml_sqrt(ctx c, tensor a); tensor ggml_sin(ctx c, tensor a);
 tensor ggml_silu(ctx c, tensor a); tensor ggml_gelu(ctx c, tensor a); tensor ggml_relu(ctx c, tensor a); tensor ggml_sigmoid(ctx c, tensor a);
 tensor ggml_gelu_quick(ctx c, tensor a); tensor ggml_tanh(ctx c, tensor a); tensor ggml_neg(ctx c, tensor a); tensor ggml_abs(ctx c, tensor a);
@@ -114,6 +115,7 @@ class Case:
         self.c = self.lib.ggml_init([16 << 20, self.null, True])
         self.rng = np.random.default_rng(seed)
         self.leaves: list[tuple[Any, bytes]] = []
+        self.early: list[Any] = []  # tensors of the graph that come before all else
         self.inner: Any = None  # a tensor of the graph that `run` reads too, into inner_value: F32
         self.inner_value = np.zeros(0, np.float32)
 
@@ -160,7 +162,8 @@ class Case:
         """`type_`: of the output; None leaves it as bytes."""
         lib = self.lib
         graph = lib.ggml_new_graph(self.c)
-        lib.ggml_build_forward_expand(graph, output)
+        for tensor in (*self.early, output):
+            lib.ggml_build_forward_expand(graph, tensor)
         buffer = lib.ggml_backend_alloc_ctx_tensors(self.c, self.ggml.backend)
         assert buffer != self.null
         for tensor, data in self.leaves:
@@ -647,26 +650,31 @@ def _experts() -> None:
             case(f"experts {name} of {n_tokens} tokens, biases")(lambda g, m=n_tokens, t=t: layer(g, m, True, type_=t))
 
     def routed(g: Case, again: bool) -> Any:
-        """One token's experts behind their router, as gpt-oss's. again: the products without their biases are read behind all that."""
-        lib = g.lib
-        x = lib.ggml_mul(g.c, lib.ggml_rms_norm(g.c, g.leaf(F32, 256), 1e-5), g.leaf(F32, 256))
-        logits = lib.ggml_add(g.c, lib.ggml_mul_mat(g.c, g.leaf(F32, 256, 8, scale=1 / 16, name="blk.0.ffn_gate_inp.weight"), x), g.leaf(F32, 8))
-        ids = lib.ggml_view_4d(g.c, lib.ggml_argsort(g.c, logits, 1), 4, 1, 1, 1, 32, 32, 32, 0)
-        chosen = lib.ggml_get_rows(g.c, lib.ggml_reshape_3d(g.c, logits, 1, 8, 1), ids)
-        weights = lib.ggml_reshape_3d(g.c, lib.ggml_soft_max_ext(g.c, lib.ggml_reshape_3d(g.c, chosen, 4, 1, 1), g.null, 1.0, 0.0), 1, 4, 1)
+        """One token through two layers of experts, each behind its router, as gpt-oss's. again: the products without their biases are read after all that."""
+        lib, out, products = g.lib, g.leaf(F32, 256), []
 
-        def product(name: str, k: int, n: int, x: Any) -> tuple[Any, Any]:
-            y = lib.ggml_mul_mat_id(g.c, g.leaf(Q8_0, k, n, 8, scale=k**-0.5, name=f"blk.0.ffn_{name}_exps.weight"), x, ids)
-            return y, lib.ggml_add_id(g.c, y, g.leaf(F32, n, 8, name=f"blk.0.ffn_{name}_exps.bias"), ids)
+        def product(name: str, k: int, n: int, x: Any, ids: Any) -> Any:
+            y = lib.ggml_mul_mat_id(g.c, g.leaf(Q8_0, k, n, 8, scale=k**-0.5, name=f"{name}_exps.weight"), x, ids)
+            products.append(lib.ggml_reshape_3d(g.c, y, n * 4, 1, 1))
+            return lib.ggml_add_id(g.c, y, g.leaf(F32, n, 8, name=f"{name}_exps.bias"), ids)
 
-        (up, up_biased), (gate, gate_biased) = (product(name, 256, 160, lib.ggml_reshape_3d(g.c, x, 256, 1, 1)) for name in ("up", "gate"))
-        down, out = product("down", 160, 64, lib.ggml_swiglu_oai(g.c, gate_biased, up_biased, 1.702, 1.5))
-        out = lib.ggml_mul(g.c, out, weights)
-        slots = [lib.ggml_view_4d(g.c, out, 64, 1, 1, 1, 1024, 1024, 1024, 256 * i) for i in range(4)]
-        total = lib.ggml_add(g.c, lib.ggml_add(g.c, lib.ggml_add(g.c, slots[0], slots[1]), slots[2]), slots[3])
-        for part, n in ((up, 640), (gate, 640), (down, 256)) if again else ():
-            total = lib.ggml_add(g.c, total, lib.ggml_sum_rows(g.c, lib.ggml_reshape_3d(g.c, part, n, 1, 1)))
-        return total
+        for layer in ("blk.0.ffn_", "blk.1.ffn_"):
+            x = lib.ggml_mul_inplace(g.c, lib.ggml_rms_norm(g.c, out, 1e-5), g.leaf(F32, 256))
+            logits = lib.ggml_add(g.c, lib.ggml_mul_mat(g.c, g.leaf(F32, 256, 8, scale=1 / 16, name=layer + "gate_inp.weight"), x), g.leaf(F32, 8))
+            ids = lib.ggml_view_4d(g.c, lib.ggml_argsort(g.c, logits, 1), 4, 1, 1, 1, 32, 32, 32, 0)
+            chosen = lib.ggml_get_rows(g.c, lib.ggml_reshape_3d(g.c, logits, 1, 8, 1), ids)
+            weights = lib.ggml_reshape_3d(g.c, lib.ggml_soft_max_ext(g.c, lib.ggml_reshape_3d(g.c, chosen, 4, 1, 1), g.null, 1.0, 0.0), 1, 4, 1)
+            g.early.append(weights)
+            of_each = lib.ggml_reshape_3d(g.c, x, 256, 1, 1)
+            up, gate = (product(layer + part, 256, 160, of_each, ids) for part in ("up", "gate"))
+            down = product(layer + "down", 160, 256, lib.ggml_swiglu_oai(g.c, gate, up, 1.702, 1.5), ids)
+            down = lib.ggml_mul(g.c, down, weights)
+            slots = [lib.ggml_view_4d(g.c, down, 256, 1, 1, 1, 4096, 4096, 4096, 1024 * i) for i in range(4)]
+            out = lib.ggml_add(g.c, lib.ggml_add(g.c, lib.ggml_add(g.c, slots[0], slots[1]), slots[2]), slots[3])
+            g.early.append(out)
+        for part in products if again else ():
+            out = lib.ggml_add(g.c, out, lib.ggml_sum_rows(g.c, part))
+        return out
 
     for again in (False, True):
         case(f"experts Q8_0 behind their router{', products read again' * again}")(lambda g, a=again: routed(g, a))
