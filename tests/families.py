@@ -64,7 +64,7 @@ class Family:
     optional: str = ""  # of OPTIONAL, what this family has all the same (a pattern of whole names after "blk.N.")
     without: str = ""  # what the host would take and this family does not have
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # tensors that this family has side by side in one
-    scaled: Mapping[str, float] = field(default_factory=dict)  # tensors by pattern, whose random values would be too large
+    scaled: Mapping[str, float] = field(default_factory=dict)  # tensors by pattern, whose random values would be too large, or too small to matter
     ahead: int = 0  # layers that predict further tokens, which hosts leave out
     job: str = "run_model"  # of jobs.py
     cost: tuple[int, int] | None = None  # all_reduces and all_gathers of one token; None: two reduces a layer
@@ -82,7 +82,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3moe": Family("qwen3moe", EXPERTS),
     "mixtral": Family("llama", EXPERTS | {"expert_feed_forward_length": N_FF}),
     "qwen2moe": Family("qwen2moe", EXPERTS | SHARED, optional=r"attn_[qkv]\.bias"),
-    "gpt-oss": Family("gpt-oss", EXPERTS | {"attention.sliding_window": 32}, optional=rf"{BIASES}|ffn_\w+\.bias|attn_sinks\.weight"),
+    "gpt-oss": Family("gpt-oss", EXPERTS | {"attention.sliding_window": 32}, optional=rf"{BIASES}|ffn_\w+\.bias|attn_sinks\.weight",
+        scaled={"attn_sinks": 4.0}),
     "gemma3": Family("gemma3", {"attention.sliding_window": 32, "attention.sliding_window_pattern": 2}, without="output|dense_.*"),
     "phi3": Family("phi3", joined=QKV),
     "glm4": Family("glm4", {"rope.dimension_count": 16}, optional=r"attn_[qkv]\.bias"),
