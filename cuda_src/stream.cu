@@ -471,8 +471,12 @@ TP_DEVICE void store_rows(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
         if (inside) to.put(s, at, v + added);
     }
 }
-/// Gates and ups, of experts or not, and what the GLU makes of them. Half of the lanes have gates, the other half ups.
-TP_DEVICE void store_glu(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
+// Code that runs once a layer comes from the L2 each time, so what few models have is not in the way of the others: biases (kBiased: a bias, or a product
+// that somebody reads without its bias) and GLUs have copies of these loops of their own.
+constexpr bool is_biased(const StreamPart& part) { return part.bias || part.raw; }
+/// Gates and ups, of experts or not, and what the GLU, kOp if that is one, makes of them. Half of the lanes have gates, the other half ups.
+template <int kOp, bool kBiased>
+TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
     const int lane = threadIdx.x % 32, rows = p.rows, half = rows / 2, groups = p.k_groups;
     const int tiles_each = p.role ? p.n_tiles / p.slots : p.n_tiles;
     const StreamPart& part = p.part[lane >= half];
@@ -483,20 +487,20 @@ TP_DEVICE void store_glu(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
         const i64 row = (i64)(tile - slot * tiles_each) * half, at = row + (lane >= half ? lane - half : lane), to = slot * (i64)p.y_stride + at;
         const bool inside = lane < rows && at < n;
         float* const copy = p.glu_copy ? p.glu_copy + (i64)slot * p.glu_k : nullptr;
-        const float added =
-            part.bias && inside ? part.bias[(p.role ? s.experts[slot] * part.bias_row : 0) + at] : 0.0f;  // on its way while the tile is multiplied
+        float added = 0;
+        if (kBiased && part.bias && inside) added = part.bias[(p.role ? s.experts[slot] * part.bias_row : 0) + at];  // while the tile is multiplied
         tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
         float v = 0;
         if (lane < rows)
             for (int g = 0; g < groups; ++g) v += s.out[out.at][g * rows + lane];
         tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
         out.next();
-        if (raw && inside) raw[to] = v;
-        v += added;
+        if (kBiased && raw && inside) raw[to] = v;
+        if (kBiased) v += added;
         const float up = __shfl_sync(0xffffffffu, v, lane + half < 32 ? lane + half : lane);
         if (halves_y && inside) halves_y[to] = v;
         if (lane < half && inside) {
-            const float y = glu_of((GluOp)(p.glu - 1), v, up, p.alpha, p.limit);
+            const float y = glu_of((GluOp)(kOp < 0 ? p.glu - 1 : kOp), v, up, p.alpha, p.limit);
             if (glu_y) glu_y[to] = y;
             if (copy) copy[p.glu_begin + at] = y;
         }
@@ -506,20 +510,26 @@ TP_DEVICE void store_glu(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
         }
     }
 }
-TP_OUTLINE Turn<kOuts> store_sums(Turn<kOuts> out) {
-    Shared& s = shared_of();
-    const StreamExperts& experts = *(const StreamExperts*)s.stored;
+TP_DEVICE void store_glu(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
+    constexpr int kSwiglu = (int)GluOp::kSwiglu, kSwigluOai = (int)GluOp::kSwigluOai;
+    const bool biased = is_biased(p.part[0]) || is_biased(p.part[1]);
+    if (p.glu == 1 + kSwiglu && !biased) store_glu_as<kSwiglu, false>(p, s, out);
+    else if (p.glu == 1 + kSwigluOai) store_glu_as<kSwigluOai, true>(p, s, out);
+    else store_glu_as<-1, true>(p, s, out);
+}
+/// Every slot's rows, added up.
+template <bool kBiased>
+TP_DEVICE void store_sums_as(const StreamExperts& experts, Shared& s, Turn<kOuts>& out) {
     const StreamProduct& p = experts.product;
     const StreamPart& part = p.part[0];
     const int lane = threadIdx.x % 32, rows = p.rows, n = (int)part.n;
     // Biases are added to sums as these lie there: a lane has two of the tile's rows and slots.
     static_assert(kStreamMostSums == 64, "two of each lane");
-    const bool biased = part.bias || part.raw;
     int slot[2] = {}, row_of_slot[2] = {n, n};
     i64 of_expert[2] = {};
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-        if (!biased || lane + 32 * j >= rows * p.slots) continue;
+    for (int j = 0; kBiased && j < 2; ++j) {
+        if (lane + 32 * j >= rows * p.slots) continue;
         slot[j] = (lane + 32 * j) / rows, row_of_slot[j] = lane + 32 * j - slot[j] * rows;
         of_expert[j] = s.weighed_experts[slot[j]] * part.bias_row;
     }
@@ -527,25 +537,29 @@ TP_OUTLINE Turn<kOuts> store_sums(Turn<kOuts> out) {
         const int row = tile * rows, at = row + lane;
         float added[2] = {};
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-            if (part.bias && row + row_of_slot[j] < n) added[j] = part.bias[of_expert[j] + row + row_of_slot[j]];  // on its way while the tile is multiplied
+        for (int j = 0; kBiased && j < 2; ++j)
+            if (part.bias && row + row_of_slot[j] < n) added[j] = part.bias[of_expert[j] + row + row_of_slot[j]];  // while the tile is multiplied
         tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
         float* const sums = s.out[out.at];
-        if (biased) {
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                if (row + row_of_slot[j] >= n) continue;
-                const float v = sums[lane + 32 * j];
-                if (part.raw) part.raw[slot[j] * (i64)p.y_stride + row + row_of_slot[j]] = v;
-                sums[lane + 32 * j] = v + added[j];
-            }
-            __syncwarp();
+        for (int j = 0; kBiased && j < 2; ++j) {
+            if (row + row_of_slot[j] >= n) continue;
+            const float v = sums[lane + 32 * j];
+            if (part.raw) part.raw[slot[j] * (i64)p.y_stride + row + row_of_slot[j]] = v;
+            sums[lane + 32 * j] = v + added[j];
         }
+        if (kBiased) __syncwarp();
         const float v = store_slots(experts, sums, row);
         tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
         out.next();
         if (lane < rows && at < n) Destination(p, part).put(s, at, v);
     }
+}
+TP_OUTLINE Turn<kOuts> store_sums(Turn<kOuts> out) {
+    Shared& s = shared_of();
+    const StreamExperts& experts = *(const StreamExperts*)s.stored;
+    if (is_biased(experts.product.part[0])) store_sums_as<true>(experts, s, out);
+    else store_sums_as<false>(experts, s, out);
     return out;
 }
 TP_OUTLINE void store_results() {
