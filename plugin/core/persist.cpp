@@ -994,7 +994,8 @@ class RankRun {
         return b.op >= 0;
     }
 
-    /// The sum of a product's part, or of all ranks' products, and a vector: the stage stores it. 72B shape of Qwen2, one H100: three stages of a layer's thirteen less.
+    /// The sum of a product's part, or of all ranks' products, and a vector: the stage stores it. 72B shape of Qwen2, one H100: three stages of a layer's
+    /// thirteen less.
     bool add_bias(const BinaryArgs& sum) {
         const i64 n = sum.y.ne[0];
         if (!is_vector(sum.y, n) || !is_vector(sum.a, n) || !is_vector(sum.b, n)) return false;
