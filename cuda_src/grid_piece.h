@@ -40,13 +40,13 @@ constexpr u32 kGrid1Up = 0x110901f9u, kGrid1Down = 0x0f07fff7u;         // eight
 constexpr u32 kGrid3XxsLow = 0x1c140c04u, kGrid3XxsHigh = 0x3e342c24u;  // 4, 12, 20, 28, 36, 44, 52, 62
 constexpr u32 kGrid3SLow = 0x07050301u, kGrid3SHigh = 0x0f0d0b09u;      // 1, 3, ... 15
 
-/// Entries of eight values: the r-th run's two.
+/// A run of two entries of eight values.
 TP_DEVICE TpInt4 two_eights(u32 first, u32 second, u32 first_values, u32 second_values) {
     TpInt4 out;
     grid_eight(first, first_values, out.x, out.y), grid_eight(second, second_values, out.z, out.w);
     return out;
 }
-/// Entries of four values, codes of 4 bits of which 3 choose among eight bytes: four numbers of eight bits, and a bit each above them.
+/// A run of four entries of four values, codes of 4 bits of which 3 choose among eight bytes: four numbers of eight bits, and a bit each above them.
 TP_DEVICE TpInt4 four_fours(const u16* grid, u32 entries, u32 ninth, u32 low_values, u32 high_values) {
     auto four = [=](int i) { return (int)tp_byte_perm(low_values, high_values, grid[(entries >> 8 * i & 255) | (ninth >> i & 1) << 8]); };
     return {four(0), four(1), four(2), four(3)};

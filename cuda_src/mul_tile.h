@@ -8,7 +8,7 @@ namespace ggml_tp {
 constexpr int kTileStep = 64;    // of k: 64 halves of a row are in shared memory at a time
 constexpr int kTileStride = 72;  // halves between rows there: 144 bytes, so that ldmatrix meets no bank twice
 constexpr int kTileThreads = 256;
-constexpr i32 kTileArch = 800;  // mma.m16n8k16; older cards go on with mul_mat
+constexpr i32 kTileArch = 800;  // mma.m16n8k16; older cards go on with mul_mat, or mul_vec (only_pieces)
 
 /// Types that before tensor cores have nothing but pieces that is not element by element.
 constexpr bool only_pieces(i32 type, Arch arch) { return arch.cc < kTileArch && has_pieces(type) && !has_dots(type); }

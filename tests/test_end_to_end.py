@@ -430,8 +430,9 @@ def test_without_peers_or_persistent_kernel(workers, models, off, by_nccl):
     assert nmse(parts["prompt_logits"], whole["prompt_logits"]) < 1e-9
 
 
-def test_persistent_runs_are_bit_identical(workers, models):
-    arguments = {"model": models("llama", "Q4_0"), "prompt": PROMPT, "n": 6}
+@pytest.mark.parametrize(("family", "quant"), [("llama", "Q4_0"), ("gpt-oss", "Q8_0")])
+def test_persistent_runs_are_bit_identical(workers, models, family, quant):
+    arguments = {"model": models(family, quant), "prompt": PROMPT, "n": 6}
     a, b = (workers.run(jobs.run_model, emulated(3, "sm_90"), on_device=True, **arguments) for _ in range(2))
     assert np.array_equal(a["logits"], b["logits"])
 
