@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from conftest import WorkerError, Workers
@@ -68,8 +67,7 @@ def test_an_error_keeps_its_type_and_says_where(some):
 def test_a_worker_that_died_between_jobs_is_replaced_and_one_that_does_not_end_is_killed(some):
     dead = some.run(_pid, {})
     os.kill(dead, signal.SIGSEGV)
-    while Path(f"/proc/{dead}/stat").read_text().rsplit(")")[-1].split()[0] != "Z":  # until it is one that only waits to be joined
-        time.sleep(0.05)
+    os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT)  # until it only waits to be joined: its main thread alone is a zombie before that
     late = some.run(_pid, {})
     some.run(_hang_at_the_end, {})
     with pytest.raises(WorkerError, match="did not end within 1 s, killed"):
