@@ -4,8 +4,7 @@
 
 namespace ggml_tp {
 
-/// 1024 + q in each half, for q in the low byte of each half of `pairs`.
-constexpr u32 kMagic = 0x64006400u, kOne = 0x3c003c00u;
+constexpr u32 kOne = 0x3c003c00u;  // in each half
 TP_DEVICE u32 half_pair(float a) { return tp_float_to_half(a) * 0x10001u; }
 /// Eight words of halves from 16 bytes of unsigned values v < 256: (v - offset) * scale + shift.
 TP_DEVICE void expand(const TpInt4& v, float offset, float scale, float shift, u32 (&out)[8]) {

@@ -287,7 +287,7 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="(default: %(default)s)")
     types = [t for t in TYPES if t != "F32"]
-    heads = "Q4_0, Q8_0 and F16 have a head of their own type, MXFP4 of Q8_0, others of Q6_K, as gpt-oss's attention has"
+    heads = "Q4_0, Q8_0 and F16 have a head of their own type, MXFP4 of Q8_0, others of Q6_K; gpt-oss's attention has the head's"
     parser.add_argument("--type", choices=types, default="Q4_K", help=f"of the matrices; {heads} (default: %(default)s)")
     parser.add_argument("--layers", type=int, help="how many layers (default: all of the shape's)")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
