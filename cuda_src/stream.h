@@ -30,13 +30,12 @@ inline i32 stream_share(i64 k, i64 blocks) { return (i32)(((k + blocks - 1) / bl
 /// Elements of a product's input.
 inline i32 stream_input(const StreamProduct& p) { return p.role == kExpertsSum ? p.k * p.slots : p.k; }
 
-/// Fills in the tiles of a product of which parts, n_parts, type, k, glu, slots and role are set, for so many blocks. False: it does not fit the ring, or its rows do
-/// not begin at multiples of 16 bytes.
+/// Fills in the tiles of a product of which parts, n_parts, type, k, row_bytes, glu, slots and role are set, for so many blocks. False: it does not fit the
+/// ring, or its copies would not begin at multiples of 16 bytes.
 inline bool stream_fit(StreamProduct& p, i64 blocks) {
     const WeightFormat* format = find_weight_format(p.type);
     if (!format || !stream_can_type(p.type) || p.k % format->block_elems || stream_input(p) > kStreamMostK) return false;
     p.n_planes = format->n_fields;
-    for (int f = 0; f < p.n_planes; ++f) p.row_bytes[f] = p.k / format->block_elems * format->field[f].bytes;
     const bool sums = p.role == kExpertsSum;
     const i32 least = p.glu ? 2 : 1, copies = sums ? p.slots : 1;  // of a row in a tile
     p.rows = kStreamMostRows;

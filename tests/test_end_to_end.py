@@ -367,6 +367,14 @@ def test_biases_of_a_feed_forward_network(workers, models, ranks):
     assert " binary " not in result["program"]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_that_begin_at_no_multiple_of_16_bytes_by_themselves(workers, models, ranks):
+    """gpt-oss's: 480 weights have 15 bytes of scales, and a tile of six experts' rows has 8 of each at most."""
+    options = {"embedding_length": 480, "expert_feed_forward_length": 480 * ranks, "expert_used_count": 6}
+    result = check(workers, models, "gpt-oss", "MXFP4", ranks, arch="sm_90", **options)
+    assert result["counters"].last_kernel_launches == 1, result["program"]
+
+
 @pytest.mark.parametrize(("family", "options"), [("llama", LONG), ("qwen3moe", {"embedding_length": 2560, "expert_count": 4})])
 def test_a_token_of_long_inputs(workers, models, family, options):
     """One persistent kernel as well. Four experts: each emulated block has one row of the router."""

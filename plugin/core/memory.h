@@ -18,7 +18,8 @@
 
 namespace ggml_tp {
 
-/// One rank's piece of a weight matrix: planes of fields (weight_format.h), blocks [block_begin, block_end) of its rows, segment after segment.
+/// One rank's piece of a weight matrix: planes of fields (weight_format.h), blocks [block_begin, block_end) of its rows, segment after segment. A row of
+/// a plane may have a few bytes behind it that nobody reads.
 struct PlaneLayout {
     i64 block_begin = 0, block_end = 0;
     Ranges rows;  // [n_segments]

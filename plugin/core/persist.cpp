@@ -502,7 +502,7 @@ class RankRun {
         for (int i = 0; i < m.n_parts; ++i) {
             const MulVecPart& part = m.part[i];
             const View& y = mul_vec_id_result(m, i);
-            if (!in_rows(part.w) || !is_slots(part.y, part.w.n, slots) || !is_slots(y, part.w.n, slots)) return false;
+            if (!set_rows_of(p, part.w, i == 0) || !is_slots(part.y, part.w.n, slots) || !is_slots(y, part.w.n, slots)) return false;
             if (part.y.nb[1] != m.part[0].y.nb[1] || y.nb[1] != part.y.nb[1]) return false;
             for (int f = 0; f < 4; ++f) p.part[i].plane[f] = part.w.plane[f];
             p.part[i].y = reinterpret_cast<float*>(y.data);
@@ -553,11 +553,13 @@ class RankRun {
     static bool is_slots(const View& v, i64 n, i64 slots) {
         return v.type == kF32 && v.nb[0] == 4 && v.ne[0] == n && v.ne[1] == slots && v.ne[2] * v.ne[3] == 1 && v.nb[1] % 4 == 0 && v.nb[1] >= n * 4;
     }
-    /// Experts' matrices lie one behind the other.
-    static bool in_rows(const Matrix& w) {
+    /// Rows of every part are as far apart as the first one's, and matrices of experts lie one behind the other.
+    static bool set_rows_of(StreamProduct& p, const Matrix& w, bool first) {
         const WeightFormat* format = find_weight_format(w.type);
-        for (int f = 0; format && f < format->n_fields; ++f)
-            if (w.row_stride[f] != w.k / format->block_elems * format->field[f].bytes || w.nb2[f] != w.n * w.row_stride[f]) return false;
+        for (int f = 0; format && f < format->n_fields; ++f) {
+            if (first) p.row_bytes[f] = static_cast<i32>(w.row_stride[f]);
+            if (w.row_stride[f] != p.row_bytes[f] || (p.role && w.nb2[f] != w.n * w.row_stride[f])) return false;
+        }
         return format && w.ne3 == 1;
     }
 
@@ -604,15 +606,12 @@ class RankRun {
         p.k = static_cast<i32>(m.k);
         for (int i = 0; i < m.n_parts; ++i) {
             const MulVecPart& part = m.part[i];
-            if (part.y.nb[0] != 4 || part.y.type != kF32) return false;
+            if (part.y.nb[0] != 4 || part.y.type != kF32 || !set_rows_of(p, part.w, i == 0)) return false;
             for (int f = 0; f < 4; ++f) p.part[i].plane[f] = part.w.plane[f];
             p.part[i].y = reinterpret_cast<float*>(part.y.data);
             p.part[i].n = part.w.n;
         }
         if (!stream_fit(p, memory_->n_blocks)) return false;
-        for (int i = 0; i < m.n_parts; ++i)
-            for (int f = 0; f < p.n_planes; ++f)
-                if (m.part[i].w.row_stride[f] != p.row_bytes[f]) return false;
         Draft d = Draft::of(kStreamProduct, p);
         for (int i = 0; i < m.n_parts; ++i) d.writes.push_back(span_of(p.part[i].y, p.part[i].n * 4));
         if (kept_ != m.xq) {
