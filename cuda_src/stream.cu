@@ -803,6 +803,7 @@ TP_OUTLINE Progress multiply(Progress now) {
             if (w % (U::kWords / 2) == 0)
                 d[j][w / (U::kWords / 2)] = {inside ? s.xd[at / 32 * 2] * scale : 0.0f, inside ? s.xd[at / 32 * 2 + 1] * scale : 0.0f};
         }
+        U::arrange(x[j]);
     }
     const int rows = p.rows, n_tiles = p.n_tiles, last_of_half = (p.glu ? rows / 2 : rows) - 1, shift = p.piece_shift;
     int offset[4], stride[4];
@@ -886,6 +887,7 @@ TP_OUTLINE Progress multiply_slots(Progress now) {
                         x[v] = *(const TpInt4*)(s.x + at);
                         if (v % (U::kWords / 2) == 0) d[v / (U::kWords / 2)] = {s.xd[at / 32 * 2], s.xd[at / 32 * 2 + 1]};
                     }
+                    U::arrange(x);
                     sum[r] += w.dot_unit(unit, x, d[0], d[1]);
                 }
             }
@@ -911,8 +913,11 @@ TP_DEVICE Progress multiply(const StreamProduct& p, Progress now) {
     static_assert(Unit<kType>::kElems == stream_unit(kType), "what stream_fit counts");
     if (p.role == kExpertsSum) return multiply_slots<kType>(now);
     if (p.units_each == 1) return multiply<kType, 1>(now);
-    if constexpr (2 * Unit<kType>::kElems < kStreamMostElems)
-        if (p.units_each > 2) return multiply<kType, 4>(now);
+    if constexpr (2 * Unit<kType>::kElems < kStreamMostElems) {
+        static_assert(4 * Unit<kType>::kElems == kStreamMostElems);
+        if (p.units_each == 3) return multiply<kType, 3>(now);
+        if (p.units_each > 3) return multiply<kType, 4>(now);
+    }
     return multiply<kType, 2>(now);
 }
 

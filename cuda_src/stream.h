@@ -65,7 +65,7 @@ inline bool stream_fit(StreamProduct& p, i64 blocks) {
         p.k_groups = p.rows < kStreamWarps ? kStreamWarps / p.rows : 1;
         while (p.k_groups < kStreamWarps && units_each() * unit > kStreamMostElems) p.k_groups *= 2;
         const i32 each = units_each();
-        p.units_each = each <= 1 ? 1 : each <= 2 ? 2 : 4;
+        p.units_each = each < 1 ? 1 : each;
         if (each * unit > kStreamMostElems) return false;
     }
     // Every copy is of whole 16 bytes from a multiple of 16: also the last tile's.

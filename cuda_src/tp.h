@@ -226,6 +226,12 @@ TP_DEVICE u32 tp_byte_signs(u32 x) {
     asm("prmt.b32 %0, %1, 0, 0xba98;" : "=r"(out) : "r"(x));
     return out;
 }
+/// tp_byte_perm, but where the top bit of a selector's nibble is set the byte's sign, all over it.
+TP_DEVICE u32 tp_byte_perm_sign(u32 x, u32 y, u32 selector) {
+    u32 out;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(y), "r"(selector));
+    return out;
+}
 /// A constant that the compiler does not know, as blocks are not that high: what it knows it puts into instructions, and their other operands that do
 /// not fit there beside it into registers, again and again.
 TP_DEVICE u32 tp_in_register(u32 v) { return v + threadIdx.z; }

@@ -362,3 +362,9 @@ static inline u32 tp_byte_perm(u32 x, u32 y, u32 selector) {
     return out;
 }
 static inline u32 tp_byte_signs(u32 x) { return (x >> 7 & 0x01010101u) * 255u; }
+static inline u32 tp_byte_perm_sign(u32 x, u32 y, u32 selector) {
+    const u32 bytes = tp_byte_perm(x, y, selector), of_sign = selector >> 3 & 0x1111u;
+    u32 which = 0;
+    for (int i = 0; i < 4; ++i) which |= (of_sign >> 4 * i & 1) * 255u << 8 * i;
+    return (bytes & ~which) | (tp_byte_signs(bytes) & which);
+}
