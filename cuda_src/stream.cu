@@ -482,6 +482,14 @@ TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out)
     const StreamPart& part = p.part[lane >= half];
     const i64 n = part.n;
     float *const halves_y = part.y, *const raw = part.raw, *const glu_y = p.glu_y;
+    if (kBiased)  // biases of all of the block's tiles: behind weights on their way each would take a tile's time
+        for (int tile = (int)blockIdx.x + lane * (int)gridDim.x; tile < p.n_tiles; tile += 32 * (int)gridDim.x) {
+            const int slot = p.role ? tile / tiles_each : 0;
+            const i64 at = (p.role ? s.experts[slot] * part.bias_row : 0) + (tile - slot * tiles_each) * half;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                if (p.part[i].bias) tp_prefetch(p.part[i].bias + at);
+        }
     for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
         const int slot = p.role ? tile / tiles_each : 0;
         const i64 row = (i64)(tile - slot * tiles_each) * half, at = row + (lane >= half ? lane - half : lane), to = slot * (i64)p.y_stride + at;
@@ -533,6 +541,12 @@ TP_DEVICE void store_sums_as(const StreamExperts& experts, Shared& s, Turn<kOuts
         slot[j] = (lane + 32 * j) / rows, row_of_slot[j] = lane + 32 * j - slot[j] * rows;
         of_expert[j] = s.weighed_experts[slot[j]] * part.bias_row;
     }
+    if (kBiased && part.bias)  // as above
+        for (int i = lane;; i += 32) {
+            const int tile = (int)blockIdx.x + i / p.slots * (int)gridDim.x;
+            if (tile >= p.n_tiles) break;
+            tp_prefetch(part.bias + s.weighed_experts[i % p.slots] * part.bias_row + tile * rows);
+        }
     for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
         const int row = tile * rows, at = row + lane;
         float added[2] = {};
