@@ -136,14 +136,12 @@ struct MulWideArgs {
 
 // The same where the rows alone may leave multiprocessors idle (mul_few.cu, mul_wgmma.cu). k is divided in n_pieces of `chunks` times 128, whose
 // sums, [n_pieces][m][n_rows], sum_pieces adds up where there is more than one. n_rows: of all parts. sums: null where one piece is enough.
-// together: the blocks of all pieces are a cluster, which adds up itself.
 // n_stages: of mul_few's ring. made: a kernel in front makes the weights (halve_weights), so they are not there early.
 struct MulPiecesArgs {
     MulWideArgs wide;
     float* sums;
     i64 n_rows;
     i32 n_pieces, chunks, n_stages, made;
-    i32 together, pad;
 };
 
 // Rows [row_begin, row_begin + rows) of each matrix of w as f16 [matrices][rows][k]; k a multiple of 8.

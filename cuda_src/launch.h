@@ -10,19 +10,13 @@ struct Launch {
     u32 block[3] = {1, 1, 1};
     u32 shared_bytes = 0;      // dynamic
     bool cooperative = false;  // blocks wait for each other: all must be on the device at once
-    u32 cluster = 1;           // blocks along y that run side by side and read each other's shared memory, of kMostCluster at most; divides grid[1]
 };
-
-constexpr int kMostCluster = 8;  // blocks that every device with clusters takes (CUDA C++ Programming Guide, "Thread Block Clusters")
 
 // Compute capability as major*100 + minor*10, as in __CUDA_ARCH__: 600, 610, 700, 750, 860, 900.
 struct Arch {
     i32 cc;
     i32 n_sm;
     bool wgmma = false;  // the kernels that run there are those of sm_90a
-    // How many clusters of so many blocks are on the device at once, where a multiprocessor has room for one block: a cluster's are neighbours, so
-    // fewer than n_sm / blocks. 0: it has none.
-    i32 clusters[kMostCluster + 1] = {};
 };
 
 }  // namespace ggml_tp

@@ -2,7 +2,7 @@
 // memory, 64 to 256 bytes of each of a block's rows a stage, so that memory is read in whole lines and a stage or more is on its way whatever the
 // warps do; as strips of halves they are multiplied by up to kColumns columns of x, which the stages hold too. A warp has 32 rows and 128 of a
 // stage's k: four lanes' strips (16 bytes of 4-bit weights, 32 of a row), in an order that x's panels are read in as well: which k a lane's
-// element has does not matter to a sum, as long as both operands agree. Pieces of k meet in a cluster's shared memory, or in sum_pieces.
+// element has does not matter to a sum, as long as both operands agree.
 // grid: (row blocks of all parts, pieces of k), of experts (row blocks, tiles that there may be), block: few_shape's threads.
 #include "mul_few.h"
 
@@ -308,39 +308,10 @@ struct FewX {
     }
 };
 
-/// Sums of a block's rows and columns in shared memory: column by column, which are so far apart that the lanes of a warp's store find different banks.
-template <int kColumns, int kRows>
-struct FewSums {
-    static constexpr int kApart = kRows + 4;
-    float* from;
-    TP_MEMBER float* at(int row, int column) const { return from + column * kApart + row; }
-#if TP_ARCH >= 900
-    /// This block's share of all sums of the cluster, whose blocks have a piece of k each: added up in the order of pieces, as sum_pieces does.
-    template <class Store>
-    TP_MEMBER void add_up(int thread, int threads, u32 pieces, int columns, const Store& store) const {
-        constexpr int kFours = kRows / 4;
-        for (int i = (int)tp_cluster_block() * threads + thread; i < columns * kFours; i += (int)pieces * threads) {
-            const int column = i / kFours, row = i % kFours * 4;
-            float sum[4] = {}, more[kMostCluster][4];
-#pragma unroll
-            for (u32 piece = 0; piece < kMostCluster; ++piece)
-                if (piece < pieces) tp_cluster_load(at(row, column), piece, more[piece]);
-#pragma unroll
-            for (u32 piece = 0; piece < kMostCluster; ++piece)
-                for (int j = 0; j < 4; ++j)
-                    if (piece < pieces) sum[j] += more[piece][j];
-            for (int j = 0; j < 4; ++j) store(row + j, column, sum[j]);
-        }
-    }
-#endif
-};
-
 /// Stages [first, end) of the rows from row0 on of a matrix, times columns that lie in panels, step_bytes between steps of 64. store(row, column, y):
-/// row of the matrix, column below `columns`. pieces: other stages of the same rows are the work of so many blocks, this one's cluster; 1: of none.
-/// kEarly: x is the work of the kernel before, the weights were not.
+/// row of the matrix, column below kColumns. kEarly: x is the work of the kernel before, the weights were not.
 template <int kType, int kColumns, int kRows, bool kEarly, class Store>
-TP_DEVICE void few_product(const Matrix& w, i64 matrix, i64 row0, const char* xh, u32 step_bytes, u32 first, u32 end, u32 n_stages, int columns_there,
-                           u32 pieces, const Store& store) {
+TP_DEVICE void few_product(const Matrix& w, i64 matrix, i64 row0, const char* xh, u32 step_bytes, u32 first, u32 end, u32 n_stages, const Store& store) {
     constexpr FewShape kShape = few_shape(kType, kColumns, kRows);
     constexpr int kThreads = kShape.threads, kK = kShape.k, kChunks = kK / 128, kRowWarps = kRows / 32, kXAt = kRows * kShape.row_bytes;
     using X = FewX<kType, kColumns, kThreads, kChunks>;
@@ -405,42 +376,29 @@ TP_DEVICE void few_product(const Matrix& w, i64 matrix, i64 row0, const char* xh
                 }
             }
     }
-    const FewSums<kColumns, kRows> sums{(float*)ring};
-    static_assert(sizeof(float) * kColumns * sums.kApart <= 2 * kShape.bytes, "what every ring has");
-    const bool together = TP_ARCH >= 900 && kEarly && pieces > 1;
-    auto each = [&](auto&& take) {
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-#pragma unroll
-            for (int n = 0; n < kColumns / 8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) take(rows + m * 16 + g + e / 2 * 8, n * 8 + 2 * t + e % 2, acc[m][n][e]);
-    };
-    if (kChunks > 1 || together) {
-        tp_copy_wait();
-        __syncthreads();  // the ring is free
-    }
     if constexpr (kChunks > 1) {  // the warps of a stage's second half leave their sums to those of the first
         static_assert(kChunks == 2);
-        if (chunk) each([&](int row, int column, float sum) { *sums.at(row, column) = sum; });
-        __syncthreads();
-        if (!chunk) each([&](int row, int column, float& sum) { sum += *sums.at(row, column); });
-    }
-    const auto store_if = [&](int row, int column, float sum) {
-        if (column < columns_there && row0 + row < w.n) store(row0 + row, column, sum * kUnhalved<kType>);
-    };
-#if TP_ARCH >= 900
-    if constexpr (kEarly) {
-        if (together) {
-            if (!chunk) each([&](int row, int column, float sum) { *sums.at(row, column) = sum; });
-            tp_cluster_sync();
-            sums.add_up(thread, kThreads, pieces, columns_there, store_if);
-            tp_cluster_sync();  // nobody leaves while its sums are read
-            return;
+        float* const sums = (float*)ring + rows * kColumns + lane;
+        tp_copy_wait();
+        __syncthreads();  // the ring is free
+        if (chunk) {
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) sums[i * 32] = acc[i / (kColumns / 2)][i / 4 % (kColumns / 8)][i % 4];
         }
+        __syncthreads();
+        if (chunk) return;
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) acc[i / (kColumns / 2)][i / 4 % (kColumns / 8)][i % 4] += sums[i * 32];
     }
-#endif
-    if (!chunk) each(store_if);
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const i64 row = row0 + rows + m * 16 + g + e / 2 * 8;
+                if (row < w.n) store(row, n * 8 + 2 * t + e % 2, acc[m][n][e] * kUnhalved<kType>);
+            }
 }
 
 template <int kType, int kColumns, int kRows>
@@ -451,13 +409,11 @@ TP_DEVICE void mul_few(const MulPiecesArgs& a) {
     const u32 all = (u32)((a.wide.k + kShape.k - 1) / kShape.k), stages = (u32)(a.chunks * 128 / kShape.k), first = blockIdx.y * stages,
               end = first + stages < all ? first + stages : all;
     if (a.made) tp_grid_wait();
-    const u32 together = a.together ? (u32)a.n_pieces : 1;
-    few_product<kType, kColumns, kRows, true>(p.w, 0, row0, a.wide.xh, kPanelBytes, first, end, (u32)a.n_stages, (int)a.wide.m, together,
-                                              [&](i64 row, i64 column, float y) {
-                                                  if (a.n_pieces > 1 && !a.together)
-                                                      a.sums[((i64)blockIdx.y * a.wide.m + column) * a.n_rows + before + row] = y;
-                                                  else *(float*)(p.y.data + row * p.y.nb[0] + column * p.y.nb[1]) = y;
-                                              });
+    few_product<kType, kColumns, kRows, true>(p.w, 0, row0, a.wide.xh, kPanelBytes, first, end, (u32)a.n_stages, [&](i64 row, i64 column, float y) {
+        if (column >= a.wide.m) return;
+        if (a.n_pieces > 1) a.sums[((i64)blockIdx.y * a.wide.m + column) * a.n_rows + before + row] = y;
+        else *(float*)(p.y.data + row * p.y.nb[0] + column * p.y.nb[1]) = y;
+    });
 }
 
 /// A tile of an expert's entries. The grid is for the worst case: blocks without a tile leave.
@@ -470,8 +426,9 @@ TP_DEVICE void mul_few_entries(const MulTileIdArgs& a) {
     const i64 steps = (a.w.k + kTileStep - 1) / kTileStep;
     const u32 step_bytes = (u32)kColumns * 128, all = (u32)((a.w.k + kShape.k - 1) / kShape.k);
     few_product<kType, kColumns, kShape.rows, false>(a.w, tile.expert, (i64)blockIdx.x * kShape.rows, a.xh + entries.panel() * steps * step_bytes, step_bytes,
-                                                     0, all, (u32)a.n_stages, tile.count, 1,
-                                                     [&](i64 row, i64 column, float y) { *(float*)entries.y(row, column) = y; });
+                                                     0, all, (u32)a.n_stages, [&](i64 row, i64 column, float y) {
+                                                         if (entries.has(column)) *(float*)entries.y(row, column) = y;
+                                                     });
 }
 
 }  // namespace ggml_tp

@@ -86,21 +86,14 @@ inline FewShape few_shape(const MulPiecesArgs& a, Arch arch) {
     const int columns = few_columns(a.wide.m);
     return few_shape(type, columns, few_tall(a, arch) ? kFewTallRows : few_rows(type, columns));
 }
-/// Divides k where the rows alone leave multiprocessors idle; into no more pieces than a cluster has blocks, where that is nearly as many and all clusters
-/// run at once. The division depends on shapes and device alone, so results repeat.
+/// Divides k where the rows alone leave multiprocessors idle. The division depends on shapes and device alone, so results repeat.
 inline void few_divide(MulPiecesArgs& a, Arch arch) {
     const FewShape shape = few_shape(a, arch);
     const FewRing ring = few_ring(shape, arch);
     const i64 blocks = row_tiles(a.wide, shape.rows), most = few_most_pieces(a);
-    i64 pieces = blocks > 0 ? (i64)arch.n_sm * ring.blocks / blocks : 1;
-    if (pieces > most) pieces = most;
+    const i64 pieces = blocks > 0 ? (i64)arch.n_sm * ring.blocks / blocks : 1;
+    divide_pieces(a, pieces > most ? most : pieces, shape.k / 128);
     a.n_stages = ring.stages;
-    for (i64 together = pieces < kMostCluster ? pieces : kMostCluster; together > 1 && together * 5 >= pieces * 4; --together) {
-        divide_pieces(a, together, shape.k / 128);
-        a.together = a.n_pieces > 1 && blocks <= (i64)arch.clusters[a.n_pieces] * ring.blocks;
-        if (a.together) return;
-    }
-    divide_pieces(a, pieces, shape.k / 128);
 }
 /// Bytes of `sums`, whatever else is joined to a product of m columns.
 inline i64 few_sums_bytes(const MulPiecesArgs& a, Arch arch) {
@@ -138,7 +131,6 @@ inline Launch mul_few_launch(const MulPiecesArgs& a, Arch arch) {
     out.grid[1] = (u32)a.n_pieces;
     out.block[0] = (u32)shape.threads;
     out.shared_bytes = (u32)(a.n_stages * shape.bytes);
-    if (a.together) out.cluster = (u32)a.n_pieces;
     return out;
 }
 

@@ -254,19 +254,6 @@ struct TpSharedAt {
 };
 #endif
 #if __CUDA_ARCH__ >= 900
-/// Of a cluster's blocks: this one's number; a barrier of all their threads, behind which what they have stored in shared memory is seen by all; and
-/// four floats of block `block`'s shared memory, 16 bytes from where this block has `from`.
-TP_DEVICE u32 tp_cluster_block() {
-    u32 block;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(block));
-    return block;
-}
-TP_DEVICE void tp_cluster_sync() { asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-TP_DEVICE void tp_cluster_load(const float* from, u32 block, float (&out)[4]) {
-    u32 at;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(TpSharedAt(from).address), "r"(block));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(out[0]), "=f"(out[1]), "=f"(out[2]), "=f"(out[3]) : "r"(at) : "memory");
-}
 /// A barrier in shared memory (mbarrier): a phase ends when `count` arrivals and all announced bytes are there.
 struct TpBarrier {
     u64 word;

@@ -248,10 +248,6 @@ def _mul_mats() -> None:
         case(f"mul_mat {NAMES[t]} 2304x150, k in pieces, m12")(
             lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 2304, 150, scale=1 / 48, name="blk.0.attn_q.weight"), g.leaf(F32, 2304, 12))
         )
-        if t == Q4_0:  # more pieces than an emulated cluster has blocks
-            case("mul_mat Q4_0 4608x100, k in pieces, m12")(
-                lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(Q4_0, 4608, 100, scale=1 / 68, name="blk.0.attn_q.weight"), g.leaf(F32, 4608, 12))
-            )
         if t in (Q4_0, Q8_0, Q4_K, Q6_K, F16, BF16):  # which tiles of many columns multiply without a copy
             case(f"mul_mat {NAMES[t]} 2304x150, k in pieces, m100")(
                 lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 2304, 150, scale=1 / 48, name="blk.0.attn_q.weight"), g.leaf(F32, 2304, 100))

@@ -157,15 +157,6 @@ def test_few_columns_have_their_kernel(workers):
 
 
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
-def test_pieces_of_k_meet_in_a_cluster(workers):
-    """Where there are clusters, of up to four blocks where there are four multiprocessors; else a launch adds them up. sm_120: no room for more pieces."""
-    names = ["mul_mat Q4_K 2304x150, k in pieces, m12", "mul_mat Q4_0 4608x100, k in pieces, m12"]
-    for arch, launches in {"sm_80": (True, True), "sm_90": (False, True), "sm_120": (False, False)}.items():
-        for text, launch in zip(workers.run(jobs.programs, emulated(1, arch), names=names).values(), launches, strict=True):
-            assert "mul_few_" in text and ("sum_pieces<" in text) == launch, f"{arch}: {text}"
-
-
-@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
 def test_experts_of_few_tokens_have_their_kernel(workers):
     """From four tokens on, where there are tensor cores; until there are 8 entries for an expert, of more than 4 in tiles of 16."""
     names = [f"mul_mat_id Q4_K ffn_gate_exps, {n} tokens" for n in (1, 5, 33)] + ["mul_mat_id Q4_K of 9, an expert of all 20 tokens"]

@@ -31,8 +31,7 @@ enum : int {
     kNotFound = 500,
     kNotReady = 600,
     kIllegalAddress = 700,
-    kLaunchFailed = 719,
-    kInvalidCluster = 912
+    kLaunchFailed = 719
 };
 
 constexpr unsigned kMultiprocessors = 4;
@@ -221,7 +220,6 @@ API int cuGetErrorString(int code, const char** text) {
         case kLaunchFailed: *text = "launch failed"; break;
         case kNotFound: *text = "named symbol not found"; break;
         case kInvalidValue: *text = "invalid argument"; break;
-        case kInvalidCluster: *text = "invalid cluster size"; break;
         default: *text = "error";
     }
     return kOk;
@@ -231,13 +229,12 @@ API int cuDeviceGet(int* device, int ordinal) { return ordinal < 0 || ordinal >=
 API int cuDeviceGetName(char* text, int n, int) { return std::snprintf(text, static_cast<size_t>(n), "Emulated sm_%d", world().compute_capability / 10), kOk; }
 API int cuDeviceGetAttribute(int* value, int attribute, int) {
     const int cc = world().compute_capability;
-    *value = attribute == 16    ? static_cast<int>(kMultiprocessors)
-             : attribute == 75  ? cc / 100
-             : attribute == 76  ? cc / 10 % 10
-             : attribute == 95  ? 1
-             : attribute == 97  ? static_cast<int>(most_shared())
-             : attribute == 120 ? cc >= 900
-                                : 0;
+    *value = attribute == 16   ? static_cast<int>(kMultiprocessors)
+             : attribute == 75 ? cc / 100
+             : attribute == 76 ? cc / 10 % 10
+             : attribute == 95 ? 1
+             : attribute == 97 ? static_cast<int>(most_shared())
+                               : 0;
     return kOk;
 }
 API int cuDevicePrimaryCtxRetain(void** context, int device) { return *context = reinterpret_cast<void*>(static_cast<intptr_t>(device + 1)), kOk; }
@@ -366,53 +363,21 @@ API int cuModuleGetFunction(void** function, void*, const char* name) {
     return kernel ? (*function = const_cast<Kernel*>(kernel), kOk) : kNotFound;
 }
 API int cuFuncSetAttribute(void*, int, int) { return kOk; }
-// CUlaunchAttribute and CUlaunchConfig; of the attributes clusters mean something here.
-struct LaunchAttribute {
-    int id;
-    unsigned pad, x, y, z;
-    char rest[52];
-};
-struct LaunchConfig {
-    unsigned gx, gy, gz, bx, by, bz, shared_bytes;
-    void* stream;
-    const LaunchAttribute* attributes;
-    unsigned n_attributes;
-};
-constexpr int kClusterDimension = 4;
-constexpr unsigned kMostCluster = 8;
-unsigned cluster_of(const LaunchConfig& c) {
-    for (unsigned i = 0; i < c.n_attributes; ++i)
-        if (c.attributes[i].id == kClusterDimension) return c.attributes[i].x == 1 && c.attributes[i].z == 1 ? c.attributes[i].y : 0;
-    return 1;
-}
-API int cuLaunchKernelEx(const LaunchConfig* c, void* function, void** parameters, void**) {
+API int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared_bytes, void* stream,
+                       void** parameters, void**) {
     const Kernel* kernel = static_cast<Kernel*>(function);
-    const unsigned long long threads = 1ull * c->bx * c->by * c->bz;
-    const unsigned cluster = cluster_of(*c);
-    if (!c->gx || !c->gy || !c->gz || c->gx > 0x7fffffffu || c->gy > 65535 || c->gz > 65535 || !threads || threads > kernel->max_threads ||
-        c->shared_bytes > most_shared() || (kernel->cooperative && (c->gx > kMultiprocessors || c->gy != 1 || c->gz != 1)))
+    const unsigned long long threads = 1ull * bx * by * bz;
+    if (!gx || !gy || !gz || gx > 0x7fffffffu || gy > 65535 || gz > 65535 || !threads || threads > kernel->max_threads || shared_bytes > most_shared() ||
+        (kernel->cooperative && (gx > kMultiprocessors || gy != 1 || gz != 1)))
         return kInvalidValue;
-    if (!cluster || cluster > kMostCluster || c->gy % cluster || (cluster > 1 && (kernel->cooperative || world().compute_capability < 900)))
-        return kInvalidCluster;
     auto args = std::make_shared<std::vector<char>>(static_cast<char*>(parameters[0]), static_cast<char*>(parameters[0]) + kernel->args_bytes);
-    stream_of(c->stream)->submit([=, launch = *c] {
+    stream_of(stream)->submit([=] {
         const char* error = nullptr;
-        if (run(*kernel, {launch.gx, launch.gy, launch.gz}, {launch.bx, launch.by, launch.bz}, cluster, launch.shared_bytes, args->data(), &error))
-            return static_cast<int>(kOk);
+        if (run(*kernel, {gx, gy, gz}, {bx, by, bz}, shared_bytes, args->data(), &error)) return static_cast<int>(kOk);
         std::fprintf(stderr, "emulator: kernel %s: %s\n", kernel->name, error);
         return static_cast<int>(kLaunchFailed);
     });
     return kOk;
-}
-API int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared_bytes, void* stream,
-                       void** parameters, void** extra) {
-    const LaunchConfig config{gx, gy, gz, bx, by, bz, shared_bytes, stream, nullptr, 0};
-    return cuLaunchKernelEx(&config, function, parameters, extra);
-}
-API int cuOccupancyMaxActiveClusters(int* n, void*, const LaunchConfig* c) {
-    const unsigned cluster = cluster_of(*c);
-    if (!cluster || cluster > kMostCluster) return kInvalidCluster;
-    return *n = static_cast<int>(kMultiprocessors / cluster), kOk;
 }
 
 // NCCL

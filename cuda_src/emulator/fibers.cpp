@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <condition_variable>
 #include <functional>
 #include <memory>
@@ -73,14 +72,6 @@ struct Fiber {
     void* tsan = nullptr;
 #endif
 };
-
-/// Blocks that run at once.
-struct Cluster {
-    explicit Cluster(unsigned n) : meet(n), shared(n) {}
-    std::barrier<> meet;
-    std::vector<char*> shared;  // of each block
-};
-thread_local Cluster* cluster = nullptr;  // of this OS thread's block; null: it has none
 
 /// One OS thread's block: its fibers and their scheduler.
 class Block {
@@ -299,7 +290,6 @@ bool Block::run(const Kernel& kernel, Dim3 grid, Dim3 block, Dim3 index, size_t 
     current.block_dim = block;
     current.grid_dim = grid;
     current.dynamic_shared = shared_.data() + (16 - reinterpret_cast<uintptr_t>(shared_.data()) % 16) % 16;
-    if (cluster) cluster->shared[current.cluster_block] = current.dynamic_shared;
     for (unsigned i = 0; i < n_; ++i) {
         Fiber& f = fibers_[i];
         if (!f.stack) {
@@ -356,16 +346,6 @@ const Kernel* find_kernel(const char* name, int compute_capability) {
 }
 
 void sync_block() { block_of_thread().sync_block(); }
-void sync_cluster() {
-    sync_block();
-    if (current.linear == 0) {
-        TP_TSAN_RELEASE(cluster);
-        cluster->meet.arrive_and_wait();
-        TP_TSAN_ACQUIRE(cluster);
-    }
-    sync_block();
-}
-const void* shared_of_block(const void* own, unsigned block) { return cluster->shared[block] + (static_cast<const char*>(own) - current.dynamic_shared); }
 float warp_float(Collective op, u32 mask, float value, int source) { return block_of_thread().collective(op, mask, value, source); }
 void warp_call(WarpFunction function, void* lane) { block_of_thread().call(function, lane); }
 void product_begin(ProductFunction function, float* d, u64 a, u64 b) { block_of_thread().product_begin({function, d, a, b}); }
@@ -410,7 +390,7 @@ void barrier_wait(TpBarrier* b, int parity) {
 
 namespace {
 
-/// OS threads for the blocks of cooperative kernels and of clusters, one each, kept for the next launch.
+/// OS threads for the blocks of cooperative kernels, one each, kept for the next launch.
 class Crew {
   public:
     ~Crew() {
@@ -462,31 +442,19 @@ class Crew {
 
 }  // namespace
 
-bool run(const Kernel& kernel, Dim3 grid, Dim3 block, unsigned of_cluster, size_t dynamic_shared_bytes, const void* args, const char** error) {
-    thread_local Crew crew;
-    *error = "threads of a block wait for each other";
-    if (of_cluster > 1) {
-        for (unsigned z = 0; z < grid.z; ++z)
-            for (unsigned y = 0; y < grid.y; y += of_cluster)
-                for (unsigned x = 0; x < grid.x; ++x) {
-                    Cluster blocks(of_cluster);
-                    const auto work = [&](unsigned i) {
-                        cluster = &blocks;
-                        current.cluster_block = i;
-                        const bool ok = block_of_thread().run(kernel, grid, block, {x, y + i, z}, dynamic_shared_bytes, args);
-                        cluster = nullptr;
-                        return ok;
-                    };
-                    if (!crew.run(of_cluster, work)) return false;
-                }
-        return true;
-    }
-    if (kernel.cooperative)
+bool run(const Kernel& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_bytes, const void* args, const char** error) {
+    if (kernel.cooperative) {
+        thread_local Crew crew;
+        *error = "threads of a block wait for each other";
         return crew.run(grid.x, [&](unsigned i) { return block_of_thread().run(kernel, grid, block, {i, 0, 0}, dynamic_shared_bytes, args); });
+    }
     const u64 n_blocks = static_cast<u64>(grid.x) * grid.y * grid.z;
     for (u64 i = 0; i < n_blocks; ++i) {
         const Dim3 index{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y), static_cast<unsigned>(i / grid.x / grid.y)};
-        if (!block_of_thread().run(kernel, grid, block, index, dynamic_shared_bytes, args)) return false;
+        if (!block_of_thread().run(kernel, grid, block, index, dynamic_shared_bytes, args)) {
+            *error = "threads of a block wait for each other";
+            return false;
+        }
     }
     return true;
 }

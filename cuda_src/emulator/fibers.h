@@ -34,7 +34,6 @@ struct Context {
     Dim3 thread, block, block_dim, grid_dim;
     unsigned linear;  // thread index within the block
     char* dynamic_shared;
-    unsigned cluster_block;  // which of its cluster's blocks this is
 };
 extern thread_local Context current;
 
@@ -45,9 +44,6 @@ void sync_block();
 void sync_some(unsigned n);
 /// The running fiber waits for something that another fiber or another block will do, and asks again after this.
 void spin();
-/// A barrier of all threads of a cluster's blocks, each of which has an OS thread; and what another of them has where this block has `own` in shared memory.
-void sync_cluster();
-const void* shared_of_block(const void* own, unsigned block);
 /// What tp_signal and its readers order, for TSan: kernels' accesses before an add are seen after a read.
 u32 read_signal(const u32* p);
 void signal(u32* p);
@@ -81,9 +77,8 @@ struct Registration {
 };
 const Kernel* find_kernel(const char* name, int compute_capability);
 
-/// Runs a launch to its end on the calling thread and its helpers. cluster: blocks along y that run side by side. False: a block deadlocked (reason in
-/// *error).
-bool run(const Kernel& kernel, Dim3 grid, Dim3 block, unsigned cluster, size_t dynamic_shared_bytes, const void* args, const char** error);
+/// Runs a launch to its end on the calling thread and its helpers. False: a block deadlocked (reason in *error).
+bool run(const Kernel& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_bytes, const void* args, const char** error);
 
 }  // namespace tp_emulator
 
@@ -117,9 +112,6 @@ static inline u64 tp_nanoseconds() { return static_cast<u64>(std::chrono::steady
 static inline u64 tp_cycles() { return tp_nanoseconds(); }
 #define TP_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(tp_emulator::current.dynamic_shared)
 
-static inline u32 tp_cluster_block() { return tp_emulator::current.cluster_block; }
-static inline void tp_cluster_sync() { tp_emulator::sync_cluster(); }
-static inline void tp_cluster_load(const float* from, u32 block, float (&out)[4]) { std::memcpy(out, tp_emulator::shared_of_block(from, block), sizeof out); }
 static inline void __syncthreads() { tp_emulator::sync_block(); }
 static inline void __syncwarp(u32 mask = ~0u) { tp_emulator::warp_float(tp_emulator::Collective::kSync, mask, 0, 0); }
 // By bits: an integer that became a float on its way would lose its low ones.

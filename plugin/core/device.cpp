@@ -14,19 +14,19 @@ namespace ggml_tp {
 namespace {
 
 constexpr int kErrorNotReady = 600;
-constexpr int kAttributeSmCount = 16, kAttributeCcMajor = 75, kAttributeCcMinor = 76, kAttributeSharedOptIn = 97, kAttributeClusterLaunch = 120;
+constexpr int kAttributeSmCount = 16, kAttributeCcMajor = 75, kAttributeCcMinor = 76;
 constexpr int kStreamNonBlocking = 1;
 constexpr int kFuncMaxDynamicShared = 8;
 constexpr double kPollSeconds = 0.02;
 constexpr int kDefaultShared = 48 * 1024;  // more must be asked for, per kernel
 
-constexpr int kCooperative = 2, kClusterDimension = 4, kProgrammaticStreamSerialization = 6;  // CUlaunchAttributeID
+constexpr int kCooperative = 2, kProgrammaticStreamSerialization = 6;  // CUlaunchAttributeID
 constexpr int kCaptureThreadLocal = 1;
 struct LaunchAttribute {  // CUlaunchAttribute
     int id;
     char pad[4];
-    u32 value[3];  // a cluster's blocks along x, y, z; else a flag
-    char rest[52];
+    int value;
+    char rest[60];
 };
 static_assert(sizeof(LaunchAttribute) == 72);
 struct LaunchConfig {  // CUlaunchConfig
@@ -162,7 +162,6 @@ Device::Device(const Driver& driver_in, int rank_in, int ordinal_in) : driver(dr
         modules_.push_back(module);
         image = "emulated";
         wgmma = cc == 900;
-        count_clusters();
         return;
     }
     for (int want = minor; want >= 0; --want)
@@ -176,28 +175,6 @@ Device::Device(const Driver& driver_in, int rank_in, int ordinal_in) : driver(dr
     if (modules_.empty())
         throw Error("libggml-tp.so was built without kernels for " + name + " (sm_" + std::to_string(cc / 10) + "): run build.py --arch sm_" +
                     std::to_string(cc / 10));
-    count_clusters();
-}
-
-/// Asked of the driver: GPUs of one kind differ in which of their multiprocessors work, so in how many neighbours there are.
-void Device::count_clusters() {
-    int has_clusters = 0, shared = 0;
-    TP_CUDA(driver, rank, cuDeviceGetAttribute, &has_clusters, kAttributeClusterLaunch, ordinal);
-    if (!has_clusters || !driver.cuLaunchKernelEx || !driver.cuOccupancyMaxActiveClusters) return;
-    TP_CUDA(driver, rank, cuDeviceGetAttribute, &shared, kAttributeSharedOptIn, ordinal);
-    const Handle kernel = function("sum_pieces");  // any without shared memory of its own: with all there is a block has a multiprocessor
-    TP_CUDA(driver, rank, cuFuncSetAttribute, kernel, kFuncMaxDynamicShared, shared);
-    for (u32 blocks = 2; blocks <= kMostCluster; ++blocks) {
-        LaunchAttribute attribute{kClusterDimension, {}, {1, blocks, 1}, {}};
-        const LaunchConfig config{1, blocks, 1, 256, 1, 1, static_cast<unsigned>(shared), stream, &attribute, 1};
-        TP_CUDA(driver, rank, cuOccupancyMaxActiveClusters, &clusters_[blocks], kernel, &config);
-    }
-}
-
-Arch Device::arch() const {
-    Arch arch{cc, n_sm, wgmma};
-    std::copy(std::begin(clusters_), std::end(clusters_), arch.clusters);
-    return arch;
 }
 
 Device::~Device() {
@@ -252,9 +229,8 @@ void Device::launch(Handle function, const Launch& l, const void* args) const {
     void* parameters[] = {const_cast<void*>(args)};
     const unsigned *grid = l.grid, *block = l.block;
     if (driver.cuLaunchKernelEx && (dependent_launch_ || l.cooperative)) {
-        LaunchAttribute attributes[2] = {{l.cooperative ? kCooperative : kProgrammaticStreamSerialization, {}, {1}, {}},
-                                         {kClusterDimension, {}, {1, l.cluster, 1}, {}}};
-        const LaunchConfig config{grid[0], grid[1], grid[2], block[0], block[1], block[2], l.shared_bytes, stream, attributes, l.cluster > 1 ? 2u : 1u};
+        LaunchAttribute attribute{l.cooperative ? kCooperative : kProgrammaticStreamSerialization, {}, 1, {}};
+        const LaunchConfig config{grid[0], grid[1], grid[2], block[0], block[1], block[2], l.shared_bytes, stream, &attribute, 1};
         TP_CUDA(driver, rank, cuLaunchKernelEx, &config, function, parameters, nullptr);
         return;
     }

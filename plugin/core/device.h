@@ -65,9 +65,7 @@ struct NcclId {
     X(cuLaunchKernel, cuLaunchKernel, (Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**, void**))
 
 // Of newer drivers; null where the driver has none.
-#define GGML_TP_CUDA_OPTIONAL(X)                                                 \
-    X(cuLaunchKernelEx, cuLaunchKernelEx, (const void*, Handle, void**, void**)) \
-    X(cuOccupancyMaxActiveClusters, cuOccupancyMaxActiveClusters, (int*, Handle, const void*))
+#define GGML_TP_CUDA_OPTIONAL(X) X(cuLaunchKernelEx, cuLaunchKernelEx, (const void*, Handle, void**, void**))
 
 #define GGML_TP_NCCL_FUNCTIONS(X)                                      \
     X(ncclGetVersion, ncclGetVersion, (int*))                          \
@@ -144,7 +142,7 @@ class Device {
     const int rank, ordinal;
     int cc = 0, n_sm = 0;  // cc as in __CUDA_ARCH__
     bool wgmma = false;    // its kernels are those of sm_90a
-    Arch arch() const;
+    Arch arch() const { return {cc, n_sm, wgmma}; }
     std::string name;
     std::string image;  // which of the embedded kernels run here: "sm_90", or "compute_80 (PTX)"
     Handle stream = nullptr;
@@ -155,10 +153,8 @@ class Device {
         std::string name;
         Handle handle;
     };
-    void count_clusters();
     Handle context_ = nullptr;
-    i32 clusters_[kMostCluster + 1] = {};  // as Arch has them
-    bool dependent_launch_ = false;        // kernels wait for the one before themselves (tp_grid_wait)
+    bool dependent_launch_ = false;  // kernels wait for the one before themselves (tp_grid_wait)
     std::vector<Handle> modules_;
     std::vector<Function> functions_;
 };

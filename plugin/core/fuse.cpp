@@ -442,8 +442,7 @@ bool try_merge(ProgramStep& a, const ProgramStep& b, const std::vector<Arch>& ar
     return false;
 }
 
-/// Products are divided along k when it is known what shares their launch; the sums of the pieces are a step behind it, where
-/// no cluster has all of them.
+/// Products are divided along k when it is known what shares their launch; the sums of the pieces are a step behind it.
 bool divide_products(ProgramStep& step, ProgramStep& sums, const std::vector<Arch>& archs) {
     bool any = false;
     if (step.kind != ProgramStep::kLaunch) return false;
@@ -459,7 +458,7 @@ bool divide_products(ProgramStep& step, ProgramStep& sums, const std::vector<Arc
         MulPiecesArgs args = args_of<MulPiecesArgs>(launch);
         few ? few_divide(args, archs[r]) : wide_divide(args, archs[r]);
         replace(launch, few ? mul_few_launch(args, archs[r]) : mul_wgmma_launch(args, archs[r]), args);
-        if (args.n_pieces > 1 && !args.together) any |= replace(sums.launches[r], sum_pieces_launch(args, archs[r]), args);
+        if (args.n_pieces > 1) any |= replace(sums.launches[r], sum_pieces_launch(args, archs[r]), args);
     }
     return any;
 }
