@@ -108,13 +108,19 @@ struct SoftMax {
     TP_MEMBER float power(float v) const { return most == -INFINITY ? 0.0f : expf(v * scale - most); }
     TP_MEMBER float of(float v) const { return power(v) * inverse; }
 };
-TP_DEVICE SoftMax soft_max_of_gates(const StreamRoute& r, const float* logits) {
+/// A lane has every 32nd expert's gate.
+template <int kPer>
+TP_DEVICE SoftMax soft_max_of_gates(const StreamRoute& r, const float (&gate)[kPer]) {
     const int lane = threadIdx.x % 32;
     SoftMax out{r.scale_before};
-    for (int e = lane; e < r.n_expert; e += 32) out.most = fmaxf(out.most, gate_of(r, logits, e, true) * out.scale);
+#pragma unroll
+    for (int j = 0; j < kPer; ++j)
+        if (lane + 32 * j < r.n_expert) out.most = fmaxf(out.most, gate[j] * out.scale);
     out.most = tp_warp_max(out.most);
     float sum = 0;
-    for (int e = lane; e < r.n_expert; e += 32) sum += out.power(gate_of(r, logits, e, true));
+#pragma unroll
+    for (int j = 0; j < kPer; ++j)
+        if (lane + 32 * j < r.n_expert) sum += out.power(gate[j]);
     sum = tp_warp_sum(sum);
     out.inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
     return out;
@@ -131,7 +137,7 @@ TP_DEVICE void choose_experts(const StreamRoute& r, const float* logits, Shared&
 #pragma unroll
     for (int j = 0; j < kPer; ++j) by[j] = logit_of(r, logits, lane + 32 * j, lane + 32 * j < n);
     if (r.gating == kGatingSigmoid || r.selection_bias) {
-        const SoftMax gates = r.gating == kGatingSoftMax ? soft_max_of_gates(r, logits) : SoftMax{};
+        const SoftMax gates = r.gating == kGatingSoftMax ? soft_max_of_gates(r, by) : SoftMax{};
 #pragma unroll
         for (int j = 0; j < kPer; ++j) {
             if (r.gating == kGatingSigmoid) by[j] = sigmoid(by[j]);
@@ -174,18 +180,24 @@ TP_OUTLINE void choose_experts(const float* logits) {
     else if (r.n_expert <= 256) choose_experts<8>(r, logits, s);
     else choose_experts<kStreamMostExperts / 32>(r, logits, s);
 }
-/// Their weights, into shared memory; arithmetic and order are those of chain.cu. And all that others may read.
-TP_OUTLINE void weigh_experts(const StreamRoute& r, const StreamProduct& p) {
-    Shared& s = shared_of();
+/// Their weights, into shared memory; arithmetic and order are those of chain.cu. And all that others may read. Gates are loaded at once: one behind the
+/// other they were most of 7,600 cycles (Qwen3-30B-A3B, one H200).
+template <int kPer>
+TP_DEVICE void weigh_experts(const StreamRoute& r, const StreamProduct& p, Shared& s) {
     const int lane = threadIdx.x % 32, n = r.n_expert, n_used = r.n_used, n_writers = p.n_tiles < (int)gridDim.x ? p.n_tiles : (int)gridDim.x;
     const bool writes = (int)blockIdx.x == n_writers - 1;  // that block has the fewest tiles
-    const SoftMax gates = r.gating == kGatingSoftMax ? soft_max_of_gates(r, r.logits) : SoftMax{};
-    auto gated = [&](int e, bool inside) {
-        const float gate = gate_of(r, r.logits, e, inside);
-        return r.gating == kGatingSoftMax ? gates.of(gate) : gate;
-    };
     const bool used = lane < n_used;
-    float weight = used ? gated(s.experts[lane], true) : 0.0f;
+    const float gate = gate_of(r, r.logits, used ? s.experts[lane] : 0, used);
+    SoftMax gates{};
+    if (r.gating == kGatingSoftMax) {
+        float all[kPer];
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) all[j] = gate_of(r, r.logits, lane + 32 * j, lane + 32 * j < n);
+        gates = soft_max_of_gates(r, all);
+    }
+    auto gated_as = [&](float of) { return r.gating == kGatingSoftMax ? gates.of(of) : of; };
+    auto gated = [&](int e) { return gated_as(gate_of(r, r.logits, e, true)); };
+    float weight = used ? gated_as(gate) : 0.0f;
     auto give = [&](float* to, float v) {
         if (writes && to && used) to[lane] = v;
     };
@@ -212,14 +224,14 @@ TP_OUTLINE void weigh_experts(const StreamRoute& r, const StreamProduct& p) {
     if (used) s.weights[lane] = weight, s.weighed_experts[lane] = s.experts[lane];
     if (r.visible && (int)blockIdx.x < n_writers) {
         for (int e = lane; e < n && writes; e += 32) {
-            const float v = gated(e, true);
+            const float v = gated(e);
             if (r.biased) r.biased[e] = logit_of(r, r.logits, e, true);
             if (r.gated) r.gated[e] = v;
             if (r.selection) r.selection[e] = v + r.selection_bias[e];
         }
         // The whole order: a block finds the places of some experts.
         auto key_of = [&](int e) {
-            const float by = r.selection_bias ? gated(e, true) + r.selection_bias[e] : gate_of(r, r.logits, e, true);
+            const float by = r.selection_bias ? gated(e) + r.selection_bias[e] : gate_of(r, r.logits, e, true);
             return sort_key(by, true);
         };
         for (int e = blockIdx.x; r.order && e < n; e += n_writers) {
@@ -234,6 +246,13 @@ TP_OUTLINE void weigh_experts(const StreamRoute& r, const StreamProduct& p) {
         }
     }
     __syncwarp();
+}
+TP_OUTLINE void weigh_experts() {
+    Shared& s = shared_of();
+    const StreamExperts& experts = *(const StreamExperts*)s.stored;
+    const StreamRoute& r = experts.route;
+    if (r.n_expert <= 128) weigh_experts<4>(r, experts.product, s);
+    else weigh_experts<kStreamMostExperts / 32>(r, experts.product, s);
 }
 
 /// Which groups of 16 cells have one that is not masked, of kStreamedStep cells from `base` on: a bit each, the same for all lanes.
@@ -410,30 +429,6 @@ TP_DEVICE void arrive() { tp_signal(&shared_of().args.state->arrived); }
 TP_DEVICE i64 inbox_of(const Shared& s, u32 push) { return push % 2 ? s.args.inbox_words : 0; }
 
 // ---- the warp that stores
-/// A tile of every slot's rows: products with the slots' weights, added up slot by slot. Returns the last sum of row `row` + lane.
-TP_DEVICE float store_slots(const StreamExperts& experts, const float* out, i64 row) {
-    const StreamProduct& p = experts.product;
-    const StreamSums& sums = experts.sums;
-    const Shared& s = shared_of();
-    const int lane = threadIdx.x % 32, rows = p.rows, slots = p.slots;
-    const bool mine = lane < rows, inside = mine && row + lane < p.part[0].n;
-    const float* const from = out + (mine ? lane : 0);
-    float sum = tp_mul_rounded(from[0], s.weights[0]);
-    if (!sums.visible) {
-#pragma unroll 4
-        for (int slot = 1; slot < slots; ++slot) sum += tp_mul_rounded(from[slot * rows], s.weights[slot]);
-        return sum;
-    }
-    for (int slot = 0; slot < slots; ++slot) {
-        const float v = from[slot * rows], product = tp_mul_rounded(v, s.weights[slot]);
-        if (slot) sum += product;
-        if (!inside) continue;
-        if (sums.y) sums.y[slot * (i64)p.y_stride + row + lane] = v;
-        if (sums.products) sums.products[slot * sums.products_stride + row + lane] = product;
-        if (slot && slot + 1 < slots && sums.sum[slot - 1]) sums.sum[slot - 1][row + lane] = sum;
-    }
-    return sum;
-}
 /// Where results of a part go: to y and its copies, or to every rank's inbox.
 struct Destination {
     const StreamProduct& p;
@@ -443,6 +438,7 @@ struct Destination {
     TP_MEMBER void put(const Shared& s, i64 at, float v) const {
         if (n_push) {
             const u32 push = s.pushed_before + (u32)p.push;
+#pragma unroll 1
             for (int r = 0; r < n_push; ++r) tp_store_tagged(p.inbox[r] + inbox_of(s, push) + at, v, push);
             return;
         }
@@ -474,6 +470,15 @@ TP_DEVICE void store_rows(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
 // Code that runs once a layer comes from the L2 each time, so what few models have is not in the way of the others: biases (kBiased: a bias, or a product
 // that somebody reads without its bias) and GLUs have copies of these loops of their own.
 constexpr bool is_biased(const StreamPart& part) { return part.bias || part.raw; }
+/// Into the L2, of all of the block's tiles: behind the weights on their way each load from memory would take a tile's time. A tile has `each` of them.
+template <class At>
+TP_DEVICE void prefetch_biases(int n_tiles, int each, int lane, const At& at) {
+    for (int i = lane;; i += 32) {
+        const int before = i / each, tile = (int)blockIdx.x + before * (int)gridDim.x;
+        if (tile >= n_tiles) return;
+        tp_prefetch(at(tile, i - before * each));
+    }
+}
 /// Gates and ups, of experts or not, and what the GLU, kOp if that is one, makes of them. Half of the lanes have gates, the other half ups.
 template <int kOp, bool kBiased>
 TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
@@ -482,21 +487,26 @@ TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out)
     const StreamPart& part = p.part[lane >= half];
     const i64 n = part.n;
     float *const halves_y = part.y, *const raw = part.raw, *const glu_y = p.glu_y;
-    if (kBiased)  // biases of all of the block's tiles: behind weights on their way each would take a tile's time
-        for (int tile = (int)blockIdx.x + lane * (int)gridDim.x; tile < p.n_tiles; tile += 32 * (int)gridDim.x) {
-            const int slot = p.role ? tile / tiles_each : 0;
-            const i64 at = (p.role ? s.experts[slot] * part.bias_row : 0) + (tile - slot * tiles_each) * half;
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-                if (p.part[i].bias) tp_prefetch(p.part[i].bias + at);
-        }
-    for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
+    const int n_tiles = p.n_tiles, apart = (int)gridDim.x;
+    struct Place {
+        int slot;
+        i64 row, at;
+    };
+    auto place = [&](int tile) {
         const int slot = p.role ? tile / tiles_each : 0;
-        const i64 row = (i64)(tile - slot * tiles_each) * half, at = row + (lane >= half ? lane - half : lane), to = slot * (i64)p.y_stride + at;
-        const bool inside = lane < rows && at < n;
-        float* const copy = p.glu_copy ? p.glu_copy + (i64)slot * p.glu_k : nullptr;
-        float added = 0;
-        if (kBiased && part.bias && inside) added = part.bias[(p.role ? s.experts[slot] * part.bias_row : 0) + at];  // while the tile is multiplied
+        const i64 row = (i64)(tile - slot * tiles_each) * half;
+        return Place{slot, row, row + (lane >= half ? lane - half : lane)};
+    };
+    auto bias_of = [&](int tile) {
+        if (tile >= n_tiles || !part.bias || lane >= rows) return 0.0f;
+        const Place of = place(tile);
+        return of.at < n ? part.bias[(p.role ? s.experts[of.slot] * part.bias_row : 0) + of.at] : 0.0f;
+    };
+    auto store = [&](int tile, float added) {
+        const Place of = place(tile);
+        const i64 to = of.slot * (i64)p.y_stride + of.at;
+        const bool inside = lane < rows && of.at < n;
+        float* const copy = p.glu_copy ? p.glu_copy + (i64)of.slot * p.glu_k : nullptr;
         tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
         float v = 0;
         if (lane < rows)
@@ -510,12 +520,29 @@ TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out)
         if (lane < half && inside) {
             const float y = glu_of((GluOp)(kOp < 0 ? p.glu - 1 : kOp), v, up, p.alpha, p.limit);
             if (glu_y) glu_y[to] = y;
-            if (copy) copy[p.glu_begin + at] = y;
+            if (copy) copy[p.glu_begin + of.at] = y;
         }
-        if (copy && row == 0) {  // what a cut inside of a block leaves of its row
+        if (copy && of.row == 0) {  // what a cut inside of a block leaves of its row
             for (i64 i = lane; i < p.glu_begin; i += 32) copy[i] = 0;
             for (i64 i = p.glu_begin + n + lane; i < p.glu_k; i += 32) copy[i] = 0;
         }
+    };
+    if constexpr (kBiased) {  // by turns, as a copy of a register that is being loaded would wait for it
+        if (p.part[0].bias && p.part[1].bias)
+            prefetch_biases(n_tiles, 2, lane, [&](int tile, int of) {
+                const Place first = place(tile);
+                return p.part[of].bias + (p.role ? s.experts[first.slot] * p.part[of].bias_row : 0) + first.row;
+            });
+        float added = bias_of((int)blockIdx.x);
+        for (int tile = blockIdx.x; tile < n_tiles; tile += 2 * apart) {
+            const float next = bias_of(tile + apart);
+            store(tile, added);
+            if (tile + apart >= n_tiles) break;
+            added = bias_of(tile + 2 * apart);
+            store(tile + apart, next);
+        }
+    } else {
+        for (int tile = blockIdx.x; tile < n_tiles; tile += apart) store(tile, 0.0f);
     }
 }
 TP_DEVICE void store_glu(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
@@ -525,54 +552,67 @@ TP_DEVICE void store_glu(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
     else if (p.glu == 1 + kSwigluOai) store_glu_as<kSwigluOai, true>(p, s, out);
     else store_glu_as<-1, true>(p, s, out);
 }
-/// Every slot's rows, added up.
-template <bool kBiased>
+/// Every slot's rows with the slots' weights, added up slot by slot. A lane has two of a tile's rows and slots, as the sums of them lie there: the same of
+/// every tile. kMore: biases, or what somebody reads besides the last sums.
+template <bool kMore>
 TP_DEVICE void store_sums_as(const StreamExperts& experts, Shared& s, Turn<kOuts>& out) {
+    static_assert(kStreamMostSums == 64, "two of each lane");
     const StreamProduct& p = experts.product;
     const StreamPart& part = p.part[0];
-    const int lane = threadIdx.x % 32, rows = p.rows, n = (int)part.n;
-    // Biases are added to sums as these lie there: a lane has two of the tile's rows and slots.
-    static_assert(kStreamMostSums == 64, "two of each lane");
-    int slot[2] = {}, row_of_slot[2] = {n, n};
-    i64 of_expert[2] = {};
+    const StreamSums& more = experts.sums;
+    const int lane = threadIdx.x % 32, rows = p.rows, slots = p.slots, n = (int)part.n;
+    const Destination to(p, part);
+    int slot[2], row_of[2], shift = 0;
+    float weight[2];
+    while (1 << shift < rows) ++shift;
 #pragma unroll
-    for (int j = 0; kBiased && j < 2; ++j) {
-        if (lane + 32 * j >= rows * p.slots) continue;
-        slot[j] = (lane + 32 * j) / rows, row_of_slot[j] = lane + 32 * j - slot[j] * rows;
-        of_expert[j] = s.weighed_experts[slot[j]] * part.bias_row;
+    for (int j = 0; j < 2; ++j) {
+        const bool is = lane + 32 * j < rows * slots;
+        slot[j] = is ? (lane + 32 * j) >> shift : 0, row_of[j] = is ? (lane + 32 * j) & (rows - 1) : n;
+        weight[j] = s.weights[slot[j]];
     }
-    if (kBiased && part.bias)  // as above
-        for (int i = lane;; i += 32) {
-            const int tile = (int)blockIdx.x + i / p.slots * (int)gridDim.x;
-            if (tile >= p.n_tiles) break;
-            tp_prefetch(part.bias + s.weighed_experts[i % p.slots] * part.bias_row + tile * rows);
-        }
+    i64 of_expert[2] = {};
+    if (kMore && part.bias) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) of_expert[j] = s.weighed_experts[slot[j]] * part.bias_row;
+        prefetch_biases(p.n_tiles, slots, lane, [&](int tile, int of) { return part.bias + s.weighed_experts[of] * part.bias_row + tile * rows; });
+    }
     for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
-        const int row = tile * rows, at = row + lane;
-        float added[2] = {};
+        const int row = tile * rows;
+        float added[2] = {}, product[2] = {};
 #pragma unroll
-        for (int j = 0; kBiased && j < 2; ++j)
-            if (part.bias && row + row_of_slot[j] < n) added[j] = part.bias[of_expert[j] + row + row_of_slot[j]];  // while the tile is multiplied
+        for (int j = 0; kMore && j < 2; ++j)
+            if (part.bias && row + row_of[j] < n) added[j] = part.bias[of_expert[j] + row + row_of[j]];  // while the tile is multiplied
         tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
-        float* const sums = s.out[out.at];
+        float v[2];
 #pragma unroll
-        for (int j = 0; kBiased && j < 2; ++j) {
-            if (row + row_of_slot[j] >= n) continue;
-            const float v = sums[lane + 32 * j];
-            if (part.raw) part.raw[slot[j] * (i64)p.y_stride + row + row_of_slot[j]] = v;
-            sums[lane + 32 * j] = v + added[j];
-        }
-        if (kBiased) __syncwarp();
-        const float v = store_slots(experts, sums, row);
+        for (int j = 0; j < 2; ++j) v[j] = s.out[out.at][lane + 32 * j];
         tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
         out.next();
-        if (lane < rows && at < n) Destination(p, part).put(s, at, v);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const float sum = kMore ? v[j] + added[j] : v[j];
+            product[j] = tp_mul_rounded(sum, weight[j]);
+            if (!kMore || row + row_of[j] >= n) continue;
+            const i64 at = slot[j] * (i64)p.y_stride + row + row_of[j];
+            if (part.raw) part.raw[at] = v[j];
+            if (more.y) more.y[at] = sum;
+            if (more.products) more.products[slot[j] * more.products_stride + row + row_of[j]] = product[j];
+        }
+        const bool inside = lane < rows && row + lane < n;
+        float sum = product[0];
+#pragma unroll 1
+        for (int i = 1, at = rows; i < slots; ++i, at += rows) {
+            sum += __shfl_sync(0xffffffffu, product[at >= 32], (at + lane) % 32);
+            if (kMore && i + 1 < slots && more.sum[i - 1] && inside) more.sum[i - 1][row + lane] = sum;
+        }
+        if (inside) to.put(s, row + lane, sum);
     }
 }
 TP_OUTLINE Turn<kOuts> store_sums(Turn<kOuts> out) {
     Shared& s = shared_of();
     const StreamExperts& experts = *(const StreamExperts*)s.stored;
-    if (is_biased(experts.product.part[0])) store_sums_as<true>(experts, s, out);
+    if (is_biased(experts.product.part[0]) || experts.sums.visible) store_sums_as<true>(experts, s, out);
     else store_sums_as<false>(experts, s, out);
     return out;
 }
@@ -586,23 +626,21 @@ TP_OUTLINE void store_results() {
         const StreamExperts& experts = fetch_product(args.stages[i], s.stored, next, kind);
         if (kind == kStreamFlash) continue;
         const StreamProduct& p = experts.product;
-        const bool weighs = p.role == kExpertsEach;
-        if (weighs) {
+        if (p.role == kExpertsEach) {  // until the first tile is there
             tp_barrier_wait(&s.chosen, chosen.parity);
             chosen.next();
+            weigh_experts();
         }
         if ((int)blockIdx.x >= p.n_tiles) {
-            if (weighs) weigh_experts(experts.route, p), tp_barrier_arrive(&s.weighed);
+            if (p.role == kExpertsEach) tp_barrier_arrive(&s.weighed);
             continue;
         }
         if (p.role == kExpertsSum) out = store_sums(out);
         else if (p.glu) store_glu(p, s, out);
         else store_rows(p, s, out);
-        if (weighs && experts.route.visible) weigh_experts(experts.route, p);
         __syncwarp();
         if (lane == 0) arrive();
-        if (weighs && !experts.route.visible) weigh_experts(experts.route, p);
-        if (weighs) tp_barrier_arrive(&s.weighed);
+        if (p.role == kExpertsEach) tp_barrier_arrive(&s.weighed);
         if (lane == 0 && blockIdx.x == 0) args.cycles[i * kStreamTimes + kTimeStored] = tp_cycles();
     }
 }
