@@ -180,19 +180,19 @@ TP_OUTLINE void choose_experts(const float* logits) {
     else if (r.n_expert <= 256) choose_experts<8>(r, logits, s);
     else choose_experts<kStreamMostExperts / 32>(r, logits, s);
 }
-/// Their weights, into shared memory; arithmetic and order are those of chain.cu. And all that others may read. Gates are loaded at once: one behind the
-/// other they were most of 7,600 cycles (Qwen3-30B-A3B, one H200).
+/// Their weights, into shared memory; arithmetic and order are those of chain.cu. And all that others may read. Of other numbers than the router's logits:
+/// nothing but the time that the instructions take to come.
 template <int kPer>
-TP_DEVICE void weigh_experts(const StreamRoute& r, const StreamProduct& p, Shared& s) {
+TP_DEVICE void weigh_experts(const StreamRoute& r, const StreamProduct& p, const float* logits, Shared& s) {
     const int lane = threadIdx.x % 32, n = r.n_expert, n_used = r.n_used, n_writers = p.n_tiles < (int)gridDim.x ? p.n_tiles : (int)gridDim.x;
-    const bool writes = (int)blockIdx.x == n_writers - 1;  // that block has the fewest tiles
-    const bool used = lane < n_used;
-    const float gate = gate_of(r, r.logits, used ? s.experts[lane] : 0, used);
+    const bool writes = logits == r.logits && (int)blockIdx.x == n_writers - 1;  // that block has the fewest tiles
+    const bool used = lane < n_used, chosen = logits == r.logits;
+    const float gate = gate_of(r, logits, used && chosen ? s.experts[lane] : lane, used);
     SoftMax gates{};
     if (r.gating == kGatingSoftMax) {
         float all[kPer];
 #pragma unroll
-        for (int j = 0; j < kPer; ++j) all[j] = gate_of(r, r.logits, lane + 32 * j, lane + 32 * j < n);
+        for (int j = 0; j < kPer; ++j) all[j] = gate_of(r, logits, lane + 32 * j, lane + 32 * j < n);
         gates = soft_max_of_gates(r, all);
     }
     auto gated_as = [&](float of) { return r.gating == kGatingSoftMax ? gates.of(of) : of; };
@@ -221,8 +221,8 @@ TP_DEVICE void weigh_experts(const StreamRoute& r, const StreamProduct& p, Share
         weight = weight * r.factor + r.shift;
         give(r.scaled_weights, weight);
     }
-    if (used) s.weights[lane] = weight, s.weighed_experts[lane] = s.experts[lane];
-    if (r.visible && (int)blockIdx.x < n_writers) {
+    if (used && chosen) s.weights[lane] = weight, s.weighed_experts[lane] = s.experts[lane];
+    if (chosen && r.visible && (int)blockIdx.x < n_writers) {
         for (int e = lane; e < n && writes; e += 32) {
             const float v = gated(e);
             if (r.biased) r.biased[e] = logit_of(r, r.logits, e, true);
@@ -247,12 +247,12 @@ TP_DEVICE void weigh_experts(const StreamRoute& r, const StreamProduct& p, Share
     }
     __syncwarp();
 }
-TP_OUTLINE void weigh_experts() {
+TP_OUTLINE void weigh_experts(const float* logits) {
     Shared& s = shared_of();
     const StreamExperts& experts = *(const StreamExperts*)s.stored;
     const StreamRoute& r = experts.route;
-    if (r.n_expert <= 128) weigh_experts<4>(r, experts.product, s);
-    else weigh_experts<kStreamMostExperts / 32>(r, experts.product, s);
+    if (r.n_expert <= 128) weigh_experts<4>(r, experts.product, logits, s);
+    else weigh_experts<kStreamMostExperts / 32>(r, experts.product, logits, s);
 }
 
 /// Which groups of 16 cells have one that is not masked, of kStreamedStep cells from `base` on: a bit each, the same for all lanes.
@@ -488,25 +488,29 @@ TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out)
     const i64 n = part.n;
     float *const halves_y = part.y, *const raw = part.raw, *const glu_y = p.glu_y;
     const int n_tiles = p.n_tiles, apart = (int)gridDim.x;
-    struct Place {
-        int slot;
-        i64 row, at;
+    struct Place {  // of a tile; a division for each would be 30 instructions
+        int tile, slot, of_slot;
+        TP_MEMBER void next(int apart, int tiles_each) {
+            tile += apart, of_slot += apart;
+            while (of_slot >= tiles_each) of_slot -= tiles_each, ++slot;
+        }
     };
-    auto place = [&](int tile) {
-        const int slot = p.role ? tile / tiles_each : 0;
-        const i64 row = (i64)(tile - slot * tiles_each) * half;
-        return Place{slot, row, row + (lane >= half ? lane - half : lane)};
+    Place place{(int)blockIdx.x, (int)blockIdx.x / tiles_each, 0}, ahead;
+    place.of_slot = place.tile - place.slot * tiles_each;
+    ahead = place;
+    const int in_half = lane >= half ? lane - half : lane;
+    auto next_bias = [&] {
+        float bias = 0;
+        const i64 at = (i64)ahead.of_slot * half + in_half;
+        if (ahead.tile < n_tiles && part.bias && lane < rows && at < n) bias = part.bias[(p.role ? s.experts[ahead.slot] * part.bias_row : 0) + at];
+        ahead.next(apart, tiles_each);
+        return bias;
     };
-    auto bias_of = [&](int tile) {
-        if (tile >= n_tiles || !part.bias || lane >= rows) return 0.0f;
-        const Place of = place(tile);
-        return of.at < n ? part.bias[(p.role ? s.experts[of.slot] * part.bias_row : 0) + of.at] : 0.0f;
-    };
-    auto store = [&](int tile, float added) {
-        const Place of = place(tile);
-        const i64 to = of.slot * (i64)p.y_stride + of.at;
-        const bool inside = lane < rows && of.at < n;
-        float* const copy = p.glu_copy ? p.glu_copy + (i64)of.slot * p.glu_k : nullptr;
+    auto store = [&](float added) {
+        const i64 row = (i64)place.of_slot * half, at = row + in_half, to = place.slot * (i64)p.y_stride + at;
+        const bool inside = lane < rows && at < n;
+        float* const copy = p.glu_copy ? p.glu_copy + (i64)place.slot * p.glu_k : nullptr;
+        place.next(apart, tiles_each);
         tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
         float v = 0;
         if (lane < rows)
@@ -520,9 +524,9 @@ TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out)
         if (lane < half && inside) {
             const float y = glu_of((GluOp)(kOp < 0 ? p.glu - 1 : kOp), v, up, p.alpha, p.limit);
             if (glu_y) glu_y[to] = y;
-            if (copy) copy[p.glu_begin + of.at] = y;
+            if (copy) copy[p.glu_begin + at] = y;
         }
-        if (copy && of.row == 0) {  // what a cut inside of a block leaves of its row
+        if (copy && row == 0) {  // what a cut inside of a block leaves of its row
             for (i64 i = lane; i < p.glu_begin; i += 32) copy[i] = 0;
             for (i64 i = p.glu_begin + n + lane; i < p.glu_k; i += 32) copy[i] = 0;
         }
@@ -530,19 +534,19 @@ TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out)
     if constexpr (kBiased) {  // by turns, as a copy of a register that is being loaded would wait for it
         if (p.part[0].bias && p.part[1].bias)
             prefetch_biases(n_tiles, 2, lane, [&](int tile, int of) {
-                const Place first = place(tile);
-                return p.part[of].bias + (p.role ? s.experts[first.slot] * p.part[of].bias_row : 0) + first.row;
+                const int slot = tile / tiles_each;
+                return p.part[of].bias + (p.role ? s.experts[slot] * p.part[of].bias_row : 0) + (tile - slot * tiles_each) * half;
             });
-        float added = bias_of((int)blockIdx.x);
-        for (int tile = blockIdx.x; tile < n_tiles; tile += 2 * apart) {
-            const float next = bias_of(tile + apart);
-            store(tile, added);
-            if (tile + apart >= n_tiles) break;
-            added = bias_of(tile + 2 * apart);
-            store(tile + apart, next);
+        float added = next_bias();
+        while (place.tile < n_tiles) {
+            const float next = next_bias();
+            store(added);
+            if (place.tile >= n_tiles) break;
+            added = next_bias();
+            store(next);
         }
     } else {
-        for (int tile = blockIdx.x; tile < n_tiles; tile += apart) store(tile, 0.0f);
+        while (place.tile < n_tiles) store(0.0f);
     }
 }
 TP_DEVICE void store_glu(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
@@ -626,10 +630,11 @@ TP_OUTLINE void store_results() {
         const StreamExperts& experts = fetch_product(args.stages[i], s.stored, next, kind);
         if (kind == kStreamFlash) continue;
         const StreamProduct& p = experts.product;
-        if (p.role == kExpertsEach) {  // until the first tile is there
+        if (p.role == kExpertsEach) {  // of any numbers first, so that the instructions are there; then until the first tile is
+            weigh_experts((const float*)p.part[0].plane[0]);
             tp_barrier_wait(&s.chosen, chosen.parity);
             chosen.next();
-            weigh_experts();
+            weigh_experts(experts.route.logits);
         }
         if ((int)blockIdx.x >= p.n_tiles) {
             if (p.role == kExpertsEach) tp_barrier_arrive(&s.weighed);
