@@ -581,14 +581,16 @@ TP_DEVICE void store_sums_as(const StreamExperts& experts, Shared& s, Turn<kOuts
         for (int j = 0; j < 2; ++j) of_expert[j] = s.weighed_experts[slot[j]] * part.bias_row;
         prefetch_biases(p.n_tiles, slots, lane, [&](int tile, int of) { return part.bias + s.weighed_experts[of] * part.bias_row + tile * rows; });
     }
-    for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
-        const int row = tile * rows;
-        float added[2] = {}, product[2] = {};
+    const int n_tiles = p.n_tiles, apart = (int)gridDim.x;
+    auto load_biases = [&](int tile, float(&added)[2]) {
 #pragma unroll
-        for (int j = 0; kMore && j < 2; ++j)
-            if (part.bias && row + row_of[j] < n) added[j] = part.bias[of_expert[j] + row + row_of[j]];  // while the tile is multiplied
+        for (int j = 0; j < 2; ++j)
+            added[j] = part.bias && tile < n_tiles && tile * rows + row_of[j] < n ? part.bias[of_expert[j] + tile * rows + row_of[j]] : 0.0f;
+    };
+    auto store = [&](int tile, const float(&added)[2]) {
+        const int row = tile * rows;
         tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
-        float v[2];
+        float v[2], product[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) v[j] = s.out[out.at][lane + 32 * j];
         tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
@@ -611,6 +613,20 @@ TP_DEVICE void store_sums_as(const StreamExperts& experts, Shared& s, Turn<kOuts
             if (kMore && i + 1 < slots && more.sum[i - 1] && inside) more.sum[i - 1][row + lane] = sum;
         }
         if (inside) to.put(s, row + lane, sum);
+    };
+    if constexpr (kMore) {  // by turns, as above
+        float added[2], next[2];
+        load_biases((int)blockIdx.x, added);
+        for (int tile = blockIdx.x; tile < n_tiles; tile += 2 * apart) {
+            load_biases(tile + apart, next);
+            store(tile, added);
+            if (tile + apart >= n_tiles) break;
+            load_biases(tile + 2 * apart, added);
+            store(tile + apart, next);
+        }
+    } else {
+        const float none[2] = {};
+        for (int tile = blockIdx.x; tile < n_tiles; tile += apart) store(tile, none);
     }
 }
 TP_OUTLINE Turn<kOuts> store_sums(Turn<kOuts> out) {
