@@ -91,7 +91,7 @@ TP_DEVICE const StreamExperts& fetch_product(const StreamStage& stage, char* to,
 
 // ---- a router's choice. The warp that streams makes it, since it is who waits for it: each block for itself, which is cheaper than asking another.
 // It is code that runs once a layer, at five cycles an instruction: experts come first (with their weights in one
-// function, unrolled, it took 7,000 cycles before that). Weights are the storing warp's work, while it waits for the experts' last product.
+// function, unrolled, it took 7,000 cycles before that). Weights are the storing warp's work, until the first tile is there.
 
 TP_DEVICE float logit_of(const StreamRoute& r, const float* logits, int e, bool inside) {
     const float x = __int_as_float(tp_load_word_in_order(logits + e, inside));
