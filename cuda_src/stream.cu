@@ -185,8 +185,7 @@ TP_OUTLINE void choose_experts(const float* logits) {
 template <int kPer>
 TP_DEVICE void weigh_experts(const StreamRoute& r, const StreamProduct& p, const float* logits, Shared& s) {
     const int lane = threadIdx.x % 32, n = r.n_expert, n_used = r.n_used, n_writers = p.n_tiles < (int)gridDim.x ? p.n_tiles : (int)gridDim.x;
-    const bool writes = logits == r.logits && (int)blockIdx.x == n_writers - 1;  // that block has the fewest tiles
-    const bool used = lane < n_used, chosen = logits == r.logits;
+    const bool used = lane < n_used, chosen = logits == r.logits, writes = chosen && (int)blockIdx.x == n_writers - 1;  // that block has the fewest tiles
     const float gate = gate_of(r, logits, used && chosen ? s.experts[lane] : lane, used);
     SoftMax gates{};
     if (r.gating == kGatingSoftMax) {

@@ -18,7 +18,7 @@ constexpr i64 kDirectBytes = 128 << 10;
 constexpr i64 kAlign = 256;  // of shards and planes: 16-byte loads, and what cuMemAlloc gives
 // Rows of planes begin at multiples of what bulk copies and wide loads take, where that is at most a 32nd of a row: 2,880 weights of MXFP4 have 90 bytes of
 // scales (0.4 %), and a tile of four experts' rows has no room for the eight of them that begin so by themselves.
-constexpr i64 kRowAlign = 16, kLeastRow = 32;
+constexpr i64 kRowAlign = 16, kRowsPerPadding = 32;
 constexpr unsigned kHostAllocPortable = 1;
 // Per rank: 512 MiB of mask at 512 Ki cells, 260 MB of logits of a batch, NCCL's channels, graphs.
 constexpr u64 kKeptBackBytes = 1ull << 30;
@@ -45,7 +45,7 @@ PlaneLayout plane_layout(const WeightFormat& format, const i64 ne[4], const Shar
     const i64 blocks = out.block_end - out.block_begin, rows = out.n_rows(), matrices = ne[2] * ne[3];
     i64 padding = 0;
     for (int f = 0; f < format.n_fields; ++f) padding += round_up(blocks * format.field[f].bytes, kRowAlign) - blocks * format.field[f].bytes;
-    const i64 row_align = padding * kLeastRow <= blocks * format.block_bytes ? kRowAlign : 1;
+    const i64 row_align = padding * kRowsPerPadding <= blocks * format.block_bytes ? kRowAlign : 1;
     for (int f = 0; f < format.n_fields; ++f) {
         out.plane_offset[f] = out.bytes;
         out.row_stride[f] = round_up(blocks * format.field[f].bytes, row_align);
