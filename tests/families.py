@@ -17,6 +17,7 @@ from typing import Any
 import cffi
 import gguf
 import numpy as np
+import shapes
 from ggml_tp.host import Host, HostError
 
 N_LAYER, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, HEAD_DIM, N_VOCAB = 2, 256, 768, 8, 4, 32, 320
@@ -152,21 +153,6 @@ def has_experts(family: str) -> bool:
     return "expert_count" in FAMILIES[family].keys
 
 
-def _k_quant(rng: np.random.Generator, values: np.ndarray, name: str) -> np.ndarray:
-    """Random blocks of Q4_K and Q6_K whose values have about the same size."""
-    rows, blocks = values.shape[0], values.shape[1] // 256
-    scale = float(values.std())
-    n_bytes = {"Q4_K": 144, "Q6_K": 210}[name]
-    out = rng.integers(0, 256, (rows, blocks, n_bytes), dtype=np.uint8)
-    if name == "Q4_K":
-        out[..., 0:2] = np.frombuffer(np.float16(scale / 140).tobytes(), np.uint8)
-        out[..., 2:4] = np.frombuffer(np.float16(scale / 140 * 7.5).tobytes(), np.uint8)
-    else:
-        out[..., 192:208] = rng.integers(-64, 64, (rows, blocks, 16)).astype(np.int8).view(np.uint8)
-        out[..., 208:210] = np.frombuffer(np.float16(scale / (18 * 37)).tobytes(), np.uint8)
-    return out.reshape(rows, blocks * n_bytes)
-
-
 def host_blocks(library: str | os.PathLike[str], values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     """Rows of [n_rows, n] as blocks, by the host's own quantiser; where a type needs an importance matrix, everything matters as much."""
     ffi = cffi.FFI()
@@ -182,11 +168,12 @@ def host_blocks(library: str | os.PathLike[str], values: np.ndarray, kind: gguf.
 
 
 def _quantized(host: Host, rng: np.random.Generator, values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    if kind.name in ("Q4_K", "Q6_K"):
-        return _k_quant(rng, values, kind.name)
+    """Blocks of the values or, where quantising searches (26 s for the experts of two layers in IQ2_XS), random ones of their size: all bits occur."""
     try:
         return gguf.quants.quantize(values, kind)
     except NotImplementedError:
+        if made := shapes.TYPES.get(kind.name):
+            return made.make(rng, values.size // made.elems, float(values.std())).reshape(len(values), -1)
         return host_blocks(host.path, values, kind)
 
 
@@ -295,7 +282,7 @@ def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...], n_exper
 
 
 def write_model(host: Host, path: Path, family: str, quant: str, seed: int = 0, also: str = "", dequantized: bool = False, **keys: Any) -> None:
-    """A GGUF file. `quant`: the type of all matrices, any that needs no importance matrix, as far as rows are whole blocks.
+    """A GGUF file. `quant`: the type of all matrices, as far as rows are whole blocks.
 
     `also`: optional tensors to have. `dequantized` writes the same values as F32. `keys`: other hyperparameters, "." written as "__".
     """
