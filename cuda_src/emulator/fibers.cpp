@@ -28,7 +28,7 @@
 
 namespace tp_emulator {
 
-thread_local Context current{};
+constinit thread_local Context current{};
 
 namespace {
 
@@ -51,8 +51,7 @@ enum class State : unsigned char { kReady, kAtBarrier, kInCollective, kAtPartial
 struct Fiber {
     char* stack = nullptr;
     void* sp = nullptr;
-    State state = State::kDone;
-    u32 mask = 0;  // of the collective that it waits in
+    Dim3 thread{};
     Collective op{};
     float value = 0, result = 0;
     int source = 0;
@@ -87,19 +86,19 @@ class Block {
     bool run(const Kernel& kernel, Dim3 grid, Dim3 block, Dim3 index, size_t shared_bytes, const void* args);
     void sync_block() {
         TP_TSAN_RELEASE(&barrier_);
-        fibers_[running_].state = State::kAtBarrier;
+        states_[running_] = State::kAtBarrier;
         yield();
         TP_TSAN_ACQUIRE(&barrier_);
     }
     void sync_some(unsigned n) {
         TP_TSAN_RELEASE(&some_);
         if (++some_arrived_ < n) {
-            fibers_[running_].state = State::kAtPartialBarrier;
+            states_[running_] = State::kAtPartialBarrier;
             yield();
         } else {
             some_arrived_ = 0;
             for (unsigned i = 0; i < n_; ++i)
-                if (fibers_[i].state == State::kAtPartialBarrier) fibers_[i].state = State::kReady;
+                if (states_[i] == State::kAtPartialBarrier) states_[i] = State::kReady;
         }
         TP_TSAN_ACQUIRE(&some_);
     }
@@ -132,7 +131,8 @@ class Block {
         Fiber& f = fibers_[running_];
         const unsigned warp = running_ / 32 * 32, lanes = std::min(32u, n_ - warp);
         if (lanes < 32) mask &= (1u << lanes) - 1;
-        f.op = op, f.mask = mask, f.value = value, f.source = source, f.state = State::kInCollective;
+        f.op = op, f.value = value, f.source = source, states_[running_] = State::kInCollective;
+        waits_[running_] = (static_cast<u64>(op) + 1) << 32 | mask;
         // Of the collectives only __syncwarp orders memory accesses; a shuffle does not. A call does here: its function reads and writes
         // the lanes' registers, which on a GPU are nobody else's to see.
         const bool orders = op == Collective::kSync || op == Collective::kCall;
@@ -148,7 +148,7 @@ class Block {
         TP_TSAN_ACQUIRE(&begin_);
         kernel_->entry(args_);
         TP_TSAN_RELEASE(&end_);
-        fibers_[running_].state = State::kDone;
+        states_[running_] = State::kDone;
         yield();
     }
     bool complete(unsigned warp, u32 mask);
@@ -157,20 +157,23 @@ class Block {
     int next_ready() {
         for (unsigned k = 1; k <= n_; ++k) {
             const unsigned i = running_ + k < n_ ? running_ + k : running_ + k - n_;
-            if (fibers_[i].state == State::kReady) return static_cast<int>(i);
+            if (states_[i] == State::kReady) return static_cast<int>(i);
         }
         return -1;
     }
     void enter(unsigned i) {
         running_ = i;
-        current.linear = i;
-        current.thread = {i % block_.x, i / block_.x % block_.y, i / (block_.x * block_.y)};
+        context_->linear = i;
+        context_->thread = fibers_[i].thread;
     }
 
     std::vector<Fiber> fibers_;
+    // Theirs, side by side: looked through at every wait. waits_: the collective (above) and the mask that a fiber waits with, or 0.
+    std::vector<State> states_;
+    std::vector<u64> waits_;
     std::vector<char> shared_;
     unsigned n_ = 0, running_ = 0, some_arrived_ = 0, spins_ = 0;
-    Dim3 block_{};
+    Context* const context_ = &current;  // the thread's own: a thread-local's address is a call from a library
     void* home_ = nullptr;
     const Kernel* kernel_ = nullptr;
     const void* args_ = nullptr;
@@ -186,9 +189,14 @@ class Block {
     friend Block& block_of_thread();
 };
 
+/// By a pointer: every use of a thread-local object with a destructor asks whether it is there.
 Block& block_of_thread() {
-    thread_local Block block;
-    return block;
+    constinit thread_local Block* there = nullptr;
+    if (!there) {
+        thread_local Block block;
+        there = &block;
+    }
+    return *there;
 }
 
 void Block::trampoline() {
@@ -202,15 +210,15 @@ void Block::trampoline() {
 
 /// When every lane of the mask has arrived: computes for all of them and makes them ready.
 bool Block::complete(unsigned warp, u32 mask) {
+    const u64 mine = waits_[running_];
+    for (unsigned l = 32; l-- > 0;)  // lanes run in this order's reverse: who is missing is found at once
+        if (mask >> l & 1 && waits_[warp + l] != mine) return false;
     const Fiber& me = fibers_[running_];
-    for (unsigned l = 0; l < 32; ++l) {
-        if (!(mask >> l & 1)) continue;
-        const Fiber& f = fibers_[warp + l];
-        if (f.state != State::kInCollective || f.mask != mask || f.op != me.op) return false;
-    }
     float in[32] = {}, next[32];
-    for (unsigned l = 0; l < 32; ++l)
-        if (mask >> l & 1) in[l] = fibers_[warp + l].value;
+    auto gather = [&] {
+        for (unsigned l = 0; l < 32; ++l)
+            if (mask >> l & 1) in[l] = fibers_[warp + l].value;
+    };
     if (me.op == Collective::kCall) {
         void* pointers[32];
         for (unsigned l = 0; l < 32; ++l) pointers[l] = fibers_[warp + l].pointer;
@@ -218,6 +226,7 @@ bool Block::complete(unsigned warp, u32 mask) {
         me.call(pointers);
         TP_TSAN_RELEASE(&fibers_[warp]);
     } else if (me.op == Collective::kSum || me.op == Collective::kMax) {
+        gather();
         // In the order of the xor butterfly, so that results match the GPU's bit for bit.
         for (int o = 16; o; o >>= 1) {
             for (int l = 0; l < 32; ++l) next[l] = me.op == Collective::kSum ? in[l] + in[l ^ o] : std::max(in[l], in[l ^ o]);
@@ -225,21 +234,23 @@ bool Block::complete(unsigned warp, u32 mask) {
         }
         for (unsigned l = 0; l < 32; ++l)
             if (mask >> l & 1) fibers_[warp + l].result = in[l];
-    } else {
+    } else if (me.op == Collective::kShuffle) {
+        gather();
         for (unsigned l = 0; l < 32; ++l)
             if (mask >> l & 1) fibers_[warp + l].result = in[fibers_[warp + l].source & 31];
     }
     for (unsigned l = 0; l < 32; ++l)
-        if (mask >> l & 1) fibers_[warp + l].state = State::kReady;
+        if (mask >> l & 1) states_[warp + l] = State::kReady, waits_[warp + l] = 0;
     return true;
 }
 
 void Block::switch_to(unsigned next) {
-    Fiber& from = fibers_[running_];
+    [[maybe_unused]] const unsigned was = running_;
+    Fiber& from = fibers_[was];
     Fiber& to = fibers_[next];
     enter(next);
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(from.state == State::kDone ? nullptr : &from.fake, to.stack + kGuardBytes, kStackBytes - kGuardBytes);
+    __sanitizer_start_switch_fiber(states_[was] == State::kDone ? nullptr : &from.fake, to.stack + kGuardBytes, kStackBytes - kGuardBytes);
 #endif
 #if defined(TP_TSAN)
     __tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);
@@ -256,20 +267,21 @@ void Block::yield() {
     if (next < 0) {
         bool barrier = true, any = false;
         for (unsigned i = 0; i < n_; ++i) {
-            barrier &= fibers_[i].state != State::kInCollective && fibers_[i].state != State::kAtPartialBarrier;
-            any |= fibers_[i].state == State::kAtBarrier;
+            barrier &= states_[i] != State::kInCollective && states_[i] != State::kAtPartialBarrier;
+            any |= states_[i] == State::kAtBarrier;
         }
         if (barrier && any) {
             for (unsigned i = 0; i < n_; ++i)
-                if (fibers_[i].state == State::kAtBarrier) fibers_[i].state = State::kReady;
+                if (states_[i] == State::kAtBarrier) states_[i] = State::kReady;
             next = next_ready();
         }
     }
     if (next == static_cast<int>(running_)) return;
     if (next >= 0) return switch_to(static_cast<unsigned>(next));
-    Fiber& from = fibers_[running_];
+    [[maybe_unused]] const unsigned was = running_;
+    Fiber& from = fibers_[was];
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(from.state == State::kDone ? nullptr : &from.fake, home_stack_, home_bytes_);
+    __sanitizer_start_switch_fiber(states_[was] == State::kDone ? nullptr : &from.fake, home_stack_, home_bytes_);
 #endif
 #if defined(TP_TSAN)
     __tsan_switch_to_fiber(home_tsan_, __tsan_switch_to_fiber_no_sync);
@@ -279,17 +291,16 @@ void Block::yield() {
 
 bool Block::run(const Kernel& kernel, Dim3 grid, Dim3 block, Dim3 index, size_t shared_bytes, const void* args) {
     n_ = block.x * block.y * block.z;
-    block_ = block;
     kernel_ = &kernel;
     args_ = args;
     some_arrived_ = 0;
-    if (fibers_.size() < n_) fibers_.resize(n_);
+    if (fibers_.size() < n_) fibers_.resize(n_), states_.resize(n_), waits_.resize(n_);
     // Of exactly this size, so that a sanitizer sees a write beyond it.
     std::vector<char>(shared_bytes + 16).swap(shared_);
-    current.block = index;
-    current.block_dim = block;
-    current.grid_dim = grid;
-    current.dynamic_shared = shared_.data() + (16 - reinterpret_cast<uintptr_t>(shared_.data()) % 16) % 16;
+    context_->block = index;
+    context_->block_dim = block;
+    context_->grid_dim = grid;
+    context_->dynamic_shared = shared_.data() + (16 - reinterpret_cast<uintptr_t>(shared_.data()) % 16) % 16;
     for (unsigned i = 0; i < n_; ++i) {
         Fiber& f = fibers_[i];
         if (!f.stack) {
@@ -311,7 +322,8 @@ bool Block::run(const Kernel& kernel, Dim3 grid, Dim3 block, Dim3 index, size_t 
         frame[1] = nullptr;
         for (int k = 1; k <= 6; ++k) frame[-k] = nullptr;
         f.sp = frame - 6;
-        f.state = State::kReady;
+        states_[i] = State::kReady;
+        f.thread = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
         f.products.clear();
         f.product_groups.clear();
     }
@@ -330,7 +342,7 @@ bool Block::run(const Kernel& kernel, Dim3 grid, Dim3 block, Dim3 index, size_t 
     __sanitizer_finish_switch_fiber(home_fake_, nullptr, nullptr);
 #endif
     for (unsigned i = 0; i < n_; ++i)
-        if (fibers_[i].state != State::kDone) return false;
+        if (states_[i] != State::kDone) return false;
     return true;
 }
 

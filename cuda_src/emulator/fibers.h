@@ -2,6 +2,8 @@
 // source that NVRTC compiles runs under g++ (and its sanitizers). Blocks of a launch run on a few OS threads.
 // A collective's work is done by the last lane to arrive. Not covered: the GPU's memory model and timing.
 #pragma once
+#include <immintrin.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -35,7 +37,7 @@ struct Context {
     unsigned linear;  // thread index within the block
     char* dynamic_shared;
 };
-extern thread_local Context current;
+extern constinit thread_local Context current;  // constinit: else each use asks whether it is initialised
 
 enum class Collective { kSync, kSum, kMax, kShuffle, kCall };
 
@@ -239,27 +241,36 @@ static inline int tp_dp4a_unsigned(u32 a, int b, int c) {
 // Tensor cores: fragments as in the PTX ISA's mma.m16n8k16. g = lane / 4, t = lane % 4; a: rows g, g + 8 at k 2t, 2t + 8; b: column g at
 // k 2t, 2t + 8; d: rows g, g + 8 at columns 2t, 2t + 1.
 namespace tp_emulator {
+/// Eight numbers that lie side by side.
+template <bool kBf16>
+inline __m256 widen(const void* from) {
+    const __m128i in = _mm_loadu_si128(static_cast<const __m128i*>(from));
+    return kBf16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(in), 16)) : _mm256_cvtph_ps(in);
+}
 struct MmaLane {
     float* d;
     const u32 *a, *b;
 };
-template <float (*kUp)(u16)>
+template <bool kBf16>
 inline void mma_16816(void* const (&lanes)[32]) {
-    float a[16][16], b[8][16];
+    u16 bits[16][16], of_k[16][8];
     auto at = [&](int lane) -> const MmaLane& { return *static_cast<const MmaLane*>(lanes[lane]); };
-    for (int lane = 0; lane < 32; ++lane)
-        for (int half = 0; half < 2; ++half) {
-            const int g = lane / 4, t = lane % 4;
-            for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][2 * t + i / 2 * 8 + half] = kUp(static_cast<u16>(at(lane).a[i] >> 16 * half));
-            for (int i = 0; i < 2; ++i) b[g][2 * t + i * 8 + half] = kUp(static_cast<u16>(at(lane).b[i] >> 16 * half));
-        }
-    for (int lane = 0; lane < 32; ++lane)
-        for (int i = 0; i < 4; ++i) {
-            const int row = lane / 4 + i / 2 * 8, column = 2 * (lane % 4) + i % 2;
-            float sum = 0;
-            for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column][k];
-            at(lane).d[i] += sum;
-        }
+    for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 4; ++i) std::memcpy(&bits[g + i % 2 * 8][2 * t + i / 2 * 8], &at(lane).a[i], 4);
+        for (int i = 0; i < 2; ++i)
+            for (int half = 0; half < 2; ++half) of_k[2 * t + i * 8 + half][g] = static_cast<u16>(at(lane).b[i] >> 16 * half);
+    }
+    __m256 columns[16];
+    for (int k = 0; k < 16; ++k) columns[k] = widen<kBf16>(of_k[k]);
+    for (int row = 0; row < 16; ++row) {
+        const __m256 a[2] = {widen<kBf16>(bits[row]), widen<kBf16>(bits[row] + 8)};
+        __m256 sum{};
+#pragma GCC unroll 16
+        for (int k = 0; k < 16; ++k) sum += a[k / 8][k % 8] * columns[k];
+#pragma GCC unroll 8
+        for (int column = 0; column < 8; ++column) at(row % 8 * 4 + column / 2).d[row / 8 * 2 + column % 2] += sum[column];
+    }
 }
 struct LdmatrixLane {
     u32* r;
@@ -275,11 +286,11 @@ inline void ldmatrix_x4(void* const (&lanes)[32]) {
 }  // namespace tp_emulator
 static inline void tp_mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     tp_emulator::MmaLane lane{d, a, b};
-    tp_emulator::warp_call(tp_emulator::mma_16816<tp_half_to_float>, &lane);
+    tp_emulator::warp_call(tp_emulator::mma_16816<false>, &lane);
 }
 static inline void tp_mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     tp_emulator::MmaLane lane{d, a, b};
-    tp_emulator::warp_call(tp_emulator::mma_16816<tp_bf16_to_float>, &lane);
+    tp_emulator::warp_call(tp_emulator::mma_16816<true>, &lane);
 }
 static inline void tp_ldmatrix_x4(u32 (&r)[4], const void* row) {
     tp_emulator::LdmatrixLane lane{r, static_cast<const char*>(row), {}};
@@ -289,43 +300,46 @@ static inline void tp_ldmatrix_x4(u32 (&r)[4], const void* row) {
 static inline void tp_ldmatrix_x4_trans(u32 (&r)[4], const void* row) {
     struct Lane {
         const char* row;
-        const char* rows[4][8];
+        const char* from[4][2];
     } lane{static_cast<const char*>(row), {}};
     tp_emulator::warp_call(
         [](void* const(&lanes)[32]) {
             for (int l = 0; l < 32; ++l)
                 for (int m = 0; m < 4; ++m)
-                    for (int i = 0; i < 8; ++i) static_cast<Lane*>(lanes[l])->rows[m][i] = static_cast<Lane*>(lanes[8 * m + i])->row;
+                    for (int i = 0; i < 2; ++i) static_cast<Lane*>(lanes[l])->from[m][i] = static_cast<Lane*>(lanes[8 * m + l % 4 * 2 + i])->row + l / 4 * 2;
         },
         &lane);
-    const int at = static_cast<int>(tp_emulator::current.linear & 31);
     for (int m = 0; m < 4; ++m) {
         u16 half[2];
-        for (int i = 0; i < 2; ++i) std::memcpy(&half[i], lane.rows[m][at % 4 * 2 + i] + at / 4 * 2, 2);
+        for (int i = 0; i < 2; ++i) std::memcpy(&half[i], lane.from[m][i], 2);
         r[m] = half[0] | static_cast<u32>(half[1]) << 16;
     }
 }
 // Warpgroups: see tp.h. A tile's name is its address; as on a GPU, bits 4 to 6 of an address within it are exchanged by bits 7 to 9.
 #define TP_WGMMA (TP_ARCH == 900)
 namespace tp_emulator {
-template <int kColumns, float (*kUp)(u16)>
+template <int kColumns, bool kBf16>
 inline void wgmma_lane(float* d, const char* a, const char* b, int thread) {
-    auto row = [](const char* tile, int r, float(&to)[16]) {
-        for (int k = 0; k < 16; ++k) {
-            u64 at = reinterpret_cast<u64>(tile) + static_cast<u64>(r / 8 * 1024 + r % 8 * 128 + k * 2);
-            at ^= (at >> 7 & 7) << 4;
-            u16 h;
-            std::memcpy(&h, reinterpret_cast<const char*>(at), 2);
-            to[k] = kUp(h);
-        }
+    struct Row {
+        __m256 k[2];
     };
-    float rows[2][16], column[16];
-    for (int e = 0; e < 2; ++e) row(a, thread / 32 * 16 + thread % 32 / 4 + e * 8, rows[e]);
+    auto row = [](const char* tile, int r) {
+        Row out;
+        for (int i = 0; i < 2; ++i) {
+            const u64 at = reinterpret_cast<u64>(tile) + static_cast<u64>(r / 8 * 1024 + r % 8 * 128 + i * 16);
+            out.k[i] = widen<kBf16>(reinterpret_cast<const char*>(at ^ (at >> 7 & 7) << 4));
+        }
+        return out;
+    };
+    const int first = thread / 32 * 16 + thread % 32 / 4;
+    const Row rows[2] = {row(a, first), row(a, first + 8)};
     for (int i = 0; i < kColumns / 4; ++i) {
-        row(b, i / 2 * 8 + thread % 4 * 2 + i % 2, column);
+        const Row column = row(b, i / 2 * 8 + thread % 4 * 2 + i % 2);
         for (int e = 0; e < 2; ++e) {
+            const __m256 products = rows[e].k[0] * column.k[0] + rows[e].k[1] * column.k[1];
             float sum = 0;
-            for (int k = 0; k < 16; ++k) sum += rows[e][k] * column[k];
+#pragma GCC unroll 8
+            for (int k = 0; k < 8; ++k) sum += products[k];
             d[i / 2 * 4 + e * 2 + i % 2] += sum;
         }
     }
@@ -344,7 +358,7 @@ static inline void tp_wgmma_wait() {
 }
 template <int kColumns, bool kBf16>
 static inline void tp_wgmma(float (&d)[kColumns / 2], u64 a, u64 b) {
-    tp_emulator::product_begin(tp_emulator::wgmma_lane < kColumns, kBf16 ? tp_bf16_to_float : tp_half_to_float >, d, a, b);
+    tp_emulator::product_begin(tp_emulator::wgmma_lane<kColumns, kBf16>, d, a, b);
 }
 /// Two halves: x * y + z, rounded once.
 static inline u32 tp_half2_fma(u32 x, u32 y, u32 z) {
