@@ -95,8 +95,7 @@ struct FewStrip<kQ4_0> {
         for (int j = 0; j < 2; ++j) four_nibbles((u32)(&q.x)[2 * i + j], magic, r, 0xe408e408u, 0xd480d480u, d, 0x80008000u, out + 2 * j);  // q - 8
     }
 };
-template <>
-struct FewStrip<kQ8_0> {
+struct FewByteStrip {  // signed
     TpInt4 q[2];
     u32 d;
     TP_MEMBER void run(u32 magic, int r, int i, u32 (&out)[4]) const {
@@ -105,12 +104,33 @@ struct FewStrip<kQ8_0> {
     }
 };
 template <>
+struct FewStrip<kQ8_0> : FewByteStrip {};
+template <>
+struct FewStrip<kIQ4_NL> : FewByteStrip {};
+template <>
+struct FewStrip<kIQ4_XS> : FewByteStrip {};
+template <>
+struct FewStrip<kMXFP4> : FewByteStrip {};
+template <>
 struct FewStrip<kQ4_K> {
     TpInt4 q;
     u32 scales, mins;  // both runs', mins negative
     TP_MEMBER void run(u32 magic, int r, int i, u32 (&out)[4]) const {
         const u32 scale = tp_half_twice(scales, r), min = tp_half_twice(mins, r);
         for (int j = 0; j < 2; ++j) four_nibbles((u32)(&q.x)[2 * i + j], magic, r, 0xe400e400u, 0xd400d400u, scale, min, out + 2 * j);
+    }
+};
+template <>
+struct FewStrip<kQ5_K> {
+    TpInt4 q, top;
+    u32 scales, mins;
+    int shift;  // of the first run's fifth bits; the second's are next to them
+    TP_MEMBER void run(u32 magic, int r, int i, u32 (&out)[4]) const {
+        const u32 scale = tp_half_twice(scales, r), min = tp_half_twice(mins, r);
+        for (int j = 0; j < 2; ++j) {
+            const u32 low = (u32)(&q.x)[2 * i + j] >> 4 * r & 0x0f0f0f0fu, high = (u32)(&top.x)[2 * i + j] >> (shift + r) & 0x01010101u;
+            four_halves(low | high << 4, magic, kHalfOne, 0xe400e400u, scale, min, out + 2 * j);
+        }
     }
 };
 template <>
@@ -142,14 +162,16 @@ struct FewStrip<kBF16> : FewHalfStrip {};
 template <int kType, int kThreads, int kRows, int kK>
 struct FewWeights;
 
-/// Blocks of 32 with a scale. A row's scales of 256 of k are copied as they are where rows of them begin at multiples of 16 bytes.
-template <int kType, int kThreads, int kRows, int kK>
+/// Blocks of 32 with a scale (a half, or a byte). A row's scales of 256 of k are copied as they are where rows of them begin at multiples of a copy's
+/// bytes.
+template <int kType, int kThreads, int kRows, int kK, class Scale = u16>
 struct FewBlocks {
-    static constexpr int kUnitElems = kType == kQ4_0 ? 32 : 16, kUnits = kK / kUnitElems;
+    static constexpr int kUnitElems = kType == kQ8_0 ? 16 : 32, kUnits = kK / kUnitElems, kScaleUnits = sizeof(Scale) == 2 ? 1 : 2;
     using Quants = FewPlane<kThreads, kRows, kUnits, 16, kType == kQ8_0 ? kByPairs : kUnits == 8 ? kByHalves : kStraight>;
-    static constexpr int kScalesAt = kRows * Quants::kRowBytes;
+    using Scales = FewPlane<kThreads, kRows, kScaleUnits, sizeof(Scale) == 2 ? 16 : 4>;
+    static constexpr int kScalesAt = kRows * Quants::kRowBytes, kCopyBytes = Scales::kRowBytes / kScaleUnits, kOfCopy = kCopyBytes / (int)sizeof(Scale);
     Quants quants;
-    FewPlane<kThreads, kRows, 1, 16> scales;
+    Scales scales;
     const Matrix& w;
     i64 matrix, row0;
     TP_MEMBER FewBlocks(const Matrix& w, i64 matrix, i64 row0, int thread)
@@ -157,16 +179,17 @@ struct FewBlocks {
     TP_MEMBER void bring(char* to, TpSharedAt at, u32 stage, int thread) const {
         quants.bring(at, (i64)stage * Quants::kRowBytes, (i64)stage * kK + thread % kUnits * kUnitElems < w.k);
         const u32 of_256 = stage * (u32)kK / 256;
-        if (scales.stride % 16 == 0) return scales.bring(at + (u32)kScalesAt, (i64)of_256 * 16, true);
+        if (scales.stride % kCopyBytes == 0)
+            return scales.bring(at + (u32)kScalesAt, (i64)of_256 * Scales::kRowBytes, ((i64)of_256 * 8 + thread % kScaleUnits * kOfCopy) * 32 < w.k);
         for (int i = thread; i < kRows * 8; i += kThreads) {
             const i64 block = (i64)of_256 * 8 + i % 8, row = row0 + i / 8;
-            *(u16*)(to + kScalesAt + i * 2) =
-                row < w.n && block * 32 < w.k ? *(const u16*)(w.plane[1] + matrix * w.nb2[1] + row * scales.stride + block * 2) : (u16)0;
+            ((Scale*)(to + kScalesAt))[i] =
+                row < w.n && block * 32 < w.k ? ((const Scale*)(w.plane[1] + matrix * w.nb2[1] + row * scales.stride))[block] : (Scale)0;
         }
     }
-    static TP_MEMBER u32 scale(const char* from, u32 stage, int row, int chunk, int t) {
+    static TP_MEMBER Scale scale(const char* from, u32 stage, int row, int chunk, int t) {
         const int of_256 = kK == 256 ? chunk : (int)(stage % 2);
-        return *(const u16*)(from + kScalesAt + row * 16 + (of_256 * 4 + t) * 2) * 0x10001u;
+        return ((const Scale*)(from + kScalesAt))[row * 8 + of_256 * 4 + t];
     }
 };
 template <int kThreads, int kRows, int kK>
@@ -175,7 +198,7 @@ struct FewWeights<kQ4_0, kThreads, kRows, kK> : FewBlocks<kQ4_0, kThreads, kRows
     using Blocks::Blocks;
     TP_MEMBER void take(FewStrip<kQ4_0>& s, const char* from, u32 stage, int row, int chunk, int t, u32) const {
         s.q = four_words(Blocks::Quants::place(from, row, chunk * 4 + t));
-        s.d = Blocks::scale(from, stage, row, chunk, t);
+        s.d = Blocks::scale(from, stage, row, chunk, t) * 0x10001u;
     }
 };
 template <int kThreads, int kRows, int kK>
@@ -184,26 +207,63 @@ struct FewWeights<kQ8_0, kThreads, kRows, kK> : FewBlocks<kQ8_0, kThreads, kRows
     using Blocks::Blocks;
     TP_MEMBER void take(FewStrip<kQ8_0>& s, const char* from, u32 stage, int row, int chunk, int t, u32) const {
         for (int r = 0; r < 2; ++r) s.q[r] = four_words(Blocks::Quants::place(from, row, chunk * 8 + t * 2 + r));
-        s.d = Blocks::scale(from, stage, row, chunk, t);
+        s.d = Blocks::scale(from, stage, row, chunk, t) * 0x10001u;
     }
 };
 template <int kThreads, int kRows, int kK>
-struct FewWeights<kQ4_K, kThreads, kRows, kK> {
+struct FewWeights<kIQ4_NL, kThreads, kRows, kK> : FewBlocks<kIQ4_NL, kThreads, kRows, kK> {
+    using Blocks = FewBlocks<kIQ4_NL, kThreads, kRows, kK>;
+    using Blocks::Blocks;
+    TP_MEMBER void take(FewStrip<kIQ4_NL>& s, const char* from, u32 stage, int row, int chunk, int t, u32) const {
+        look_up(kIq4Words, four_words(Blocks::Quants::place(from, row, chunk * 4 + t)), s.q[0], s.q[1]);
+        s.d = Blocks::scale(from, stage, row, chunk, t) * 0x10001u;
+    }
+};
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kMXFP4, kThreads, kRows, kK> : FewBlocks<kMXFP4, kThreads, kRows, kK, u8> {
+    using Blocks = FewBlocks<kMXFP4, kThreads, kRows, kK, u8>;
+    using Blocks::Blocks;
+    TP_MEMBER void take(FewStrip<kMXFP4>& s, const char* from, u32 stage, int row, int chunk, int t, u32) const {
+        look_up(kFp4Words, four_words(Blocks::Quants::place(from, row, chunk * 4 + t)), s.q[0], s.q[1]);
+        s.d = half_pair(tp_e8m0_half(Blocks::scale(from, stage, row, chunk, t)));
+    }
+};
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kIQ4_XS, kThreads, kRows, kK> {
+    using Quants = FewPlane<kThreads, kRows, kK / 32, 16, kK == 256 ? kByHalves : kStraight>;
+    using Words = FewPlane<kThreads, kRows, 2, 4>;  // iq4_xs_scale's
+    static constexpr int kWordsAt = kRows * Quants::kRowBytes;
+    Quants quants;
+    Words words;
+    TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread) : quants(w, 0, matrix, row0, thread), words(w, 1, matrix, row0, thread) {}
+    TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int) const {
+        quants.bring(at, (i64)stage * Quants::kRowBytes, true);
+        words.bring(at + (u32)kWordsAt, (i64)(stage * (u32)kK / 256) * 8, true);
+    }
+    TP_MEMBER void take(FewStrip<kIQ4_XS>& s, const char* from, u32 stage, int row, int chunk, int t, u32) const {
+        look_up(kIq4Words, four_words(Quants::place(from, row, chunk * 4 + t)), s.q[0], s.q[1]);
+        s.d = half_pair(iq4_xs_scale((const u32*)(from + kWordsAt + row * 8), (kK == 256 ? chunk : (int)(stage % 2)) * 4 + t));
+    }
+};
+/// Of 256 weights with 6-bit scales and mins: nibbles, then those in 12 bytes, then d and dmin.
+template <int kType, int kThreads, int kRows, int kK>
+struct FewSixBits {
     using Quants = FewPlane<kThreads, kRows, kK / 32, 16, kK == 256 ? kByHalves : kStraight>;
     using Words = FewPlane<kThreads, kRows, 4, 4>;  // 12 bytes of scales and mins, then d and dmin
     static constexpr int kWordsAt = kRows * Quants::kRowBytes;
     Quants quants;
     Words words;
-    int word_bytes;  // between blocks of 256
-    TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread)
-        : quants(w, 0, matrix, row0, thread), words(w, thread % 4 < 3 ? 1 : 2, matrix, row0, thread), word_bytes(thread % 4 < 3 ? 12 : 4) {
+    int word_bytes;                                         // between blocks of 256
+    static constexpr int kScales = kType == kQ5_K ? 2 : 1;  // their plane, in front of d's
+    TP_MEMBER FewSixBits(const Matrix& w, i64 matrix, i64 row0, int thread)
+        : quants(w, 0, matrix, row0, thread), words(w, thread % 4 < 3 ? kScales : kScales + 1, matrix, row0, thread), word_bytes(thread % 4 < 3 ? 12 : 4) {
         if (thread % 4 == 3) words.from -= 12;
     }
     TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int) const {
         quants.bring(at, (i64)stage * Quants::kRowBytes, true);
         words.bring(at + (u32)kWordsAt, (i64)(stage * (u32)kK / 256) * word_bytes, true);
     }
-    TP_MEMBER void take(FewStrip<kQ4_K>& s, const char* from, u32 stage, int row, int chunk, int t, u32 magic) const {
+    TP_MEMBER void take(FewStrip<kType>& s, const char* from, u32 stage, int row, int chunk, int t, u32 magic) const {
         s.q = four_words(Quants::place(from, row, chunk * 4 + t));
         const TpInt4 v = four_words(from + kWordsAt + row * 16);  // as in six_bits of vec_piece.h; which half of the 256 it is, is a warp's
         const int shift = t / 2 * 16;
@@ -214,6 +274,27 @@ struct FewWeights<kQ4_K, kThreads, kRows, kK> {
         const u32 d = tp_half_twice((u32)v.w, 0), m = tp_half_twice((u32)v.w, 1) ^ 0x80008000u;
         s.scales = half2_mul(tp_half2_fma(tp_byte_perm(scale6, magic, 0x4140), kHalfOne, 0xe400e400u), d);
         s.mins = half2_mul(tp_half2_fma(tp_byte_perm(min6, magic, 0x4140), kHalfOne, 0xe400e400u), m);
+    }
+};
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kQ4_K, kThreads, kRows, kK> : FewSixBits<kQ4_K, kThreads, kRows, kK> {
+    using FewSixBits<kQ4_K, kThreads, kRows, kK>::FewSixBits;
+};
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kQ5_K, kThreads, kRows, kK> : FewSixBits<kQ5_K, kThreads, kRows, kK> {
+    using SixBits = FewSixBits<kQ5_K, kThreads, kRows, kK>;
+    using Tops = FewPlane<kThreads, kRows, 2, 16>;  // of byte i bit j is element i's of sub-block j of the 256
+    static constexpr int kTopsAt = SixBits::kWordsAt + kRows * 16;
+    Tops tops;
+    TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread) : SixBits(w, matrix, row0, thread), tops(w, 1, matrix, row0, thread) {}
+    TP_MEMBER void bring(char* to, TpSharedAt at, u32 stage, int thread) const {
+        SixBits::bring(to, at, stage, thread);
+        tops.bring(at + (u32)kTopsAt, (i64)(stage * (u32)kK / 256) * 32, true);
+    }
+    TP_MEMBER void take(FewStrip<kQ5_K>& s, const char* from, u32 stage, int row, int chunk, int t, u32 magic) const {
+        SixBits::take(s, from, stage, row, chunk, t, magic);
+        s.top = four_words(Tops::place(from + kTopsAt, row, t % 2));
+        s.shift = (kK == 256 ? chunk : (int)(stage % 2)) * 4 + t / 2 * 2;
     }
 };
 template <int kThreads, int kRows, int kK>
@@ -284,7 +365,7 @@ struct FewWeights<kBF16, kThreads, kRows, kK> : FewHalves<kBF16, kThreads, kRows
 /// their x 32 or 16 halves apart). Beyond k all is zero.
 template <int kType, int kColumns, int kThreads, int kChunks>
 struct FewX {
-    static constexpr int kUnits = kColumns * 8, kApart = kColumns * 128 + (kType == kQ4_K ? 64 : 32), kChunkBytes = few_chunk_bytes(kColumns);
+    static constexpr int kUnits = kColumns * 8, kApart = kColumns * 128 + (Strip<kType>::kCrossed ? 64 : 32), kChunkBytes = few_chunk_bytes(kColumns);
     static constexpr int kAll = 2 * kChunks * kUnits, kTimes = kAll < kThreads ? 1 : kAll / kThreads;
     static_assert(kUnits % kThreads == 0 || kThreads % (2 * kUnits) == 0);
     const char* from;
@@ -451,12 +532,7 @@ TP_DEVICE void mul_few_entries(const MulTileIdArgs& a) {
     MUL_FEW_ID_OF(name##_8, type, 8)                                      \
     MUL_FEW_ID_OF(name##_16, type, 16)
 
-MUL_FEW(q4_0, kQ4_0)
-MUL_FEW(q8_0, kQ8_0)
-MUL_FEW(q4_K, kQ4_K)
-MUL_FEW(q6_K, kQ6_K)
-MUL_FEW(f16, kF16)
-MUL_FEW(bf16, kBF16)
+TP_FEW_TYPES(MUL_FEW)
 MUL_FEW_OF(q4_K_16_tall, kQ4_K, ggml_tp::kFewTallColumns, ggml_tp::kFewTallRows)
 
 // The pieces of k, in their order. grid: (rows of all parts / 256, m).

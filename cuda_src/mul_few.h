@@ -8,6 +8,24 @@ constexpr i64 kFewLeast = 6;        // columns that mul_vec takes where it can (
 constexpr i64 kFewColumns = 64;     // at most; mul_tile and mul_wgmma take more
 constexpr i32 kFewLeastChunks = 4;  // of a piece of k: 512
 
+/// Types that it has. X(name, type).
+#define TP_FEW_TYPES(X) \
+    X(q4_0, kQ4_0)      \
+    X(q8_0, kQ8_0)      \
+    X(q4_K, kQ4_K)      \
+    X(q5_K, kQ5_K)      \
+    X(q6_K, kQ6_K)      \
+    X(iq4_nl, kIQ4_NL)  \
+    X(iq4_xs, kIQ4_XS)  \
+    X(mxfp4, kMXFP4)    \
+    X(f16, kF16)        \
+    X(bf16, kBF16)
+constexpr bool few_has(i32 type) {
+#define TP_TYPE(name, of) || type == of
+    return false TP_FEW_TYPES(TP_TYPE);
+#undef TP_TYPE
+}
+
 constexpr int few_chunk_bytes(int columns) { return 2 * columns * 128 + 64; }  // of x for 128 of k
 
 /// What a block is: `rows` of weights, and of them and of x `k` a stage of its ring, which a warp has 32 rows and 128 of. 18 to 37 KB of weights
@@ -18,17 +36,24 @@ struct FewShape {
     int row_bytes;  // of a row's k, with the scales of the 256 that it is part of
     int bytes;      // of a stage
 };
+/// Of four to six bits a weight: what a stage has of a row is a line of memory with 256 of k.
+constexpr bool few_wide(i32 type) { return type != kQ8_0 && type != kF16 && type != kBF16; }
 constexpr FewShape few_shape(i32 type, int columns, int rows) {
-    const bool wide = type == kQ4_0 || type == kQ4_K || type == kQ6_K;
+    const bool wide = few_wide(type);
     FewShape s{rows, wide && columns < 64 ? 256 : 128, 0, 0, 0, 0};
     s.threads = s.rows * s.k / 128;
     s.blocks = (columns < 64 ? 512 : 256) / s.threads;
-    s.row_bytes = type == kQ6_K ? s.k / 2 + s.k / 4 + 16 + 4 : type == kQ8_0 ? s.k + 16 : wide ? s.k / 2 + 16 : s.k * 2;
+    s.row_bytes = type == kQ6_K                       ? s.k / 2 + s.k / 4 + 16 + 4
+                  : type == kQ5_K                     ? s.k / 2 + 32 + 16
+                  : type == kIQ4_XS || type == kMXFP4 ? s.k / 2 + 8
+                  : type == kQ8_0                     ? s.k + 16
+                  : wide                              ? s.k / 2 + 16
+                                                      : s.k * 2;
     s.bytes = s.rows * s.row_bytes + s.k / 128 * few_chunk_bytes(columns);
     return s;
 }
 /// Rows of a block: of 64 columns twice the rows, as every block reads all of x.
-constexpr int few_rows(i32 type, int columns) { return columns == 64 && (type == kQ4_0 || type == kQ4_K || type == kQ6_K) ? 256 : 128; }
+constexpr int few_rows(i32 type, int columns) { return columns == 64 && few_wide(type) ? 256 : 128; }
 /// And of 16 columns of Q4_K, where so few blocks keep the device busy: 28,672 rows take 38.8 us, with 128 rows 43 (8 columns 34.2 and 33.8, 32
 /// columns 55 and 52.5; ncu, one H100). Q4_0, which has fewer instructions for each of its bytes, loses: 16 sequences of 8B 4,420, 4,470 -> 4,260.
 constexpr int kFewTallRows = 256, kFewTallColumns = 16;
@@ -60,8 +85,6 @@ constexpr FewRing few_ring(const FewShape& shape, Arch arch) {
     return ring;
 }
 
-/// Types that it has.
-constexpr bool few_has(i32 type) { return has_dots(type) || type == kF16 || type == kBF16; }
 constexpr bool few_fits(i32 type) {
     for (int columns = 8; columns <= kFewColumns; columns *= 2)
         if (few_ring(few_shape(type, columns, few_rows(type, columns)), {860, 1}).stages < 2) return false;
@@ -69,7 +92,9 @@ constexpr bool few_fits(i32 type) {
 }
 constexpr bool few_has_tall(i32 type) { return type == kQ4_K; }
 static_assert(few_ring(few_shape(kQ4_K, kFewTallColumns, kFewTallRows), {860, 1}).stages >= 2);
-static_assert(few_fits(kQ4_0) && few_fits(kQ8_0) && few_fits(kQ4_K) && few_fits(kQ6_K) && few_fits(kF16) && few_fits(kBF16), "99 KB hold two stages of each");
+#define TP_FITS(name, type) &&few_fits(type)
+static_assert(true TP_FEW_TYPES(TP_FITS), "99 KB hold two stages of each");
+#undef TP_FITS
 
 /// Whether a product is the kind that mul_few computes: mul_tile's kind, of few columns.
 inline bool mul_few_can(const MulMatArgs& a, Arch arch) { return few_has(a.w.type) && a.x.ne[1] <= kFewColumns && mul_tile_can(a, arch); }
@@ -110,21 +135,16 @@ inline i64 few_sums_bytes(const MulPiecesArgs& a, Arch arch) {
 inline Launch mul_few_launch(const MulPiecesArgs& a, Arch arch) {
     struct Row {
         i32 type;
-        const char *kernel[4], *tall;
+        const char* kernel[4];
     };
-    static constexpr Row kRows[] = {
-        {kQ4_0, {"mul_few_q4_0_8", "mul_few_q4_0_16", "mul_few_q4_0_32", "mul_few_q4_0_64"}, nullptr},
-        {kQ8_0, {"mul_few_q8_0_8", "mul_few_q8_0_16", "mul_few_q8_0_32", "mul_few_q8_0_64"}, nullptr},
-        {kQ4_K, {"mul_few_q4_K_8", "mul_few_q4_K_16", "mul_few_q4_K_32", "mul_few_q4_K_64"}, "mul_few_q4_K_16_tall"},
-        {kQ6_K, {"mul_few_q6_K_8", "mul_few_q6_K_16", "mul_few_q6_K_32", "mul_few_q6_K_64"}, nullptr},
-        {kF16, {"mul_few_f16_8", "mul_few_f16_16", "mul_few_f16_32", "mul_few_f16_64"}, nullptr},
-        {kBF16, {"mul_few_bf16_8", "mul_few_bf16_16", "mul_few_bf16_32", "mul_few_bf16_64"}, nullptr},
-    };
+#define TP_ROW(name, type) {type, {"mul_few_" #name "_8", "mul_few_" #name "_16", "mul_few_" #name "_32", "mul_few_" #name "_64"}},
+    static constexpr Row kRows[] = {TP_FEW_TYPES(TP_ROW)};
+#undef TP_ROW
     Launch out;
     const FewShape shape = few_shape(a, arch);
     const int columns = few_columns(a.wide.m), at = columns == 8 ? 0 : columns == 16 ? 1 : columns == 32 ? 2 : 3;
     for (const Row& row : kRows)
-        if (row.type == a.wide.part[0].w.type) out.kernel = few_tall(a, arch) ? row.tall : row.kernel[at];
+        if (row.type == a.wide.part[0].w.type) out.kernel = few_tall(a, arch) ? "mul_few_q4_K_16_tall" : row.kernel[at];
     const i64 blocks = row_tiles(a.wide, shape.rows);
     if (blocks > 0x7fffffff || a.n_pieces > 65535) return {};
     out.grid[0] = (u32)blocks;
@@ -154,11 +174,9 @@ inline Launch mul_few_id_launch(MulTileIdArgs& a, int columns, Arch arch) {
         i32 type;
         const char* kernel[2];
     };
-    static constexpr Row kRows[] = {
-        {kQ4_0, {"mul_few_id_q4_0_8", "mul_few_id_q4_0_16"}}, {kQ8_0, {"mul_few_id_q8_0_8", "mul_few_id_q8_0_16"}},
-        {kQ4_K, {"mul_few_id_q4_K_8", "mul_few_id_q4_K_16"}}, {kQ6_K, {"mul_few_id_q6_K_8", "mul_few_id_q6_K_16"}},
-        {kF16, {"mul_few_id_f16_8", "mul_few_id_f16_16"}},    {kBF16, {"mul_few_id_bf16_8", "mul_few_id_bf16_16"}},
-    };
+#define TP_ROW(name, type) {type, {"mul_few_id_" #name "_8", "mul_few_id_" #name "_16"}},
+    static constexpr Row kRows[] = {TP_FEW_TYPES(TP_ROW)};
+#undef TP_ROW
     Launch out;
     const FewShape shape = few_shape(a.w.type, columns, kFewExpertRows);
     for (const Row& row : kRows)

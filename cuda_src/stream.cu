@@ -608,7 +608,7 @@ TP_DEVICE void store_sums_as(const StreamExperts& experts, Shared& s, Turn<kOuts
         float sum = product[0];
 #pragma unroll 1
         for (int i = 1, at = rows; i < slots; ++i, at += rows) {
-            sum += __shfl_sync(0xffffffffu, product[at >= 32], (at + lane) % 32);
+            sum += __shfl_sync(0xffffffffu, at >= 32 ? product[1] : product[0], (at + lane) % 32);  // an index would put them into local memory
             if (kMore && i + 1 < slots && more.sum[i - 1] && inside) more.sum[i - 1][row + lane] = sum;
         }
         if (inside) to.put(s, row + lane, sum);

@@ -85,6 +85,7 @@ OTHER_TYPES = {
     21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
     41: "Q1_0", 42: "Q2_0",
 }  # fmt: skip
+FEW_TYPES = {13: "Q5_K", 20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4"}  # of those, what mul_few has
 BLOCKS_OF_32 = ("Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4")
 # Types whose encoders search among scales.
 SEARCHED = {10: "Q2_K", 11: "Q3_K", Q4_K: "Q4_K", 13: "Q5_K", Q6_K: "Q6_K", IQ4_XS: "IQ4_XS"}
@@ -273,6 +274,17 @@ def _mul_mats() -> None:
             )
         case(f"mul_mat {name} broadcast")(lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 16, 2, 1, scale=1 / 16), g.leaf(F32, 256, 3, 4, 2)))
         case(f"get_rows {name}")(lambda g, t=t: g.lib.ggml_get_rows(g.c, g.leaf(t, 512, 9), g.indices(8, 0, 3, 3)))
+    for t, name in FEW_TYPES.items():
+        # 288 and 384 weights have 9 and 12 bytes of MXFP4's scales: copied one by one, and in words of which the last is not there.
+        for k in (288, 384) if name in BLOCKS_OF_32 else (768,):
+            for role, m in (("attn_q", 7), ("attn_q", 12), ("attn_output", 12), ("attn_q", 20), ("attn_q", 40)):
+                case(f"mul_mat {name} {role} {k}x200 m{m}, few columns")(
+                    lambda g, t=t, m=m, k=k, role=role: g.lib.ggml_mul_mat(g.c, g.leaf(t, k, 200, scale=1 / 18, name=f"blk.0.{role}.weight"), g.leaf(F32, k, m))
+                )
+        case(f"mul_mat {name} 2304x150, k in pieces, m12")(
+            lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 2304, 150, scale=1 / 48, name="blk.0.attn_q.weight"), g.leaf(F32, 2304, 12))
+        )
+        case(f"mul_mat {name}, three of one input m20")(lambda g, t=t: three_products(g, t, 1280, 20))
     case("mul_mat Q4_0, a view of x's columns")(
         lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(Q4_0, 64, 37), g.lib.ggml_view_4d(g.c, g.leaf(F32, 96, 5), 64, 5, 1, 1, 384, 1920, 1920, 128))
     )
@@ -583,6 +595,12 @@ def _experts() -> None:
         for role, n, x_rows, n_tokens in (("ffn_gate_exps", 96, 1, 2), ("ffn_up_exps", 96, 1, 33), ("ffn_down_exps", 70, 2, 33)):
             case(f"mul_mat_id {name} {role}, {n_tokens} tokens")(
                 lambda g, t=t, m=n_tokens, role=role, n=n, x=x_rows: mul_mat_id(g, t, 768, n, 4, 2, m, f"blk.0.{role}.weight", x)
+            )
+    for t, name in FEW_TYPES.items():
+        case(f"mul_mat_id {name} ffn_down_exps, 5 tokens")(lambda g, t=t: mul_mat_id(g, t, 512, 70, 9, 4, 5, "blk.0.ffn_down_exps.weight", 4))
+        for n_expert in (9, 12):
+            case(f"mul_mat_id {name} of {n_expert}, an expert of all 20 tokens")(
+                lambda g, t=t, n=n_expert: mul_mat_id(g, t, 512, 150, n, 2, 20, "blk.0.ffn_up_exps.weight", of_all=True)
             )
     for t in (Q8_0, Q4_K):
         # Halves end at 65,504; the CPU makes halves of activations itself where weights are.
