@@ -4,7 +4,6 @@
 
 namespace ggml_tp {
 
-constexpr i64 kFewLeast = 6;        // columns that mul_vec takes where it can (docs/decisions.md)
 constexpr i64 kFewColumns = 64;     // at most; mul_tile and mul_wgmma take more
 constexpr i32 kFewLeastChunks = 4;  // of a piece of k: 512
 
@@ -24,6 +23,14 @@ constexpr bool few_has(i32 type) {
 #define TP_TYPE(name, of) || type == of
     return false TP_FEW_TYPES(TP_TYPE);
 #undef TP_TYPE
+}
+
+/// Columns that mul_vec takes where it can, and tokens of experts mul_vec_id (docs/decisions.md): what a type's pieces cost it, and what its strips.
+struct FewLeast {
+    i64 columns, tokens;
+};
+constexpr FewLeast few_least(i32 type) {
+    return type == kIQ4_NL || type == kIQ4_XS || type == kMXFP4 ? FewLeast{4, 8} : type == kQ5_K ? FewLeast{4, 5} : FewLeast{6, 3};
 }
 
 constexpr int few_chunk_bytes(int columns) { return 2 * columns * 128 + 64; }  // of x for 128 of k
@@ -161,7 +168,6 @@ struct FewEntries {
 };
 constexpr FewEntries kFewEntries[] = {{8, 4}, {16, 8}};
 constexpr int kFewExpertRows = 128;
-constexpr i64 kFewLeastTokens = 3;  // that mul_vec_id takes where it can
 inline int few_entries(const MulIdArgs& a) {
     for (const FewEntries& e : kFewEntries)
         if (a.y.ne[1] * a.y.ne[2] <= e.most * a.w.ne2) return e.columns;

@@ -206,7 +206,7 @@ void lower_mul_mat(const Site& s, Lowered& out) {
         out.add(fill_launch({s.y, 0.0f}, s.arch), FillArgs{s.y, 0.0f});
         return;
     }
-    const bool vec = mul_vec_can(args, s.arch) && (args.x.ne[1] <= kFewLeast || !mul_few_can(args, s.arch));
+    const bool vec = mul_vec_can(args, s.arch) && (args.x.ne[1] <= few_least(args.w.type).columns || !mul_few_can(args, s.arch));
     QuantizeArgs prepare{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
     if (!vec && mul_tile_can(args, s.arch)) return lower_tiles(s, out, args, prepare, 0);
     if (!vec && halve_weights_can(args, s.arch)) {
@@ -314,7 +314,7 @@ void lower_mul_mat_id(const Site& s, Lowered& out) {
     args.k_end = s.k_end;
     args.fault = s.fault;
     QuantizeArgs prepare{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
-    const bool vec = mul_vec_id_can(args, s.arch) && (args.y.ne[2] <= kFewLeastTokens || !mul_few_id_can(args, s.arch));
+    const bool vec = mul_vec_id_can(args, s.arch) && (args.y.ne[2] <= few_least(args.w.type).tokens || !mul_few_id_can(args, s.arch));
     if (!vec && (mul_tile_id_can(args, s.arch) || halve_experts_can(args, s.arch))) return lower_expert_tiles(s, out, args, prepare);
     if (mul_mat_needs_quantized_x(s.w, vec)) {
         out.ok &= lower_quantize(s, out, prepare);
