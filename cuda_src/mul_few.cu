@@ -95,6 +95,31 @@ struct FewStrip<kQ4_0> {
         for (int j = 0; j < 2; ++j) four_nibbles((u32)(&q.x)[2 * i + j], magic, r, 0xe408e408u, 0xd480d480u, d, 0x80008000u, out + 2 * j);  // q - 8
     }
 };
+template <>
+struct FewStrip<kQ4_1> {
+    TpInt4 q;
+    u32 dm;
+    TP_MEMBER void run(u32 magic, int r, int i, u32 (&out)[4]) const {
+        for (int j = 0; j < 2; ++j)
+            four_nibbles((u32)(&q.x)[2 * i + j], magic, r, 0xe400e400u, 0xd400d400u, tp_half_twice(dm, 0), tp_half_twice(dm, 1), out + 2 * j);
+    }
+};
+/// Nibbles with a fifth bit, less kMinus.
+template <u32 kMinus>
+struct FewFifthStrip {
+    TpInt4 q;
+    u32 tops, d, m;
+    TP_MEMBER void run(u32 magic, int r, int i, u32 (&out)[4]) const {
+        for (int j = 0; j < 2; ++j) {
+            const u32 low = (u32)(&q.x)[2 * i + j] >> 4 * r & 0x0f0f0f0fu;
+            four_halves(low | (u32)fifth_bits(tops >> (16 * r + 8 * i + 4 * j)), magic, kHalfOne, 0xe400e400u + kMinus * 0x10001u, d, m, out + 2 * j);
+        }
+    }
+};
+template <>
+struct FewStrip<kQ5_0> : FewFifthStrip<16> {};
+template <>
+struct FewStrip<kQ5_1> : FewFifthStrip<0> {};
 struct FewByteStrip {  // signed
     TpInt4 q[2];
     u32 d;
@@ -134,6 +159,29 @@ struct FewStrip<kQ5_K> {
     }
 };
 template <>
+struct FewStrip<kQ2_K> {
+    TpInt4 q;
+    u32 scales, mins;
+    int shift;  // of the first run's two bits
+    TP_MEMBER void run(u32 magic, int r, int i, u32 (&out)[4]) const {
+        for (int j = 0; j < 2; ++j)
+            four_halves((u32)(&q.x)[2 * i + j] >> (shift + 2 * r) & 0x03030303u, magic, kHalfOne, 0xe400e400u, tp_half_twice(scales, r), tp_half_twice(mins, r),
+                        out + 2 * j);
+    }
+};
+template <>
+struct FewStrip<kQ3_K> {
+    TpInt4 q, top;
+    u32 scales;
+    int shift, top_shift;
+    TP_MEMBER void run(u32 magic, int r, int i, u32 (&out)[4]) const {
+        for (int j = 0; j < 2; ++j) {
+            const u32 low = (u32)(&q.x)[2 * i + j] >> (shift + 2 * r) & 0x03030303u, high = (u32)(&top.x)[2 * i + j] >> (top_shift + r) & 0x01010101u;
+            four_halves(low | high << 2, magic, kHalfOne, 0xe404e404u, tp_half_twice(scales, r), 0x80008000u, out + 2 * j);  // of offset 4
+        }
+    }
+};
+template <>
 struct FewStrip<kQ6_K> {
     TpInt4 q[2], top[2];
     u32 scales;  // both runs'
@@ -162,35 +210,50 @@ struct FewStrip<kBF16> : FewHalfStrip {};
 template <int kType, int kThreads, int kRows, int kK>
 struct FewWeights;
 
-/// Blocks of 32 with a scale (a half, or a byte). A row's scales of 256 of k are copied as they are where rows of them begin at multiples of a copy's
-/// bytes.
-template <int kType, int kThreads, int kRows, int kK, class Scale = u16>
-struct FewBlocks {
-    static constexpr int kUnitElems = kType == kQ8_0 ? 16 : 32, kUnits = kK / kUnitElems, kScaleUnits = sizeof(Scale) == 2 ? 1 : 2;
-    using Quants = FewPlane<kThreads, kRows, kUnits, 16, kType == kQ8_0 ? kByPairs : kUnits == 8 ? kByHalves : kStraight>;
-    using Scales = FewPlane<kThreads, kRows, kScaleUnits, sizeof(Scale) == 2 ? 16 : 4>;
-    static constexpr int kScalesAt = kRows * Quants::kRowBytes, kCopyBytes = Scales::kRowBytes / kScaleUnits, kOfCopy = kCopyBytes / (int)sizeof(Scale);
-    Quants quants;
-    Scales scales;
+/// What a plane has of each block of 32, a T: copied as it is where rows of the plane begin at multiples of a copy's bytes.
+template <class T, int kThreads, int kRows>
+struct FewField {
+    static constexpr int kUnits = sizeof(T) == 2 ? 1 : 2;
+    using Plane = FewPlane<kThreads, kRows, kUnits, sizeof(T) == 1 ? 4 : 16>;
+    static constexpr int kBytes = kRows * Plane::kRowBytes, kCopyBytes = Plane::kRowBytes / kUnits, kOfCopy = kCopyBytes / (int)sizeof(T);
+    Plane plane;
     const Matrix& w;
-    i64 matrix, row0;
-    TP_MEMBER FewBlocks(const Matrix& w, i64 matrix, i64 row0, int thread)
-        : quants(w, 0, matrix, row0, thread), scales(w, 1, matrix, row0, thread), w(w), matrix(matrix), row0(row0) {}
-    TP_MEMBER void bring(char* to, TpSharedAt at, u32 stage, int thread) const {
-        quants.bring(at, (i64)stage * Quants::kRowBytes, (i64)stage * kK + thread % kUnits * kUnitElems < w.k);
-        const u32 of_256 = stage * (u32)kK / 256;
-        if (scales.stride % kCopyBytes == 0)
-            return scales.bring(at + (u32)kScalesAt, (i64)of_256 * Scales::kRowBytes, ((i64)of_256 * 8 + thread % kScaleUnits * kOfCopy) * 32 < w.k);
+    const char* row0;
+    int n_rows;
+    TP_MEMBER FewField(const Matrix& w, int f, i64 matrix, i64 row0, int thread)
+        : plane(w, f, matrix, row0, thread),
+          w(w),
+          row0(w.plane[f] + matrix * w.nb2[f] + row0 * w.row_stride[f]),
+          n_rows(w.n - row0 < kRows ? (int)(w.n - row0) : kRows) {}
+    TP_MEMBER void bring(char* to, TpSharedAt at, u32 of_256, int thread) const {
+        if (plane.stride % kCopyBytes == 0) return plane.bring(at, (i64)of_256 * Plane::kRowBytes, ((i64)of_256 * 8 + thread % kUnits * kOfCopy) * 32 < w.k);
         for (int i = thread; i < kRows * 8; i += kThreads) {
-            const i64 block = (i64)of_256 * 8 + i % 8, row = row0 + i / 8;
-            ((Scale*)(to + kScalesAt))[i] =
-                row < w.n && block * 32 < w.k ? ((const Scale*)(w.plane[1] + matrix * w.nb2[1] + row * scales.stride))[block] : (Scale)0;
+            const i64 block = (i64)of_256 * 8 + i % 8;
+            ((T*)to)[i] = i / 8 < n_rows && block * 32 < w.k ? ((const T*)(row0 + i / 8 * plane.stride))[block] : (T)0;
         }
     }
-    static TP_MEMBER Scale scale(const char* from, u32 stage, int row, int chunk, int t) {
-        const int of_256 = kK == 256 ? chunk : (int)(stage % 2);
-        return ((const Scale*)(from + kScalesAt))[row * 8 + of_256 * 4 + t];
+};
+/// Blocks of 32: quants, and a field of each block.
+template <int kType, int kThreads, int kRows, int kK, class T = u16>
+struct FewBlocks {
+    static constexpr int kUnitElems = kType == kQ8_0 ? 16 : 32, kUnits = kK / kUnitElems;
+    using Quants = FewPlane<kThreads, kRows, kUnits, 16, kType == kQ8_0 ? kByPairs : kUnits == 8 ? kByHalves : kStraight>;
+    using Field = FewField<T, kThreads, kRows>;
+    static constexpr int kFieldAt = kRows * Quants::kRowBytes, kEnd = kFieldAt + Field::kBytes;
+    Quants quants;
+    Field of_block;
+    TP_MEMBER FewBlocks(const Matrix& w, i64 matrix, i64 row0, int thread) : quants(w, 0, matrix, row0, thread), of_block(w, 1, matrix, row0, thread) {}
+    TP_MEMBER void bring(char* to, TpSharedAt at, u32 stage, int thread) const {
+        quants.bring(at, (i64)stage * Quants::kRowBytes, (i64)stage * kK + thread % kUnits * kUnitElems < of_block.w.k);
+        of_block.bring(to + kFieldAt, at + (u32)kFieldAt, stage * (u32)kK / 256, thread);
     }
+    /// Of a lane's block; at: where a field's values lie.
+    template <class V>
+    static TP_MEMBER V field(const char* at, u32 stage, int row, int chunk, int t) {
+        const int of_256 = kK == 256 ? chunk : (int)(stage % 2);
+        return ((const V*)at)[row * 8 + of_256 * 4 + t];
+    }
+    static TP_MEMBER T field(const char* from, u32 stage, int row, int chunk, int t) { return field<T>(from + kFieldAt, stage, row, chunk, t); }
 };
 template <int kThreads, int kRows, int kK>
 struct FewWeights<kQ4_0, kThreads, kRows, kK> : FewBlocks<kQ4_0, kThreads, kRows, kK> {
@@ -198,7 +261,7 @@ struct FewWeights<kQ4_0, kThreads, kRows, kK> : FewBlocks<kQ4_0, kThreads, kRows
     using Blocks::Blocks;
     TP_MEMBER void take(FewStrip<kQ4_0>& s, const char* from, u32 stage, int row, int chunk, int t, u32) const {
         s.q = four_words(Blocks::Quants::place(from, row, chunk * 4 + t));
-        s.d = Blocks::scale(from, stage, row, chunk, t) * 0x10001u;
+        s.d = Blocks::field(from, stage, row, chunk, t) * 0x10001u;
     }
 };
 template <int kThreads, int kRows, int kK>
@@ -207,7 +270,7 @@ struct FewWeights<kQ8_0, kThreads, kRows, kK> : FewBlocks<kQ8_0, kThreads, kRows
     using Blocks::Blocks;
     TP_MEMBER void take(FewStrip<kQ8_0>& s, const char* from, u32 stage, int row, int chunk, int t, u32) const {
         for (int r = 0; r < 2; ++r) s.q[r] = four_words(Blocks::Quants::place(from, row, chunk * 8 + t * 2 + r));
-        s.d = Blocks::scale(from, stage, row, chunk, t) * 0x10001u;
+        s.d = Blocks::field(from, stage, row, chunk, t) * 0x10001u;
     }
 };
 template <int kThreads, int kRows, int kK>
@@ -216,7 +279,7 @@ struct FewWeights<kIQ4_NL, kThreads, kRows, kK> : FewBlocks<kIQ4_NL, kThreads, k
     using Blocks::Blocks;
     TP_MEMBER void take(FewStrip<kIQ4_NL>& s, const char* from, u32 stage, int row, int chunk, int t, u32) const {
         look_up(kIq4Words, four_words(Blocks::Quants::place(from, row, chunk * 4 + t)), s.q[0], s.q[1]);
-        s.d = Blocks::scale(from, stage, row, chunk, t) * 0x10001u;
+        s.d = Blocks::field(from, stage, row, chunk, t) * 0x10001u;
     }
 };
 template <int kThreads, int kRows, int kK>
@@ -225,8 +288,42 @@ struct FewWeights<kMXFP4, kThreads, kRows, kK> : FewBlocks<kMXFP4, kThreads, kRo
     using Blocks::Blocks;
     TP_MEMBER void take(FewStrip<kMXFP4>& s, const char* from, u32 stage, int row, int chunk, int t, u32) const {
         look_up(kFp4Words, four_words(Blocks::Quants::place(from, row, chunk * 4 + t)), s.q[0], s.q[1]);
-        s.d = half_pair(tp_e8m0_half(Blocks::scale(from, stage, row, chunk, t)));
+        s.d = half_pair(tp_e8m0_half(Blocks::field(from, stage, row, chunk, t)));
     }
+};
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kQ4_1, kThreads, kRows, kK> : FewBlocks<kQ4_1, kThreads, kRows, kK, u32> {
+    using Blocks = FewBlocks<kQ4_1, kThreads, kRows, kK, u32>;
+    using Blocks::Blocks;
+    TP_MEMBER void take(FewStrip<kQ4_1>& s, const char* from, u32 stage, int row, int chunk, int t, u32) const {
+        s.q = four_words(Blocks::Quants::place(from, row, chunk * 4 + t));
+        s.dm = Blocks::field(from, stage, row, chunk, t);
+    }
+};
+/// With fifth bits, and a field more: a scale, or that and a minimum.
+template <int kType, class T, int kThreads, int kRows, int kK>
+struct FewFifths : FewBlocks<kType, kThreads, kRows, kK, u32> {
+    using Blocks = FewBlocks<kType, kThreads, kRows, kK, u32>;
+    FewField<T, kThreads, kRows> scales;
+    TP_MEMBER FewFifths(const Matrix& w, i64 matrix, i64 row0, int thread) : Blocks(w, matrix, row0, thread), scales(w, 2, matrix, row0, thread) {}
+    TP_MEMBER void bring(char* to, TpSharedAt at, u32 stage, int thread) const {
+        Blocks::bring(to, at, stage, thread);
+        scales.bring(to + Blocks::kEnd, at + (u32)Blocks::kEnd, stage * (u32)kK / 256, thread);
+    }
+    TP_MEMBER void take(FewStrip<kType>& s, const char* from, u32 stage, int row, int chunk, int t, u32) const {
+        s.q = four_words(Blocks::Quants::place(from, row, chunk * 4 + t));
+        s.tops = Blocks::field(from, stage, row, chunk, t);
+        const u32 scale = Blocks::template field<T>(from + Blocks::kEnd, stage, row, chunk, t);
+        s.d = tp_half_twice(scale, 0), s.m = sizeof(T) == 4 ? tp_half_twice(scale, 1) : 0x80008000u;
+    }
+};
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kQ5_0, kThreads, kRows, kK> : FewFifths<kQ5_0, u16, kThreads, kRows, kK> {
+    using FewFifths<kQ5_0, u16, kThreads, kRows, kK>::FewFifths;
+};
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kQ5_1, kThreads, kRows, kK> : FewFifths<kQ5_1, u32, kThreads, kRows, kK> {
+    using FewFifths<kQ5_1, u32, kThreads, kRows, kK>::FewFifths;
 };
 template <int kThreads, int kRows, int kK>
 struct FewWeights<kIQ4_XS, kThreads, kRows, kK> {
@@ -297,6 +394,27 @@ struct FewWeights<kQ5_K, kThreads, kRows, kK> : FewSixBits<kQ5_K, kThreads, kRow
         s.shift = (kK == 256 ? chunk : (int)(stage % 2)) * 4 + t / 2 * 2;
     }
 };
+/// A half of each 256 weights of a row; a thread brings one row's.
+template <int kThreads, int kRows>
+struct FewHalf {
+    const char* first;  // row's
+    u32 stride;
+    int n_rows;
+    TP_MEMBER FewHalf(const Matrix& w, int f, i64 matrix, i64 row0)
+        : first(w.plane[f] + matrix * w.nb2[f] + row0 * w.row_stride[f]), stride((u32)w.row_stride[f]), n_rows(w.n - row0 < kRows ? (int)(w.n - row0) : kRows) {
+        static_assert(kRows <= kThreads);
+    }
+    TP_MEMBER void bring(TpSharedAt at, u32 block, int thread) const {
+        if (kRows < kThreads && thread >= kRows) return;
+        // Copies are of aligned words: of that around these two bytes what lies before them comes too, nothing behind them.
+        const char* p = first + (i64)thread * stride + block * 2;
+        const int odd = (int)((u64)p & 2);
+        tp_copy_async_four(at + (u32)(thread * 4), p - odd, thread < n_rows ? 2 + odd : 0);
+    }
+    TP_MEMBER u32 twice(const char* from, u32 block, int row) const {
+        return *(const u16*)(from + row * 4 + (((u32)(u64)first + (u32)row * stride + block * 2) & 2)) * 0x10001u;
+    }
+};
 template <int kThreads, int kRows, int kK>
 struct FewWeights<kQ6_K, kThreads, kRows, kK> {
     using Low = FewPlane<kThreads, kRows, kK / 32, 16, kK == 256 ? kByHalves : kStraight>;
@@ -306,26 +424,15 @@ struct FewWeights<kQ6_K, kThreads, kRows, kK> {
     Low low;
     Top top;
     Scales scales;
-    const char* d;  // of the first row; a thread brings one row's
-    u32 d_stride;
+    FewHalf<kThreads, kRows> d;
     TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread)
-        : low(w, 0, matrix, row0, thread),
-          top(w, 1, matrix, row0, thread),
-          scales(w, 2, matrix, row0, thread),
-          d(w.plane[3] + matrix * w.nb2[3] + row0 * w.row_stride[3]),
-          d_stride((u32)w.row_stride[3]) {
-        static_assert(kRows <= kThreads);
-    }
+        : low(w, 0, matrix, row0, thread), top(w, 1, matrix, row0, thread), scales(w, 2, matrix, row0, thread), d(w, 3, matrix, row0) {}
     TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int thread) const {
         const u32 block = stage * (u32)kK / 256;
         low.bring(at, (i64)stage * Low::kRowBytes, true);
         top.bring(at + (u32)kTopAt, (i64)stage * Top::kRowBytes, true);
         scales.bring(at + (u32)kScalesAt, (i64)block * 16, true);
-        if (kRows < kThreads && thread >= kRows) return;
-        // Copies are of aligned words: of that around these two bytes what lies before them comes too, nothing behind them.
-        const char* p = d + (i64)thread * d_stride + block * 2;
-        const int odd = (int)((u64)p & 2);
-        tp_copy_async_four(at + (u32)(kDAt + thread * 4), p - odd, scales.rows > 0 ? 2 + odd : 0);
+        d.bring(at + (u32)kDAt, block, thread);
     }
     TP_MEMBER void take(FewStrip<kQ6_K>& s, const char* from, u32 stage, int row, int chunk, int t, u32 magic) const {
         for (int r = 0; r < 2; ++r) {
@@ -333,10 +440,65 @@ struct FewWeights<kQ6_K, kThreads, kRows, kK> {
             s.top[r] = four_words(Top::place(from + kTopAt, row, chunk * 2 + r));
         }
         const int of_256 = (kK == 256 ? chunk : (int)(stage % 2)) * 2 + t / 2;
-        const u32 at = (u32)(u64)d + (u32)row * d_stride + stage * (u32)kK / 256 * 2;
         const u32 two = *(const u16*)(from + kScalesAt + row * 16 + (of_256 * 2 + t % 2) * 2) ^ 0x8080u;  // signed to offset 128
-        s.scales = half2_mul(tp_half2_fma(tp_byte_perm(two, magic, 0x4140), kHalfOne, 0xe480e480u), *(const u16*)(from + kDAt + row * 4 + (at & 2)) * 0x10001u);
+        s.scales = half2_mul(tp_half2_fma(tp_byte_perm(two, magic, 0x4140), kHalfOne, 0xe480e480u), d.twice(from + kDAt, stage * (u32)kK / 256, row));
         s.nibble = t / 2 * 4, s.shift = (t % 2 + t / 2 * 2) * 2;
+    }
+};
+/// Of 256 weights in 2 bits: 128 share 32 bytes. A lane's scales are two bytes apart.
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kQ2_K, kThreads, kRows, kK> {
+    using Low = FewPlane<kThreads, kRows, kK / 64, 16>;
+    using Scales = FewPlane<kThreads, kRows, 1, 16>;
+    using Dm = FewPlane<kThreads, kRows, 1, 4>;
+    static constexpr int kScalesAt = kRows * Low::kRowBytes, kDmAt = kScalesAt + kRows * 16;
+    Low low;
+    Scales scales;
+    Dm dm;
+    TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread)
+        : low(w, 0, matrix, row0, thread), scales(w, 1, matrix, row0, thread), dm(w, 2, matrix, row0, thread) {}
+    TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int) const {
+        const u32 block = stage * (u32)kK / 256;
+        low.bring(at, (i64)stage * Low::kRowBytes, true);
+        scales.bring(at + (u32)kScalesAt, (i64)block * 16, true);
+        dm.bring(at + (u32)kDmAt, (i64)block * 4, true);
+    }
+    TP_MEMBER void take(FewStrip<kQ2_K>& s, const char* from, u32 stage, int row, int chunk, int t, u32 magic) const {
+        s.q = four_words(Low::place(from, row, chunk * 2 + t % 2));
+        const int step = (kK == 256 ? chunk : (int)(stage % 2)) * 2 + t / 2;
+        const u32 two = *(const u32*)(from + kScalesAt + row * 16 + step * 4) >> t % 2 * 8, dm_ = *(const u32*)(from + kDmAt + row * 4);
+        s.scales = half2_mul(tp_half2_fma(tp_byte_perm(two & 0x000f000fu, magic, 0x4240), kHalfOne, 0xe400e400u), tp_half_twice(dm_, 0));
+        s.mins = half2_mul(tp_half2_fma(tp_byte_perm(two >> 4 & 0x000f000fu, magic, 0x4240), kHalfOne, 0xe400e400u), tp_half_twice(dm_, 1) ^ 0x80008000u);
+        s.shift = t / 2 * 4;
+    }
+};
+template <int kThreads, int kRows, int kK>
+struct FewWeights<kQ3_K, kThreads, kRows, kK> {
+    using Low = FewPlane<kThreads, kRows, kK / 64, 16>;
+    using Tops = FewPlane<kThreads, kRows, 2, 16>;  // as Q5_K's
+    using Words = FewPlane<kThreads, kRows, 4, 4>;  // 12 bytes of scales
+    static constexpr int kTopsAt = kRows * Low::kRowBytes, kWordsAt = kTopsAt + kRows * 32, kDAt = kWordsAt + kRows * 16;
+    Low low;
+    Tops tops;
+    Words words;
+    FewHalf<kThreads, kRows> d;
+    TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread)
+        : low(w, 0, matrix, row0, thread), tops(w, 1, matrix, row0, thread), words(w, 2, matrix, row0, thread), d(w, 3, matrix, row0) {}
+    TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int thread) const {
+        const u32 block = stage * (u32)kK / 256;
+        low.bring(at, (i64)stage * Low::kRowBytes, true);
+        tops.bring(at + (u32)kTopsAt, (i64)block * 32, true);
+        if (thread % 4 < 3) words.bring(at + (u32)kWordsAt, (i64)block * 12, true);
+        d.bring(at + (u32)kDAt, block, thread);
+    }
+    TP_MEMBER void take(FewStrip<kQ3_K>& s, const char* from, u32 stage, int row, int chunk, int t, u32 magic) const {
+        s.q = four_words(Low::place(from, row, chunk * 2 + t % 2));
+        s.top = four_words(Tops::place(from + kTopsAt, row, t % 2));
+        const int half = kK == 256 ? chunk : (int)(stage % 2), quarter = half * 2 + t / 2, byte = t % 2 * 8;
+        const u32* const scales = (const u32*)(from + kWordsAt + row * 16);
+        const u32 six = (scales[t / 2] >> byte >> half * 4 & 0x000f000fu) | (scales[2] >> byte >> quarter * 2 & 0x00030003u) << 4;
+        s.scales = half2_mul(tp_half2_fma(tp_byte_perm(six, magic, 0x4240), kHalfOne, 0xe420e420u), d.twice(from + kDAt, stage * (u32)kK / 256, row));
+        s.shift = t / 2 * 4, s.top_shift = quarter * 2;
     }
 };
 template <int kType, int kThreads, int kRows, int kK>

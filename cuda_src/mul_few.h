@@ -10,7 +10,12 @@ constexpr i32 kFewLeastChunks = 4;  // of a piece of k: 512
 /// Types that it has. X(name, type).
 #define TP_FEW_TYPES(X) \
     X(q4_0, kQ4_0)      \
+    X(q4_1, kQ4_1)      \
+    X(q5_0, kQ5_0)      \
+    X(q5_1, kQ5_1)      \
     X(q8_0, kQ8_0)      \
+    X(q2_K, kQ2_K)      \
+    X(q3_K, kQ3_K)      \
     X(q4_K, kQ4_K)      \
     X(q5_K, kQ5_K)      \
     X(q6_K, kQ6_K)      \
@@ -30,12 +35,14 @@ struct FewLeast {
     i64 columns, tokens;
 };
 constexpr FewLeast few_least(i32 type) {
-    return type == kIQ4_NL || type == kIQ4_XS || type == kMXFP4 ? FewLeast{4, 8} : type == kQ5_K ? FewLeast{4, 5} : FewLeast{6, 3};
+    if (type == kIQ4_NL || type == kIQ4_XS || type == kMXFP4) return {4, 8};
+    if (type == kQ4_1 || type == kQ5_0 || type == kQ5_1 || type == kQ2_K || type == kQ3_K || type == kQ5_K) return {4, 5};
+    return {6, 3};
 }
 
 constexpr int few_chunk_bytes(int columns) { return 2 * columns * 128 + 64; }  // of x for 128 of k
 
-/// What a block is: `rows` of weights, and of them and of x `k` a stage of its ring, which a warp has 32 rows and 128 of. 18 to 37 KB of weights
+/// What a block is: `rows` of weights, and of them and of x `k` a stage of its ring, which a warp has 32 rows and 128 of. 11 to 37 KB of weights
 /// a stage.
 struct FewShape {
     int rows, k, threads;
@@ -43,19 +50,31 @@ struct FewShape {
     int row_bytes;  // of a row's k, with the scales of the 256 that it is part of
     int bytes;      // of a stage
 };
-/// Of four to six bits a weight: what a stage has of a row is a line of memory with 256 of k.
+/// Of two to six bits a weight: what a stage has of a row is half a line of memory or more with 256 of k.
 constexpr bool few_wide(i32 type) { return type != kQ8_0 && type != kF16 && type != kBF16; }
+/// Bytes of k of a row's weights, and of the fields of the 256 that those are part of.
+constexpr int few_row_bytes(i32 type, int k) {
+    switch (type) {
+        case kQ8_0: return k + 16;
+        case kQ4_1: return k / 2 + 32;
+        case kQ5_0: return k / 2 + 32 + 16;
+        case kQ5_1: return k / 2 + 32 + 32;
+        case kQ2_K: return k / 4 + 16 + 4;
+        case kQ3_K: return k / 4 + 32 + 16 + 4;
+        case kQ5_K: return k / 2 + 32 + 16;
+        case kQ6_K: return k / 2 + k / 4 + 16 + 4;
+        case kIQ4_XS:
+        case kMXFP4: return k / 2 + 8;
+        case kF16:
+        case kBF16: return k * 2;
+        default: return k / 2 + 16;
+    }
+}
 constexpr FewShape few_shape(i32 type, int columns, int rows) {
-    const bool wide = few_wide(type);
-    FewShape s{rows, wide && columns < 64 ? 256 : 128, 0, 0, 0, 0};
+    FewShape s{rows, few_wide(type) && columns < 64 ? 256 : 128, 0, 0, 0, 0};
     s.threads = s.rows * s.k / 128;
     s.blocks = (columns < 64 ? 512 : 256) / s.threads;
-    s.row_bytes = type == kQ6_K                       ? s.k / 2 + s.k / 4 + 16 + 4
-                  : type == kQ5_K                     ? s.k / 2 + 32 + 16
-                  : type == kIQ4_XS || type == kMXFP4 ? s.k / 2 + 8
-                  : type == kQ8_0                     ? s.k + 16
-                  : wide                              ? s.k / 2 + 16
-                                                      : s.k * 2;
+    s.row_bytes = few_row_bytes(type, s.k);
     s.bytes = s.rows * s.row_bytes + s.k / 128 * few_chunk_bytes(columns);
     return s;
 }

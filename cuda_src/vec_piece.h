@@ -55,10 +55,10 @@ TP_DEVICE TpInt4 fifth(const TpInt4& q, const TpInt4& h, int bit) {
     return {q.x | (h.x >> bit & 0x01010101) << 4, q.y | (h.y >> bit & 0x01010101) << 4, q.z | (h.z >> bit & 0x01010101) << 4,
             q.w | (h.w >> bit & 0x01010101) << 4};
 }
-/// Sixteen bits as the fifth bits of bytes: the product puts bits 0 to 3 of a nibble at 4, 12, 20 and 28, and no two of its sums meet.
+/// The low four bits as the fifth bits of four bytes: the product puts them at 4, 12, 20 and 28, and no two of its sums meet.
+TP_DEVICE int fifth_bits(u32 bits) { return (int)((bits & 15) * 0x02040810u & 0x10101010u); }
 TP_DEVICE TpInt4 fifth(const TpInt4& q, u32 bits) {
-    auto four = [bits](int shift) { return (int)((bits >> shift & 15) * 0x02040810u & 0x10101010u); };
-    return {q.x | four(0), q.y | four(4), q.z | four(8), q.w | four(12)};
+    return {q.x | fifth_bits(bits), q.y | fifth_bits(bits >> 4), q.z | fifth_bits(bits >> 8), q.w | fifth_bits(bits >> 12)};
 }
 /// A block of 32 whose low nibbles are its first half: all of them share a scale.
 struct BlockPiece {

@@ -91,7 +91,7 @@ constexpr bool has_pieces(i32 type) {
     return false TP_PIECE_TYPES(TP_IS);
 #undef TP_IS
 }
-/// Of those, types with products of the host's layout and of many columns before tensor cores (tp_dot32), and of few columns as halves (mul_few.cu).
+/// Of those, types with products of the host's layout and of many columns before tensor cores (tp_dot32).
 constexpr bool has_dots(i32 type) { return type == kQ4_0 || type == kQ8_0 || type == kQ4_K || type == kQ6_K; }
 
 /// Whether quantize_search.h writes the type: its encoder searches.

@@ -85,7 +85,7 @@ OTHER_TYPES = {
     21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
     41: "Q1_0", 42: "Q2_0",
 }  # fmt: skip
-FEW_TYPES = {13: "Q5_K", 20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4"}  # of those, what mul_few has
+FEW_TYPES = {3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4"}  # of those, what mul_few has
 BLOCKS_OF_32 = ("Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4")
 # Types whose encoders search among scales.
 SEARCHED = {10: "Q2_K", 11: "Q3_K", Q4_K: "Q4_K", 13: "Q5_K", Q6_K: "Q6_K", IQ4_XS: "IQ4_XS"}

@@ -147,11 +147,12 @@ def test_few_columns_have_their_kernel(workers):
     """From seven columns on, where there are tensor cores; batches of 2 to 6 read weights once too, by mul_vec."""
     names = [f"mul_mat Q4_0 attn_q m{m}" for m in (6, 7, 33)]
     names += ["mul_mat Q4_K attn_q 768x200 m12", "mul_mat Q4_K 2304x150, k in pieces, m12"]
-    names += [f"mul_mat {name} attn_q {k}x200 m{m}, few columns" for name, k, m in (("MXFP4", 288, 7), ("IQ4_NL", 384, 12), ("IQ4_XS", 768, 20), ("Q5_K", 768, 40))]
-    of_types = ("mul_few_mxfp4_8<", "mul_few_iq4_nl_16<", "mul_few_iq4_xs_32<", "mul_few_q5_K_64<")
+    of_types = (("MXFP4", 288, 7), ("Q5_0", 384, 12), ("IQ4_XS", 768, 20), ("Q3_K", 768, 40))
+    names += [f"mul_mat {name} attn_q {k}x200 m{m}, few columns" for name, k, m in of_types]
+    kernels_of_types = ("mul_few_mxfp4_8<", "mul_few_q5_0_16<", "mul_few_iq4_xs_32<", "mul_few_q3_K_64<")
     expected = {
         "sm_75": ("mul_vec_q4_0_", "mul_vec_q4_0_", *["mul_"] * 7),
-        "sm_80": ("mul_vec_q4_0_", "mul_few_q4_0_8<", "mul_few_q4_0_64<", "mul_few_q4_K_16<", "mul_few_q4_K_16_tall<", *of_types),
+        "sm_80": ("mul_vec_q4_0_", "mul_few_q4_0_8<", "mul_few_q4_0_64<", "mul_few_q4_K_16<", "mul_few_q4_K_16_tall<", *kernels_of_types),
     }
     for arch, kernels in expected.items():
         for text, kernel in zip(workers.run(jobs.programs, emulated(1, arch), names=names).values(), kernels, strict=True):
