@@ -35,8 +35,9 @@ struct FewLeast {
     i64 columns, tokens;
 };
 constexpr FewLeast few_least(i32 type) {
-    if (type == kIQ4_NL || type == kIQ4_XS || type == kMXFP4) return {4, 8};
-    if (type == kQ4_1 || type == kQ5_0 || type == kQ5_1 || type == kQ2_K || type == kQ3_K || type == kQ5_K) return {4, 5};
+    if (type == kIQ4_NL || type == kIQ4_XS || type == kMXFP4) return {4, 10};
+    if (type == kQ5_0 || type == kQ5_1 || type == kQ5_K) return {4, 5};
+    if (type == kQ4_1 || type == kQ2_K || type == kQ3_K) return {3, 4};
     return {6, 3};
 }
 
