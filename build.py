@@ -34,6 +34,8 @@ SETTINGS_OF_ARCHS = {"TP_WGMMA": 900}  # as cuda_src/emulator/fibers.h defines t
 PTX_VERSIONS = {"compute_60": "7.4", "compute_70": "7.7", "compute_75": "7.7", "compute_80": "7.7", "compute_90": "8.0"}
 INCLUDES = [f"-I{ROOT / 'cuda_src'}", f"-I{ROOT / 'plugin/core'}"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+# Of the emulator and of kernels that it runs; its tensor cores widen eight halves at a time.
+EMULATED = ["-march=x86-64-v3", "-fno-strict-aliasing", "-DTP_EMULATED", "-Wno-unknown-pragmas"]
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread", *WARNINGS, *INCLUDES]
 SANITIZERS = {
     "none": [],
@@ -171,7 +173,7 @@ def build(out: Path, archs: list[str], sanitize: str, jobs: int) -> None:
     table, images = kernel_images(archs, work)
     level = "-O1" if checks else "-O2"  # sanitized, -O1 compiles in two thirds of the time
     core_flags = [level, *checks]
-    emulator_flags = [level, "-march=x86-64-v3", "-fno-strict-aliasing", "-DTP_EMULATED", "-Wno-unknown-pragmas", *checks]
+    emulator_flags = [level, *EMULATED, *checks]
     core = [*sorted((ROOT / "plugin/core").rglob("*.cpp")), table]
     emulator = sorted((ROOT / "cuda_src/emulator").glob("*.cpp"))
     work_items = [(s, core_flags) for s in core] + [(s, emulator_flags) for s in emulator]

@@ -79,7 +79,7 @@ def planted(tmp_path_factory):
     def run(kernel: str, sanitizer: str) -> subprocess.CompletedProcess[str]:
         program = folder / sanitizer
         if not program.exists():
-            flags = [flag for flag in build.COMMON if flag != "-fvisibility=hidden"] + ["-O1", "-DTP_EMULATED", *build.SANITIZERS[sanitizer]]
+            flags = [flag for flag in build.COMMON if flag != "-fvisibility=hidden"] + ["-O1", *build.EMULATED, *build.SANITIZERS[sanitizer]]
             fibers = [flag for flag in flags if flag not in (build.NOT_INSTRUMENTED["fibers.cpp"] if sanitizer == "thread" else [])]
             source, scheduler = TESTS / "data" / "planted.cpp", ROOT / "cuda_src" / "emulator" / "fibers.cpp"
             subprocess.run(["g++", *fibers, "-c", str(scheduler), "-o", f"{program}.o"], check=True)
