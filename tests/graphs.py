@@ -231,7 +231,7 @@ def _mul_mats() -> None:
     for t in NAMES:
         for m in (1, 2, 3, 8, 11, 17, 70):
             case(f"mul_mat {NAMES[t]} 256x37 m{m}")(lambda g, t=t, m=m: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 37, scale=1 / 16), g.leaf(F32, 256, m)))
-        # A name gives the sharding: columns, and rows (a sum of Partials, cut inside 256-element blocks at 3 ranks).
+        # A name gives the layout in planes. Not the sharding: `run` stores results whole, so that weights are whole on every rank.
         for name in ("attn_q", "attn_output"):
             for m in (1, 6, 7, 33, 130):
                 case(f"mul_mat {NAMES[t]} {name} m{m}")(
@@ -285,6 +285,10 @@ def _mul_mats() -> None:
             lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 2304, 150, scale=1 / 48, name="blk.0.attn_q.weight"), g.leaf(F32, 2304, 12))
         )
         case(f"mul_mat {name}, three of one input m20")(lambda g, t=t: three_products(g, t, 1280, 20))
+    for t, name in ((Q3_K, "Q3_K"), (Q6_K, "Q6_K")):  # one block a row: their halves lie two bytes apart, as more than one a row are padded
+        case(f"mul_mat {name} attn_q 256x200 m12")(
+            lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 200, scale=1 / 16, name="blk.0.attn_q.weight"), g.leaf(F32, 256, 12))
+        )
     case("mul_mat Q4_0, a view of x's columns")(
         lambda g: g.lib.ggml_mul_mat(g.c, g.leaf(Q4_0, 64, 37), g.lib.ggml_view_4d(g.c, g.leaf(F32, 96, 5), 64, 5, 1, 1, 384, 1920, 1920, 128))
     )
@@ -576,7 +580,7 @@ def _experts() -> None:
     for t in NAMES:
         for n_tokens in (1, 2, 3, 17, 70):
             case(f"mul_mat_id {NAMES[t]} 256x37, {n_tokens} tokens")(lambda g, t=t, m=n_tokens: mul_mat_id(g, t, 256, 37, 5, 2, m))
-        # Divided by columns; by rows, cut inside 256-element blocks at 3 ranks, every slot with an input of its own.
+        # One input of all slots; every slot with an input of its own.
         for name, n, x_rows in (("ffn_gate_exps", 192, 1), ("ffn_down_exps", 70, 4)):
             for n_tokens in (1, 5, 33, 130):
                 case(f"mul_mat_id {NAMES[t]} {name}, {n_tokens} tokens")(
@@ -591,7 +595,7 @@ def _experts() -> None:
         case(f"mul_mat_id {NAMES[t]}, many tokens of few experts")(lambda g, t=t: mul_mat_id(g, t, 256, 200, 3, 2, 170, "blk.0.ffn_up_exps.weight"))
     for t, name in OTHER_TYPES.items():
         case(f"mul_mat_id {name} 256x37, 3 tokens")(lambda g, t=t: mul_mat_id(g, t, 256, 37, 5, 2, 3))
-        # Enough tokens for tensor cores; cut inside a block at 3 ranks.
+        # Enough tokens for tensor cores.
         for role, n, x_rows, n_tokens in (("ffn_gate_exps", 96, 1, 2), ("ffn_up_exps", 96, 1, 33), ("ffn_down_exps", 70, 2, 33)):
             case(f"mul_mat_id {name} {role}, {n_tokens} tokens")(
                 lambda g, t=t, m=n_tokens, role=role, n=n, x=x_rows: mul_mat_id(g, t, 768, n, 4, 2, m, f"blk.0.{role}.weight", x)

@@ -92,7 +92,7 @@ def test_products_of_warpgroups(workers, reference, ranks):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_120"])
 def test_few_columns_of_rows_that_begin_anywhere(workers, reference, arch):
-    """288 weights have 18 bytes of scales, 768 of Q6_K 6: rows of them begin at multiples of 2. Architectures differ in how long rings are."""
+    """288 weights have 18 bytes of scales, 256 of Q3_K and Q6_K 2: rows of them begin at multiples of 2. Architectures differ in how long rings are."""
     few = re.compile(r"mul_mat \S+ attn_(q|output) \d+x200 m(12|40)$|.* in pieces, m12$|.*few columns$|mul_mat_id .*(exps, 5 tokens|all 20 tokens)$")
     names = [name for name in CASES if few.match(name)]
     assert len(names) > 20 or "TEST_EVERY" in os.environ
