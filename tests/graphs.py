@@ -109,10 +109,12 @@ class Ggml:
 
 
 class Case:
-    """One graph: leaves with fixed random contents, then ops; `run` gives (status, the output as f32)."""
+    """One graph: leaves with fixed random contents, which are stored, then ops, whose results lie in a compute buffer as a host's do: only there may
+    ranks divide them, and the weights with them. `run` gives (status, the output as f32)."""
 
     def __init__(self, ggml: Ggml, seed: int = 0) -> None:
         self.ggml, self.lib, self.null = ggml, ggml.lib, ggml.ffi.NULL
+        self.stored = self.lib.ggml_init([1 << 20, self.null, True])
         self.c = self.lib.ggml_init([16 << 20, self.null, True])
         self.rng = np.random.default_rng(seed)
         self.leaves: list[tuple[Any, bytes]] = []
@@ -122,7 +124,7 @@ class Case:
 
     def leaf(self, type_: int, *ne: int, scale: float = 1.0, name: str = "", values: np.ndarray | None = None) -> Any:
         ne = (*ne, 1, 1, 1, 1)[:4]
-        tensor = self.lib.ggml_new_tensor_4d(self.c, type_, *ne)
+        tensor = self.lib.ggml_new_tensor_4d(self.stored, type_, *ne)
         if name:
             self.lib.ggml_set_name(tensor, name.encode())
         shape = ne[::-1]
@@ -147,37 +149,39 @@ class Case:
     def indices(self, *values: int, type_: int = I32) -> Any:
         return self.leaf(type_, len(values), values=np.array(values))
 
-    def compute(self, output: Any) -> np.ndarray:
-        """An F32 output of leaves that lie in memory already. Results lie in a compute buffer, as a host's do: whole on every rank, and divided."""
+    def store(self) -> Any:
+        """The buffer of all leaves, which have their contents then; null if there are none."""
+        buffer = self.lib.ggml_backend_alloc_ctx_tensors(self.stored, self.ggml.backend) if self.leaves else self.null
+        assert buffer != self.null or not self.leaves
+        for tensor, data in self.leaves:
+            self.lib.ggml_backend_tensor_set(tensor, data, 0, len(data))
+        return buffer
+
+    def compute(self, outputs: list[Any]) -> tuple[int, list[bytearray]]:
+        """The status and the outputs of a graph whose leaves are stored."""
         lib, allocator = self.lib, self.lib.ggml_gallocr_new(self.lib.ggml_backend_get_default_buffer_type(self.ggml.backend))
-        graph = lib.ggml_new_graph(self.c)
-        lib.ggml_build_forward_expand(graph, output)
+        graph, values = lib.ggml_new_graph(self.c), []
+        for tensor in outputs:
+            lib.ggml_set_output(tensor)
+        for tensor in (*self.early, *outputs):
+            lib.ggml_build_forward_expand(graph, tensor)
         assert lib.ggml_gallocr_alloc_graph(allocator, graph)
-        assert lib.ggml_backend_graph_compute(self.ggml.backend, graph) == 0
-        raw = bytearray(lib.ggml_nbytes(output))
-        lib.ggml_backend_tensor_get(output, self.ggml.ffi.from_buffer(raw), 0, len(raw))
+        status = lib.ggml_backend_graph_compute(self.ggml.backend, graph)
+        for tensor in outputs:
+            values.append(bytearray(lib.ggml_nbytes(tensor)))
+            lib.ggml_backend_tensor_get(tensor, self.ggml.ffi.from_buffer(values[-1]), 0, len(values[-1]))
         lib.ggml_gallocr_free(allocator)
-        return np.frombuffer(raw, np.float32).copy()
+        return status, values
 
     def run(self, output: Any, type_: int | None = F32) -> tuple[int, np.ndarray]:
         """`type_`: of the output; None leaves it as bytes."""
-        lib = self.lib
-        graph = lib.ggml_new_graph(self.c)
-        for tensor in (*self.early, output):
-            lib.ggml_build_forward_expand(graph, tensor)
-        buffer = lib.ggml_backend_alloc_ctx_tensors(self.c, self.ggml.backend)
-        assert buffer != self.null
-        for tensor, data in self.leaves:
-            lib.ggml_backend_tensor_set(tensor, data, 0, len(data))
-        status = lib.ggml_backend_graph_compute(self.ggml.backend, graph)
-        raw = bytearray(lib.ggml_nbytes(output))
-        lib.ggml_backend_tensor_get(output, self.ggml.ffi.from_buffer(raw), 0, len(raw))
-        if self.inner is not None:
-            inner = bytearray(lib.ggml_nbytes(self.inner))
-            lib.ggml_backend_tensor_get(self.inner, self.ggml.ffi.from_buffer(inner), 0, len(inner))
-            self.inner_value = np.frombuffer(inner, np.float32)
-        lib.ggml_backend_buffer_free(buffer)
-        lib.ggml_free(self.c)
+        buffer = self.store()
+        status, (raw, *inner) = self.compute([output] if self.inner is None else [output, self.inner])
+        if inner:
+            self.inner_value = np.frombuffer(inner[0], np.float32)
+        self.lib.ggml_backend_buffer_free(buffer)
+        self.lib.ggml_free(self.c)
+        self.lib.ggml_free(self.stored)
         if type_ is None:
             return status, np.frombuffer(raw, np.uint8).astype(np.float32)
         if type_ == F16:
@@ -201,11 +205,12 @@ def case(name: str, type_: int | None = F32) -> Callable[[Build], Build]:
 
 
 def three_products(g: Case, type_: int, k: int, m: int) -> Any:
-    """Q, K and V of different widths, side by side in one row."""
+    """Q, K and V of different widths, one after the other, then side by side in one row."""
     x = g.leaf(F32, k, m)
     q, key, v = (
         g.lib.ggml_mul_mat(g.c, g.leaf(type_, k, n, scale=k**-0.5, name=f"blk.0.attn_{name}.weight"), x) for name, n in (("q", 200), ("k", 96), ("v", 72))
     )
+    g.early += [q, key, v]
     return g.lib.ggml_concat(g.c, g.lib.ggml_concat(g.c, q, key, 0), v, 0)
 
 
@@ -231,7 +236,7 @@ def _mul_mats() -> None:
     for t in NAMES:
         for m in (1, 2, 3, 8, 11, 17, 70):
             case(f"mul_mat {NAMES[t]} 256x37 m{m}")(lambda g, t=t, m=m: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 37, scale=1 / 16), g.leaf(F32, 256, m)))
-        # A name gives the layout in planes. Not the sharding: `run` stores results whole, so that weights are whole on every rank.
+        # A name gives the layout in planes and the division: columns, or rows (a sum of Partials; of 512, cut inside blocks of 256 at 3 ranks).
         for name in ("attn_q", "attn_output"):
             for m in (1, 6, 7, 33, 130):
                 case(f"mul_mat {NAMES[t]} {name} m{m}")(
@@ -580,7 +585,7 @@ def _experts() -> None:
     for t in NAMES:
         for n_tokens in (1, 2, 3, 17, 70):
             case(f"mul_mat_id {NAMES[t]} 256x37, {n_tokens} tokens")(lambda g, t=t, m=n_tokens: mul_mat_id(g, t, 256, 37, 5, 2, m))
-        # One input of all slots; every slot with an input of its own.
+        # Divided by columns, one input of all slots; by rows, cut inside blocks of 256 at 3 ranks, every slot with an input of its own.
         for name, n, x_rows in (("ffn_gate_exps", 192, 1), ("ffn_down_exps", 70, 4)):
             for n_tokens in (1, 5, 33, 130):
                 case(f"mul_mat_id {NAMES[t]} {name}, {n_tokens} tokens")(
@@ -595,7 +600,7 @@ def _experts() -> None:
         case(f"mul_mat_id {NAMES[t]}, many tokens of few experts")(lambda g, t=t: mul_mat_id(g, t, 256, 200, 3, 2, 170, "blk.0.ffn_up_exps.weight"))
     for t, name in OTHER_TYPES.items():
         case(f"mul_mat_id {name} 256x37, 3 tokens")(lambda g, t=t: mul_mat_id(g, t, 256, 37, 5, 2, 3))
-        # Enough tokens for tensor cores.
+        # Enough tokens for tensor cores; rows cut inside blocks of 256 at 2 ranks.
         for role, n, x_rows, n_tokens in (("ffn_gate_exps", 96, 1, 2), ("ffn_up_exps", 96, 1, 33), ("ffn_down_exps", 70, 2, 33)):
             case(f"mul_mat_id {name} {role}, {n_tokens} tokens")(
                 lambda g, t=t, m=n_tokens, role=role, n=n, x=x_rows: mul_mat_id(g, t, 768, n, 4, 2, m, f"blk.0.{role}.weight", x)

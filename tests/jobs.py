@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -436,16 +435,20 @@ def run_cases(names: list[str], on_device: bool, library: str | None = None) -> 
     return out
 
 
-def programs(names: list[str]) -> dict[str, str]:
-    """Of each case of graphs.CASES: its program's text."""
+def texts(names: list[str], what: str) -> dict[str, str]:
+    """Of each case of graphs.CASES: its "program" or "plan" (inspection.TEXTS)."""
     ggml = graphs.Ggml(_with_plugin().path, True)
     out = {}
     for name in names:
         case = graphs.Case(ggml)
         case.run(graphs.CASES[name][0](case))
-        out[name] = Inspection(LIBRARY).text("program")
+        out[name] = Inspection(LIBRARY).text(what)
     ggml.close()
     return out
+
+
+def programs(names: list[str]) -> dict[str, str]:
+    return texts(names, "program")
 
 
 def refuse_cases(table: str) -> dict[str, tuple[bool, int, int]]:
@@ -507,49 +510,27 @@ def norms_that_reduce(on_device: bool, read_sums: bool) -> tuple[list[np.ndarray
     down = case.leaf(graphs.F32, n_ff, n, scale=0.1, name="blk.0.ffn_down.weight")
     x, residual = case.leaf(graphs.F32, 128, tokens), case.leaf(graphs.F32, n, tokens)
     weights = [case.leaf(graphs.F32, n) for _ in range(2)]
-    buffer = lib.ggml_backend_alloc_ctx_tensors(case.c, ggml.backend)
-    for tensor, data in case.leaves:
-        lib.ggml_backend_tensor_set(tensor, data, 0, len(data))
-    nodes = lib.ggml_init([1 << 20, ggml.ffi.NULL, True])
+    buffer = case.store()
 
     def normed(total: Any, weight: Any) -> Any:
-        return lib.ggml_mul(nodes, lib.ggml_rms_norm(nodes, total, 1e-5), weight)
+        return lib.ggml_mul(case.c, lib.ggml_rms_norm(case.c, total, 1e-5), weight)
 
-    first = lib.ggml_add(nodes, lib.ggml_mul_mat(nodes, attn, x), residual)
-    second = lib.ggml_add(nodes, lib.ggml_mul_mat(nodes, down, lib.ggml_mul_mat(nodes, up, normed(first, weights[0]))), first)
-    read = [first, second] if read_sums else []
-    for tensor in read:
-        lib.ggml_set_output(tensor)
-    read = [*read, normed(second, weights[1])]
-    graph = lib.ggml_new_graph(nodes)
-    lib.ggml_build_forward_expand(graph, read[-1])
-    allocator = lib.ggml_gallocr_new(lib.ggml_backend_get_default_buffer_type(ggml.backend))
-    assert lib.ggml_gallocr_alloc_graph(allocator, graph)
-    assert lib.ggml_backend_graph_compute(ggml.backend, graph) == 0
-    values = []
-    for tensor in read:
-        raw = bytearray(lib.ggml_nbytes(tensor))
-        lib.ggml_backend_tensor_get(tensor, ggml.ffi.from_buffer(raw), 0, len(raw))
-        values.append(np.frombuffer(raw, np.float32).copy())
+    first = lib.ggml_add(case.c, lib.ggml_mul_mat(case.c, attn, x), residual)
+    second = lib.ggml_add(case.c, lib.ggml_mul_mat(case.c, down, lib.ggml_mul_mat(case.c, up, normed(first, weights[0]))), first)
+    status, values = case.compute([*([first, second] if read_sums else []), normed(second, weights[1])])
+    assert status == 0
     program = Inspection(LIBRARY).text("program") if on_device else ""
-    lib.ggml_gallocr_free(allocator)
     lib.ggml_backend_buffer_free(buffer)
-    lib.ggml_free(nodes)
     ggml.close()
-    return values, program
+    return [np.frombuffer(value, np.float32) for value in values], program
 
 
-def _in_a_compute_buffer(on_device: bool, make_leaves: Callable[[graphs.Case], Any], make_output: Callable[..., Any]) -> np.ndarray:
-    """`make_output(case, *leaves)`, F32: leaves are stored, nodes are divided as the plan wants it."""
-    host = _with_plugin() if on_device else _host()
-    ggml = graphs.Ggml(host.path, on_device)
+def _run_case(on_device: bool, build: graphs.Build) -> np.ndarray:
+    """An F32 output."""
+    ggml = graphs.Ggml((_with_plugin() if on_device else _host()).path, on_device)
     case = graphs.Case(ggml)
-    leaves = make_leaves(case)
-    buffer = case.lib.ggml_backend_alloc_ctx_tensors(case.c, ggml.backend)
-    for tensor, data in case.leaves:
-        case.lib.ggml_backend_tensor_set(tensor, data, 0, len(data))
-    value = case.compute(make_output(case, *leaves))
-    case.lib.ggml_backend_buffer_free(buffer)
+    status, value = case.run(build(case))
+    assert status == 0
     ggml.close()
     return value
 
@@ -557,14 +538,12 @@ def _in_a_compute_buffer(on_device: bool, make_leaves: Callable[[graphs.Case], A
 def gathered_halves(on_device: bool) -> np.ndarray:
     """A product whose rows are divided, at 3 ranks into 23, 24 and 23, as halves beside themselves: their rows must be whole for that."""
 
-    def leaves(g: graphs.Case) -> Any:
-        return g.leaf(graphs.F32, 64, 70, scale=0.1, name="blk.0.attn_q.weight"), g.leaf(graphs.F32, 64, 3)
-
-    def output(g: graphs.Case, w: Any, x: Any) -> Any:
+    def build(g: graphs.Case) -> Any:
+        w, x = g.leaf(graphs.F32, 64, 70, scale=0.1, name="blk.0.attn_q.weight"), g.leaf(graphs.F32, 64, 3)
         halves = g.lib.ggml_cast(g.c, g.lib.ggml_mul_mat(g.c, w, x), graphs.F16)
         return g.lib.ggml_cast(g.c, g.lib.ggml_concat(g.c, halves, halves, 0), graphs.F32)
 
-    value = _in_a_compute_buffer(on_device, leaves, output)
+    value = _run_case(on_device, build)
     if on_device:
         assert Inspection(LIBRARY).counters().last_all_gathers == 1
     return value
@@ -573,31 +552,28 @@ def gathered_halves(on_device: bool) -> np.ndarray:
 def product_of_shared_heads(on_device: bool) -> np.ndarray:
     """V of two heads, read by attention and along its row by a product: of 3 ranks one has both heads, of 4 ranks two have each."""
 
-    def leaves(g: graphs.Case) -> Any:
-        weights = (g.leaf(graphs.F32, 64, 64 * n, scale=1 / 8, name=f"blk.0.attn_{name}.weight") for name, n in (("q", 4), ("k", 2), ("v", 2)))
-        return g.leaf(graphs.F32, 64, 5), *weights, g.leaf(graphs.F32, 128, 96, scale=1 / 11, name="blk.0.ffn_down.weight")
-
-    def output(g: graphs.Case, x: Any, q: Any, k: Any, v: Any, w: Any) -> Any:
-        rows = [g.lib.ggml_mul_mat(g.c, weight, x) for weight in (q, k, v)]
-        heads = (g.lib.ggml_permute(g.c, g.lib.ggml_reshape_3d(g.c, row, 64, n, 5), 0, 2, 1, 3) for row, n in zip(rows, (4, 2, 2), strict=True))
+    def build(g: graphs.Case) -> Any:
+        x, widths = g.leaf(graphs.F32, 64, 5), (("q", 4), ("k", 2), ("v", 2))
+        rows = [g.lib.ggml_mul_mat(g.c, g.leaf(graphs.F32, 64, 64 * n, scale=1 / 8, name=f"blk.0.attn_{name}.weight"), x) for name, n in widths]
+        heads = (g.lib.ggml_permute(g.c, g.lib.ggml_reshape_3d(g.c, row, 64, n, 5), 0, 2, 1, 3) for row, (_, n) in zip(rows, widths, strict=True))
         attended = g.lib.ggml_flash_attn_ext(g.c, *heads, g.null, 0.125, 0.0, 0.0)
-        return g.lib.ggml_concat(g.c, g.lib.ggml_reshape_3d(g.c, attended, 256, 5, 1), g.lib.ggml_mul_mat(g.c, w, rows[2]), 0)
+        product = g.lib.ggml_mul_mat(g.c, g.leaf(graphs.F32, 128, 96, scale=1 / 11, name="blk.0.ffn_down.weight"), rows[2])
+        return g.lib.ggml_concat(g.c, g.lib.ggml_reshape_3d(g.c, attended, 256, 5, 1), product, 0)
 
-    return _in_a_compute_buffer(on_device, leaves, output)
+    return _run_case(on_device, build)
 
 
 def result_without_memory() -> tuple[int, np.ndarray]:
     """A host that stores its leaves after it made a view of one, and has forgotten the view: the status, and a right graph's output after it."""
     ggml = graphs.Ggml(_with_plugin().path, True)
     lib, case = ggml.lib, graphs.Case(ggml)
-    nodes = lib.ggml_init([1 << 20, case.null, True])
     cache, x = case.leaf(graphs.F32, 40, 9), case.leaf(graphs.F32, 40, 2)
-    graph = lib.ggml_new_graph(nodes)
-    lib.ggml_build_forward_expand(graph, lib.ggml_set_rows(nodes, cache, x, case.indices(8, 3, type_=graphs.I64)))
-    buffer = lib.ggml_backend_alloc_ctx_tensors(case.c, ggml.backend)
+    graph = lib.ggml_new_graph(case.c)
+    lib.ggml_build_forward_expand(graph, lib.ggml_set_rows(case.c, cache, x, case.indices(8, 3, type_=graphs.I64)))
+    buffer = lib.ggml_backend_alloc_ctx_tensors(case.stored, ggml.backend)
     status = lib.ggml_backend_graph_compute(ggml.backend, graph)
     lib.ggml_backend_buffer_free(buffer)
-    lib.ggml_free(nodes)
+    lib.ggml_free(case.c)
     after = graphs.Case(ggml)
     return status, after.run(after.lib.ggml_neg(after.c, after.leaf(graphs.F32, 3, values=np.arange(3))))[1]
 

@@ -69,7 +69,7 @@ def strides(ne: Sequence[int], type_: int) -> tuple[int, ...]:
 class RandomGraph:
     def __init__(self, ggml: Ggml, numbers: Sequence[int], weight_types: Sequence[int]) -> None:
         self.g = Case(ggml, seed=sum(numbers) + 31 * len(numbers))
-        self.lib, self.c = ggml.lib, ggml.lib.ggml_init([16 << 20, self.g.null, True])  # leaves lie in the case's own
+        self.lib, self.c = ggml.lib, self.g.c
         self.numbers, self.at = numbers, 0
         self.weight_types = weight_types
         self.values: list[Value] = []  # nodes and views of the graph, in its order
@@ -626,11 +626,9 @@ def evaluate(graph: RandomGraph, reused: bool, floor: float = 1e-4) -> tuple[lis
         if not reused:
             lib.ggml_set_output(v.tensor)
         lib.ggml_build_forward_expand(nodes, v.tensor)
-    leaves = lib.ggml_backend_alloc_ctx_tensors(graph.g.c, ggml.backend)
+    leaves = graph.g.store()
     allocator = lib.ggml_gallocr_new(lib.ggml_backend_get_default_buffer_type(ggml.backend))
-    assert leaves != graph.g.null and lib.ggml_gallocr_alloc_graph(allocator, nodes)
-    for tensor, data in graph.g.leaves:
-        lib.ggml_backend_tensor_set(tensor, data, 0, len(data))
+    assert lib.ggml_gallocr_alloc_graph(allocator, nodes)
     errors: dict[str, float] = {}
     results: list[list[bytes]] = []
     for _ in range(1 if reused or wrong else 2):
@@ -646,7 +644,7 @@ def evaluate(graph: RandomGraph, reused: bool, floor: float = 1e-4) -> tuple[lis
     lib.ggml_gallocr_free(allocator)
     lib.ggml_backend_buffer_free(leaves)
     lib.ggml_free(graph.c)
-    lib.ggml_free(graph.g.c)
+    lib.ggml_free(graph.g.stored)
     return wrong, errors
 
 

@@ -74,6 +74,21 @@ def test_ops(workers, reference, arch, ranks):
     check(workers, reference, arch, ranks, CASES[SHARES.get((arch, ranks), slice(None))])
 
 
+def test_cases_are_divided(workers):
+    """They were not for a long time: a result that is stored whole makes its weights whole."""
+    divisions = {
+        "mul_mat Q4_K attn_q m7": "attn_q.weight: sharded axis 1 [0,64) [64,128) [128,192)",
+        "mul_mat Q4_K attn_output m7": "attn_output.weight: sharded axis 0 [0,192) [192,320) [320,512)",
+        "mul_mat Q4_0, three of one input m150": "attn_k.weight: sharded axis 1 [0,32) [32,64) [64,96)",
+        "mul_mat_id Q4_K ffn_gate_exps, 5 tokens": "ffn_gate_exps.weight: sharded axis 1 [0,64) [64,128) [128,192)",
+        "mul_mat_id Q4_K ffn_down_exps, 5 tokens": "ffn_down_exps.weight: sharded axis 0 [0,160) [160,352) [352,512)",
+        "set_rows Q8_0 into a divided cache": "cache_k_l0: sharded axis 0 [0,64) [64,128) [128,192)",
+        "flash_attn, 100 tokens, 4 heads of 2": "FLASH_ATTN_EXT node_0: sharded axis 1 [0,1) [1,3) [3,4)",
+    }
+    for text, division in zip(workers.run(jobs.texts, emulated(3), names=list(divisions), what="plan").values(), divisions.values(), strict=True):
+        assert division in text, text
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(("arch", "ranks"), SHARES)
 def test_all_ops_of_several_ranks(workers, reference, arch, ranks):
@@ -90,13 +105,14 @@ def test_products_of_warpgroups(workers, reference, ranks):
     check(workers, reference, "sm_90", ranks, [name for name in CASES if many.match(name)])
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_120"])
-def test_few_columns_of_rows_that_begin_anywhere(workers, reference, arch):
-    """288 weights have 18 bytes of scales, 256 of Q3_K and Q6_K 2: rows of them begin at multiples of 2. Architectures differ in how long rings are."""
+@pytest.mark.parametrize(("arch", "ranks"), [("sm_80", 2), ("sm_120", 3)])
+def test_few_columns_of_rows_that_begin_anywhere(workers, reference, arch, ranks):
+    """288 weights have 18 bytes of scales, 256 of Q3_K and Q6_K 2: rows of them begin at multiples of 2. Architectures differ in how long rings are; 768
+    weights are cut inside blocks of 256 at 2 ranks."""
     few = re.compile(r"mul_mat \S+ attn_(q|output) \d+x200 m(12|40)$|.* in pieces, m12$|.*few columns$|mul_mat_id .*(exps, 5 tokens|all 20 tokens)$")
     names = [name for name in CASES if few.match(name)]
     assert len(names) > 20 or "TEST_EVERY" in os.environ
-    check(workers, reference, arch, 3, names)
+    check(workers, reference, arch, ranks, names)
 
 
 @pytest.mark.parametrize(("arch", "ranks"), [("sm_86", 1), ("sm_90", 3)])
