@@ -144,6 +144,14 @@ struct MulPiecesArgs {
     i32 n_pieces, chunks, n_stages, made;
 };
 
+// A part of such a product whose pieces nobody has added up: whoever reads it does. Element [row, column] is the sum of n floats, `piece` apart.
+struct Pieces {
+    const float* sums;  // of its first row, and the first column
+    i64 column, piece;  // floats from one to the next
+    i32 n;              // 0: it lies where its view says
+    i32 kept;           // is written there too, for others
+};
+
 // Rows [row_begin, row_begin + rows) of each matrix of w as f16 [matrices][rows][k]; k a multiple of 8.
 struct HalveWeightsArgs {
     Matrix w;
@@ -175,6 +183,10 @@ struct FusedNormArgs {
     i32 has_b, has_weight;
     float eps;
     ActivationForm form;  // of xq
+};
+struct PiecesNormArgs {
+    FusedNormArgs norm;
+    Pieces a;  // norm.a
 };
 constexpr int kMostPeers = 16;
 // Device memory of one rank, zero at first, that peers write to: launches of peer_norm that a rank has begun, and ended.
@@ -271,6 +283,10 @@ struct RopeStoreArgs {
     RopeArgs rope[2];
     SetRowsArgs store[2];
     i32 n_ropes, n_stores, stored_rope, pad;
+};
+struct PiecesRopeArgs {
+    RopeStoreArgs args;
+    Pieces rope[2], store[2];  // what is turned; what is stored as it is
 };
 struct CopyArgs {
     View x, y;

@@ -44,6 +44,42 @@ TP_DEVICE void write_row(const NormArgs& args, const Index& row, float shift, fl
     }
 }
 
+/// The row stays in registers between the sum of squares and the result. load_a(i, v): elements i to i + 3 of a.
+template <class LoadA>
+TP_DEVICE void norm_row(const FusedNormArgs& args, const LoadA& load_a) {
+    constexpr int kSteps = 4;
+    const Index row = row_index(blockIdx.x, args.y.ne);
+    const i64 n = args.y.ne[0];
+    const char* b = args.has_b ? element_at(args.b, row) : nullptr;
+    char *sum_row = args.has_b ? element_at(args.sum, row) : nullptr, *y = element_at(args.y, row);
+    float v[kSteps][4] = {}, squares = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+        const i64 i = ((i64)j * blockDim.x + threadIdx.x) * 4;
+        if (i >= n) break;
+        load_a(i, v[j]);
+        if (b) {
+            float more[4];
+            load_four(b + i * 4, more);
+            for (int e = 0; e < 4; ++e) v[j][e] += more[e];
+            store_four(sum_row + i * 4, v[j]);
+        }
+        for (int e = 0; e < 4; ++e) squares += v[j][e] * v[j][e];
+    }
+    const float scale = 1.0f / sqrtf(wide_block_sum(squares) / (float)n + args.eps);
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+        const i64 first = (i64)j * blockDim.x * 4, i = first + threadIdx.x * 4;
+        if (first >= n) break;  // for the whole block: quantising needs whole warps
+        const bool inside = i < n;
+        float weight[4] = {1, 1, 1, 1};
+        if (inside && args.has_weight) load_four(args.weight.data + i * 4, weight);
+        for (int e = 0; e < 4; ++e) v[j][e] *= scale * weight[e];
+        if (inside) store_four(y + i * 4, v[j]);
+        if (args.xq) leave_four(args.form, v[j], i, inside, args.xq, args.xd, blockIdx.x, n);
+    }
+}
+
 }  // namespace
 }  // namespace ggml_tp
 
@@ -76,37 +112,22 @@ TP_KERNEL(layer_norm, NormArgs, 256) {
     write_row(args, row, mean, 1.0f / sqrtf(variance + args.eps));
 }
 
-// The row stays in registers between the sum of squares and the result.
 TP_KERNEL(fused_norm, FusedNormArgs, 1024) {
-    constexpr int kSteps = 4;
-    const Index row = row_index(blockIdx.x, args.y.ne);
-    const i64 n = args.y.ne[0];
-    const char *a = element_at(args.a, row), *b = args.has_b ? element_at(args.b, row) : nullptr;
-    char *sum_row = args.has_b ? element_at(args.sum, row) : nullptr, *y = element_at(args.y, row);
-    float v[kSteps][4] = {}, squares = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-        const i64 i = ((i64)j * blockDim.x + threadIdx.x) * 4;
-        if (i >= n) break;
-        load_four(a + i * 4, v[j]);
-        if (b) {
+    const char* a = element_at(args.a, row_index(blockIdx.x, args.y.ne));
+    norm_row(args, [&](i64 i, float(&v)[4]) { load_four(a + i * 4, v); });
+}
+
+TP_KERNEL(fused_norm_pieces, PiecesNormArgs, 1024) {
+    const Pieces& pieces = args.a;
+    const float* from = pieces.sums + blockIdx.x * pieces.column;
+    char* const a = element_at(args.norm.a, row_index(blockIdx.x, args.norm.y.ne));
+    norm_row(args.norm, [&](i64 i, float(&v)[4]) {
+#pragma unroll 8
+        for (int piece = 0; piece < pieces.n; ++piece) {
             float more[4];
-            load_four(b + i * 4, more);
-            for (int e = 0; e < 4; ++e) v[j][e] += more[e];
-            store_four(sum_row + i * 4, v[j]);
+            load_four((const char*)(from + piece * pieces.piece + i), more);
+            for (int e = 0; e < 4; ++e) v[e] += more[e];
         }
-        for (int e = 0; e < 4; ++e) squares += v[j][e] * v[j][e];
-    }
-    const float scale = 1.0f / sqrtf(wide_block_sum(squares) / (float)n + args.eps);
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-        const i64 first = (i64)j * blockDim.x * 4, i = first + threadIdx.x * 4;
-        if (first >= n) break;  // for the whole block: quantising needs whole warps
-        const bool inside = i < n;
-        float weight[4] = {1, 1, 1, 1};
-        if (inside && args.has_weight) load_four(args.weight.data + i * 4, weight);
-        for (int e = 0; e < 4; ++e) v[j][e] *= scale * weight[e];
-        if (inside) store_four(y + i * 4, v[j]);
-        if (args.xq) leave_four(args.form, v[j], i, inside, args.xq, args.xd, blockIdx.x, n);
-    }
+        if (pieces.kept) store_four(a + i * 4, v);
+    });
 }

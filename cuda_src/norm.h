@@ -47,4 +47,12 @@ inline Launch fused_norm_launch(const FusedNormArgs& f, Arch) {
     return l;
 }
 
+/// The same of a product's pieces, which lie at multiples of 16 bytes then.
+inline Launch fused_norm_pieces_launch(const PiecesNormArgs& p, Arch arch) {
+    Launch l = fused_norm_launch(p.norm, arch);
+    if (p.norm.y.ne[2] * p.norm.y.ne[3] != 1 || (u64)p.a.sums % 16 || p.a.column % 4 || p.a.piece % 4) return {};
+    if (l.kernel) l.kernel = "fused_norm_pieces";
+    return l;
+}
+
 }  // namespace ggml_tp

@@ -53,4 +53,15 @@ inline Launch rope_store_launch(const RopeStoreArgs& a, Arch arch) {
     return out;
 }
 
+/// The same of a product's pieces: heads side by side in its columns, which are tokens.
+inline Launch rope_store_pieces_launch(const PiecesRopeArgs& p, Arch arch) {
+    for (int i = 0; i < p.args.n_ropes; ++i)
+        if (const View& x = p.args.rope[i].x; p.rope[i].n && (x.nb[1] != x.ne[0] * 4 || x.ne[3] != 1)) return {};
+    for (int i = 0; i < p.args.n_stores; ++i)
+        if (const View& x = p.args.store[i].x; p.store[i].n && x.ne[2] * x.ne[3] != 1) return {};
+    Launch out = rope_store_launch(p.args, arch);
+    if (out.kernel) out.kernel = "rope_store_pieces";
+    return out;
+}
+
 }  // namespace ggml_tp

@@ -70,10 +70,57 @@ TP_DEVICE Turn turn_of(const RopeArgs& args, i64 pair, i64 token, bool neox, con
     return turn;
 }
 
+/// What a rope turns, or a store stores, where its view says: element (i0, head, token, 3), i0 being inside.
+struct InView {
+    const View& x;
+    template <int kMost>
+    TP_MEMBER void read(const Turn& turn, const Index& at, int left, float (&a)[kMost], float (&b)[kMost]) const {
+#pragma unroll
+        for (int h = 0; h < kMost; ++h) {
+            if (h >= left) break;
+            a[h] = load(x, {turn.first, at.i1 + h, at.i2, at.i3});
+            b[h] = turn.second < x.ne[0] ? load(x, {turn.second, at.i1 + h, at.i2, at.i3}) : 0.0f;
+        }
+    }
+    TP_MEMBER float element(const Index& at) const { return load(x, at); }
+};
+/// The same of a product's pieces, heads side by side in its columns, which are tokens.
+struct InPieces {
+    const View& x;
+    const Pieces& pieces;
+    template <int kMost>
+    TP_MEMBER void read(const Turn& turn, const Index& at, int left, float (&a)[kMost], float (&b)[kMost]) const {
+        const float* from = pieces.sums + at.i2 * pieces.column + at.i1 * x.ne[0];
+#pragma unroll
+        for (int h = 0; h < kMost; ++h) a[h] = b[h] = 0.0f;
+#pragma unroll 4
+        for (int piece = 0; piece < pieces.n; ++piece, from += pieces.piece)
+#pragma unroll
+            for (int h = 0; h < kMost; ++h) {
+                if (h >= left) break;
+                a[h] += from[h * x.ne[0] + turn.first], b[h] += from[h * x.ne[0] + turn.second];
+            }
+        if (!pieces.kept) return;
+#pragma unroll
+        for (int h = 0; h < kMost; ++h) {
+            if (h >= left) break;
+            store(x, {turn.first, at.i1 + h, at.i2, 0}, a[h]);
+            store(x, {turn.second, at.i1 + h, at.i2, 0}, b[h]);
+        }
+    }
+    TP_MEMBER float element(const Index& at) const {
+        float sum = 0;
+#pragma unroll 4
+        for (int piece = 0; piece < pieces.n; ++piece) sum += pieces.sums[piece * pieces.piece + at.i1 * pieces.column + at.i0];
+        if (pieces.kept) store(x, at, sum);
+        return sum;
+    }
+};
+
 /// Pair `pair` of run `run`, which is args.heads heads of a token, at most kMost. All are read before done(first, second, a, b) is told
 /// where the elements lie and what becomes of them, head by head. kMost = 1: runs are of one head.
-template <int kMost, class Done>
-TP_DEVICE void turn_run(const RopeArgs& args, i64 pair, u32 run, bool neox, const float* table, const Done& done) {
+template <int kMost, class From, class Done>
+TP_DEVICE void turn_run(const RopeArgs& args, i64 pair, u32 run, bool neox, const float* table, const From& from, const Done& done) {
     const View& x = args.x;
     const i64 heads = kMost == 1 ? 1 : args.heads, ne[4] = {x.ne[0], (x.ne[1] + heads - 1) / heads, x.ne[2], x.ne[3]};
     Index at = row_index(run, ne);
@@ -81,12 +128,7 @@ TP_DEVICE void turn_run(const RopeArgs& args, i64 pair, u32 run, bool neox, cons
     const int left = (int)(x.ne[1] - at.i1 < heads ? x.ne[1] - at.i1 : heads);
     const Turn turn = turn_of(args, pair, at.i2, neox, table);
     float a[kMost], b[kMost];
-#pragma unroll
-    for (int h = 0; h < kMost; ++h) {
-        if (h >= left) break;
-        a[h] = load(x, {turn.first, at.i1 + h, at.i2, at.i3});
-        b[h] = turn.second < x.ne[0] ? load(x, {turn.second, at.i1 + h, at.i2, at.i3}) : 0.0f;
-    }
+    from.template read<kMost>(turn, at, left, a, b);
 #pragma unroll
     for (int h = 0; h < kMost; ++h) {
         if (h >= left) break;
@@ -95,9 +137,34 @@ TP_DEVICE void turn_run(const RopeArgs& args, i64 pair, u32 run, bool neox, cons
     }
 }
 
+/// Where all of it lies where its views say.
+struct NoPieces {
+    template <class Do>
+    TP_MEMBER void of_rope(const RopeArgs& rope, int, const Do& go) const {
+        go(InView{rope.x});
+    }
+    template <class Do>
+    TP_MEMBER void of_store(const SetRowsArgs& store, int, const Do& go) const {
+        go(InView{store.x});
+    }
+};
+/// Where some may lie in pieces.
+struct SomePieces {
+    const PiecesRopeArgs& args;
+    template <class Do>
+    TP_MEMBER void of_rope(const RopeArgs& rope, int i, const Do& go) const {
+        if (args.rope[i].n) go(InPieces{rope.x, args.rope[i]});
+        else go(InView{rope.x});
+    }
+    template <class Do>
+    TP_MEMBER void of_store(const SetRowsArgs& store, int i, const Do& go) const {
+        if (args.store[i].n) go(InPieces{store.x, args.store[i]});
+        else go(InView{store.x});
+    }
+};
 /// Thread `thread` of block `block` (of 256): a pair of a run of a rope, or one element to be stored. With tables runs are of one head.
-template <bool kTables>
-TP_DEVICE void rope_store_one(const RopeStoreArgs& args, i64 block, int thread, const float* const* tables) {
+template <bool kTables, class Sources>
+TP_DEVICE void rope_store_one(const RopeStoreArgs& args, i64 block, int thread, const float* const* tables, const Sources& sources) {
     u32 left = (u32)block;
     for (int r = 0; r < args.n_ropes; ++r) {
         const RopeArgs& rope = args.rope[r];
@@ -110,17 +177,19 @@ TP_DEVICE void rope_store_one(const RopeStoreArgs& args, i64 block, int thread, 
         if (i >= n) return;
         const u32 run = i / half;
         i64 token = -1, row = -1;
-        turn_run<kTables ? 1 : kRopeHeads>(rope, i - run * half, run, rope.neox, kTables ? tables[r] : nullptr,
-                                           [&](const Index& first, const Index& second, float a, float b) {
-                                               store(rope.y, first, a);
-                                               store(rope.y, second, b);
-                                               if (args.stored_rope != r) return;
-                                               if (token < 0) token = first.i2, row = target_row(args.store[0], token, 0, 0);  // once for all heads
-                                               if (row < 0) return;
-                                               const i64 head = first.i1 * rope.y.ne[0];
-                                               store(args.store[0].y, {head + first.i0, row, 0, 0}, a);
-                                               store(args.store[0].y, {head + second.i0, row, 0, 0}, b);
-                                           });
+        auto done = [&](const Index& first, const Index& second, float a, float b) {
+            store(rope.y, first, a);
+            store(rope.y, second, b);
+            if (args.stored_rope != r) return;
+            if (token < 0) token = first.i2, row = target_row(args.store[0], token, 0, 0);  // once for all heads
+            if (row < 0) return;
+            const i64 head = first.i1 * rope.y.ne[0];
+            store(args.store[0].y, {head + first.i0, row, 0, 0}, a);
+            store(args.store[0].y, {head + second.i0, row, 0, 0}, b);
+        };
+        sources.of_rope(rope, r, [&](const auto& from) {
+            turn_run<kTables ? 1 : kRopeHeads>(rope, i - run * half, run, rope.neox, kTables ? tables[r] : nullptr, from, done);
+        });
         return;
     }
     for (int s = args.stored_rope >= 0 ? 1 : 0; s < args.n_stores; ++s) {
@@ -135,7 +204,7 @@ TP_DEVICE void rope_store_one(const RopeStoreArgs& args, i64 block, int thread, 
         const u32 row = i / (u32)x.ne[0];
         Index at = row_index(row, x.ne);
         at.i0 = i - row * (u32)x.ne[0];
-        set_row_element(args.store[s], at.i0, at.i1, at.i2, at.i3, load(x, at));
+        sources.of_store(args.store[s], s, [&](const auto& from) { set_row_element(args.store[s], at.i0, at.i1, at.i2, at.i3, from.element(at)); });
         return;
     }
 }

@@ -1556,7 +1556,7 @@ TP_OUTLINE Progress do_stage(Progress now) {
         }
         case kStreamRopeStore: {  // blocks of 256 threads
             const StreamRope& a = *(const StreamRope*)body;
-            for (i64 block = first / 256; block < stage.count; block += step / 256) rope_store_one<true>(a.args, block, thread % 256, a.table);
+            for (i64 block = first / 256; block < stage.count; block += step / 256) rope_store_one<true>(a.args, block, thread % 256, a.table, NoPieces{});
             break;
         }
         case kStreamSetRows: {

@@ -221,6 +221,45 @@ def two_products(g: Case, type_: int, k: int, m: int) -> Any:
     return g.lib.ggml_concat(g.c, a, b, 0)
 
 
+def turned_and_stored(g: Case, type_: int, m: int, mode: int, cache: int = F16, bias: bool = False) -> Any:
+    """Q, K and V as a layer has them, in a host's order: its allocator puts turned keys where Q was. What is stored, and turned queries, side by side."""
+    lib, x, rows = g.lib, g.leaf(F32, 2304, m), g.leaf(I64, m, values=g.rng.permutation(m))
+
+    def heads(name: str, n: int) -> Any:
+        out = lib.ggml_mul_mat(g.c, g.leaf(type_, 2304, 64 * n, scale=1 / 48, name=f"blk.0.attn_{name}.weight"), x)
+        return lib.ggml_reshape_3d(g.c, lib.ggml_add(g.c, out, g.leaf(F32, 64 * n)) if bias else out, 64, n, m)
+
+    def turned(t: Any) -> Any:
+        return lib.ggml_rope_ext(g.c, t, g.leaf(I32, m, values=np.arange(m)), g.null, 64, mode, 512, 10000.0, 1.0, 0.0, 1.0, 32.0, 1.0)
+
+    q, k, v = heads("q", 4), heads("k", 2), heads("v", 2)
+    g.early += [q, v, k]
+    q, k = turned(q), turned(k)
+    g.early += [q, k]
+    out = lib.ggml_reshape_2d(g.c, q, 256, m)
+    for name, t in (("k", k), ("v", v)):
+        stored = lib.ggml_set_rows(g.c, g.leaf(cache, 128, m, name=f"cache_{name}_l0"), lib.ggml_reshape_2d(g.c, t, 128, m), rows)
+        g.early.append(stored)
+        out = lib.ggml_concat(g.c, out, lib.ggml_cast(g.c, stored, F32), 0)
+    return out
+
+
+def normed_product(g: Case, type_: int, m: int, residual: str, read: bool = False) -> Any:
+    """A product, what is added to it (in front of it or behind, or nothing), a norm, and a product of that. read: by others too, at the end."""
+    lib, x = g.lib, g.leaf(F32, 2304, m)
+    out = first = lib.ggml_mul_mat(g.c, g.leaf(type_, 2304, 256, scale=1 / 48, name="blk.0.attn_output.weight"), x)
+    if residual:
+        more = lib.ggml_scale_bias(g.c, g.leaf(F32, 256, m), 0.5, 0.0)
+        g.early.append(more)
+        out = lib.ggml_add(g.c, more, out) if residual == "in front" else lib.ggml_add(g.c, out, more)
+    normed = lib.ggml_mul(g.c, lib.ggml_rms_norm(g.c, out, 1e-5), g.leaf(F32, 256))
+    up = lib.ggml_mul_mat(g.c, g.leaf(type_, 256, 96, scale=1 / 16, name="blk.0.ffn_up.weight"), normed)
+    parts = [out, first] if read else [out]
+    for part in parts:
+        up = lib.ggml_concat(g.c, up, part, 0)
+    return up
+
+
 def feed_forward(g: Case, type_: int, k: int, n: int, m: int) -> Any:
     """Norm, gate and up, GLU, down: what is fused around the products."""
 
@@ -290,6 +329,15 @@ def _mul_mats() -> None:
             lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 2304, 150, scale=1 / 48, name="blk.0.attn_q.weight"), g.leaf(F32, 2304, 12))
         )
         case(f"mul_mat {name}, three of one input m20")(lambda g, t=t: three_products(g, t, 1280, 20))
+    for m in (12, 40, 130):  # in pieces, which are added up where they are read
+        for t in (Q4_0, Q4_K, BF16):
+            for mode, name in ((0, "normal"), (2, "neox")):
+                case(f"mul_mat {NAMES[t]}, Q, K and V turned and stored, {name}, m{m}")(lambda g, t=t, m=m, mode=mode: turned_and_stored(g, t, m, mode))
+            for residual in ("in front", "behind", ""):
+                case(f"mul_mat {NAMES[t]} and norm, residual {residual or 'none'}, m{m}")(lambda g, t=t, m=m, r=residual: normed_product(g, t, m, r))
+        case(f"mul_mat Q4_K and norm, the product read again, m{m}")(lambda g, m=m: normed_product(g, Q4_K, m, "behind", True))
+        case(f"mul_mat Q4_K, Q, K and V with biases turned and stored, m{m}")(lambda g, m=m: turned_and_stored(g, Q4_K, m, 2, bias=True))
+        case(f"mul_mat Q4_K, Q, K and V turned and stored in Q8_0, m{m}")(lambda g, m=m: turned_and_stored(g, Q4_K, m, 2, Q8_0))
     for t, name in ((Q3_K, "Q3_K"), (Q6_K, "Q6_K")):  # one block a row: their halves lie two bytes apart, as more than one a row are padded
         case(f"mul_mat {name} attn_q 256x200 m12")(
             lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 200, scale=1 / 16, name="blk.0.attn_q.weight"), g.leaf(F32, 256, 12))

@@ -185,25 +185,64 @@ bool attention_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
 }
 
 /// Rope of Q and of K, and the cache's new rows.
-RopeStoreArgs rope_of(const RankLaunch& l) {
-    if (std::strcmp(l.launch.kernel, "rope_store") == 0) return args_of<RopeStoreArgs>(l);
-    RopeStoreArgs out{};
-    out.rope[0] = args_of<RopeArgs>(l);
-    out.n_ropes = 1;
-    out.stored_rope = -1;
+PiecesRopeArgs rope_of(const RankLaunch& l) {
+    if (std::strcmp(l.launch.kernel, "rope_store_pieces") == 0) return args_of<PiecesRopeArgs>(l);
+    PiecesRopeArgs out{};
+    if (std::strcmp(l.launch.kernel, "rope_store") == 0) {
+        out.args = args_of<RopeStoreArgs>(l);
+    } else {
+        out.args.rope[0] = args_of<RopeArgs>(l);
+        out.args.n_ropes = 1;
+        out.args.stored_rope = -1;
+    }
     return out;
 }
+/// In one launch nothing may be read that it writes; what comes in pieces is not read where its view says, so a host's allocator may have put results there:
+/// what other steps would have written over is not kept.
+bool settle(PiecesRopeArgs& p) {
+    const RopeStoreArgs& a = p.args;
+    struct Source {
+        const View &x, *own;  // own: the rope's result, which may take its place
+        Pieces& pieces;
+    };
+    std::vector<Source> sources;
+    for (int i = 0; i < a.n_ropes; ++i) sources.push_back({a.rope[i].x, &a.rope[i].y, p.rope[i]});
+    for (int i = a.stored_rope >= 0 ? 1 : 0; i < a.n_stores; ++i) sources.push_back({a.store[i].x, nullptr, p.store[i]});
+    std::vector<const View*> results;
+    for (int i = 0; i < a.n_ropes; ++i) results.push_back(&a.rope[i].y);
+    for (int i = 0; i < a.n_stores; ++i) results.push_back(&a.store[i].y);
+    for (size_t i = 0; i < results.size(); ++i)
+        for (size_t j = 0; j < i; ++j)
+            if (!apart(*results[i], *results[j])) return false;
+    for (Source& s : sources)
+        for (const View* y : results) {
+            if (s.pieces.n && !apart(s.x, *y)) s.pieces.kept = 0;
+            if (!s.pieces.n && !apart(s.x, *y) && !(y == s.own && same_view(s.x, *y))) return false;
+        }
+    for (const Source& kept : sources)
+        for (const Source& s : sources)
+            if (kept.pieces.n && kept.pieces.kept && !s.pieces.n && !apart(kept.x, s.x)) return false;
+    return true;
+}
+bool replace_rope(RankLaunch& l, PiecesRopeArgs& p, Arch arch) {
+    if (!settle(p)) return false;
+    const bool pieces = p.rope[0].n || p.rope[1].n || p.store[0].n || p.store[1].n;
+    return pieces ? replace(l, rope_store_pieces_launch(p, arch), p) : replace(l, rope_store_launch(p.args, arch), p.args);
+}
 bool rope_then_rope(RankLaunch& a, const RankLaunch& b, Arch arch) {
-    RopeStoreArgs args = rope_of(a);
-    const RopeStoreArgs more = rope_of(b);
-    if (args.n_ropes != 1 || args.n_stores || more.n_ropes != 1 || more.n_stores) return false;
-    const RopeArgs &q = args.rope[0], &k = more.rope[0];
-    if (!apart(q.y, k.y) || !apart(q.y, k.x) || !apart(q.x, k.y)) return false;
-    args.rope[args.n_ropes++] = k;
-    return replace(a, rope_store_launch(args, arch), args);
+    PiecesRopeArgs p = rope_of(a);
+    const PiecesRopeArgs more = rope_of(b);
+    if (p.args.n_ropes != 1 || p.args.n_stores || more.args.n_ropes != 1) return false;
+    p.args.rope[p.args.n_ropes++] = more.args.rope[0];
+    p.rope[1] = more.rope[0];
+    for (int i = 0; i < more.args.n_stores; ++i) p.args.store[i] = more.args.store[i], p.store[i] = more.store[i];
+    p.args.n_stores = more.args.n_stores;
+    p.args.stored_rope = more.args.stored_rope < 0 ? -1 : 1;
+    return replace_rope(a, p, arch);
 }
 bool rope_then_store(RankLaunch& a, const RankLaunch& b, Arch arch) {
-    RopeStoreArgs args = rope_of(a);
+    PiecesRopeArgs p = rope_of(a);
+    RopeStoreArgs& args = p.args;
     const SetRowsArgs store = args_of<SetRowsArgs>(b);
     if (args.n_stores == 2) return false;
     bool reads_rope = false;
@@ -217,11 +256,9 @@ bool rope_then_store(RankLaunch& a, const RankLaunch& b, Arch arch) {
         args.stored_rope = i;
         reads_rope = true;
     }
-    for (int i = 0; i < args.n_stores; ++i)
-        if (!apart(args.store[i].y, store.y)) return false;
     if (reads_rope && args.n_stores) return false;  // the rope's own row goes first
     args.store[args.n_stores++] = store;
-    return replace(a, rope_store_launch(args, arch), args);
+    return replace_rope(a, p, arch);
 }
 
 /// Whether y lies where nothing is written of part i, without its bias or with it.
@@ -442,6 +479,73 @@ bool try_merge(ProgramStep& a, const ProgramStep& b, const std::vector<Arch>& ar
     return false;
 }
 
+// ---- pieces that are added up where they are read: a launch less, and sums that do not go to memory and back
+
+/// Of the part whose rows begin there.
+Pieces pieces_of(const MulPiecesArgs& a, i64 rows_before) { return {a.sums + rows_before, a.n_rows, a.n_rows * a.wide.m, a.n_pieces, 1}; }
+
+/// Whether x is a part's result, one way or the other: heads (any number) side by side in a column, columns one behind the other.
+bool is_part(const View& x, int heads_dim, const MulVecPart& part, i64 m) {
+    const View& y = part.y;
+    if (x.data != y.data || x.type != kF32 || x.nb[0] != 4 || x.ne[3] != 1) return false;
+    return heads_dim ? x.ne[0] * x.ne[1] == part.w.n && x.nb[1] == x.ne[0] * 4 && x.ne[2] == m && (m == 1 || x.nb[2] == y.nb[1])
+                     : x.ne[0] == part.w.n && x.ne[1] == m && x.ne[2] == 1 && (m == 1 || x.nb[1] == y.nb[1]);
+}
+/// The parts of a divided product that a launch reads become pieces there: a bit each. 0: it reads none, or cannot.
+u32 take_in_norm(RankLaunch& l, const MulPiecesArgs& a, Arch arch) {
+    if (a.wide.n_parts != 1) return 0;
+    PiecesNormArgs p{norm_of(l), pieces_of(a, 0)};
+    FusedNormArgs& norm = p.norm;
+    const View& y = a.wide.part[0].y;
+    if (norm.has_b && same_view(norm.b, y)) std::swap(norm.a, norm.b);
+    if (!same_view(norm.a, y) || (norm.has_b && !apart(norm.b, y))) return 0;
+    p.a.kept = apart(norm.y, y) && (!norm.has_b || apart(norm.sum, y));
+    return replace(l, fused_norm_pieces_launch(p, arch), p) ? 1 : 0;
+}
+u32 take_in_rope(RankLaunch& l, const MulPiecesArgs& a, Arch arch) {
+    PiecesRopeArgs p = rope_of(l);
+    u32 taken = 0;
+    i64 before = 0;
+    for (int i = 0; i < a.wide.n_parts; ++i) {
+        const MulVecPart& part = a.wide.part[i];
+        auto take = [&](Pieces& pieces) { pieces = pieces_of(a, before), taken |= 1u << i; };
+        for (int r = 0; r < p.args.n_ropes; ++r)
+            if (is_part(p.args.rope[r].x, 1, part, a.wide.m)) take(p.rope[r]);
+        for (int s = p.args.stored_rope >= 0 ? 1 : 0; s < p.args.n_stores; ++s)
+            if (is_part(p.args.store[s].x, 0, part, a.wide.m)) take(p.store[s]);
+        before += part.w.n;
+    }
+    return taken && replace_rope(l, p, arch) ? taken : 0;
+}
+struct Taker {
+    bool (*is)(const char*);
+    u32 (*take)(RankLaunch&, const MulPiecesArgs&, Arch);
+};
+constexpr Taker kTakers[] = {{is_norm, take_in_norm}, {is_rope, take_in_rope}};
+
+/// One rank's sums of pieces, if the steps from `begin` on that follow them read all of them: they lie where no kernel of those steps writes. Changes the steps;
+/// returns where those end, or `begin`.
+size_t hand_over(RankLaunch& sums, std::vector<ProgramStep>& steps, size_t begin, size_t rank, Arch arch) {
+    const MulPiecesArgs a = args_of<MulPiecesArgs>(sums);
+    const u32 all = (1u << a.wide.n_parts) - 1;
+    std::vector<RankLaunch> changed;
+    u32 taken = 0;
+    size_t end = begin;
+    for (; taken != all && end < steps.size() && steps[end].kind == ProgramStep::kLaunch; ++end) {
+        RankLaunch l = steps[end].launches[rank];
+        u32 here = 0;
+        for (const Taker& taker : kTakers)
+            if (l.launch.kernel && taker.is(l.launch.kernel)) here = taker.take(l, a, arch);
+        if (!here) break;
+        taken |= here;
+        changed.push_back(std::move(l));
+    }
+    if (taken != all) return begin;
+    for (size_t i = begin; i < end; ++i) steps[i].launches[rank] = std::move(changed[i - begin]);
+    sums = RankLaunch{};
+    return end;
+}
+
 /// Products are divided along k when it is known what shares their launch; the sums of the pieces are a step behind it.
 bool divide_products(ProgramStep& step, ProgramStep& sums, const std::vector<Arch>& archs) {
     bool any = false;
@@ -472,11 +576,22 @@ void fuse(std::vector<ProgramStep>& steps, const std::vector<Arch>& archs) {
         while (out.size() > 1 && try_merge(out[out.size() - 2], out.back(), archs)) out.pop_back();
     }
     steps.clear();
-    for (ProgramStep& step : out) {
+    size_t takers_end = 0;  // of steps that read pieces
+    for (size_t i = 0; i < out.size(); ++i) {
         ProgramStep sums;
-        const bool divided = divide_products(step, sums, archs);
-        steps.push_back(std::move(step));
-        if (divided) steps.push_back(std::move(sums));
+        const bool divided = divide_products(out[i], sums, archs);
+        const bool takes = i < takers_end;
+        steps.push_back(std::move(out[i]));
+        if (takes && steps.size() > 1 && try_merge(steps[steps.size() - 2], steps.back(), archs)) steps.pop_back();
+        if (!divided) continue;
+        bool any = false;
+        for (size_t r = 0; r < sums.launches.size(); ++r) {
+            if (!sums.launches[r].launch.kernel) continue;
+            takers_end = std::max(takers_end, hand_over(sums.launches[r], out, i + 1, r, archs[r]));
+            any |= sums.launches[r].launch.kernel != nullptr;
+        }
+        if (takers_end > i + 1) out[i + 1].label = sums.label + ", " + out[i + 1].label;
+        if (any) steps.push_back(std::move(sums));
     }
 }
 

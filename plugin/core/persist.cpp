@@ -108,7 +108,8 @@ class RankRun {
     std::vector<Draft> stages;  // what has been drafted; a step adds none, one or two
 
     bool add(const RankLaunch& l) {
-        if (!l.launch.kernel) return true;  // another rank's bias, of what is a Partial
+        if (!l.launch.kernel) return true;                                                 // another rank's bias, of what is a Partial
+        if (named(l, "fused_norm_pieces") || named(l, "rope_store_pieces")) return false;  // they follow products of several columns
         if (named(l, "fused_norm")) return add_norm(args_of<FusedNormArgs>(l));
         if (named(l, "quantize_x")) return add_quantize(args_of<QuantizeArgs>(l));
         if (named(l, "fused_glu_")) return add_glu(l);
@@ -1048,6 +1049,7 @@ class RankRun {
 
 /// Where a launch writes int8 activations, or null.
 const char* quantizes_to(const RankLaunch& l) {
+    if (named(l, "fused_norm_pieces")) return args_of<PiecesNormArgs>(l).norm.xq;
     if (named(l, "fused_norm")) return args_of<FusedNormArgs>(l).xq;
     if (named(l, "quantize_x")) return args_of<QuantizeArgs>(l).xq;
     if (named(l, "fused_glu_")) return args_of<FusedGluArgs>(l).xq;
