@@ -246,11 +246,14 @@ struct FlashTileArgs {
     i32 heads, warps;
 };
 // A piece of flash attention: cells [split * cells, ...) of one KV head against all its query heads. Per (token, local head, split):
-// acc [dv] unscaled, meta {max, sum}. flash_combine adds the splits up.
+// acc [dv] unscaled, meta {max, sum}. flash_combine adds the splits up. whole: flash_columns does what that would do with one split.
 struct FlashSplitArgs {
     FlashAttnArgs a;
     float *acc, *meta;
     i32 n_splits, cells, head_groups, group_heads;  // a unit: group_heads query heads of one KV head
+    char *xq, *xd;                                  // whole: as flash_combine's
+    ActivationForm form;
+    i32 whole;
 };
 struct FlashCombineArgs {
     View y;  // F32 [dv, n_head, n_tok, ns]

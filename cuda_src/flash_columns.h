@@ -8,6 +8,7 @@
 #pragma once
 #include "element.h"
 #include "flash_attn.h"
+#include "quantize_group.h"
 
 #if TP_ARCH >= 800
 
@@ -81,14 +82,53 @@ struct QueriesInMemory {
         return {pair(0), pair(2), pair(4), pair(6)};
     }
 };
-/// A piece's sums, for flash_combine: elements i and i + 1 (even i).
+/// A head's element of an attention whose sinks count: from what its cells have added up to. The same of one kernel or two.
+TP_DEVICE float flash_value(const FlashAttnArgs& a, i64 head, float most, float sum, float total) {
+    float keep = 1.0f;
+    if (a.has_sinks) {
+        const float sink = *(const float*)(a.sinks.data + (head + a.head_offset) * a.sinks.nb[0]), top = fmaxf(most, sink);
+        keep = most > -INFINITY ? expf(most - top) : 0.0f;
+        sum = sum * keep + (sink > -INFINITY ? expf(sink - top) : 0.0f);
+    }
+    return sum > 0 ? total * keep / sum : 0.0f;
+}
+/// Elements i and i + 1 of row `row` of activations of k each, as the next product reads them; by all lanes of a warp for 64 neighbours.
+TP_DEVICE void leave_two(ActivationForm form, char* xq, char* xd, i64 row, i64 i, i64 k, bool inside, float first, float second) {
+    if (form != kInt8Rows) {
+        auto half = [form](float v) { return (u32)(form == kBf16Panels ? tp_float_to_bf16(v) : activation_half(v)); };
+        if (inside) *(u32*)(xq + panel_byte((u32)row, (u32)i, (u32)k)) = half(first) | half(second) << 16;
+        return;
+    }
+    float most = fmaxf(fabsf(first), fabsf(second));
+#pragma unroll
+    for (int o = 8; o; o /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, o));  // a block of 32: 16 lanes
+    const Int8Scale scale(most);
+    const s8 q[2] = {(s8)(scale.bits(first) & 255), (s8)(scale.bits(second) & 255)};
+    float sum = (float)q[0] + (float)q[1];
+#pragma unroll
+    for (int o = 8; o; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+    if (!inside) return;
+    *(u16*)(xq + row * k + i) = (u16)((u8)q[0] | (u8)q[1] << 8);
+    if (i % 32 == 0) *(TpFloat2*)((float*)xd + (row * (k / 32) + i / 32) * 2) = {scale.d, scale.d * sum};
+}
+
+/// A piece's sums, for flash_combine, or what that would make of it: elements i and i + 1 (even i), by all lanes of a warp for neighbours of one head.
 struct PieceResults {
     const FlashSplitArgs& args;
     i64 split, token, stream;
     TP_MEMBER i64 piece(i64 head) const { return ((stream * args.a.q.ne[1] + token) * args.a.q.ne[2] + head) * args.n_splits + split; }
     TP_MEMBER void put_counts(i64 head, float most, float sum) const { *(TpFloat2*)(args.meta + piece(head) * 2) = {most, sum}; }
     TP_MEMBER float* acc_of(i64 head) const { return args.acc + piece(head) * args.a.q.ne[0]; }
-    TP_MEMBER void put(i64 head, int i, float most, float sum, TpFloat2 acc) const {
+    TP_MEMBER void put(i64 head, int i, bool inside, float most, float sum, TpFloat2 acc) const {
+        if (args.whole) {
+            const FlashAttnArgs& a = args.a;
+            const float first = flash_value(a, head, most, sum, acc.x), second = flash_value(a, head, most, sum, acc.y);
+            if (inside) *(TpFloat2*)(a.y.data + i * 4 + head * a.y.nb[1] + token * a.y.nb[2] + stream * a.y.nb[3]) = {first, second};
+            const i64 d = a.y.ne[0];
+            if (args.xq) leave_two(args.form, args.xq, args.xd, stream * a.y.ne[2] + token, head * d + i, d * a.y.ne[1], inside, first, second);
+            return;
+        }
+        if (!inside) return;
         *(TpFloat2*)(acc_of(head) + i) = acc;
         if (i == 0) put_counts(head, most, sum);
     }
@@ -275,7 +315,7 @@ struct ColumnSums {
                 const TpFloat2 its = *(const TpFloat2*)(from + w * stride_warp + i);
                 all.x += its.x * share, all.y += its.y * share;
             }
-            if (i < d && heads.mine(h)) results.put(heads.first + h, i, all_most, all_sum, all);
+            if (heads.mine(h)) results.put(heads.first + h, i, i < d, all_most, all_sum, all);
         }
     }
 };

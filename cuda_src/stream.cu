@@ -1245,10 +1245,13 @@ struct QueriesShared {
 struct StreamResults {
     const StreamFlash& f;
     int split;
-    TP_MEMBER void put(i64 head, int i, float most, float sum, TpFloat2 acc) const {
+    TP_MEMBER void put(i64 head, int i, bool inside, float most, float sum, TpFloat2 acc) const {
+        if (!inside) return;
         const FlashAttnArgs& a = f.args.a;
         if (!f.y.data) {
-            PieceResults{f.args, split, 0, 0}.put(head, i, most, sum, acc);
+            const PieceResults piece{f.args, split, 0, 0};
+            *(TpFloat2*)(piece.acc_of(head) + i) = acc;
+            if (i == 0) piece.put_counts(head, most, sum);
             return;
         }
         float scale = 1.0f;

@@ -336,8 +336,8 @@ def _mul_mats() -> None:
             for residual in ("in front", "behind", ""):
                 case(f"mul_mat {NAMES[t]} and norm, residual {residual or 'none'}, m{m}")(lambda g, t=t, m=m, r=residual: normed_product(g, t, m, r))
         case(f"mul_mat Q4_K and norm, the product read again, m{m}")(lambda g, m=m: normed_product(g, Q4_K, m, "behind", True))
-        case(f"mul_mat Q4_K, Q, K and V with biases turned and stored, m{m}")(lambda g, m=m: turned_and_stored(g, Q4_K, m, 2, bias=True))
-        case(f"mul_mat Q4_K, Q, K and V turned and stored in Q8_0, m{m}")(lambda g, m=m: turned_and_stored(g, Q4_K, m, 2, Q8_0))
+        case(f"mul_mat Q4_0, Q, K and V with biases turned and stored, m{m}")(lambda g, m=m: turned_and_stored(g, Q4_0, m, 2, bias=True))
+        case(f"mul_mat Q4_0, Q, K and V turned and stored in Q8_0, m{m}")(lambda g, m=m: turned_and_stored(g, Q4_0, m, 2, Q8_0))
     for t, name in ((Q3_K, "Q3_K"), (Q6_K, "Q6_K")):  # one block a row: their halves lie two bytes apart, as more than one a row are padded
         case(f"mul_mat {name} attn_q 256x200 m12")(
             lambda g, t=t: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 200, scale=1 / 16, name="blk.0.attn_q.weight"), g.leaf(F32, 256, 12))
@@ -548,7 +548,7 @@ def _attention() -> None:
         return g.lib.ggml_mul_mat(g.c, w, g.lib.ggml_reshape_2d(g.c, out, 512, n_tokens))
 
     for type_ in (Q4_K, BF16):
-        for n_tokens in (1, 12, 40):
+        for n_tokens in (1, 3, 12, 40):
             case(f"mul_mat {NAMES[type_]} of attention of {n_tokens} tokens")(lambda g, t=type_, n=n_tokens: product(g, t, n))
     for kv_heads in (2, 3, 6):
         case(f"flash_attn of caches, {kv_heads} heads")(lambda g, n=kv_heads: of_cache(g, F16, 6, n))

@@ -137,9 +137,26 @@ def test_attention_of_many_tokens_has_blocks_of_eight_warps_where_they_suffice(w
 
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
 def test_attention_leaves_what_its_product_reads(workers):
-    names = [f"mul_mat {name} of attention of {n} tokens" for n in (12, 40) for name in ("Q4_K", "BF16")]
+    """One launch where a block has all of its heads' cells."""
+    names = [f"mul_mat {name} of attention of {n} tokens" for n in (3, 12, 40) for name in ("Q4_K", "BF16")]
     for name, text in zip(names, workers.run(jobs.programs, emulated(1, "sm_80"), names=names).values(), strict=True):
-        assert "flash_combine<" in text and "mul_few_" in text and "panels<" not in text, f"{name}: {text}"
+        assert "flash_columns_64<1," in text and "mul_" in text and not re.search("panels<|quantize_x<|flash_combine<", text), f"{name}: {text}"
+
+
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
+def test_pieces_are_added_up_where_they_are_read(workers):
+    """By a norm; by Q's and K's ropes and what is stored, one launch though turned keys lie where Q was. Not where somebody else comes first."""
+    expected = {
+        **{f"mul_mat Q4_K and norm, residual {r}, m{m}": "fused_norm_pieces" for r in ("in front", "behind", "none") for m in (12, 130)},
+        **{f"mul_mat {name}, m40": "fused_norm_pieces" for name in ("BF16 and norm, residual behind", "Q4_K and norm, the product read again")},
+        **{f"mul_mat Q4_0, Q, K and V turned and stored, {mode}, m12": "rope_store_pieces" for mode in ("normal", "neox")},
+        "mul_mat BF16, Q, K and V turned and stored, neox, m40": "rope_store_pieces",
+    }
+    for text, kernel in zip(workers.run(jobs.programs, emulated(1, "sm_90"), names=list(expected)).values(), expected.values(), strict=True):
+        assert text.count(f": {kernel}<") == 1 and not re.search("sum_pieces<|: (fused_norm|rope_[a-z]+)<", text), text
+    names = ["mul_mat Q4_0, Q, K and V with biases turned and stored, m12", "mul_mat Q4_0, Q, K and V turned and stored in Q8_0, m12"]
+    for text in workers.run(jobs.programs, emulated(1, "sm_90"), names=names).values():
+        assert "sum_pieces<" in text and "_pieces<" not in text.replace("sum_pieces<", ""), text
 
 
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")

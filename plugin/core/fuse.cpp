@@ -174,6 +174,24 @@ bool glu_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
     glu.xd = q.xd;
     return replace(a, fused_glu_launch(a.launch.kernel, glu, arch), glu);
 }
+/// Of one token they are stages of the persistent kernel.
+bool columns_then_combine(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    FlashSplitArgs args = args_of<FlashSplitArgs>(a);
+    const FlashCombineArgs c = args_of<FlashCombineArgs>(b);
+    if (args.whole || args.n_splits != 1 || args.a.q.ne[1] * args.a.q.ne[3] == 1 || c.acc != args.acc || !same_view(c.y, args.a.y)) return false;
+    args.whole = 1;
+    args.form = c.form, args.xq = c.xq, args.xd = c.xd;
+    return replace(a, flash_split_launch(args, arch), args);
+}
+bool columns_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    FlashSplitArgs args = args_of<FlashSplitArgs>(a);
+    const QuantizeArgs q = args_of<QuantizeArgs>(b);
+    const View& y = args.a.y;
+    if (!args.whole || args.xq || y.ne[0] % 32 || !quantizes(q, y, y.ne[0] * y.ne[1], y.ne[2] * y.ne[3]) || !can_leave(b, q.k)) return false;
+    args.form = static_cast<ActivationForm>(form_of(b.launch.kernel));
+    args.xq = q.xq, args.xd = q.xd;
+    return replace(a, flash_split_launch(args, arch), args);
+}
 bool attention_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
     FlashCombineArgs args = args_of<FlashCombineArgs>(a);
     const QuantizeArgs q = args_of<QuantizeArgs>(b);
@@ -428,6 +446,7 @@ bool is_norm(const char* kernel) { return std::strcmp(kernel, "rms_norm") == 0 |
 bool is_glu(const char* kernel) { return std::strncmp(kernel, "glu_", 4) == 0; }
 bool makes_form(const char* kernel) { return form_of(kernel) >= 0; }
 bool is_quantize(const char* kernel) { return std::strcmp(kernel, "quantize_x") == 0; }
+bool is_columns(const char* kernel) { return std::strncmp(kernel, "flash_columns_", 14) == 0; }
 bool is_combine(const char* kernel) { return std::strcmp(kernel, "flash_combine") == 0; }
 bool is_rope(const char* kernel) { return std::strncmp(kernel, "rope_", 5) == 0; }
 bool is_set_rows(const char* kernel) { return std::strcmp(kernel, "set_rows") == 0; }
@@ -445,6 +464,8 @@ constexpr Merge kMerges[] = {
     {is_norm, is_mul, norm_then_weight},
     {is_norm, makes_form, norm_then_quantize},
     {is_glu, makes_form, glu_then_quantize},
+    {is_columns, is_combine, columns_then_combine},
+    {is_columns, makes_form, columns_then_quantize},
     {is_combine, makes_form, attention_then_quantize},
     {is_rope, is_rope, rope_then_rope},
     {is_rope, is_set_rows, rope_then_store},
