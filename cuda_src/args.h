@@ -210,6 +210,7 @@ struct PeerNormArgs {
 // A GLU whose result is written as F32 and as int8, or panels: rows of k, zero outside of [k_begin, k_begin + glu.y.ne[0]).
 struct FusedGluArgs {
     GluArgs glu;
+    Pieces a, b;  // of glu.a and glu.b
     char *xq, *xd;
     i64 k, k_begin;
     ActivationForm form;

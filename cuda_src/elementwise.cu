@@ -31,8 +31,10 @@ TP_DEVICE void fused_glu(const FusedGluArgs& args) {
     float v[4] = {};
     if (i >= 0 && i < g.y.ne[0]) {
         float a[4], b[4];
-        load_four(element_at(g.a, row) + i * 4, a);
-        load_four(element_at(g.b, row) + i * 4, b);
+        if (args.a.n) sum_four(args.a, blockIdx.x, i, element_at(g.a, row) + i * 4, a);
+        else load_four(element_at(g.a, row) + i * 4, a);
+        if (args.b.n) sum_four(args.b, blockIdx.x, i, element_at(g.b, row) + i * 4, b);
+        else load_four(element_at(g.b, row) + i * 4, b);
         for (int e = 0; e < 4; ++e) v[e] = glu_of(op, a[e], b[e], g.alpha, g.limit);
         store_four(element_at(g.y, row) + i * 4, v);
     }

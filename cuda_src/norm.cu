@@ -118,16 +118,6 @@ TP_KERNEL(fused_norm, FusedNormArgs, 1024) {
 }
 
 TP_KERNEL(fused_norm_pieces, PiecesNormArgs, 1024) {
-    const Pieces& pieces = args.a;
-    const float* from = pieces.sums + blockIdx.x * pieces.column;
     char* const a = element_at(args.norm.a, row_index(blockIdx.x, args.norm.y.ne));
-    norm_row(args.norm, [&](i64 i, float(&v)[4]) {
-#pragma unroll 8
-        for (int piece = 0; piece < pieces.n; ++piece) {
-            float more[4];
-            load_four((const char*)(from + piece * pieces.piece + i), more);
-            for (int e = 0; e < 4; ++e) v[e] += more[e];
-        }
-        if (pieces.kept) store_four(a + i * 4, v);
-    });
+    norm_row(args.norm, [&](i64 i, float(&v)[4]) { sum_four(args.a, blockIdx.x, i, a + i * 4, v); });
 }

@@ -13,6 +13,19 @@ TP_DEVICE void store_four(char* p, const float (&v)[4]) {
     *(TpInt4*)p = {__float_as_int(v[0]), __float_as_int(v[1]), __float_as_int(v[2]), __float_as_int(v[3])};
 }
 
+/// Elements i to i + 3 of a column of a product, whose pieces lie at multiples of 16 bytes; kept: where it is written too.
+TP_DEVICE void sum_four(const Pieces& pieces, i64 column, i64 i, char* kept, float (&v)[4]) {
+    const float* from = pieces.sums + column * pieces.column + i;
+    for (int e = 0; e < 4; ++e) v[e] = 0.0f;
+#pragma unroll 8
+    for (int piece = 0; piece < pieces.n; ++piece) {
+        float more[4];
+        load_four((const char*)(from + piece * pieces.piece), more);
+        for (int e = 0; e < 4; ++e) v[e] += more[e];
+    }
+    if (pieces.kept) store_four(kept, v);
+}
+
 /// How a block of 32 whose largest magnitude is `most` becomes int8: every kernel that does it rounds alike, so a token has the same bits as one
 /// kernel and as many. (Exact ties are common where rows of blocks are quantised again: v / d and v * (1 / d) would part there.)
 struct Int8Scale {

@@ -331,6 +331,7 @@ def _mul_mats() -> None:
         case(f"mul_mat {name}, three of one input m20")(lambda g, t=t: three_products(g, t, 1280, 20))
     for m in (12, 40, 130):  # in pieces, which are added up where they are read
         for t in (Q4_0, Q4_K, BF16):
+            case(f"mul_mat {NAMES[t]} of a feed-forward network in pieces m{m}")(lambda g, t=t, m=m: feed_forward(g, t, 2304, 256, m))
             for mode, name in ((0, "normal"), (2, "neox")):
                 case(f"mul_mat {NAMES[t]}, Q, K and V turned and stored, {name}, m{m}")(lambda g, t=t, m=m, mode=mode: turned_and_stored(g, t, m, mode))
             for residual in ("in front", "behind", ""):

@@ -444,6 +444,7 @@ bool is_mul(const char* kernel) { return std::strcmp(kernel, "binary_mul") == 0;
 bool weighs(const char* kernel) { return is_mul(kernel) || std::strcmp(kernel, "weighted_sum") == 0; }
 bool is_norm(const char* kernel) { return std::strcmp(kernel, "rms_norm") == 0 || std::strcmp(kernel, "fused_norm") == 0; }
 bool is_glu(const char* kernel) { return std::strncmp(kernel, "glu_", 4) == 0; }
+bool is_fused_glu(const char* kernel) { return std::strncmp(kernel, "fused_glu_", 10) == 0; }
 bool makes_form(const char* kernel) { return form_of(kernel) >= 0; }
 bool is_quantize(const char* kernel) { return std::strcmp(kernel, "quantize_x") == 0; }
 bool is_columns(const char* kernel) { return std::strncmp(kernel, "flash_columns_", 14) == 0; }
@@ -523,6 +524,19 @@ u32 take_in_norm(RankLaunch& l, const MulPiecesArgs& a, Arch arch) {
     p.a.kept = apart(norm.y, y) && (!norm.has_b || apart(norm.sum, y));
     return replace(l, fused_norm_pieces_launch(p, arch), p) ? 1 : 0;
 }
+u32 take_in_glu(RankLaunch& l, const MulPiecesArgs& a, Arch arch) {
+    FusedGluArgs args = args_of<FusedGluArgs>(l);
+    const View &y = args.glu.y, &gate = args.glu.a, &up = args.glu.b;
+    if (args.a.n || args.b.n || a.wide.n_parts != 2) return 0;
+    for (int i = 0; i < 2; ++i) {
+        const MulVecPart &of_gate = a.wide.part[i], &of_up = a.wide.part[1 - i];
+        if (!is_part(gate, 0, of_gate, a.wide.m) || !is_part(up, 0, of_up, a.wide.m)) continue;
+        args.a = pieces_of(a, i ? of_up.w.n : 0), args.b = pieces_of(a, i ? 0 : of_gate.w.n);
+        args.a.kept = apart(y, gate), args.b.kept = apart(y, up);
+        return replace(l, fused_glu_launch(l.launch.kernel + 6, args, arch), args) ? 3 : 0;  // behind "fused_"
+    }
+    return 0;
+}
 u32 take_in_rope(RankLaunch& l, const MulPiecesArgs& a, Arch arch) {
     PiecesRopeArgs p = rope_of(l);
     u32 taken = 0;
@@ -542,7 +556,7 @@ struct Taker {
     bool (*is)(const char*);
     u32 (*take)(RankLaunch&, const MulPiecesArgs&, Arch);
 };
-constexpr Taker kTakers[] = {{is_norm, take_in_norm}, {is_rope, take_in_rope}};
+constexpr Taker kTakers[] = {{is_norm, take_in_norm}, {is_fused_glu, take_in_glu}, {is_rope, take_in_rope}};
 
 /// One rank's sums of pieces, if the steps from `begin` on that follow them read all of them: they lie where no kernel of those steps writes. Changes the steps;
 /// returns where those end, or `begin`.

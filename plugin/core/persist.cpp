@@ -567,6 +567,7 @@ class RankRun {
     /// Two products of the stage before become one whose tiles hold rows of both.
     bool add_glu(const RankLaunch& l) {
         const FusedGluArgs g = args_of<FusedGluArgs>(l);
+        if (g.a.n || g.b.n) return false;
         if (stages.empty() || stages.back().kind != kStreamProduct) return false;
         StreamProduct p = stages.back().get<StreamProduct>();
         const i64 n = g.glu.y.ne[0], slots = p.role == kExpertsEach ? p.slots : 1;
