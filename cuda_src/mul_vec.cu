@@ -91,7 +91,7 @@ TP_DEVICE void mul_vec_float(const MulVecArgs& a) {
     const char* base[kVecRows];
 #pragma unroll
     for (int r = 0; r < kVecRows; ++r) base[r] = part.w.plane[0] + (row + r < n ? row + r : n - 1) * part.w.row_stride[0];
-    const i64 column0 = (i64)blockIdx.y * kCols;
+    const i64 column0 = (i64)blockIdx.y * kCols, columns = a.x.ne[1];
     float acc[kVecRows][kCols] = {};
     TpInt4 w[kVecRows];
     auto load = [&](i64 k) {
@@ -102,21 +102,22 @@ TP_DEVICE void mul_vec_float(const MulVecArgs& a) {
     tp_grid_wait();
     for (i64 k = (i64)threadIdx.x * kElems; k < a.k; k += 32 * kVecWarps * kElems) {
         if (k >= 32 * kVecWarps * kElems) load(k);
+        // All columns' loads go out together; beyond the last column: that one again, which is not stored.
+        TpInt4 words[kCols][kElems / 4];
 #pragma unroll
-        for (int c = 0; c < kCols; ++c) {
-            if (column0 + c >= a.x.ne[1]) break;
-            const char* x = a.x.data + (column0 + c) * a.x.nb[1] + k * 4;
-            float v[kElems];
+        for (int c = 0; c < kCols; ++c)
 #pragma unroll
-            for (int i = 0; i < kElems; i += 4) {
-                const TpInt4 words = *(const TpInt4*)(x + i * 4);
-                v[i] = __int_as_float(words.x), v[i + 1] = __int_as_float(words.y), v[i + 2] = __int_as_float(words.z), v[i + 3] = __int_as_float(words.w);
+            for (int i = 0; i < kElems / 4; ++i)
+                words[c][i] = *(const TpInt4*)(a.x.data + (column0 + c < columns ? column0 + c : columns - 1) * a.x.nb[1] + (k + 4 * i) * 4);
+#pragma unroll
+        for (int c = 0; c < kCols; ++c)
+#pragma unroll
+            for (int i = 0; i < kElems; ++i) {
+                const TpInt4& four = words[c][i / 4];
+                const float v = __int_as_float(i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w);
+#pragma unroll
+                for (int r = 0; r < kVecRows; ++r) acc[r][c] += Words::get(w[r], i) * v;
             }
-#pragma unroll
-            for (int r = 0; r < kVecRows; ++r)
-#pragma unroll
-                for (int i = 0; i < kElems; ++i) acc[r][c] += Words::get(w[r], i) * v[i];
-        }
     }
     vec_store<kCols>(a, part, row, acc);
 }

@@ -44,7 +44,16 @@ inline bool mul_vec_join(MulVecArgs& a, const MulVecArgs& b) {
     return true;
 }
 
-inline Launch mul_vec_launch(const MulVecArgs& a, Arch) {
+/// Columns of a block: as many as are read with a row at once; of few rows of floats, a router's, so few that more multiprocessors have a block.
+inline int mul_vec_columns(const MulVecArgs& a, i64 row_blocks, Arch arch) {
+    const i64 m = a.x.ne[1];
+    int columns = mul_vec_columns(m);
+    if (a.part[0].w.type != kF32) return columns;
+    while (columns > 2 && row_blocks * ((m + columns / 2 - 1) / (columns / 2)) <= arch.n_sm) columns /= 2;
+    return columns;
+}
+
+inline Launch mul_vec_launch(const MulVecArgs& a, Arch arch) {
     struct Row {
         i32 type;
         const char* kernel[4];
@@ -53,11 +62,11 @@ inline Launch mul_vec_launch(const MulVecArgs& a, Arch) {
     static constexpr Row kRows[] = {TP_PIECE_TYPES(TP_ROW) TP_ROW(f32, kF32) TP_ROW(f16, kF16) TP_ROW(bf16, kBF16)};
 #undef TP_ROW
     Launch out;
-    const int columns = mul_vec_columns(a.x.ne[1]);
-    for (const Row& row : kRows)
-        if (row.type == a.part[0].w.type) out.kernel = row.kernel[columns == 1 ? 0 : columns == 2 ? 1 : columns == 4 ? 2 : 3];
     out.grid[0] = 0;
     for (int i = 0; i < a.n_parts; ++i) out.grid[0] += (u32)((a.part[i].w.n + kVecRows - 1) / kVecRows);
+    const int columns = mul_vec_columns(a, out.grid[0], arch);
+    for (const Row& row : kRows)
+        if (row.type == a.part[0].w.type) out.kernel = row.kernel[columns == 1 ? 0 : columns == 2 ? 1 : columns == 4 ? 2 : 3];
     out.grid[1] = (u32)((a.x.ne[1] + columns - 1) / columns);
     out.block[0] = 32 * kVecWarps;
     return out;
