@@ -35,10 +35,21 @@ struct FewLeast {
     i64 columns, tokens;
 };
 constexpr FewLeast few_least(i32 type) {
-    if (type == kIQ4_NL || type == kIQ4_XS || type == kMXFP4) return {4, 10};
-    if (type == kQ5_0 || type == kQ5_1 || type == kQ5_K) return {4, 5};
-    if (type == kQ4_1 || type == kQ2_K || type == kQ3_K) return {3, 4};
-    return {6, 3};
+    switch (type) {
+        case kIQ4_NL:
+        case kIQ4_XS:
+        case kMXFP4: return {4, 10};
+        case kQ5_0:
+        case kQ5_1: return {2, 5};
+        case kQ5_K: return {3, 5};
+        case kQ4_1:
+        case kQ2_K:
+        case kQ3_K: return {2, 4};
+        case kQ8_0: return {3, 3};
+        case kF16:
+        case kBF16: return {4, 3};
+        default: return {2, 3};
+    }
 }
 
 constexpr int few_chunk_bytes(int columns) { return 2 * columns * 128 + 64; }  // of x for 128 of k

@@ -48,27 +48,32 @@ TP_DEVICE void rotation(const RopeArgs& args, float pos, i64 i, i64 power, float
     *sine = sinf(theta) * magnitude * args.direction;
 }
 
-/// Where the two elements of pair `pair` lie in a head, and how they turn: the same in all heads of a token. table: {cos, sin} of the pair
-/// at 2 * its number, where they are known already (and positions are of one kind); else null.
+/// Where the two elements of a pair lie in a head, and how they turn: the same in all heads of a token.
 struct Turn {
     i64 first, second;
     bool turns;  // else they pass through
-    float cosine, sine;
-};
-TP_DEVICE Turn turn_of(const RopeArgs& args, i64 pair, i64 token, bool neox, const float* table) {
-    const i64 turning = args.sectioned == kVision ? 2 * args.n_dims : args.n_dims;
-    if (2 * pair < args.n_offs || 2 * pair >= args.n_offs + turning) return {2 * pair, 2 * pair + 1, false, 1.0f, 0.0f};
-    const i64 turned = pair - args.n_offs / 2;
-    Turn turn = {args.n_offs + (neox ? turned : 2 * turned), args.n_offs + (neox ? turned + turning / 2 : 2 * turned + 1), true, 0.0f, 0.0f};
-    if (table) {
-        turn.cosine = table[2 * turned], turn.sine = table[2 * turned + 1];
-    } else {
+    float cosine = 1.0f, sine = 0.0f;
+
+    TP_MEMBER Turn(const RopeArgs& args, i64 pair, bool neox) : first(2 * pair), second(2 * pair + 1), turns(false) {
+        const i64 turning = args.sectioned == kVision ? 2 * args.n_dims : args.n_dims, turned = pair - args.n_offs / 2;
+        if (2 * pair < args.n_offs || 2 * pair >= args.n_offs + turning) return;
+        turns = true;
+        first = args.n_offs + (neox ? turned : 2 * turned);
+        second = args.n_offs + (neox ? turned + turning / 2 : 2 * turned + 1);
+    }
+    /// table: {cos, sin} of the pair at 2 * its number, where they are known already (and positions are of one kind); else null.
+    TP_MEMBER void find(const RopeArgs& args, i64 pair, i64 token, const float* table) {
+        if (!turns) return;
+        const i64 turned = pair - args.n_offs / 2;
+        if (table) {
+            cosine = table[2 * turned], sine = table[2 * turned + 1];
+            return;
+        }
         const Angle angle = angle_of(args, turned);
         const i32 pos = *(const i32*)(args.pos.data + (token + angle.row * args.x.ne[2]) * args.pos.nb[0]);
-        rotation(args, (float)pos, turned, angle.power, &turn.cosine, &turn.sine);
+        rotation(args, (float)pos, turned, angle.power, &cosine, &sine);
     }
-    return turn;
-}
+};
 
 /// What a rope turns, or a store stores, where its view says: element (i0, head, token, 3), i0 being inside.
 struct InView {
@@ -82,17 +87,17 @@ struct InView {
             b[h] = turn.second < x.ne[0] ? load(x, {turn.second, at.i1 + h, at.i2, at.i3}) : 0.0f;
         }
     }
+    template <int kMost>
+    TP_MEMBER void keep(const Turn&, const Index&, int, const float (&)[kMost], const float (&)[kMost]) const {}
     TP_MEMBER float element(const Index& at) const { return load(x, at); }
 };
-/// The same of a product's pieces, heads side by side in its columns, which are tokens.
+/// The same of a product's pieces, heads side by side in its columns, which are tokens. a and b are zero before.
 struct InPieces {
     const View& x;
     const Pieces& pieces;
     template <int kMost>
     TP_MEMBER void read(const Turn& turn, const Index& at, int left, float (&a)[kMost], float (&b)[kMost]) const {
         const float* from = pieces.sums + at.i2 * pieces.column + at.i1 * x.ne[0];
-#pragma unroll
-        for (int h = 0; h < kMost; ++h) a[h] = b[h] = 0.0f;
 #pragma unroll 4
         for (int piece = 0; piece < pieces.n; ++piece, from += pieces.piece)
 #pragma unroll
@@ -100,6 +105,9 @@ struct InPieces {
                 if (h >= left) break;
                 a[h] += from[h * x.ne[0] + turn.first], b[h] += from[h * x.ne[0] + turn.second];
             }
+    }
+    template <int kMost>
+    TP_MEMBER void keep(const Turn& turn, const Index& at, int left, const float (&a)[kMost], const float (&b)[kMost]) const {
         if (!pieces.kept) return;
 #pragma unroll
         for (int h = 0; h < kMost; ++h) {
@@ -126,9 +134,11 @@ TP_DEVICE void turn_run(const RopeArgs& args, i64 pair, u32 run, bool neox, cons
     Index at = row_index(run, ne);
     at.i1 *= heads;
     const int left = (int)(x.ne[1] - at.i1 < heads ? x.ne[1] - at.i1 : heads);
-    const Turn turn = turn_of(args, pair, at.i2, neox, table);
-    float a[kMost], b[kMost];
+    Turn turn(args, pair, neox);
+    float a[kMost] = {}, b[kMost] = {};
     from.template read<kMost>(turn, at, left, a, b);
+    turn.find(args, pair, at.i2, table);  // while they are on their way
+    from.template keep<kMost>(turn, at, left, a, b);
 #pragma unroll
     for (int h = 0; h < kMost; ++h) {
         if (h >= left) break;

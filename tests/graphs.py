@@ -277,7 +277,7 @@ def _mul_mats() -> None:
             case(f"mul_mat {NAMES[t]} 256x37 m{m}")(lambda g, t=t, m=m: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 37, scale=1 / 16), g.leaf(F32, 256, m)))
         # A name gives the layout in planes and the division: columns, or rows (a sum of Partials; of 512, cut inside blocks of 256 at 3 ranks).
         for name in ("attn_q", "attn_output"):
-            for m in (1, 6, 7, 33, 130):
+            for m in (1, 2, 6, 7, 33, 130):
                 case(f"mul_mat {NAMES[t]} {name} m{m}")(
                     lambda g, t=t, m=m, name=name: g.lib.ggml_mul_mat(g.c, g.leaf(t, 512, 192, scale=1 / 22, name=f"blk.0.{name}.weight"), g.leaf(F32, 512, m))
                 )

@@ -178,8 +178,8 @@ def test_warpgroups_take_what_they_can(workers):
 
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
 def test_few_columns_have_their_kernel(workers):
-    """From seven columns on, where there are tensor cores; batches of 2 to 6 read weights once too, by mul_vec."""
-    names = [f"mul_mat Q4_0 attn_q m{m}" for m in (6, 7, 33)]
+    """From three columns on, where there are tensor cores (few_least); two read weights once too, by mul_vec."""
+    names = [f"mul_mat Q4_0 attn_q m{m}" for m in (2, 6, 33)]
     names += ["mul_mat Q4_K attn_q 768x200 m12", "mul_mat Q4_K 2304x150, k in pieces, m12"]
     of_types = (("MXFP4", 288, 7), ("Q5_0", 384, 12), ("IQ4_XS", 768, 20), ("Q3_K", 768, 40))
     names += [f"mul_mat {name} attn_q {k}x200 m{m}, few columns" for name, k, m in of_types]
