@@ -221,8 +221,9 @@ def two_products(g: Case, type_: int, k: int, m: int) -> Any:
     return g.lib.ggml_concat(g.c, a, b, 0)
 
 
-def turned_and_stored(g: Case, type_: int, m: int, mode: int, cache: int = F16, bias: bool = False) -> Any:
-    """Q, K and V as a layer has them, in a host's order: its allocator puts turned keys where Q was. What is stored, and turned queries, side by side."""
+def turned_and_stored(g: Case, type_: int, m: int, mode: int, cache: int = F16, bias: bool = False, read: bool = False) -> Any:
+    """Q, K and V as a layer has them, in a host's order: its allocator puts turned keys where Q was. What is stored, and turned queries, side by side.
+    read: at the end, also the products as they were."""
     lib, x, rows = g.lib, g.leaf(F32, 2304, m), g.leaf(I64, m, values=g.rng.permutation(m))
 
     def heads(name: str, n: int) -> Any:
@@ -234,6 +235,7 @@ def turned_and_stored(g: Case, type_: int, m: int, mode: int, cache: int = F16, 
 
     q, k, v = heads("q", 4), heads("k", 2), heads("v", 2)
     g.early += [q, v, k]
+    products = [q, k, v]
     q, k = turned(q), turned(k)
     g.early += [q, k]
     out = lib.ggml_reshape_2d(g.c, q, 256, m)
@@ -241,6 +243,8 @@ def turned_and_stored(g: Case, type_: int, m: int, mode: int, cache: int = F16, 
         stored = lib.ggml_set_rows(g.c, g.leaf(cache, 128, m, name=f"cache_{name}_l0"), lib.ggml_reshape_2d(g.c, t, 128, m), rows)
         g.early.append(stored)
         out = lib.ggml_concat(g.c, out, lib.ggml_cast(g.c, stored, F32), 0)
+    for t, n in zip(products, (256, 128, 128), strict=True) if read else ():
+        out = lib.ggml_concat(g.c, out, lib.ggml_reshape_2d(g.c, t, n, m), 0)
     return out
 
 
@@ -337,6 +341,7 @@ def _mul_mats() -> None:
             for residual in ("in front", "behind", ""):
                 case(f"mul_mat {NAMES[t]} and norm, residual {residual or 'none'}, m{m}")(lambda g, t=t, m=m, r=residual: normed_product(g, t, m, r))
         case(f"mul_mat Q4_K and norm, the product read again, m{m}")(lambda g, m=m: normed_product(g, Q4_K, m, "behind", True))
+        case(f"mul_mat Q4_0, Q, K and V turned and stored, read again, m{m}")(lambda g, m=m: turned_and_stored(g, Q4_0, m, 2, read=True))
         case(f"mul_mat Q4_0, Q, K and V with biases turned and stored, m{m}")(lambda g, m=m: turned_and_stored(g, Q4_0, m, 2, bias=True))
         case(f"mul_mat Q4_0, Q, K and V turned and stored in Q8_0, m{m}")(lambda g, m=m: turned_and_stored(g, Q4_0, m, 2, Q8_0))
     for t, name in ((Q3_K, "Q3_K"), (Q6_K, "Q6_K")):  # one block a row: their halves lie two bytes apart, as more than one a row are padded
@@ -549,7 +554,7 @@ def _attention() -> None:
         return g.lib.ggml_mul_mat(g.c, w, g.lib.ggml_reshape_2d(g.c, out, 512, n_tokens))
 
     for type_ in (Q4_K, BF16):
-        for n_tokens in (1, 3, 12, 40):
+        for n_tokens in (1, 2, 12, 40):
             case(f"mul_mat {NAMES[type_]} of attention of {n_tokens} tokens")(lambda g, t=type_, n=n_tokens: product(g, t, n))
     for kv_heads in (2, 3, 6):
         case(f"flash_attn of caches, {kv_heads} heads")(lambda g, n=kv_heads: of_cache(g, F16, 6, n))
