@@ -264,14 +264,15 @@ def normed_product(g: Case, type_: int, m: int, residual: str, read: bool = Fals
     return up
 
 
-def feed_forward(g: Case, type_: int, k: int, n: int, m: int, read: bool = False) -> Any:
-    """Norm, gate and up, GLU, down: what is fused around the products. read: at the end, also gate and up."""
+def feed_forward(g: Case, type_: int, k: int, n: int, m: int, read: bool = False, up_first: bool = False) -> Any:
+    """Norm, gate and up, GLU, down: what is fused around the products. read: at the end, also gate and up. up_first: a graph that has it before gate."""
 
     def weight(name: str, *ne: int) -> Any:
         return g.leaf(type_, *ne, scale=ne[0] ** -0.5, name=f"blk.0.ffn_{name}.weight")
 
     x = g.lib.ggml_rms_norm(g.c, g.leaf(F32, k, m), 1e-5)
     gate, up = (g.lib.ggml_mul_mat(g.c, weight(name, k, n), x) for name in ("gate", "up"))
+    g.early += [up] if up_first else []
     down = g.lib.ggml_mul_mat(g.c, weight("down", n, k), g.lib.ggml_glu_split(g.c, gate, up, 2))
     for part in (gate, up) if read else ():
         down = g.lib.ggml_concat(g.c, down, part, 0)
@@ -343,6 +344,7 @@ def _mul_mats() -> None:
                 case(f"mul_mat {NAMES[t]}, Q, K and V turned and stored, {name}, m{m}")(lambda g, t=t, m=m, mode=mode: turned_and_stored(g, t, m, mode))
             for residual in ("in front", "behind", ""):
                 case(f"mul_mat {NAMES[t]} and norm, residual {residual or 'none'}, m{m}")(lambda g, t=t, m=m, r=residual: normed_product(g, t, m, r))
+        case(f"mul_mat Q4_0 of a feed-forward network in pieces, up first, m{m}")(lambda g, m=m: feed_forward(g, Q4_0, 2304, 256, m, up_first=True))
         case(f"mul_mat Q4_0 of a feed-forward network in pieces, read again, m{m}")(lambda g, m=m: feed_forward(g, Q4_0, 2304, 256, m, True))
         case(f"mul_mat Q4_K and norm, the product read again, m{m}")(lambda g, m=m: normed_product(g, Q4_K, m, "behind", True))
         case(f"mul_mat Q4_0, Q, K and V turned and stored, read again, m{m}")(lambda g, m=m: turned_and_stored(g, Q4_0, m, 2, read=True))

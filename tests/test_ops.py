@@ -152,7 +152,7 @@ def test_pieces_are_added_up_where_they_are_read(workers):
         **{f"mul_mat Q4_0, Q, K and V turned and stored, {mode}, m12": "rope_store_pieces" for mode in ("normal", "neox")},
         "mul_mat BF16, Q, K and V turned and stored, neox, m40": "rope_store_pieces",
         "mul_mat Q4_0, Q, K and V turned and stored, read again, m12": "rope_store_pieces",
-        "mul_mat Q4_0 of a feed-forward network in pieces m12": "fused_glu_swiglu",
+        **{f"mul_mat Q4_0 of a feed-forward network in pieces{of}m12": "fused_glu_swiglu" for of in (" ", ", up first, ", ", read again, ")},
     }
     for text, kernel in zip(workers.run(jobs.programs, emulated(1, "sm_90"), names=list(expected)).values(), expected.values(), strict=True):
         assert text.count(f": {kernel}<") == 1 and not re.search("sum_pieces<|: rope_[a-z]+<", text), text
