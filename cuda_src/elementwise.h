@@ -83,8 +83,7 @@ inline Launch fused_glu_launch(const char* kernel, const FusedGluArgs& args, Arc
     };
     if (!fits(g.a) || !fits(g.b) || !fits(g.y)) return l;
     const i64 rows = n_rows(g.y), blocks = (args.k / 4 + kElementThreads - 1) / kElementThreads;
-    auto aligned = [](const Pieces& p) { return !p.n || ((u64)p.sums % 16 == 0 && p.column % 4 == 0 && p.piece % 4 == 0); };
-    if (!aligned(args.a) || !aligned(args.b) || ((args.a.n || args.b.n) && g.y.ne[2] * g.y.ne[3] != 1)) return l;
+    if (!pieces_in_words(args.a) || !pieces_in_words(args.b) || ((args.a.n || args.b.n) && g.y.ne[2] * g.y.ne[3] != 1)) return l;
     if (args.k % 32 || g.y.ne[0] % 4 || args.k_begin % 4 || rows <= 0 || rows > 0x7fffffff || blocks > 65535) return l;
     for (const char* fused : kFusedGluKernels) {
         const char* const plain = fused + 6;  // behind "fused_"

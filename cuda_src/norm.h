@@ -50,7 +50,7 @@ inline Launch fused_norm_launch(const FusedNormArgs& f, Arch) {
 /// The same of a product's pieces, which lie at multiples of 16 bytes then.
 inline Launch fused_norm_pieces_launch(const PiecesNormArgs& p, Arch arch) {
     Launch l = fused_norm_launch(p.norm, arch);
-    if (p.norm.y.ne[2] * p.norm.y.ne[3] != 1 || (u64)p.a.sums % 16 || p.a.column % 4 || p.a.piece % 4) return {};
+    if (p.norm.y.ne[2] * p.norm.y.ne[3] != 1 || !pieces_in_words(p.a)) return {};
     if (l.kernel) l.kernel = "fused_norm_pieces";
     return l;
 }

@@ -29,4 +29,7 @@ inline Launch element_launch(const char* kernel, i64 elems, i64 rows) {
     return l;
 }
 
+/// Whether four neighbours of pieces are a load each; so is what is no pieces.
+inline bool pieces_in_words(const Pieces& p) { return !p.n || ((u64)p.sums % 16 == 0 && p.column % 4 == 0 && p.piece % 4 == 0); }
+
 }  // namespace ggml_tp

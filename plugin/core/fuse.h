@@ -1,5 +1,6 @@
 // Fewer launches for the same work. schedule() brings products of the same activations, and their biases, next to each other in the plan; fuse() joins
-// neighbouring launches of the program by the rows of one table. Both keep every tensor of the graph written, so a host may read any.
+// neighbouring launches of the program by the rows of one table, divides products along k, and lets the launches right behind one add its pieces up (rows
+// of another table). Every tensor of the graph is written, so a host may read any, but for one that the same launch would have written over.
 #pragma once
 #include "program.h"
 

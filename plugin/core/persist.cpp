@@ -108,8 +108,9 @@ class RankRun {
     std::vector<Draft> stages;  // what has been drafted; a step adds none, one or two
 
     bool add(const RankLaunch& l) {
-        if (!l.launch.kernel) return true;                                                 // another rank's bias, of what is a Partial
-        if (named(l, "fused_norm_pieces") || named(l, "rope_store_pieces")) return false;  // they follow products of several columns
+        if (!l.launch.kernel) return true;  // another rank's bias, of what is a Partial
+        // Pieces are of products of several columns.
+        if (named(l, "fused_norm_pieces") || named(l, "rope_store_pieces")) return false;
         if (named(l, "fused_norm")) return add_norm(args_of<FusedNormArgs>(l));
         if (named(l, "quantize_x")) return add_quantize(args_of<QuantizeArgs>(l));
         if (named(l, "fused_glu_")) return add_glu(l);
