@@ -189,14 +189,14 @@ struct PiecesNormArgs {
     Pieces a;  // norm.a
 };
 constexpr int kMostPeers = 16;
-// Device memory of one rank, zero at first, that peers write to: launches of peer_norm that a rank has begun, and ended.
+// Device memory of one rank, zero at first, that peers write to: launches of pull_norm that a rank has begun, and ended.
 struct PeerState {
     u32 arrived[kMostPeers], done[kMostPeers];
-    u32 launches, blocks, late, pad;  // of this rank itself: launches before this one, blocks of this one that have ended; nobody waits any more
+    u32 launches, blocks, late, pad;  // of this rank itself: launches before this one, of both kernels; blocks counted of this one; nobody waits any more
 };
 // A FusedNorm of rows that are sums of all ranks' summands: each rank does the rows [row_begin, row_end) and gives the others what they need of them.
 // norm: of this rank's memory, packed rows. norm.b is where it has its summand, norm.a the residual; norm.sum and norm.y are written for its own rows.
-struct PeerNormArgs {
+struct PullNormArgs {
     FusedNormArgs norm;
     const char* summand[kMostPeers];        // norm.b of every rank
     char *sum[kMostPeers], *y[kMostPeers];  // of the ranks that get every row of them; else null
@@ -205,6 +205,19 @@ struct PeerNormArgs {
     u32* fault;
     u64 deadline_ns;
     i64 row_begin, row_end;
+    i32 rank, n_ranks;
+};
+// A FusedNorm of few rows that are sums of all ranks' summands: each rank pushes its summand to all, itself too, and does all rows. An inbox is two by turns, of
+// [n_ranks][inbox_words] words {element, number of the launch}: a rank that pushes again has seen all of the last push, so everybody has read the one before.
+// norm: of this rank's memory, packed rows; norm.b, or norm.a where there is no residual, is where the summand has its place.
+struct PushNormArgs {
+    FusedNormArgs norm;
+    Pieces summand;          // or it lies in its place
+    u64* inbox[kMostPeers];  // of every rank
+    i64 inbox_words;
+    PeerState* own;
+    u32* fault;
+    u64 deadline_ns;
     i32 rank, n_ranks;
 };
 // A GLU whose result is written as F32 and as int8, or panels: rows of k, zero outside of [k_begin, k_begin + glu.y.ne[0]).

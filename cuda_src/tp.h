@@ -218,6 +218,21 @@ TP_DEVICE TpInt4 tp_load_peer(const char* p) {
     asm volatile("ld.global.cg.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
     return v;
 }
+/// Two words {value, tag} side by side, at a multiple of 16 bytes, that another GPU reads while this one stores them: neither is ever half of one. Nothing else
+/// is ordered by them.
+TP_DEVICE void tp_store_tagged_pair(u64* p, float first, float second, u32 tag) {
+    asm volatile("{ .reg .b64 v, w; mov.b64 v, {%1, %3}; mov.b64 w, {%2, %3}; st.volatile.global.v2.b64 [%0], {v, w}; }" ::"l"(p), "r"(__float_as_int(first)),
+                 "r"(__float_as_int(second)), "r"(tag)
+                 : "memory");
+}
+struct TpTaggedPair {
+    u64 first, second;
+};
+TP_DEVICE TpTaggedPair tp_load_tagged_pair(const u64* p) {
+    TpTaggedPair v;
+    asm volatile("ld.volatile.global.v2.b64 {%0, %1}, [%2];" : "=l"(v.first), "=l"(v.second) : "l"(p) : "memory");
+    return v;
+}
 TP_DEVICE void tp_spin() {}
 TP_DEVICE u32 tp_byte_perm(u32 x, u32 y, u32 selector) { return __byte_perm(x, y, selector); }
 /// Each byte's top bit all over it. (PTX's prmt has that mode, __byte_perm leaves the selector's bit for it out.)

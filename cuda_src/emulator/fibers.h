@@ -190,6 +190,11 @@ static inline void tp_store_tagged(u64* p, float value, u32 tag) {
     __atomic_store_n(p, static_cast<u64>(tag) << 32 | bits, __ATOMIC_RELAXED);
 }
 static inline u64 tp_load_tagged(const u64* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline void tp_store_tagged_pair(u64* p, float first, float second, u32 tag) { tp_store_tagged(p, first, tag), tp_store_tagged(p + 1, second, tag); }
+struct TpTaggedPair {
+    u64 first, second;
+};
+static inline TpTaggedPair tp_load_tagged_pair(const u64* p) { return {tp_load_tagged(p), tp_load_tagged(p + 1)}; }
 static inline u32 tp_in_register(u32 v) { return v; }
 static inline u32 tp_half_twice(u32 halves, int which) { return (halves >> 16 * which & 0xffffu) * 0x10001u; }
 static inline u32 tp_count(u32* p) { return tp_emulator::count(p); }

@@ -124,11 +124,13 @@ Config read_config() {
             if (text != "0" && text != "1") refuse(name, text, "0 or 1");
             *value = text == "1";
         }
-    if (std::string text = variable("GGML_TP_NORM_BYTES"); !text.empty()) {
-        long bytes = 0;
-        if (!parse_int(text, &bytes) || bytes < 0) refuse("GGML_TP_NORM_BYTES", text, "bytes, 0 or more");
-        config.norm_bytes = bytes;
-    }
+    const std::pair<const char*, long*> sizes[] = {{"GGML_TP_NORM_BYTES", &config.norm_bytes}, {"GGML_TP_PUSH_BYTES", &config.push_bytes}};
+    for (const auto& [name, value] : sizes)
+        if (std::string text = variable(name); !text.empty()) {
+            long bytes = 0;
+            if (!parse_int(text, &bytes) || bytes < 0) refuse(name, text, "bytes, 0 or more");
+            *value = bytes;
+        }
     if (config.separate && !config.groups.empty()) refuse("GGML_TP_DEVICES_SEPARATE", "1", "GGML_TP_GROUPS says already which ranks are a device");
     if (std::string text = variable("GGML_TP_LOG"); !text.empty()) {
         long level = 0;
@@ -183,7 +185,7 @@ std::string Config::to_text() const {
     out += emulated_cc ? "sm_" + std::to_string(emulated_cc / 10) + "*" + std::to_string(emulated_devices) : "no";
     out += "\nnccl " + (nccl_path.empty() ? "auto" : nccl_path);
     out += p2p ? "\np2p where it is proven" : "\np2p off";
-    out += "\nall_reduces of " + std::to_string(norm_bytes) + " bytes and more by the norms behind them";
+    out += "\nall_reduces of up to " + std::to_string(push_bytes) + " bytes, and of " + std::to_string(norm_bytes) + " and more, by the norms behind them";
     out += persist ? "\npersistent kernel where it can" : "\nno persistent kernel";
     out += "\nlog " + std::to_string(log_level) + "\ndeadline_s " + std::to_string(deadline_s) + "\n";
     return out;

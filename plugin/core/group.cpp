@@ -88,7 +88,7 @@ Group::Group(const Config& config_in, const std::string& plugin_dir) : config(co
     const bool reachable = n > 1 && config.p2p && peers_.all_proven();
     if (reachable) {
         enable_peers(devices_);
-        if (each_has_a_device(devices_)) peer_memory_ = std::make_unique<PeerMemory>(devices_, config.norm_bytes, config.deadline_s);
+        if (each_has_a_device(devices_)) peer_memory_ = std::make_unique<PeerMemory>(devices_, config.norm_bytes, config.push_bytes, config.deadline_s);
     }
     if (config.persist && can_persist(devices_)) {
         stream_ = std::make_unique<StreamMemory>(devices_, reachable, config.deadline_s);
@@ -218,8 +218,9 @@ Rates Group::measure(int rank, u64 bytes, int rounds) {
     return out;
 }
 
-bool Group::can_reduce(Reduce how) {
-    if (how == Reduce::kPeers) return peer_memory_ != nullptr;
+bool Group::can_reduce(Reduce how, u64 bytes) {
+    if (how == Reduce::kPull) return peer_memory_ != nullptr;
+    if (how == Reduce::kPush) return peer_memory_ && static_cast<i64>(bytes) <= peer_memory_->push_bytes;
     if (how != Reduce::kNcclSymmetric) return how == Reduce::kNccl || how == Reduce::kNcclGraph;
     driver_.open_nccl();
     return driver_.ncclMemAlloc && driver_.ncclMemFree && driver_.ncclCommWindowRegister && driver_.ncclCommWindowDeregister;
@@ -234,7 +235,7 @@ size_t timed_norm_bytes(size_t elems) { return elems * 4 * 4 + kPanelRows * time
 }  // namespace
 
 /// With the residual, the norm and halves for the next products.
-std::vector<RankLaunch> Group::timed_norms(const std::vector<DevicePtr>& buffers, size_t elems) {
+std::vector<RankLaunch> Group::timed_norms(const std::vector<DevicePtr>& buffers, size_t elems, Reduce how) {
     const i64 k = static_cast<i64>(timed_row(elems));
     if (!k || elems % static_cast<size_t>(k)) throw Error("rows of " + std::to_string(kTimedRow) + " elements, or one shorter one, can be reduced so");
     std::vector<FusedNormArgs> norms;
@@ -260,8 +261,11 @@ std::vector<RankLaunch> Group::timed_norms(const std::vector<DevicePtr>& buffers
     }
     std::vector<RankLaunch> out;
     for (int r = 0; r < n_ranks(); ++r) {
-        out.push_back(peer_norm(norms, r, false, false, devices_[r]->arch(), *peer_memory_, fault_pointers_[r]));
-        out.back().function = devices_[r]->function("peer_norm");
+        const Arch arch = devices_[r]->arch();
+        out.push_back(how == Reduce::kPush ? push_norm(norms[r], Pieces{}, r, arch, *peer_memory_, fault_pointers_[r])
+                                           : pull_norm(norms, r, false, false, arch, *peer_memory_, fault_pointers_[r]));
+        if (!out.back().launch.kernel) throw Error(std::to_string(elems * 4) + " bytes in rows of " + std::to_string(k) + " cannot be reduced so");
+        out.back().function = devices_[r]->function(out.back().launch.kernel);
     }
     return out;
 }
@@ -274,7 +278,7 @@ double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
     std::vector<DevicePtr> buffers(devices_.size());
     // A window is memory of NCCL's own, registered by all ranks together.
     constexpr int kSymmetric = 1;  // NCCL_WIN_COLL_SYMMETRIC
-    const bool windows = how == Reduce::kNcclSymmetric, norms = how == Reduce::kPeers;
+    const bool windows = how == Reduce::kNcclSymmetric, norms = how == Reduce::kPull || how == Reduce::kPush;
     const size_t own_bytes = norms ? timed_norm_bytes(elems) : elems * 4;
     std::vector<Handle> window(devices_.size());
     auto free_buffers = [&] {
@@ -303,7 +307,7 @@ double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
         throw;
     }
     std::vector<RankLaunch> launches;
-    if (norms) launches = timed_norms(buffers, elems);
+    if (norms) launches = timed_norms(buffers, elems, how);
     auto enqueue = [&](int r, int n) {
         for (int i = 0; i < n && norms; ++i) devices_[r]->launch(launches[r].function, launches[r].launch, launches[r].args.data());
         for (int i = 0; i < n && !norms; ++i)

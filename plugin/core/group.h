@@ -29,7 +29,7 @@ struct Counters {
 };
 
 /// Ways to reduce, as numbered in inspect.h.
-enum class Reduce { kNccl = 0, kNcclGraph = 1, kNcclSymmetric = 2, kPeers = 3 };
+enum class Reduce { kNccl = 0, kNcclGraph = 1, kNcclSymmetric = 2, kPull = 3, kPush = 4 };
 
 struct Rates {
     double read = 0, copy = 0;  // bytes per second; a copy counts what it reads and what it writes
@@ -62,7 +62,7 @@ class Group {
     /// What a user should know of the devices, or empty.
     const std::string& notes() const { return notes_; }
     Rates measure(int rank, u64 bytes, int rounds);
-    bool can_reduce(Reduce how);
+    bool can_reduce(Reduce how, u64 bytes);
     /// Seconds of one f32 all_reduce of `bytes`, one of `rounds` in a row.
     double time_all_reduce(u64 bytes, Reduce how, int rounds);
     size_t n_programs() const { return programs_.size(); }
@@ -84,7 +84,7 @@ class Group {
     Program& program_for(const Graph& graph);
     std::unique_ptr<Program> build(const Graph& graph_in, u64 key);
     void capture(Program& program);
-    std::vector<RankLaunch> timed_norms(const std::vector<DevicePtr>& buffers, size_t elems);
+    std::vector<RankLaunch> timed_norms(const std::vector<DevicePtr>& buffers, size_t elems, Reduce how);
     void gather(const Program::HostRows& rows);
     void record(const Program& program, int rank);
     void connect();

@@ -106,7 +106,7 @@ int ggml_tp_time_all_reduce(int group, uint64_t bytes, int how, int rounds, doub
     if (!device || !seconds || bytes < 4 || rounds < 1 || rounds > 10000) return -1;
     std::lock_guard lock(device->group->mutex);
     try {
-        if (!device->group->can_reduce(static_cast<Reduce>(how))) return -2;
+        if (!device->group->can_reduce(static_cast<Reduce>(how), bytes)) return -2;
         *seconds = device->group->time_all_reduce(bytes, static_cast<Reduce>(how), rounds);
         return 0;
     } catch (const std::exception& error) {
