@@ -167,17 +167,12 @@ TP_KERNEL(push_norm, PushNormArgs, 512) {
             }
         }
         float v[kSteps][4] = {}, squares = 0.0f;
-        if (norm.has_b)
-#pragma unroll
-            for (int j = 0; j < kSteps; ++j) {
-                const int i = j * step + thread * 4;
-                if (i >= n) break;
-                load_four(norm.a.data + at + i * 4, v[j]);
-            }
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
             const int i = j * step + thread * 4;
             if (i >= n) break;
+            float residual[4];
+            if (norm.has_b) load_four(norm.a.data + at + i * 4, residual);  // on its way while peers' words are
             const u64* const from = args.inbox[rank] + of_row + j * step + (launch % 2 ? n_ranks * args.inbox_words : 0);
             for (int first = 0; first < n_ranks; first += kAhead) {
                 TpTaggedPair w[kAhead][2];
@@ -202,7 +197,10 @@ TP_KERNEL(push_norm, PushNormArgs, 512) {
                     add_four(v[j], {(int)w[r][0].first, (int)w[r][0].second, (int)w[r][1].first, (int)w[r][1].second});
                 }
             }
-            if (norm.has_b) store_four(norm.sum.data + at + i * 4, v[j]);
+            if (norm.has_b) {
+                for (int e = 0; e < 4; ++e) v[j][e] += residual[e];
+                store_four(norm.sum.data + at + i * 4, v[j]);
+            }
             for (int e = 0; e < 4; ++e) squares += v[j][e] * v[j][e];
         }
         normalise(norm, row, v, squares, partial, [&](const float(&four)[4], i64 i, bool inside) {

@@ -131,9 +131,9 @@ def share_a_gpu(ranks: int) -> bool:
 def emulated(ranks: int, arch: str = "sm_60", **more: str) -> dict[str, str]:
     """The settings for that many ranks: emulated, or with TEST_GPUS="0,1,..." on those GPUs, several to one where they are fewer.
 
-    An odd number of ranks lets norms do all_reduces of any size, as they do large ones; an even number has NCCL for these small models.
+    An odd number of ranks lets norms pull all_reduces of any size, as they do large ones; 2 and 6 push these small ones; 4 and 8 have NCCL for them.
     """
-    more = {"GGML_TP_NORM_BYTES": "0"} | more if ranks % 2 else more
+    more = ({} if ranks % 4 == 2 else {"GGML_TP_PUSH_BYTES": "0"}) | ({"GGML_TP_NORM_BYTES": "0"} if ranks % 2 else {}) | more
     gpus = os.environ.get("TEST_GPUS")
     if not gpus:
         return {"GGML_TP_EMULATE": f"{arch}*{ranks}", **more}

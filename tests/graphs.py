@@ -248,8 +248,9 @@ def turned_and_stored(g: Case, type_: int, m: int, mode: int, cache: int = F16, 
     return out
 
 
-def normed_product(g: Case, type_: int, m: int, residual: str, read: bool = False) -> Any:
-    """A product, what is added to it (in front of it or behind, or nothing), a norm, and a product of that. read: by others too, at the end."""
+def normed_product(g: Case, type_: int, m: int, residual: str, read: bool = False, alone: bool = False) -> Any:
+    """A product, what is added to it (in front of it or behind, or nothing), a norm, and a product of that. The sum is read at the end, unless the norm alone
+    reads it; read: the product too."""
     lib, x = g.lib, g.leaf(F32, 2304, m)
     out = first = lib.ggml_mul_mat(g.c, g.leaf(type_, 2304, 256, scale=1 / 48, name="blk.0.attn_output.weight"), x)
     if residual:
@@ -258,7 +259,7 @@ def normed_product(g: Case, type_: int, m: int, residual: str, read: bool = Fals
         out = lib.ggml_add(g.c, more, out) if residual == "in front" else lib.ggml_add(g.c, out, more)
     normed = lib.ggml_mul(g.c, lib.ggml_rms_norm(g.c, out, 1e-5), g.leaf(F32, 256))
     up = lib.ggml_mul_mat(g.c, g.leaf(type_, 256, 96, scale=1 / 16, name="blk.0.ffn_up.weight"), normed)
-    parts = [out, first] if read else [out]
+    parts = [out, first] if read else [] if alone else [out]
     for part in parts:
         up = lib.ggml_concat(g.c, up, part, 0)
     return up
@@ -344,6 +345,7 @@ def _mul_mats() -> None:
                 case(f"mul_mat {NAMES[t]}, Q, K and V turned and stored, {name}, m{m}")(lambda g, t=t, m=m, mode=mode: turned_and_stored(g, t, m, mode))
             for residual in ("in front", "behind", ""):
                 case(f"mul_mat {NAMES[t]} and norm, residual {residual or 'none'}, m{m}")(lambda g, t=t, m=m, r=residual: normed_product(g, t, m, r))
+            case(f"mul_mat {NAMES[t]} and norm alone, m{m}")(lambda g, t=t, m=m: normed_product(g, t, m, "", alone=True))
         case(f"mul_mat Q4_0 of a feed-forward network in pieces, up first, m{m}")(lambda g, m=m: feed_forward(g, Q4_0, 2304, 256, m, up_first=True))
         case(f"mul_mat Q4_0 of a feed-forward network in pieces, read again, m{m}")(lambda g, m=m: feed_forward(g, Q4_0, 2304, 256, m, True))
         case(f"mul_mat Q4_K and norm, the product read again, m{m}")(lambda g, m=m: normed_product(g, Q4_K, m, "behind", True))

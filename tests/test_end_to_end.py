@@ -281,6 +281,7 @@ BAD = [
     {"GGML_TP_P2P": "yes"},
     {"GGML_TP_PERSIST": "2"},
     {"GGML_TP_NORM_BYTES": "-1"},
+    {"GGML_TP_PUSH_BYTES": "1k"},
     {"GGML_TP_NCCL": "/nowhere/libnccl.so.2"},
 ]
 
@@ -325,10 +326,11 @@ def test_a_prompt_in_several_batches(workers, models, ranks):
 
 
 @pytest.mark.parametrize(("arch", "quant", "n_ubatch"), [("sm_60", "F16", 512), ("sm_90", "Q4_0", 512), ("sm_60", "F16", 16)])
-def test_a_late_peer_fails_one_graph(workers, models, arch, quant, n_ubatch):
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_late_peer_fails_one_graph(workers, models, arch, quant, n_ubatch, ranks):
     """One rank is later than the deadline: a failed status, then the group is made anew and goes on. sm_90: peers wait in the persistent kernel.
-    16 tokens at a time: nobody waits for the late graph, the status is the next one's."""
-    environment = emulated(3, arch, GGML_TP_DEADLINE="1")
+    16 tokens at a time: nobody waits for the late graph, the status is the next one's. Three ranks pull, two push."""
+    environment = emulated(ranks, arch, GGML_TP_DEADLINE="1")
     result = workers.run(jobs.late_peer, environment, model=models("llama", quant), seconds=3.0, n_ubatch=n_ubatch)
     assert result["failed"]
     assert result["unread"] == (n_ubatch < 40)
@@ -423,16 +425,22 @@ def test_equal_logits_choose_the_first_experts(workers, models, tmp_path):
     assert nmse(whole["logits"], parts["logits"]) < 1e-6
 
 
-@pytest.mark.parametrize(("off", "by_nccl"), [("GGML_TP_P2P", 2 * N_LAYER), ("GGML_TP_PERSIST", 1)])
-def test_without_peers_or_persistent_kernel(workers, models, off, by_nccl):
+@pytest.mark.parametrize(
+    ("off", "by_nccl", "kernel"),
+    [({"GGML_TP_P2P": "0"}, 2 * N_LAYER, "pull_norm"),
+     ({"GGML_TP_PERSIST": "0", "GGML_TP_NORM_BYTES": "0", "GGML_TP_PUSH_BYTES": "0"}, 1, "pull_norm"),
+     ({"GGML_TP_PERSIST": "0"}, 1, "push_norm")],
+    ids=["no peers", "pull", "push"],
+)  # fmt: skip
+def test_without_peers_or_persistent_kernel(workers, models, off, by_nccl, kernel):
     """NCCL reduces; or, where peers can be reached, the norms behind it do, all but the one whose sum is cut to the wanted rows first. Between two of
     NCCL's all_reduces there is too little for a persistent kernel."""
     if share_a_gpu(2):
         by_nccl = 2 * N_LAYER  # norms reduce where each rank has a GPU
     arguments = {"model": models("llama", "Q4_0"), "prompt": PROMPT, "n": 4}
     whole = workers.run(jobs.run_model, emulated(2, "sm_90"), on_device=True, **arguments)
-    parts = workers.run(jobs.run_model, emulated(2, "sm_90", GGML_TP_NORM_BYTES="0", **{off: "0"}), on_device=True, **arguments)
-    assert (parts["program"].count("all_reduce "), parts["program"].count(": peer_norm<")) == (by_nccl, 2 * N_LAYER - by_nccl)
+    parts = workers.run(jobs.run_model, emulated(2, "sm_90", **off), on_device=True, **arguments)
+    assert (parts["program"].count("all_reduce "), parts["program"].count(f": {kernel}<")) == (by_nccl, 2 * N_LAYER - by_nccl)
     assert "stream of " not in parts["program"]
     assert nmse(parts["logits"], whole["logits"]) < 1e-6
     assert nmse(parts["prompt_logits"], whole["prompt_logits"]) < 1e-9

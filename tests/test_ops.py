@@ -57,8 +57,8 @@ def reference(workers):
     return results_of(workers, {}, CASES, on_device=False)
 
 
-def check(workers, reference, arch, ranks, names):
-    results = results_of(workers, emulated(ranks, arch), names, on_device=True)
+def check(workers, reference, arch, ranks, names, **more):
+    results = results_of(workers, emulated(ranks, arch, **more), names, on_device=True)
     wrong = []
     for name, (claimed, status, value) in results.items():
         expected = reference[name][2]
@@ -258,18 +258,51 @@ def test_a_partial_that_was_passed_on_is_read_as_its_sum(workers, ranks):
         assert nmse(value, expected) <= tolerance("")
 
 
+PULL, PUSH = {"GGML_TP_NORM_BYTES": "0", "GGML_TP_PUSH_BYTES": "0"}, {"GGML_TP_PUSH_BYTES": "65536"}
+
+
+@pytest.mark.parametrize("how", [PULL, PUSH], ids=["pull", "push"])
 @pytest.mark.parametrize(("ranks", "arch"), [(2, "sm_60"), (3, "sm_90"), (16, "sm_80")])
-def test_norms_that_reduce(workers, ranks, arch):
+def test_norms_that_reduce(workers, ranks, arch, how):
     """What they leave divided by rows, or as summands, a host reads whole. 16 ranks: more than rows."""
     if share_a_gpu(ranks):
         pytest.skip("NCCL reduces among ranks that share a GPU")
+    kernel = "pull_norm" if how is PULL else "push_norm"
     for read_sums in (False, True):
-        values, program = workers.run(jobs.norms_that_reduce, emulated(ranks, arch, GGML_TP_NORM_BYTES="0"), on_device=True, read_sums=read_sums)
-        assert program.count(": peer_norm<") == 2 and "all_reduce " not in program
+        values, program = workers.run(jobs.norms_that_reduce, emulated(ranks, arch, **how), on_device=True, read_sums=read_sums)
+        assert program.count(f": {kernel}<") == 2 and "all_reduce " not in program
         expected, _ = workers.run(jobs.norms_that_reduce, {}, on_device=False, read_sums=read_sums)
         assert len(values) == (3 if read_sums else 1)
         for value, of_cpu in zip(values, expected, strict=True):
             assert nmse(value, of_cpu) <= 1e-6
+
+
+@pytest.mark.parametrize(("ranks", "arch"), [(2, "sm_90"), (5, "sm_90"), (3, "sm_75")])
+def test_summands_are_pushed_in_pieces(workers, reference, ranks, arch):
+    """Where a product is divided along k its pieces are added up by the norm that pushes them; of a product that others read too NCCL has the sum. A norm
+    behind which no residual is added pushes too."""
+    if share_a_gpu(ranks):
+        pytest.skip("NCCL reduces among ranks that share a GPU")
+    pushed = [f"mul_mat {t} and norm{r}, m{m}" for t in ("Q4_K", "BF16") for r in (", residual in front", ", residual behind", " alone") for m in (12, 130)]
+    others = ["mul_mat Q4_K and norm, the product read again, m12", "mul_mat Q4_K and norm, residual none, m12"]
+    environment = emulated(ranks, arch, GGML_TP_PUSH_BYTES="1048576")
+    if "TEST_GPUS" not in os.environ:  # the emulated GPUs have four multiprocessors, which products share in pieces
+        for name, text in workers.run(jobs.programs, environment, names=pushed).items():
+            assert text.count(": push_norm<") == 1 and not re.search(" f32$|sum_pieces<", text, re.M), f"{name}: {text}"
+        for name, text in workers.run(jobs.programs, environment, names=others).items():
+            assert text.count(" f32\n") == 1 and "push_norm<" not in text, f"{name}: {text}"
+        text = workers.run(jobs.programs, emulated(ranks, arch, GGML_TP_PUSH_BYTES="0", GGML_TP_NORM_BYTES="99999999"), names=pushed[:1])[pushed[0]]
+        assert ("sum_pieces<" in text) == (ranks == 2), text  # of more ranks k is too short to be divided
+    check(workers, reference, arch, ranks, pushed + others, GGML_TP_PUSH_BYTES="1048576")
+    check(workers, reference, arch, 2, pushed + others, GGML_TP_PUSH_BYTES="1048576", GGML_TP_SPLIT="3,1")  # one has pieces, one has not
+
+
+def test_what_does_not_fit_an_inbox_is_not_pushed(workers):
+    name = "mul_mat Q4_K and norm, residual behind, m12"  # rows of 256 elements: 12,288 bytes
+    for push_bytes, pushes in (("12288", True), ("12287", False)):
+        environment = emulated(2, "sm_90", GGML_TP_PUSH_BYTES=push_bytes)
+        text = workers.run(jobs.programs, environment, names=[name])[name]
+        assert ("push_norm<" in text) == pushes != (" f32\n" in text), text
 
 
 def test_a_result_without_memory_is_refused(workers, capfd):

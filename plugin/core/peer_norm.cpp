@@ -15,7 +15,7 @@ Ranges rows_of(const FusedNormArgs& norm, int n_ranks) { return divide(norm.y.ne
 
 /// An all_reduce and the norm behind it.
 struct Pair {
-    size_t reduce = 0;                // the norm is the step after it
+    size_t reduce = 0;  // the norm is the step after it
     bool is_pushed = false;
     bool in_pieces = false;           // the step in front of it, which adds up pieces of the summand, is the norm's work too
     int product = -1, sum = -1;       // tensors of the graph; sum -1: there is no residual
@@ -38,7 +38,8 @@ class Pairs {
         for (int reader : readers(pair.sum)) {
             if (is_in(steps_[pair.reduce + 1], reader)) continue;
             const bool by_pair = std::any_of(pairs_.begin(), pairs_.end(), [&](const Pair& other) {
-                return !other.is_pushed && other.sum == reader && other.norm[0].a.data == pair.norm[0].sum.data && same_shape(other.norm[0].a, pair.norm[0].sum);
+                return !other.is_pushed && other.sum == reader && other.norm[0].a.data == pair.norm[0].sum.data &&
+                       same_shape(other.norm[0].a, pair.norm[0].sum);
             });
             if (!by_pair) return true;
         }
