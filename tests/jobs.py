@@ -499,12 +499,12 @@ def passed_on(on_device: bool) -> tuple[np.ndarray, np.ndarray]:
     return value, case.inner_value
 
 
-def norms_that_reduce(on_device: bool, read_sums: bool) -> tuple[list[np.ndarray], str]:
+def norms_that_reduce(on_device: bool, read_sums: bool, tokens: int) -> tuple[list[np.ndarray], str]:
     """Two products whose summands a residual and a norm follow, as a layer has them: the last norm, the sums too if they are read; and the program."""
     host = _with_plugin() if on_device else _host()
     ggml = graphs.Ggml(host.path, on_device)
     case, lib = graphs.Case(ggml), ggml.lib
-    n, n_ff, tokens = 96, 160, 9
+    n, n_ff = 96, 160
     attn = case.leaf(graphs.F32, 128, n, scale=0.1, name="blk.0.attn_output.weight")
     up = case.leaf(graphs.F32, n, n_ff, scale=0.1, name="blk.0.ffn_up.weight")
     down = case.leaf(graphs.F32, n_ff, n, scale=0.1, name="blk.0.ffn_down.weight")

@@ -258,20 +258,25 @@ def test_a_partial_that_was_passed_on_is_read_as_its_sum(workers, ranks):
         assert nmse(value, expected) <= tolerance("")
 
 
-PULL, PUSH = {"GGML_TP_NORM_BYTES": "0", "GGML_TP_PUSH_BYTES": "0"}, {"GGML_TP_PUSH_BYTES": "65536"}
+PULL, PUSH = {"GGML_TP_NORM_BYTES": "0", "GGML_TP_PUSH_BYTES": "0"}, {"GGML_TP_PUSH_BYTES": "1048576"}
 
 
-@pytest.mark.parametrize("how", [PULL, PUSH], ids=["pull", "push"])
-@pytest.mark.parametrize(("ranks", "arch"), [(2, "sm_60"), (3, "sm_90"), (16, "sm_80")])
-def test_norms_that_reduce(workers, ranks, arch, how):
-    """What they leave divided by rows, or as summands, a host reads whole. 16 ranks: more than rows."""
+@pytest.mark.parametrize(
+    ("kernel", "ranks", "arch", "tokens"),
+    [("pull_norm", 2, "sm_60", 9), ("pull_norm", 3, "sm_90", 9), ("pull_norm", 16, "sm_80", 9),
+     ("push_norm_tagged", 2, "sm_60", 9), ("push_norm_tagged", 3, "sm_90", 400), ("push_norm_tagged", 16, "sm_80", 9),
+     ("push_norm_flagged", 4, "sm_60", 500), ("push_norm_flagged", 3, "sm_90", 600), ("push_norm_flagged", 16, "sm_80", 100)],
+)  # fmt: skip
+def test_norms_that_reduce(workers, kernel, ranks, arch, tokens):
+    """What they leave divided by rows, or as summands, a host reads whole. 16 ranks: more than rows. Pushed behind flags if a rank sends more
+    than 512 KiB, or that of rows that end within a warp."""
     if share_a_gpu(ranks):
         pytest.skip("NCCL reduces among ranks that share a GPU")
-    kernel = "pull_norm" if how is PULL else "push_norm"
     for read_sums in (False, True):
-        values, program = workers.run(jobs.norms_that_reduce, emulated(ranks, arch, **how), on_device=True, read_sums=read_sums)
+        arguments = {"read_sums": read_sums, "tokens": tokens}
+        values, program = workers.run(jobs.norms_that_reduce, emulated(ranks, arch, **(PULL if kernel == "pull_norm" else PUSH)), on_device=True, **arguments)
         assert program.count(f": {kernel}<") == 2 and "all_reduce " not in program
-        expected, _ = workers.run(jobs.norms_that_reduce, {}, on_device=False, read_sums=read_sums)
+        expected, _ = workers.run(jobs.norms_that_reduce, {}, on_device=False, **arguments)
         assert len(values) == (3 if read_sums else 1)
         for value, of_cpu in zip(values, expected, strict=True):
             assert nmse(value, of_cpu) <= 1e-6
@@ -285,24 +290,25 @@ def test_summands_are_pushed_in_pieces(workers, reference, ranks, arch):
         pytest.skip("NCCL reduces among ranks that share a GPU")
     pushed = [f"mul_mat {t} and norm{r}, m{m}" for t in ("Q4_K", "BF16") for r in (", residual in front", ", residual behind", " alone") for m in (12, 130)]
     others = ["mul_mat Q4_K and norm, the product read again, m12", "mul_mat Q4_K and norm, residual none, m12"]
-    environment = emulated(ranks, arch, GGML_TP_PUSH_BYTES="1048576")
     if "TEST_GPUS" not in os.environ:  # the emulated GPUs have four multiprocessors, which products share in pieces
-        for name, text in workers.run(jobs.programs, environment, names=pushed).items():
-            assert text.count(": push_norm<") == 1 and not re.search(" f32$|sum_pieces<", text, re.M), f"{name}: {text}"
-        for name, text in workers.run(jobs.programs, environment, names=others).items():
-            assert text.count(" f32\n") == 1 and "push_norm<" not in text, f"{name}: {text}"
+        for name, text in workers.run(jobs.programs, emulated(ranks, arch, **PUSH), names=pushed).items():
+            way = "flagged" if ranks == 5 and name.endswith("m130") else "tagged"
+            assert text.count(f": push_norm_{way}<") == 1 and not re.search(" f32$|sum_pieces<", text, re.M), f"{name}: {text}"
+        for name, text in workers.run(jobs.programs, emulated(ranks, arch, **PUSH), names=others).items():
+            assert text.count(" f32\n") == 1 and "push_norm" not in text, f"{name}: {text}"
         text = workers.run(jobs.programs, emulated(ranks, arch, GGML_TP_PUSH_BYTES="0", GGML_TP_NORM_BYTES="99999999"), names=pushed[:1])[pushed[0]]
         assert ("sum_pieces<" in text) == (ranks == 2), text  # of more ranks k is too short to be divided
-    check(workers, reference, arch, ranks, pushed + others, GGML_TP_PUSH_BYTES="1048576")
-    check(workers, reference, arch, 2, pushed + others, GGML_TP_PUSH_BYTES="1048576", GGML_TP_SPLIT="3,1")  # one has pieces, one has not
+    check(workers, reference, arch, ranks, pushed + others, **PUSH)
+    check(workers, reference, arch, 2, pushed + others, **PUSH, GGML_TP_SPLIT="3,1")  # one has pieces, one has not
 
 
 def test_what_does_not_fit_an_inbox_is_not_pushed(workers):
+    if share_a_gpu(2):
+        pytest.skip("NCCL reduces among ranks that share a GPU")
     name = "mul_mat Q4_K and norm, residual behind, m12"  # rows of 256 elements: 12,288 bytes
     for push_bytes, pushes in (("12288", True), ("12287", False)):
-        environment = emulated(2, "sm_90", GGML_TP_PUSH_BYTES=push_bytes)
-        text = workers.run(jobs.programs, environment, names=[name])[name]
-        assert ("push_norm<" in text) == pushes != (" f32\n" in text), text
+        text = workers.run(jobs.programs, emulated(2, "sm_90", GGML_TP_PUSH_BYTES=push_bytes), names=[name])[name]
+        assert ("push_norm_tagged<" in text) == pushes != (" f32\n" in text), text
 
 
 def test_a_result_without_memory_is_refused(workers, capfd):

@@ -185,7 +185,8 @@ std::string Config::to_text() const {
     out += emulated_cc ? "sm_" + std::to_string(emulated_cc / 10) + "*" + std::to_string(emulated_devices) : "no";
     out += "\nnccl " + (nccl_path.empty() ? "auto" : nccl_path);
     out += p2p ? "\np2p where it is proven" : "\np2p off";
-    out += "\nall_reduces of up to " + std::to_string(push_bytes) + " bytes, and of " + std::to_string(norm_bytes) + " and more, by the norms behind them";
+    out += "\nall_reduces by the norms behind them: of " + std::to_string(norm_bytes) + " bytes and more, and where a rank sends up to " +
+           (push_bytes < 0 ? "what suits the links" : std::to_string(push_bytes));
     out += persist ? "\npersistent kernel where it can" : "\nno persistent kernel";
     out += "\nlog " + std::to_string(log_level) + "\ndeadline_s " + std::to_string(deadline_s) + "\n";
     return out;

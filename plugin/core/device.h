@@ -43,6 +43,7 @@ struct NcclId {
     X(cuMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, (void*, DevicePtr, size_t, Handle))                  \
     X(cuMemcpyDtoDAsync, cuMemcpyDtoDAsync_v2, (DevicePtr, DevicePtr, size_t, Handle))              \
     X(cuDeviceCanAccessPeer, cuDeviceCanAccessPeer, (int*, int, int))                               \
+    X(cuDeviceGetP2PAttribute, cuDeviceGetP2PAttribute, (int*, int, int, int))                      \
     X(cuCtxEnablePeerAccess, cuCtxEnablePeerAccess, (Handle, unsigned))                             \
     X(cuCtxDisablePeerAccess, cuCtxDisablePeerAccess, (Handle))                                     \
     X(cuMemcpyPeerAsync, cuMemcpyPeerAsync, (DevicePtr, Handle, DevicePtr, Handle, size_t, Handle)) \

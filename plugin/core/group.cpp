@@ -32,6 +32,8 @@ constexpr int kTimedRepetitions = 4;
 constexpr int kNcclSeveralRanksOnAGpu = 23003;  // NCCL_MULTI_RANK_GPU_ENABLE came with 2.30.3
 constexpr unsigned kHostAllocPortableMapped = 1 | 2;
 
+constexpr i64 kPushByNvlink = 3 << 20, kPushByPcie = 128 << 10;  // bytes that a rank sends: see docs/decisions.md
+
 /// Where ranks share one, a norm that waits for a peer might keep from it the multiprocessors that it needs: not measured.
 bool each_has_a_device(const std::vector<std::unique_ptr<Device>>& devices) {
     std::set<int> ordinals;
@@ -88,7 +90,8 @@ Group::Group(const Config& config_in, const std::string& plugin_dir) : config(co
     const bool reachable = n > 1 && config.p2p && peers_.all_proven();
     if (reachable) {
         enable_peers(devices_);
-        if (each_has_a_device(devices_)) peer_memory_ = std::make_unique<PeerMemory>(devices_, config.norm_bytes, config.push_bytes, config.deadline_s);
+        const i64 push_bytes = config.push_bytes >= 0 ? config.push_bytes : all_by_nvlink(devices_) ? kPushByNvlink : kPushByPcie;
+        if (each_has_a_device(devices_)) peer_memory_ = std::make_unique<PeerMemory>(devices_, config.norm_bytes, push_bytes, config.deadline_s);
     }
     if (config.persist && can_persist(devices_)) {
         stream_ = std::make_unique<StreamMemory>(devices_, reachable, config.deadline_s);
@@ -220,7 +223,10 @@ Rates Group::measure(int rank, u64 bytes, int rounds) {
 
 bool Group::can_reduce(Reduce how, u64 bytes) {
     if (how == Reduce::kPull) return peer_memory_ != nullptr;
-    if (how == Reduce::kPush) return peer_memory_ && static_cast<i64>(bytes) <= peer_memory_->push_bytes;
+    if (how == Reduce::kPushTagged || how == Reduce::kPushFlagged) {
+        const std::optional<Push> way = peer_memory_ ? peer_memory_->way_of(static_cast<i64>(bytes)) : std::nullopt;
+        return way && (*way == kTagged || how == Reduce::kPushFlagged);
+    }
     if (how != Reduce::kNcclSymmetric) return how == Reduce::kNccl || how == Reduce::kNcclGraph;
     driver_.open_nccl();
     return driver_.ncclMemAlloc && driver_.ncclMemFree && driver_.ncclCommWindowRegister && driver_.ncclCommWindowDeregister;
@@ -262,8 +268,9 @@ std::vector<RankLaunch> Group::timed_norms(const std::vector<DevicePtr>& buffers
     std::vector<RankLaunch> out;
     for (int r = 0; r < n_ranks(); ++r) {
         const Arch arch = devices_[r]->arch();
-        out.push_back(how == Reduce::kPush ? push_norm(norms[r], Pieces{}, r, arch, *peer_memory_, fault_pointers_[r])
-                                           : pull_norm(norms, r, false, false, arch, *peer_memory_, fault_pointers_[r]));
+        out.push_back(how != Reduce::kPull
+                          ? push_norm(how == Reduce::kPushTagged ? kTagged : kFlagged, norms[r], Pieces{}, r, arch, *peer_memory_, fault_pointers_[r])
+                          : pull_norm(norms, r, false, false, arch, *peer_memory_, fault_pointers_[r]));
         if (!out.back().launch.kernel) throw Error(std::to_string(elems * 4) + " bytes in rows of " + std::to_string(k) + " cannot be reduced so");
         out.back().function = devices_[r]->function(out.back().launch.kernel);
     }
@@ -278,7 +285,7 @@ double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
     std::vector<DevicePtr> buffers(devices_.size());
     // A window is memory of NCCL's own, registered by all ranks together.
     constexpr int kSymmetric = 1;  // NCCL_WIN_COLL_SYMMETRIC
-    const bool windows = how == Reduce::kNcclSymmetric, norms = how == Reduce::kPull || how == Reduce::kPush;
+    const bool windows = how == Reduce::kNcclSymmetric, norms = how >= Reduce::kPull;
     const size_t own_bytes = norms ? timed_norm_bytes(elems) : elems * 4;
     std::vector<Handle> window(devices_.size());
     auto free_buffers = [&] {

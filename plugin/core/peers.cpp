@@ -68,6 +68,18 @@ Peers prove_peers(const std::vector<const Device*>& devices, double deadline_s) 
     return out;
 }
 
+bool all_by_nvlink(const std::vector<std::unique_ptr<Device>>& devices) {
+    constexpr int kNativeAtomicSupported = 3;  // CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
+    for (const auto& from : devices)
+        for (const auto& to : devices) {
+            if (from->ordinal == to->ordinal) continue;
+            int native = 0;
+            TP_CUDA(from->driver, from->rank, cuDeviceGetP2PAttribute, &native, kNativeAtomicSupported, from->ordinal, to->ordinal);
+            if (!native) return false;
+        }
+    return true;
+}
+
 void enable_peers(const std::vector<std::unique_ptr<Device>>& devices) {
     for (const auto& from : devices)
         for (const auto& to : devices) {

@@ -22,6 +22,9 @@ struct Peers {
 /// was. Throws Error when a device fails altogether.
 Peers prove_peers(const std::vector<const Device*>& devices, double deadline_s);
 
+/// Whether all pairs are joined by more than PCIe: by NVLink, whose atomics are the links' own.
+bool all_by_nvlink(const std::vector<std::unique_ptr<Device>>& devices);
+
 /// Lets every device's kernels store to every other device's memory; only between pairs that are proven.
 void enable_peers(const std::vector<std::unique_ptr<Device>>& devices);
 
