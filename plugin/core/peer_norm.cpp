@@ -127,7 +127,7 @@ class Pairs {
             out.pushed = by;
             return true;
         }
-        return false;
+        return out.in_pieces = false;
     }
     /// A step that adds up pieces of the summand, on the ranks that have pieces.
     static bool pieces_of(const ProgramStep& step, Pair& out) {
