@@ -208,14 +208,13 @@ struct PullNormArgs {
     i32 rank, n_ranks;
 };
 // A FusedNorm of few rows that are sums of all ranks' summands: each rank pushes its summand into all ranks' inboxes, its own too, and does all rows.
-// An inbox is two by turns of [n_ranks][sender_bytes]: a rank that pushes again has seen all of the last push, so everybody has read the one before. What a
-// sender has there: words {element, number of the launch} (tagged), or elements and behind them, at flags_at, such a number for each row.
-// norm: of this rank's memory, packed rows; norm.b, or norm.a where there is no residual, is where the summand has its place.
+// An inbox is two by turns of [n_ranks][inbox_words] words {element, number of the launch}: a rank that pushes again has seen all of the last push, so
+// everybody has read the one before. norm: of this rank's memory, packed rows; norm.b, or norm.a where there is no residual, is where the summand has its place.
 struct PushNormArgs {
     FusedNormArgs norm;
-    Pieces summand;           // or it lies in its place
-    char* inbox[kMostPeers];  // of every rank
-    i64 sender_bytes, flags_at;
+    Pieces summand;          // or it lies in its place
+    u64* inbox[kMostPeers];  // of every rank
+    i64 inbox_words;
     PeerState* own;
     u32* fault;
     u64 deadline_ns;

@@ -1,7 +1,7 @@
 // All_reduces together with the residual, the norm and the activations behind it, over direct links.
 // Of many rows in two steps (pull_norm): a rank reads its share of the rows from all peers' memory, adds them up in the order of ranks, and stores normalised
 // activations (halves, or int8) into all peers' memory. Sums travel once, the residual not at all.
-// Of few in one (push_norm_tagged, push_norm_flagged): each rank's summands go to all ranks, and every rank does all rows.
+// Of few in one (push_norm): each rank's summands go to all peers as words that say themselves that they are there, and every rank does all rows.
 #include "norm_peers.h"
 
 #include "element.h"
@@ -48,151 +48,21 @@ TP_DEVICE float block_sum(float v, float* partial) {
     return sum;
 }
 
-/// Elements i to i + 3 of a row of sums become y's. Threads that are not inside the row hold zeros.
-TP_DEVICE void norm_four(const FusedNormArgs& norm, i64 row, i64 i, bool inside, float scale, float (&v)[4]) {
-    float weight[4] = {1, 1, 1, 1};
-    if (inside && norm.has_weight) load_four(norm.weight.data + i * 4, weight);
-    for (int e = 0; e < 4; ++e) v[e] *= scale * weight[e];
-    if (inside) store_four(norm.y.data + (row * norm.y.ne[0] + i) * 4, v);
-}
-
-/// What a sender has in a reader's inbox.
-TP_DEVICE char* part_of(const PushNormArgs& args, int reader, int sender, u32 launch) {
-    return args.inbox[reader] + ((launch % 2 ? args.n_ranks : 0) + sender) * args.sender_bytes;
-}
-
-/// A rank's summand to all ranks, and all ranks' added up in their order. Element i + e of a row, i = 4 * thread + step * blockDim.x.
-/// Tagged: words that say themselves that they are there; neighbouring threads' pairs of them lie side by side. They take twice the links' time, but nobody
-/// waits until they have arrived to say so.
-struct Tagged {
-    TP_MEMBER static u64* words(char* part, i64 row, i64 n, i64 i) {
-        const i64 step = (i64)blockDim.x * 4, row_words = (n + step - 1) / step * step;
-        return (u64*)part + row * row_words + (i - (i64)threadIdx.x * 4) + threadIdx.x * 2;
-    }
-    TP_MEMBER static void push(const PushNormArgs& args, i64 row, i64 i, u32 launch, const float (&v)[4]) {
-        for (int r = 0; r < args.n_ranks; ++r) {
-            u64* const to = words(part_of(args, r, args.rank, launch), row, args.norm.y.ne[0], i);
-            tp_store_tagged_pair(to, v[0], v[1], launch);
-            tp_store_tagged_pair(to + blockDim.x * 2, v[2], v[3], launch);
-        }
-    }
-    TP_MEMBER static void pushed(const PushNormArgs&, i64, u32) {}
-    TP_MEMBER static void gather(const PushNormArgs& args, i64 row, i64 i, u32 launch, float (&v)[4]) {
-        u64* const from = words(part_of(args, args.rank, 0, launch), row, args.norm.y.ne[0], i);
-        for (int first = 0; first < args.n_ranks; first += kAhead) {
-            TpTaggedPair w[kAhead][2];
-            wait_until(args.own, args.fault, args.deadline_ns, [&] {
+/// Of a row, v being its sums: y, and what leave(v, i, inside) makes of elements i to i + 3. All threads call it, and leave is called by whole warps.
+template <int kSteps, class Leave>
+TP_DEVICE void normalise(const FusedNormArgs& norm, i64 row, float (&v)[kSteps][4], float squares, float* partial, const Leave& leave) {
+    const i64 n = norm.y.ne[0];
+    const float scale = 1.0f / sqrtf(block_sum(squares, partial) / (float)n + norm.eps);
 #pragma unroll
-                for (int r = 0; r < kAhead; ++r) {
-                    if (first + r >= args.n_ranks) break;
-                    const u64* const pair = from + (first + r) * (args.sender_bytes / 8);
-                    w[r][0] = tp_load_tagged_pair(pair), w[r][1] = tp_load_tagged_pair(pair + blockDim.x * 2);
-                }
-                bool there = true;
-#pragma unroll
-                for (int r = 0; r < kAhead; ++r) {
-                    if (first + r >= args.n_ranks) break;
-                    for (const TpTaggedPair& pair : w[r]) there &= (u32)(pair.first >> 32) == launch && (u32)(pair.second >> 32) == launch;
-                }
-                return there;
-            });
-#pragma unroll
-            for (int r = 0; r < kAhead; ++r)
-                if (first + r < args.n_ranks) add_four(v, {(int)w[r][0].first, (int)w[r][0].second, (int)w[r][1].first, (int)w[r][1].second});
-        }
-    }
-};
-/// Flagged: elements as they are, and a word for each row behind them.
-struct Flagged {
-    TP_MEMBER static u32* flag(const PushNormArgs& args, int reader, int sender, i64 row, u32 launch) {
-        return (u32*)(part_of(args, reader, sender, launch) + args.flags_at) + row;
-    }
-    TP_MEMBER static void push(const PushNormArgs& args, i64 row, i64 i, u32 launch, const float (&v)[4]) {
-        if (i >= args.norm.y.ne[0]) return;
-        for (int r = 0; r < args.n_ranks; ++r) store_four(part_of(args, r, args.rank, launch) + (row * args.norm.y.ne[0] + i) * 4, v);
-    }
-    TP_MEMBER static void pushed(const PushNormArgs& args, i64 row, u32 launch) {
-        __syncthreads();
-        const int peer = (int)threadIdx.x;
-        if (peer < args.n_ranks) {
-            tp_signal_peer(flag(args, peer, args.rank, row, launch), launch);
-            wait_until(args.own, args.fault, args.deadline_ns, [&] { return tp_read_peer(flag(args, args.rank, peer, row, launch)) == launch; });
-        }
-        __syncthreads();
-    }
-    TP_MEMBER static void gather(const PushNormArgs& args, i64 row, i64 i, u32 launch, float (&v)[4]) {
-        const char* const from = part_of(args, args.rank, 0, launch) + (row * args.norm.y.ne[0] + i) * 4;
-        for (int first = 0; first < args.n_ranks; first += kAhead) {
-            TpInt4 w[kAhead];
-#pragma unroll
-            for (int r = 0; r < kAhead; ++r)
-                if (first + r < args.n_ranks) w[r] = tp_load_peer(from + (first + r) * args.sender_bytes);
-#pragma unroll
-            for (int r = 0; r < kAhead; ++r)
-                if (first + r < args.n_ranks) add_four(v, w[r]);
-        }
-    }
-};
-
-/// All blocks are on the device at once, and push a row before they wait for its peers'. A row's first step stays in registers between sums and norm, the
-/// others in memory.
-template <class Way>
-TP_DEVICE void push_rows(const PushNormArgs& args) {
-    __shared__ float partial[32];
-    __shared__ u32 number;
-    PeerState* const own = args.own;
-    const FusedNormArgs& norm = args.norm;
-    const int thread = (int)threadIdx.x, step = (int)blockDim.x * 4, n = (int)norm.y.ne[0], rows = (int)norm.y.ne[1];
-    if (thread == 0) number = own->launches + 1;
-    i32 count = 0;
-    u32 launch = 0;
-    for (int row = (int)blockIdx.x; row < rows; row += (int)gridDim.x) {
-        const i64 at = (i64)row * n * 4;
-        char *const place = (norm.has_b ? norm.b.data : norm.a.data) + at, *const sums = (norm.has_b ? norm.sum.data : norm.y.data) + at;
-#pragma unroll 1
-        for (int first = 0; first < n; first += step) {
-            const int i = first + thread * 4;
-            float v[4] = {};
-            if (i < n) {
-                if (args.summand.n) sum_four(args.summand, row, i, place + i * 4, v);
-                else load_four(place + i * 4, v);
-            }
-            if (launch == 0) {
-                __syncthreads();
-                launch = number;
-                if (thread == 0) count = atomicAdd((i32*)&own->blocks, 1);  // it has read the number of the launch, which the last one may count up
-            }
-            Way::push(args, row, i, launch, v);
-        }
-        Way::pushed(args, row, launch);
-        float begin[4] = {}, squares = 0.0f;
-#pragma unroll 1
-        for (int first = 0; first < n; first += step) {
-            const int i = first + thread * 4;
-            if (i >= n) break;
-            float residual[4] = {}, v[4] = {};
-            if (norm.has_b) load_four(norm.a.data + at + i * 4, residual);  // on its way while peers' words are
-            Way::gather(args, row, i, launch, v);
-            for (int e = 0; e < 4; ++e) v[e] += residual[e], squares += v[e] * v[e];
-            if (norm.has_b || first) store_four(sums + i * 4, v);
-            if (!first)
-                for (int e = 0; e < 4; ++e) begin[e] = v[e];
-        }
-        const float scale = 1.0f / sqrtf(block_sum(squares, partial) / (float)n + norm.eps);
-#pragma unroll 1
-        for (int first = 0; first < n; first += step) {  // for the whole block: quantising needs whole warps
-            const int i = first + thread * 4;
-            const bool inside = i < n;
-            if (first && inside) load_four(sums + i * 4, begin);
-            if (!inside)
-                for (int e = 0; e < 4; ++e) begin[e] = 0.0f;
-            norm_four(norm, row, i, inside, scale, begin);
-            if (norm.xq) leave_four(norm.form, begin, i, inside, norm.xq, norm.xd, (u32)row, n);
-        }
-    }
-    if (thread == 0 && count == (i32)gridDim.x - 1) {
-        own->blocks = 0;
-        own->launches = launch;
+    for (int j = 0; j < kSteps; ++j) {
+        const i64 first = (i64)j * blockDim.x * 4, i = first + threadIdx.x * 4;
+        if (first >= n) break;  // for the whole block: quantising needs whole warps
+        const bool inside = i < n;
+        float weight[4] = {1, 1, 1, 1};
+        if (inside && norm.has_weight) load_four(norm.weight.data + i * 4, weight);
+        for (int e = 0; e < 4; ++e) v[j][e] *= scale * weight[e];
+        if (inside) store_four(norm.y.data + (row * n + i) * 4, v[j]);
+        leave(v[j], i, inside);
     }
 }
 
@@ -236,18 +106,12 @@ TP_KERNEL(pull_norm, PullNormArgs, 1024) {
                 if (args.sum[r]) store_four(args.sum[r] + at + i * 4, v[j]);
             for (int e = 0; e < 4; ++e) squares += v[j][e] * v[j][e];
         }
-        const float scale = 1.0f / sqrtf(block_sum(squares, partial) / (float)n + args.norm.eps);
-#pragma unroll
-        for (int j = 0; j < kSteps; ++j) {
-            const i64 first = (i64)j * blockDim.x * 4, i = first + thread * 4;
-            if (first >= n) break;  // for the whole block: quantising needs whole warps
-            const bool inside = i < n;
-            norm_four(args.norm, row, i, inside, scale, v[j]);
+        normalise(args.norm, row, v, squares, partial, [&](const float(&four)[4], i64 i, bool inside) {
             for (u32 r = 0; r < n_ranks; ++r) {
-                if (inside && args.y[r]) store_four(args.y[r] + at + i * 4, v[j]);
-                if (args.norm.xq) leave_four(args.norm.form, v[j], i, inside, args.xq[r], args.xd[r], (u32)row, n);
+                if (inside && args.y[r]) store_four(args.y[r] + at + i * 4, four);
+                if (args.norm.xq) leave_four(args.norm.form, four, i, inside, args.xq[r], args.xd[r], (u32)row, n);
             }
-        }
+        });
     }
     __syncthreads();
     if (thread == 0) is_last = tp_count_peer(&own->blocks) == gridDim.x - 1;
@@ -265,6 +129,86 @@ TP_KERNEL(pull_norm, PullNormArgs, 1024) {
     }
 }
 
-TP_KERNEL(push_norm_tagged, PushNormArgs, 1024) { push_rows<Tagged>(args); }
-
-TP_KERNEL(push_norm_flagged, PushNormArgs, 1024) { push_rows<Flagged>(args); }
+// All blocks are on the device at once, and push a row before they wait for its peers'.
+TP_KERNEL(push_norm, PushNormArgs, 512) {
+    constexpr int kSteps = 8;
+    __shared__ float partial[32];
+    __shared__ u32 number;
+    PeerState* const own = args.own;
+    const int thread = (int)threadIdx.x, rank = args.rank, n_ranks = args.n_ranks, step = (int)blockDim.x * 4;
+    if (thread == 0) number = own->launches + 1;
+    const FusedNormArgs& norm = args.norm;
+    const int n = (int)norm.y.ne[0], rows = (int)norm.y.ne[1];
+    const i64 row_words = (n + step - 1) / step * step;
+    i32 count = 0;
+    u32 launch = 0;
+    for (int row = (int)blockIdx.x; row < rows; row += (int)gridDim.x) {
+        const i64 at = (i64)row * n * 4;
+        char* const place = (norm.has_b ? norm.b.data : norm.a.data) + at;
+        // A row has one word an element; threads' pairs of words lie side by side.
+        const i64 of_row = row * row_words + thread * 2;
+#pragma unroll 1
+        for (int first = 0; first < n; first += step) {
+            float summand[4] = {};
+            const int i = first + thread * 4;
+            if (i < n) {
+                if (args.summand.n) sum_four(args.summand, row, i, place + i * 4, summand);
+                else load_four(place + i * 4, summand);
+            }
+            if (launch == 0) {
+                __syncthreads();
+                launch = number;
+                if (thread == 0) count = atomicAdd((i32*)&own->blocks, 1);  // it has read the number of the launch, which the last one may count up
+            }
+            for (int r = 0; r < n_ranks; ++r) {
+                u64* const to = args.inbox[r] + of_row + first + ((launch % 2 ? n_ranks : 0) + rank) * args.inbox_words;
+                tp_store_tagged_pair(to, summand[0], summand[1], launch);
+                tp_store_tagged_pair(to + step / 2, summand[2], summand[3], launch);
+            }
+        }
+        float v[kSteps][4] = {}, squares = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kSteps; ++j) {
+            const int i = j * step + thread * 4;
+            if (i >= n) break;
+            float residual[4];
+            if (norm.has_b) load_four(norm.a.data + at + i * 4, residual);  // on its way while peers' words are
+            const u64* const from = args.inbox[rank] + of_row + j * step + (launch % 2 ? n_ranks * args.inbox_words : 0);
+            for (int first = 0; first < n_ranks; first += kAhead) {
+                TpTaggedPair w[kAhead][2];
+                wait_until(own, args.fault, args.deadline_ns, [&] {
+                    bool there = true;
+#pragma unroll
+                    for (int r = 0; r < kAhead; ++r) {
+                        if (first + r >= n_ranks) break;
+                        const u64* const pair = from + (first + r) * args.inbox_words;
+                        w[r][0] = tp_load_tagged_pair(pair), w[r][1] = tp_load_tagged_pair(pair + step / 2);
+                    }
+#pragma unroll
+                    for (int r = 0; r < kAhead; ++r) {
+                        if (first + r >= n_ranks) break;
+                        for (const TpTaggedPair& pair : w[r]) there &= (u32)(pair.first >> 32) == launch && (u32)(pair.second >> 32) == launch;
+                    }
+                    return there;
+                });
+#pragma unroll
+                for (int r = 0; r < kAhead; ++r) {
+                    if (first + r >= n_ranks) break;
+                    add_four(v[j], {(int)w[r][0].first, (int)w[r][0].second, (int)w[r][1].first, (int)w[r][1].second});
+                }
+            }
+            if (norm.has_b) {
+                for (int e = 0; e < 4; ++e) v[j][e] += residual[e];
+                store_four(norm.sum.data + at + i * 4, v[j]);
+            }
+            for (int e = 0; e < 4; ++e) squares += v[j][e] * v[j][e];
+        }
+        normalise(norm, row, v, squares, partial, [&](const float(&four)[4], i64 i, bool inside) {
+            if (norm.xq) leave_four(norm.form, four, i, inside, norm.xq, norm.xd, (u32)row, n);
+        });
+    }
+    if (thread == 0 && count == (i32)gridDim.x - 1) {
+        own->blocks = 0;
+        own->launches = launch;
+    }
+}

@@ -25,14 +25,12 @@ inline Launch pull_norm_launch(const PullNormArgs& args, Arch arch) {
     return l;
 }
 
-/// Up to a block a row, all on the device at once; a sender's part must have room for rows in whole steps of its threads.
-inline Launch push_norm_launch(const PushNormArgs& args, bool tagged, Arch arch) {
-    Launch l = detail::peer_norm_launch(tagged ? "push_norm_tagged" : "push_norm_flagged", args.norm, arch);
-    const i64 n = args.norm.y.ne[0], rows = args.norm.y.ne[1], steps = (n + 4095) / 4096, threads = (n + 4 * steps - 1) / (4 * steps),
+/// Up to a block a row, all on the device at once. Up to 512 threads, that values of up to 8 steps stay in registers; no more than a row has in whole steps.
+inline Launch push_norm_launch(const PushNormArgs& args, Arch arch) {
+    Launch l = detail::peer_norm_launch("push_norm", args.norm, arch);
+    const i64 n = args.norm.y.ne[0], rows = args.norm.y.ne[1], steps = (n + 2047) / 2048, threads = (n + 4 * steps - 1) / (4 * steps),
               warps = (threads + 31) / 32;
-    const bool room =
-        tagged ? rows * steps * warps * 128 * 8 <= args.sender_bytes : rows * n * 4 <= args.flags_at && args.flags_at + rows * 4 <= args.sender_bytes;
-    if (!l.kernel || !room || !pieces_in_words(args.summand)) return {};
+    if (!l.kernel || rows * steps * warps * 128 > args.inbox_words || !pieces_in_words(args.summand)) return {};
     l.block[0] = (u32)(warps * 32);
     l.grid[0] = (u32)(rows < arch.n_sm ? rows : arch.n_sm);
     return l;

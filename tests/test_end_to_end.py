@@ -429,7 +429,7 @@ def test_equal_logits_choose_the_first_experts(workers, models, tmp_path):
     ("off", "by_nccl", "kernel"),
     [({"GGML_TP_P2P": "0"}, 2 * N_LAYER, "pull_norm"),
      ({"GGML_TP_PERSIST": "0", "GGML_TP_NORM_BYTES": "0", "GGML_TP_PUSH_BYTES": "0"}, 1, "pull_norm"),
-     ({"GGML_TP_PERSIST": "0"}, 1, "push_norm_tagged")],
+     ({"GGML_TP_PERSIST": "0"}, 1, "push_norm")],
     ids=["no peers", "pull", "push"],
 )  # fmt: skip
 def test_without_peers_or_persistent_kernel(workers, models, off, by_nccl, kernel):

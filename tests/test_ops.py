@@ -264,12 +264,10 @@ PULL, PUSH = {"GGML_TP_NORM_BYTES": "0", "GGML_TP_PUSH_BYTES": "0"}, {"GGML_TP_P
 @pytest.mark.parametrize(
     ("kernel", "ranks", "arch", "tokens"),
     [("pull_norm", 2, "sm_60", 9), ("pull_norm", 3, "sm_90", 9), ("pull_norm", 16, "sm_80", 9),
-     ("push_norm_tagged", 2, "sm_60", 9), ("push_norm_tagged", 3, "sm_90", 400), ("push_norm_tagged", 16, "sm_80", 9),
-     ("push_norm_flagged", 4, "sm_60", 500), ("push_norm_flagged", 3, "sm_90", 600), ("push_norm_flagged", 16, "sm_80", 100)],
+     ("push_norm", 2, "sm_60", 9), ("push_norm", 3, "sm_90", 400), ("push_norm", 16, "sm_80", 9)],
 )  # fmt: skip
 def test_norms_that_reduce(workers, kernel, ranks, arch, tokens):
-    """What they leave divided by rows, or as summands, a host reads whole. 16 ranks: more than rows. Pushed behind flags if a rank sends more
-    than 512 KiB, or that of rows that end within a warp."""
+    """What they leave divided by rows, or as summands, a host reads whole. 16 ranks: more than rows; 400 tokens: more rows than blocks."""
     if share_a_gpu(ranks):
         pytest.skip("NCCL reduces among ranks that share a GPU")
     for read_sums in (False, True):
@@ -292,10 +290,9 @@ def test_summands_are_pushed_in_pieces(workers, reference, ranks, arch):
     others = ["mul_mat Q4_K and norm, the product read again, m12", "mul_mat Q4_K and norm, residual none, m12"]
     if "TEST_GPUS" not in os.environ:  # the emulated GPUs have four multiprocessors, which products share in pieces
         for name, text in workers.run(jobs.programs, emulated(ranks, arch, **PUSH), names=pushed).items():
-            way = "flagged" if ranks == 5 and name.endswith("m130") else "tagged"
-            assert text.count(f": push_norm_{way}<") == 1 and not re.search(" f32$|sum_pieces<", text, re.M), f"{name}: {text}"
+            assert text.count(": push_norm<") == 1 and not re.search(" f32$|sum_pieces<", text, re.M), f"{name}: {text}"
         for name, text in workers.run(jobs.programs, emulated(ranks, arch, **PUSH), names=others).items():
-            assert text.count(" f32\n") == 1 and "push_norm" not in text, f"{name}: {text}"
+            assert text.count(" f32\n") == 1 and "push_norm<" not in text, f"{name}: {text}"
         text = workers.run(jobs.programs, emulated(ranks, arch, GGML_TP_PUSH_BYTES="0", GGML_TP_NORM_BYTES="99999999"), names=pushed[:1])[pushed[0]]
         assert ("sum_pieces<" in text) == (ranks == 2), text  # of more ranks k is too short to be divided
     check(workers, reference, arch, ranks, pushed + others, **PUSH)
@@ -308,7 +305,7 @@ def test_what_does_not_fit_an_inbox_is_not_pushed(workers):
     name = "mul_mat Q4_K and norm, residual behind, m12"  # rows of 256 elements: 12,288 bytes
     for push_bytes, pushes in (("12288", True), ("12287", False)):
         text = workers.run(jobs.programs, emulated(2, "sm_90", GGML_TP_PUSH_BYTES=push_bytes), names=[name])[name]
-        assert ("push_norm_tagged<" in text) == pushes != (" f32\n" in text), text
+        assert ("push_norm<" in text) == pushes != (" f32\n" in text), text
 
 
 def test_a_result_without_memory_is_refused(workers, capfd):

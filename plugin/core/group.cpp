@@ -32,7 +32,7 @@ constexpr int kTimedRepetitions = 4;
 constexpr int kNcclSeveralRanksOnAGpu = 23003;  // NCCL_MULTI_RANK_GPU_ENABLE came with 2.30.3
 constexpr unsigned kHostAllocPortableMapped = 1 | 2;
 
-constexpr i64 kPushByNvlink = 3 << 20, kPushByPcie = 128 << 10;  // bytes that a rank sends: see docs/decisions.md
+constexpr i64 kPushByNvlink = 3 << 19, kPushByPcie = 128 << 10;  // bytes that a rank sends: see docs/decisions.md
 
 /// Where ranks share one, a norm that waits for a peer might keep from it the multiprocessors that it needs: not measured.
 bool each_has_a_device(const std::vector<std::unique_ptr<Device>>& devices) {
@@ -223,10 +223,7 @@ Rates Group::measure(int rank, u64 bytes, int rounds) {
 
 bool Group::can_reduce(Reduce how, u64 bytes) {
     if (how == Reduce::kPull) return peer_memory_ != nullptr;
-    if (how == Reduce::kPushTagged || how == Reduce::kPushFlagged) {
-        const std::optional<Push> way = peer_memory_ ? peer_memory_->way_of(static_cast<i64>(bytes)) : std::nullopt;
-        return way && (*way == kTagged || how == Reduce::kPushFlagged);
-    }
+    if (how == Reduce::kPush) return peer_memory_ && peer_memory_->pushes(static_cast<i64>(bytes));
     if (how != Reduce::kNcclSymmetric) return how == Reduce::kNccl || how == Reduce::kNcclGraph;
     driver_.open_nccl();
     return driver_.ncclMemAlloc && driver_.ncclMemFree && driver_.ncclCommWindowRegister && driver_.ncclCommWindowDeregister;
@@ -268,9 +265,8 @@ std::vector<RankLaunch> Group::timed_norms(const std::vector<DevicePtr>& buffers
     std::vector<RankLaunch> out;
     for (int r = 0; r < n_ranks(); ++r) {
         const Arch arch = devices_[r]->arch();
-        out.push_back(how != Reduce::kPull
-                          ? push_norm(how == Reduce::kPushTagged ? kTagged : kFlagged, norms[r], Pieces{}, r, arch, *peer_memory_, fault_pointers_[r])
-                          : pull_norm(norms, r, false, false, arch, *peer_memory_, fault_pointers_[r]));
+        out.push_back(how == Reduce::kPush ? push_norm(norms[r], Pieces{}, r, arch, *peer_memory_, fault_pointers_[r])
+                                           : pull_norm(norms, r, false, false, arch, *peer_memory_, fault_pointers_[r]));
         if (!out.back().launch.kernel) throw Error(std::to_string(elems * 4) + " bytes in rows of " + std::to_string(k) + " cannot be reduced so");
         out.back().function = devices_[r]->function(out.back().launch.kernel);
     }
@@ -321,6 +317,7 @@ double Group::time_all_reduce(u64 bytes, Reduce how, int rounds) {
             TP_NCCL(driver_, r, ncclAllReduce, reinterpret_cast<const void*>(buffers[r]), reinterpret_cast<void*>(buffers[r]), elems,
                     static_cast<int>(WireType::kF32), kNcclSum, comms_[r], devices_[r]->stream);
     };
+    for (volatile u32* fault : faults_) *fault = kFaultNone;  // of an earlier failure
     auto seconds = [&](const std::function<void(int)>& job) {
         const auto begin = std::chrono::steady_clock::now();
         workers_->run(job);

@@ -29,7 +29,7 @@ struct Counters {
 };
 
 /// Ways to reduce, as numbered in inspect.h.
-enum class Reduce { kNccl = 0, kNcclGraph = 1, kNcclSymmetric = 2, kPull = 3, kPushTagged = 4, kPushFlagged = 5 };
+enum class Reduce { kNccl = 0, kNcclGraph = 1, kNcclSymmetric = 2, kPull = 3, kPush = 4 };
 
 struct Rates {
     double read = 0, copy = 0;  // bytes per second; a copy counts what it reads and what it writes

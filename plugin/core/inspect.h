@@ -21,7 +21,7 @@ int ggml_tp_rank_bytes(int group, int rank, uint64_t *weight_bytes, uint64_t *kv
 int ggml_tp_measure(int group, int rank, uint64_t bytes, int rounds, double *read_rate, double *copy_rate);
 /* Seconds that an all_reduce of so many bytes of f32 takes on every rank's stream: rounds of them back to back, the best repetition.
  * 0; -1 with a line on stderr when it fails; -2 when this library cannot reduce that way. Blocks the group while it measures. */
-enum { GGML_TP_REDUCE_NCCL = 0, GGML_TP_REDUCE_NCCL_GRAPH = 1, GGML_TP_REDUCE_NCCL_SYMMETRIC = 2, GGML_TP_REDUCE_PULL = 3, GGML_TP_REDUCE_PUSH_TAGGED = 4, GGML_TP_REDUCE_PUSH_FLAGGED = 5 /* our own, with residual, norm and halves of rows of 4096 */ };
+enum { GGML_TP_REDUCE_NCCL = 0, GGML_TP_REDUCE_NCCL_GRAPH = 1, GGML_TP_REDUCE_NCCL_SYMMETRIC = 2, GGML_TP_REDUCE_PULL = 3, GGML_TP_REDUCE_PUSH = 4 /* our own, with residual, norm and halves of rows of 4096 */ };
 int ggml_tp_time_all_reduce(int group, uint64_t bytes, int how, int rounds, double *seconds);
 /* For tests: the rank's next graph begins that many seconds later, as a late peer's would. 0, or -1 when there is no such rank. */
 int ggml_tp_delay(int group, int rank, double seconds);

@@ -10,8 +10,7 @@ namespace {
 
 using abi::Op;
 
-constexpr i64 kTaggedBytes = 512 << 10;  // that a rank sends: see docs/decisions.md
-constexpr i64 kMostRows = 1024;          // with a flag each
+constexpr i64 kRowSlack = 1024;  // words: a row ends in whole steps of its threads
 
 /// Evenly, whatever the ranks' shares of weights: it is the links that take the time.
 Ranges rows_of(const FusedNormArgs& norm, int n_ranks) { return divide(norm.y.ne[1], 1, n_ranks, {}); }
@@ -19,7 +18,7 @@ Ranges rows_of(const FusedNormArgs& norm, int n_ranks) { return divide(norm.y.ne
 /// An all_reduce and the norm behind it.
 struct Pair {
     size_t reduce = 0;                // the norm is the step after it
-    std::optional<Push> pushed;       // nothing: pulled
+    bool is_pushed = false;           // else pulled
     bool in_pieces = false;           // the step in front of it, which adds up pieces of the summand, is the norm's work too
     int product = -1, sum = -1;       // tensors of the graph; sum -1: there is no residual
     std::vector<int> normed;          // the norm's result, and that times its weight: one place
@@ -41,7 +40,8 @@ class Pairs {
         for (int reader : readers(pair.sum)) {
             if (is_in(steps_[pair.reduce + 1], reader)) continue;
             const bool by_pair = std::any_of(pairs_.begin(), pairs_.end(), [&](const Pair& other) {
-                return !other.pushed && other.sum == reader && other.norm[0].a.data == pair.norm[0].sum.data && same_shape(other.norm[0].a, pair.norm[0].sum);
+                return !other.is_pushed && other.sum == reader && other.norm[0].a.data == pair.norm[0].sum.data &&
+                       same_shape(other.norm[0].a, pair.norm[0].sum);
             });
             if (!by_pair) return true;
         }
@@ -114,20 +114,15 @@ class Pairs {
     static const char* place_of(const FusedNormArgs& norm) { return norm.has_b ? norm.b.data : norm.a.data; }
     /// Whether every rank can push its summand, in pieces if there are any.
     bool push(size_t i, Pair& out) const {
-        const std::optional<Push> way = memory_.way_of(steps_[i].elems * 4);
-        if (!way) return false;
+        if (!memory_.pushes(steps_[i].elems * 4)) return false;
         out.summands.assign(out.norm.size(), Pieces{});
         out.in_pieces = i > 0 && pieces_of(steps_[i - 1], out);
         if (!out.in_pieces) out.summands.assign(out.norm.size(), Pieces{});
-        for (Push by : {kTagged, kFlagged}) {  // rows that leave threads idle need more room for words
-            if (by < *way) continue;
-            size_t r = 0;
-            while (r < out.norm.size() && push_norm(by, out.norm[r], out.summands[r], static_cast<int>(r), archs_[r], memory_, 0).launch.kernel) ++r;
-            if (r < out.norm.size()) continue;
-            out.pushed = by;
-            return true;
-        }
-        return out.in_pieces = false;
+        out.is_pushed = true;
+        for (size_t r = 0; r < out.norm.size(); ++r)
+            out.is_pushed &= push_norm(out.norm[r], out.summands[r], static_cast<int>(r), archs_[r], memory_, 0).launch.kernel != nullptr;
+        out.in_pieces &= out.is_pushed;
+        return out.is_pushed;
     }
     /// A step that adds up pieces of the summand, on the ranks that have pieces.
     static bool pieces_of(const ProgramStep& step, Pair& out) {
@@ -158,15 +153,14 @@ class Pairs {
 }  // namespace
 
 PeerMemory::PeerMemory(const std::vector<std::unique_ptr<Device>>& devices, i64 pull, i64 push, double deadline)
-    : n_ranks(static_cast<int>(devices.size())), pull_bytes(pull), push_bytes(push), deadline_s(deadline) {
-    // Of the largest all_reduce a sender has words of twice its bytes, or its bytes and the rows' flags.
-    const i64 tagged = std::min(push, kTaggedBytes) / (n_ranks - 1) / 8 * 16, flagged = push / (n_ranks - 1) / 128 * 128;
-    inboxes_[kTagged] = {0, tagged, 0};
-    inboxes_[kFlagged] = {2 * n_ranks * tagged, flagged + kMostRows * 4, flagged};
-    inbox_bytes_ = static_cast<size_t>(inboxes_[kFlagged].begin + 2 * n_ranks * inboxes_[kFlagged].sender_bytes);
+    : n_ranks(static_cast<int>(devices.size())),
+      pull_bytes(pull),
+      push_bytes(push),
+      inbox_words((push / (n_ranks - 1) / 4 + kRowSlack - 1) / kRowSlack * kRowSlack),
+      deadline_s(deadline) {
     for (const auto& device : devices) {
         states_.emplace_back(*device, sizeof(PeerState));
-        if (push) pushed_.emplace_back(*device, inbox_bytes_);
+        inboxes_.emplace_back(*device, std::max<size_t>(inbox_bytes(), 16));
     }
     reset();
 }
@@ -176,15 +170,9 @@ void PeerMemory::reset() const {
         const Device& device = *states_[r].device();
         device.make_current();
         TP_CUDA(device.driver, device.rank, cuMemsetD8Async, states_[r].pointer(), 0, sizeof(PeerState), device.stream);
-        if (push_bytes) TP_CUDA(device.driver, device.rank, cuMemsetD8Async, pushed_[r].pointer(), 0, inbox_bytes_, device.stream);
+        if (inbox_words) TP_CUDA(device.driver, device.rank, cuMemsetD8Async, inboxes_[r].pointer(), 0, inbox_bytes(), device.stream);
         if (!device.wait(deadline_s)) throw Error("rank " + std::to_string(device.rank) + " did not clear its counters in time");
     }
-}
-
-std::optional<Push> PeerMemory::way_of(i64 bytes) const {
-    const i64 sent = bytes * (n_ranks - 1);
-    if (sent > push_bytes) return std::nullopt;
-    return sent <= kTaggedBytes ? kTagged : kFlagged;
 }
 
 RankLaunch pull_norm(const std::vector<FusedNormArgs>& norms, int rank, bool whole_sum, bool whole_normed, Arch arch, const PeerMemory& memory,
@@ -210,19 +198,19 @@ RankLaunch pull_norm(const std::vector<FusedNormArgs>& norms, int rank, bool who
     return out;
 }
 
-RankLaunch push_norm(Push way, const FusedNormArgs& norm, const Pieces& summand, int rank, Arch arch, const PeerMemory& memory, DevicePtr fault) {
+RankLaunch push_norm(const FusedNormArgs& norm, const Pieces& summand, int rank, Arch arch, const PeerMemory& memory, DevicePtr fault) {
     PushNormArgs args{};
     args.norm = norm;
     args.summand = summand;
     args.n_ranks = memory.n_ranks;
-    for (int p = 0; p < args.n_ranks; ++p) args.inbox[p] = memory.inbox(way, p);
-    args.sender_bytes = memory.inbox(way).sender_bytes, args.flags_at = memory.inbox(way).flags_at;
+    for (int p = 0; p < args.n_ranks; ++p) args.inbox[p] = memory.inbox(p);
+    args.inbox_words = memory.inbox_words;
     args.own = memory.state(rank);
     args.fault = reinterpret_cast<u32*>(fault);
     args.deadline_ns = static_cast<u64>(memory.deadline_s * 1e9);
     args.rank = rank;
     RankLaunch out;
-    replace(out, push_norm_launch(args, way == kTagged, arch), args);
+    replace(out, push_norm_launch(args, arch), args);
     return out;
 }
 
@@ -234,15 +222,15 @@ void join_norms(Program& program, const Graph& graph, const std::vector<std::uni
     const int n = static_cast<int>(devices.size());
     std::vector<size_t> gone;
     for (const Pair& pair : pairs.all()) {
-        const bool whole_sum = pair.pushed || pairs.is_sum_read(pair) || graph.tensors[pair.sum].is_output,
-                   whole_normed = pair.pushed || pairs.is_normed_read(pair);
+        const bool whole_sum = pair.is_pushed || pairs.is_sum_read(pair) || graph.tensors[pair.sum].is_output,
+                   whole_normed = pair.is_pushed || pairs.is_normed_read(pair);
         ProgramStep step;
         step.label = "sum of " + program.steps[pair.reduce].label + ", " + program.steps[pair.reduce + 1].label;
         step.tensors = program.steps[pair.reduce + 1].tensors;
         for (int r = 0; r < n; ++r) {
             const auto at = static_cast<size_t>(r);
-            step.launches.push_back(pair.pushed ? push_norm(*pair.pushed, pair.norm[at], pair.summands[at], r, archs[at], memory, faults[at])
-                                                : pull_norm(pair.norm, r, whole_sum, whole_normed, archs[at], memory, faults[at]));
+            step.launches.push_back(pair.is_pushed ? push_norm(pair.norm[at], pair.summands[at], r, archs[at], memory, faults[at])
+                                                   : pull_norm(pair.norm, r, whole_sum, whole_normed, archs[at], memory, faults[at]));
         }
         program.steps[pair.reduce + 1] = std::move(step);
         if (pair.in_pieces) gone.push_back(pair.reduce - 1);

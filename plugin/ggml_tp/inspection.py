@@ -12,7 +12,7 @@ import cffi
 
 from . import LIBRARY
 
-REDUCES = {"NCCL": 0, "NCCL in a graph": 1, "NCCL, symmetric windows": 2, "pulled, with the norm": 3, "pushed in tagged words, with the norm": 4, "pushed behind flags, with the norm": 5}
+REDUCES = {"NCCL": 0, "NCCL in a graph": 1, "NCCL, symmetric windows": 2, "pulled, with the norm": 3, "pushed, with the norm": 4}
 TEXTS = {"config": 0, "layout": 1, "plan": 2, "program": 3, "devices": 4, "stages": 5}
 # Of a model's graph, what its file's tensors do not say.
 TRAITS = {"layer_norm": 1, "parallel": 2, "residual_first": 4, "encoder": 8, "unfused": 16}
