@@ -18,10 +18,10 @@ struct Config {
     std::string nccl_path;      // GGML_TP_NCCL; empty: the wheel beside the package, then the system's
     bool p2p = true;            // GGML_TP_P2P=0: no direct copies between GPUs, by NCCL either
     long norm_bytes = 2 << 20;  // GGML_TP_NORM_BYTES: all_reduces from this size on are the work of the norm behind them, where peers can be reached
-    long push_bytes = -1;  // GGML_TP_PUSH_BYTES: and those for which a rank sends up to so many bytes, if it pushes its summand to all others; -1: by the links
-    bool persist = true;   // GGML_TP_PERSIST=0: a kernel per step also where a token could be one persistent kernel
-    int log_level = 1;     // GGML_TP_LOG: 0 errors, 1 one line per event, 2 plans and programs
-    double deadline_s = 60;  // GGML_TP_DEADLINE: how long one graph may take before its peers are given up
+    long push_bytes = -1;       // GGML_TP_PUSH_BYTES: and those for which a rank sends others up to so many bytes; -1: by the links
+    bool persist = true;        // GGML_TP_PERSIST=0: a kernel per step also where a token could be one persistent kernel
+    int log_level = 1;          // GGML_TP_LOG: 0 errors, 1 one line per event, 2 plans and programs
+    double deadline_s = 60;     // GGML_TP_DEADLINE: how long one graph may take before its peers are given up
 
     std::string to_text() const;
 };

@@ -22,7 +22,7 @@ VARIABLES = [
     ("GGML_TP_EMULATE", "off", 'emulated GPUs for tests and demos, slow: "sm_60*4" is four P100-like devices'),
     ("GGML_TP_P2P", "where proven", "0: no direct copies between GPUs, by NCCL either"),
     ("GGML_TP_NORM_BYTES", "2097152", "an all_reduce of so many bytes or more is done by the norm behind it, over the GPUs' direct links"),
-    ("GGML_TP_PUSH_BYTES", "by the links", "so is one for which a rank sends up to so many bytes, its summand to every other: 1572864 by NVLink, 131072 by PCIe; 0: none"),
+    ("GGML_TP_PUSH_BYTES", "by the links", "so is one for which a rank sends others up to so many bytes: 1572864 by NVLink, 131072 by PCIe; 0: none"),
     ("GGML_TP_PERSIST", "where it gains", "0: a kernel per step also where a token could be one persistent kernel (sm_90)"),
     ("GGML_TP_NCCL", "the wheel's", "path of libnccl.so.2 (default: the nvidia-nccl-cu12 wheel beside the package, then the system's)"),
     ("GGML_TP_LOG", "1", "0: errors only, 1: one line per event, 2: more"),
