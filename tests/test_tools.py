@@ -253,7 +253,8 @@ def test_scaling_reports_what_ran_and_what_did_not(tmp_path):
     done = subprocess.run([*command, "--peer", str(peer), "--json", str(out)], capture_output=True, text=True, env=environment, timeout=250)
     result = json.loads(out.read_text())
     (entry,) = result["models"]
-    assert done.returncode == 0 and set(result["all_reduce"]) == {"NCCL", "NCCL in a graph", "peers, with the norm"} and "Emulated" in result["gpu"]
+    assert done.returncode == 0 and "Emulated" in result["gpu"]
+    assert set(result["all_reduce"]) == {"NCCL", "NCCL in a graph", "pulled, with the norm", "pushed, with the norm"}
     assert entry["ours"]["2"]["tests"]["tg4"]["tokens_per_s"] > 0 and entry["peer"]["layer"]["tests"]["pp8"]["tokens_per_s"] == 5.0
     assert entry["limit"]["all_reduces"] == 4 and 0 < entry["limit"]["tokens_per_s"] < entry["limit"]["tokens_per_s_without_reduces"]
     assert "| tiny-Q4_0 | tg4 |" in done.stdout and "peer tensor: status 1: no tensor split here" in done.stdout
