@@ -16,7 +16,7 @@ import numpy as np
 import random_graphs
 from ggml_tp import LIBRARY as INSTALLED
 from ggml_tp.host import N_GPU_LAYERS_OFFSET, SPLIT_TENSORS, Host, HostError
-from ggml_tp.inspection import REDUCES, Inspection
+from ggml_tp.inspection import Inspection
 
 LIBRARY = Path(os.environ.get("TEST_LIBRARY", INSTALLED))  # a sanitizer's build, when tests ask for it
 _cache: dict[Any, Any] = {}
@@ -642,12 +642,6 @@ def two_contexts(model: str) -> dict[str, Any]:
     second.close()
     loaded.close()
     return {"tokens": tokens, "both": both, "one": one, "after": after}
-
-
-def all_reduce_times(n_bytes: int) -> dict[str, float | None]:
-    _with_plugin()
-    inspection = Inspection(LIBRARY)
-    return {how: inspection.all_reduce_seconds(n_bytes, how, rounds=4) for how in REDUCES}
 
 
 def try_contexts(model: str, contexts: list[int]) -> list[dict[str, Any]]:

@@ -309,6 +309,15 @@ def test_what_does_not_fit_an_inbox_is_not_pushed(workers):
         assert ("push_norm<" in text) == pushes != (" f32\n" in text), text
 
 
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="the emulator's links are said to be PCIe")
+def test_less_is_pushed_by_pcie(workers):
+    """Rows of 256 elements: 130 are more than 128 KiB, 12 are not."""
+    names = [f"mul_mat Q4_K and norm, residual behind, m{m}" for m in (12, 130)]
+    for links, pushes in (({}, [True, True]), ({"TP_EMULATOR_PCIE": "1"}, [True, False])):
+        texts = workers.run(jobs.programs, emulated(2, "sm_90", **links), names=names).values()
+        assert ["push_norm<" in text for text in texts] == pushes
+
+
 def test_a_result_without_memory_is_refused(workers, capfd):
     """The process died of it."""
     status, after = workers.run(jobs.result_without_memory, emulated(2, TEST_STDERR="memory"))

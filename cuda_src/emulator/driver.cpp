@@ -294,7 +294,8 @@ API int cuMemsetD8Async(DevicePtr to, unsigned char value, size_t n, void* strea
     return kOk;
 }
 API int cuDeviceCanAccessPeer(int* can, int, int) { return *can = 1, kOk; }
-API int cuDeviceGetP2PAttribute(int* value, int, int, int) { return *value = 1, kOk; }
+/// Of native atomics: links are NVLink, or PCIe, for tests.
+API int cuDeviceGetP2PAttribute(int* value, int, int, int) { return *value = std::getenv("TP_EMULATOR_PCIE") == nullptr, kOk; }
 API int cuCtxEnablePeerAccess(void*, unsigned) { return kOk; }
 API int cuCtxDisablePeerAccess(void*) { return kOk; }
 API int cuMemcpyPeerAsync(DevicePtr to, void*, DevicePtr from, void*, size_t n, void* stream) {

@@ -107,9 +107,16 @@ class Pairs {
         if (out.norm[0].has_b) out.sum = of_product[0];
         if (graph_.tensors[of_product[0]].op != (out.norm[0].has_b ? Op::ADD : Op::RMS_NORM)) return false;
         if (push(i, out)) return true;
+        return reduce.elems * 4 >= memory_.pull_bytes && can_pull(out.norm);
+    }
+    /// Whether every rank can.
+    bool can_pull(const std::vector<FusedNormArgs>& norms) const {
         PullNormArgs probe{};
-        probe.norm = out.norm[0];
-        return reduce.elems * 4 >= memory_.pull_bytes && pull_norm_launch(probe, archs_[0]).kernel;
+        for (size_t r = 0; r < norms.size(); ++r) {
+            probe.norm = norms[r];
+            if (!pull_norm_launch(probe, archs_[r]).kernel) return false;
+        }
+        return true;
     }
     static const char* place_of(const FusedNormArgs& norm) { return norm.has_b ? norm.b.data : norm.a.data; }
     /// Whether every rank can push its summand, in pieces if there are any.
