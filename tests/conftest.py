@@ -17,6 +17,7 @@ import pytest
 
 DEADLINE_S = 240
 CLOSE_S = 60  # sanitized processes end slowly
+MOST_WORKERS = 6  # at once: under TSan one takes up to 3.5 GB; all of test_ops.py's took 22 GB of 24, or were killed, where six take 11
 
 
 def _serve(connection: Connection, environment: dict[str, str]) -> None:
@@ -65,7 +66,7 @@ class Worker:
             done, result = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(CLOSE_S)
-            raise WorkerError(f"{self._name}: died in {job.__name__}, exit code {self._process.exitcode} (-6: an assertion)") from None
+            raise WorkerError(f"{self._name}: died in {job.__name__}, exit code {self._process.exitcode} (-6: an assertion; -9: killed, for memory?)") from None
         if not done:
             error, text = result
             raise error from WorkerError(f"{self._name}:\n{text}")
@@ -86,14 +87,20 @@ class Worker:
 
 
 class Workers:
+    """By environment; the least recently used goes when there are too many."""
+
     def __init__(self) -> None:
-        self._workers: dict[tuple[tuple[str, str], ...], Worker] = {}
+        self._workers: dict[tuple[tuple[str, str], ...], Worker] = {}  # the most recently used is the last
 
     def run(self, job: Callable[..., Any], environment: dict[str, str], deadline: float = DEADLINE_S, **arguments: Any) -> Any:
         key = tuple(sorted(environment.items()))
-        if key not in self._workers or not self._workers[key].alive():
-            self._workers[key] = Worker(environment)
-        return self._workers[key].run(job, arguments, deadline)
+        worker = self._workers.pop(key, None)
+        if worker is None or not worker.alive():
+            if len(self._workers) == MOST_WORKERS and (failure := self._workers.pop(next(iter(self._workers))).close(CLOSE_S)):
+                raise WorkerError(failure)
+            worker = Worker(environment)
+        self._workers[key] = worker
+        return worker.run(job, arguments, deadline)
 
     def close(self, deadline: float = CLOSE_S) -> None:
         failures = [failure for worker in self._workers.values() if (failure := worker.close(deadline))]

@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from conftest import WorkerError, Workers
+from conftest import MOST_WORKERS, WorkerError, Workers
 
 
 def _pid() -> int:
@@ -61,6 +61,16 @@ def test_an_error_keeps_its_type_and_says_where(some):
     with pytest.raises(ValueError, match="said by the job") as caught:
         some.run(_fail, {})
     assert "in _fail" in str(caught.value.__cause__)
+    some.close()
+
+
+def test_too_many_end_the_least_recently_used(some):
+    pids = [some.run(_pid, {"NUMBER": str(i)}) for i in range(MOST_WORKERS)]
+    assert some.run(_pid, {"NUMBER": "0"}) == pids[0]
+    some.run(_pid, {"NUMBER": str(MOST_WORKERS)})
+    assert some.run(_pid, {"NUMBER": "0"}) == pids[0]
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[1], 0)
     some.close()
 
 
