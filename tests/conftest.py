@@ -1,4 +1,4 @@
-"""Workers: a process per environment, kept for the session, each job and each end with a deadline."""
+"""Workers: a process per environment, some of them kept while their module runs, each job and each end with a deadline."""
 
 from __future__ import annotations
 
