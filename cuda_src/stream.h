@@ -60,9 +60,11 @@ inline bool stream_fit(StreamProduct& p, i64 blocks) {
         for (p.lanes = 8; p.lanes < 32 && p.lanes < units;) p.lanes *= 2;
         p.k_groups = p.units_each = 1;
     } else {
-        // As few groups along k as there are rows for all warps, and as a lane's registers allow: sums within a warp are cheapest.
+        // As few groups along k as give every warp two rows, which it multiplies at once anyway, and as a lane's registers allow: sums within a warp are
+        // cheapest.
         auto units_each = [&] { return (units + 32 * p.k_groups - 1) / (32 * p.k_groups); };
-        p.k_groups = p.rows < kStreamWarps ? kStreamWarps / p.rows : 1;
+        p.k_groups = 2 * kStreamWarps / p.rows;
+        p.k_groups = p.k_groups < 1 ? 1 : p.k_groups > kStreamWarps ? kStreamWarps : p.k_groups;
         while (p.k_groups < kStreamWarps && units_each() * unit > kStreamMostElems) p.k_groups *= 2;
         const i32 each = units_each();
         p.units_each = each < 1 ? 1 : each;
