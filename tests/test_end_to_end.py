@@ -384,6 +384,13 @@ def test_a_token_of_long_inputs(workers, models, family, options):
     assert result["counters"].last_kernel_launches == 1, result["program"]
 
 
+@pytest.mark.parametrize("quant", ["Q8_0", "Q5_K"])
+def test_a_token_of_tiles_of_eight_rows(workers, models, quant):
+    """Two rows for each of a block's eight warps all the same: a tile of the down product is of two groups along its input."""
+    result = check(workers, models, "llama", quant, 1, arch="sm_90", feed_forward_length=3584)
+    assert result["counters"].last_kernel_launches == 1, result["program"]
+
+
 @pytest.mark.parametrize(
     ("family", "quant", "ranks", "n", "options"),
     [("llama", "Q4_0", 1, 700, {}), ("llama", "Q8_0", 3, 700, {"attention__head_count": 6, "attention__head_count_kv": 6}), ("llama", "Q4_K", 2, 700, WIDE),
