@@ -384,10 +384,13 @@ def test_a_token_of_long_inputs(workers, models, family, options):
     assert result["counters"].last_kernel_launches == 1, result["program"]
 
 
-@pytest.mark.parametrize("quant", ["Q8_0", "Q5_K"])
-def test_a_token_of_tiles_of_eight_rows(workers, models, quant):
-    """Two rows for each of a block's eight warps all the same: a tile of the down product is of two groups along its input."""
-    result = check(workers, models, "llama", quant, 1, arch="sm_90", feed_forward_length=3584)
+@pytest.mark.parametrize(
+    ("quant", "options"),
+    [("Q8_0", {"feed_forward_length": 3584}), ("Q5_K", {"feed_forward_length": 3584}), ("Q8_0", {"embedding_length": 2560, "feed_forward_length": 256})],
+)
+def test_a_token_of_tiles_of_eight_rows(workers, models, quant, options):
+    """Two rows for each of a block's eight warps all the same: a tile is of two groups along its input, that of the down product or of all others."""
+    result = check(workers, models, "llama", quant, 1, arch="sm_90", **options)
     assert result["counters"].last_kernel_launches == 1, result["program"]
 
 
