@@ -543,9 +543,11 @@ struct StreamProduct {
     float* glu_copy;  // what glu_y is, for the next product alone: rows of glu_k with the results from glu_begin on, zeros elsewhere; or null
     u64* inbox[16];   // where this rank's sums go on every rank instead of to y: the all_reduce behind this product
     i32 glu_k, glu_begin;
-    i32 lanes, y_stride;  // lanes that share a row of a slot (kExpertsSum); from slot to slot of y and glu_y
-    i32 piece_shift;      // rows of a tile's piece, of gates and of ups each where there are both: 1 << piece_shift
-    i32 share;            // elements of a normed input, of which a block writes what others may read of it
+    i32 lanes, y_stride;             // lanes that share a row of a slot (kExpertsSum); from slot to slot of y and glu_y
+    i32 piece_shift;                 // rows of a tile's piece, of gates and of ups each where there are both: 1 << piece_shift
+    i32 pieces;                      // of a tile that arrive one by one: 1 or kStreamPieces
+    i32 in_flight, in_flight_early;  // pieces on their way at most (stream.h, kStreamInFlight), of kStreamPieces a tile
+    i32 share;                       // elements of a normed input, of which a block writes what others may read of it
 };
 constexpr i32 kStreamMostExperts = 512;
 // A router's choice, for one token: of the logits (plus logits_bias) a soft max or sigmoids, of which (plus selection_bias) the n_used largest

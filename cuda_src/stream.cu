@@ -24,11 +24,10 @@ namespace ggml_tp {
 namespace {
 
 constexpr int kMultiply = 32 * kStreamWarps;
-constexpr int kOuts = 3;                             // tiles whose sums may wait to be stored: what shared memory has left
-constexpr int kInFlightExperts = 2 * kStreamPieces;  // pieces on their way (kStreamInFlight): experts' tiles are small
-constexpr int kAheadCells = 512;                     // of the cache, that a block asks for ahead
-constexpr u32 kPollsPerLook = 1024;                  // at the clock
-constexpr int kFloatRows = 4;                        // of a product of floats, that a block computes at once
+constexpr int kOuts = 3;             // tiles whose sums may wait to be stored: what shared memory has left
+constexpr int kAheadCells = 512;     // of the cache, that a block asks for ahead
+constexpr u32 kPollsPerLook = 1024;  // at the clock
+constexpr int kFloatRows = 4;        // of a product of floats, that a block computes at once
 
 struct Shared {
     char x[kStreamMostK];
@@ -300,29 +299,30 @@ TP_OUTLINE void stream_weights() {
     Turn<kStreamSlots * kStreamPieces> ahead;
     Turn<1> routed, weighed;
     const u64 once = tp_read_once();
-    int in_flight = 0, most_in_flight = kStreamInFlight;
+    int in_flight = 0, most_in_flight = kStreamInFlight, most_early = kStreamInFlightEarly;
     bool early = true;  // ahead of the stage that is multiplied
-    // Room for piece q of the next tile of product i, and its bytes announced (a copy may land before: the phase waits for the announcement). All
-    // lanes wait: one that did so for the others cost 1,000 cycles a tile, in leaving and joining them again.
-    auto begin_piece = [&](int i, int q, u32 bytes) {
-        while (in_flight >= (early ? kStreamInFlightEarly : most_in_flight)) {
+    // Room for piece q of the next tile of product i, and its bytes announced (a copy may land before: the phase waits for the announcement); `of` pieces
+    // that come as one have their bytes in the first. All lanes wait: one that did so for the others cost 1,000 cycles a tile, in leaving and joining them
+    // again.
+    auto begin_piece = [&](int i, int q, int of, u32 bytes) {
+        while (in_flight + of > (early ? most_early : most_in_flight)) {
             tp_barrier_wait(full + ahead.at, ahead.parity);
             ahead.next();
             --in_flight;
             if (early) early = i > __shfl_sync(0xffffffffu, (int)tp_peek(&s.stage_now), 0);  // one answer for all lanes
         }
-        ++in_flight;
+        in_flight += of;
         if (q == 0) {
             __syncwarp();  // a lane that fell a turn of the ring behind would wait for a parity that has come and gone: seen where lanes' answers differed
             tp_barrier_wait(empty + slot.at, slot.parity ^ 1);
         }
-        if (lane == 0) tp_barrier_expect(full + (slot.at * kStreamPieces + q), bytes);
+        if (lane < of) tp_barrier_expect(full + (slot.at * kStreamPieces + q + lane), lane == 0 ? bytes : 0u);
     };
     for (int i = args.first_product, next, kind; i < args.n_stages; i = next) {
         const StreamExperts& experts = fetch_product(args.stages[i], s.streamed, next, kind);
         if (kind == kStreamFlash) {
             const StreamCells& c = *(const StreamCells*)&experts;
-            early = true, most_in_flight = c.most_in_flight;
+            early = true, most_in_flight = c.most_in_flight, most_early = kStreamInFlightEarly;
             const int groups = c.groups, half = groups * kColumnsStep / 2, together = half < kColumnsStep ? half : kColumnsStep;  // rows of one group
             for (int unit = blockIdx.x; unit < c.n_units * c.n_splits; unit += gridDim.x) {
                 const CellsUnit of(c, unit);
@@ -342,7 +342,7 @@ TP_OUTLINE void stream_weights() {
                                 u32 rows = 0;  // of the piece's groups
                                 for (int at = q * half; at < q * half + half; at += together)
                                     if (bits >> at / kColumnsStep & 1) rows += (u32)together;
-                                begin_piece(i, q, rows * row_bytes);
+                                begin_piece(i, q, 1, rows * row_bytes);
                                 for (int at = q * half + lane * run; at < q * half + half; at += 32 * run)
                                     if (bits >> at / kColumnsStep & 1)
                                         tp_bulk_load_once(ring + (slot.at * kStreamSlotBytes + at * stride), from + at * row, (u32)run * row_bytes,
@@ -369,9 +369,10 @@ TP_OUTLINE void stream_weights() {
         if (p.input == kInputNorm && p.weight)  // into the L2: a share of every block
             for (int line = (int)blockIdx.x + (int)gridDim.x * lane; line < p.k / 32; line += 32 * (int)gridDim.x) tp_prefetch(p.weight + line * 32);
         early = !p.role;
-        most_in_flight = p.role ? kInFlightExperts : kStreamInFlight;
+        most_in_flight = p.in_flight, most_early = p.in_flight_early;
         const int halves = p.glu ? 2 : 1, step = p.rows / halves, n_planes = p.n_planes, n_tiles = p.n_tiles, piece_rows = 1 << p.piece_shift;
-        u32 row_bytes = 0;  // of all copies
+        const bool whole = p.pieces == 1;  // or in two pieces, unrolled: as a loop over one or two, 8B in Q6_K fell from 393 to 353 tokens/s
+        u32 row_bytes = 0;                 // of all copies
         for (int f = 0; f < n_planes; ++f) row_bytes += (u32)p.row_bytes[f];
         if (p.role == kExpertsSum) {
             const int n = (int)p.part[0].n, slots = p.slots;
@@ -386,13 +387,9 @@ TP_OUTLINE void stream_weights() {
             }
             for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
                 const int row = tile * step, rows = n - row < step ? n - row : step;
+                begin_piece(i, 0, kStreamPieces, (u32)(rows * slots) * row_bytes);
 #pragma unroll
-                for (int q = 0; q < kStreamPieces; ++q) {
-                    begin_piece(i, q, q ? 0u : (u32)(rows * slots) * row_bytes);
-#pragma unroll
-                    for (int c = 0; c < 2; ++c)
-                        copies[c].issue(ring + slot.at * kStreamSlotBytes, full + slot.at * kStreamPieces, 0, row, q ? 0u : (u32)rows, once);
-                }
+                for (int c = 0; c < 2; ++c) copies[c].issue(ring + slot.at * kStreamSlotBytes, full + slot.at * kStreamPieces, 0, row, (u32)rows, once);
                 slot.next();
             }
             continue;
@@ -408,11 +405,16 @@ TP_OUTLINE void stream_weights() {
             for (; tile < tiles; tile += gridDim.x) {
                 const int j = tiles > tiles_each ? tile / tiles_each : 0, row = (tile - j * tiles_each) * step, rows = n - row < step ? n - row : step;
                 const i64 from_row = p.role == kExpertsEach ? (i64)s.experts[j] * n + row : row;
+                if (whole) {
+                    begin_piece(i, 0, kStreamPieces, (u32)rows * row_bytes);
+                    copy.issue(ring + slot.at * kStreamSlotBytes, full + slot.at * kStreamPieces, 0, from_row, (u32)rows, once);
+                } else {
 #pragma unroll
-                for (int q = 0; q < kStreamPieces; ++q) {
-                    const int at = q * piece_rows, left = rows - at, of_piece = left < 0 ? 0 : left < piece_rows ? left : piece_rows;
-                    begin_piece(i, q, (u32)of_piece * row_bytes);
-                    copy.issue(ring + slot.at * kStreamSlotBytes, full + (slot.at * kStreamPieces + q), (u32)at, from_row + at, (u32)of_piece, once);
+                    for (int q = 0; q < kStreamPieces; ++q) {
+                        const int at = q * piece_rows, left = rows - at, of_piece = left < 0 ? 0 : left < piece_rows ? left : piece_rows;
+                        begin_piece(i, q, 1, (u32)of_piece * row_bytes);
+                        copy.issue(ring + slot.at * kStreamSlotBytes, full + (slot.at * kStreamPieces + q), (u32)at, from_row + at, (u32)of_piece, once);
+                    }
                 }
                 slot.next();
             }

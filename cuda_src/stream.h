@@ -30,6 +30,22 @@ inline i32 stream_share(i64 k, i64 blocks) { return (i32)(((k + blocks - 1) / bl
 /// Elements of a product's input.
 inline i32 stream_input(const StreamProduct& p) { return p.role == kExpertsSum ? p.k * p.slots : p.k; }
 
+// Pieces on their way to a multiprocessor, of half a slot. More would queue the activations' loads and the results' stores behind them: 55 KB of the
+// stage that is multiplied, where bandwidth counts; 18 KB ahead of it, while stages hand over (docs/decisions.md).
+constexpr int kStreamInFlight = 3, kStreamInFlightEarly = 1;
+// What a tile costs the warp that streams: cycles for each of its pieces and for each copy, and cycles in which the memory brings a KB to a multiprocessor,
+// all of them at it (one H200: gates and ups of Q6_K, four planes, took 2,066 cycles a tile of 27 KB in two pieces, its output product 1,822, its down
+// product 1,736 of 23 KB; a copy alone takes 58; docs/decisions.md).
+constexpr int kStreamPieceCycles = 590, kStreamCopyCycles = 55, kStreamCyclesPerKB = 60;
+// Pieces at most that are on their way: not all of the ring, whose barriers' phases would come round.
+constexpr i64 kStreamMostInFlight = (kStreamSlots - 1) * kStreamPieces;
+/// Of so many bytes each, `of` of which always come together.
+inline i32 stream_in_flight(i64 piece_bytes, i64 of) {
+    const i64 all = kStreamInFlight * kStreamSlotBytes / kStreamPieces / (piece_bytes > 0 ? piece_bytes : 1);
+    const i64 least = (kStreamInFlight + of - 1) / of * of, n = all / of * of;
+    return (i32)(n < least ? least : n > kStreamMostInFlight ? kStreamMostInFlight : n);
+}
+
 /// Fills in the tiles of a product of which parts, n_parts, type, k, row_bytes, glu, slots and role are set, for so many blocks. False: it does not fit the
 /// ring, or its copies would not begin at multiples of 16 bytes.
 inline bool stream_fit(StreamProduct& p, i64 blocks) {
@@ -79,7 +95,15 @@ inline bool stream_fit(StreamProduct& p, i64 blocks) {
         return true;
     };
     while (piece_rows < step && !aligned()) piece_rows *= 2;
+    i64 tile_bytes = 0;
+    for (int f = 0; f < p.n_planes; ++f) tile_bytes += (i64)p.rows * copies * p.row_bytes[f];
+    // One piece, where two would keep the streaming warp longer than the memory.
+    const int n_copies = p.n_planes * (p.glu ? 2 : 1);
+    if (kStreamPieces * (kStreamPieceCycles + n_copies * kStreamCopyCycles) > tile_bytes * kStreamCyclesPerKB / 1024) piece_rows = step;
     for (p.piece_shift = 0; 1 << p.piece_shift < piece_rows;) ++p.piece_shift;
+    p.pieces = sums || piece_rows >= step ? 1 : kStreamPieces;
+    p.in_flight = p.role ? 2 * kStreamPieces : stream_in_flight(tile_bytes / kStreamPieces, kStreamPieces / p.pieces);
+    p.in_flight_early = kStreamInFlightEarly * kStreamPieces / p.pieces;
     p.n_tiles = 0;
     for (int i = 0; i < 3; ++i) p.first_tile[i] = 0;
     for (int i = 0; i < p.n_parts; ++i) {
@@ -95,9 +119,6 @@ inline bool stream_fit(StreamProduct& p, i64 blocks) {
     return true;
 }
 
-// Pieces on their way to a multiprocessor, of half a slot. More would queue the activations' loads and the results' stores behind them: 55 KB of the
-// stage that is multiplied, where bandwidth counts; 18 KB ahead of it, while stages hand over (docs/decisions.md).
-constexpr int kStreamInFlight = 3, kStreamInFlightEarly = 1;
 // Cells of a cache beyond which they come through the ring (one H100, tokens/s with it, without): 8B, Q4_0 at 768 cells 478, 462, at 1,280 460, 442, at 4,352
 // 423, 395; but where heads are normed, 32 of them in every block: Qwen3-30B-A3B at 1,280 365, 378, at 2,304 346, 370, at 4,352 340, 342, at 16,640
 // 303, 243.
@@ -149,11 +170,7 @@ inline bool stream_cells_fit(StreamFlash& f, i64 blocks) {
         c.split_cells = (i32)((cells + splits - 1) / splits + kColumnsStep - 1) / kColumnsStep * kColumnsStep;
         c.n_splits = (i32)((cells + c.split_cells - 1) / c.split_cells);
         if (stream_combine_bytes(c.n_splits) > kStreamInputBytes) continue;
-        // Small pieces: as many bytes, but not all of the ring, whose barriers' phases would come round.
-        const i64 piece = c.groups * kColumnsStep / kStreamPieces * row,
-                  in_flight = kStreamInFlight * kStreamSlotBytes / kStreamPieces / (piece > 0 ? piece : 1);
-        constexpr i64 kMost = (kStreamSlots - 1) * kStreamPieces;
-        c.most_in_flight = (i32)(in_flight < kStreamInFlight ? kStreamInFlight : in_flight > kMost ? kMost : in_flight);
+        c.most_in_flight = stream_in_flight(c.groups * kColumnsStep / kStreamPieces * row, 1);
         c.units_inverse = stream_inverse(units), c.sets_inverse = stream_inverse(sets), c.head_groups_inverse = stream_inverse(args.head_groups);
         args.cells = c.split_cells, args.n_splits = c.n_splits;
         f.cells = c;

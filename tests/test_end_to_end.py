@@ -386,11 +386,19 @@ def test_a_token_of_long_inputs(workers, models, family, options):
 
 @pytest.mark.parametrize(
     ("quant", "options"),
-    [("Q8_0", {"feed_forward_length": 3584}), ("Q5_K", {"feed_forward_length": 3584}), ("Q8_0", {"embedding_length": 2560, "feed_forward_length": 256})],
-)
+    [("Q8_0", {"feed_forward_length": 3584}), ("Q5_K", {"feed_forward_length": 3584}), ("Q6_K", {"feed_forward_length": 3584}),
+     ("Q8_0", {"embedding_length": 2560, "feed_forward_length": 256})],
+)  # fmt: skip
 def test_a_token_of_tiles_of_eight_rows(workers, models, quant, options):
     """Two rows for each of a block's eight warps all the same: a tile is of two groups along its input, that of the down product or of all others."""
     result = check(workers, models, "llama", quant, 1, arch="sm_90", **options)
+    assert result["counters"].last_kernel_launches == 1, result["program"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3moe"])
+def test_a_token_of_tiles_in_pieces(workers, models, family):
+    """Tiles of 34 KB come in two halves; those of smaller models come whole."""
+    result = check(workers, models, family, "Q8_0", 1, arch="sm_90", embedding_length=1024)
     assert result["counters"].last_kernel_launches == 1, result["program"]
 
 

@@ -1142,19 +1142,15 @@ bool is_deep(const Run& run) {
 }
 
 /// Where the persistent kernel was faster than a launch per step (tokens/s with it, without; docs/decisions.md). One H100, 8B: Q4_0 444, 420;
-/// Q8_0 275, 269; Q4_K 395, 378, of 72B's shape 218, 209; the other types 344, 331 (Q5_K) to 547, 414 (Q2_K). A model of one of these has Q6_K as
-/// well. With experts it is ahead at any length: Qwen3-30B-A3B, Q4_K, 401, 255; at 8,192 cells 269, 210; at 16,384 205, 197; at 32,000 173, 165.
+/// Q8_0 275, 269; Q4_K 395, 378, of 72B's shape 218, 209; the other types 344, 331 (Q5_K) to 547, 414 (Q2_K). One H200, Q6_K alone: 8B 391, 372, at 16,384
+/// cells 292, 253; 1B 1,594, 1,164. With experts it is ahead at any length: Qwen3-30B-A3B, Q4_K, 401, 255; at 8,192 cells 269, 210; at 16,384 205, 197; at
+/// 32,000 173, 165.
 bool gains(const Run& run) {
     if (run.n_products < kLeastProducts) return false;
     if (run.n_pushes > 0) return true;
     for (const Draft& d : run.ranks[0].stages)
         if (d.kind == kStreamProduct && d.get<StreamProduct>().role) return true;
-    if (is_deep(run)) return false;
-    for (const Draft& d : run.ranks[0].stages) {
-        if (d.kind != kStreamProduct) continue;
-        if (d.get<StreamProduct>().type != kQ6_K) return true;
-    }
-    return false;
+    return !is_deep(run);
 }
 
 /// Who waits: a stage that reads what a stage before it wrote since the last wait, or writes what such a stage read or wrote. And a product
