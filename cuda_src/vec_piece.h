@@ -419,11 +419,15 @@ struct Unit<kQ5_K> : SixBitUnit {
         return scaled(whole_float(low) * whole_float((int)(scales & 63)), whole_float(high) * whole_float((int)(scales >> 8 & 63)), d0, d1);
     }
 };
-// A nibble is a sign and one of eight amounts: what is positive and what is negative are chosen, and multiplied, apart, where zero stands for the
-// others (tp_byte_perm_sign: amounts have no sign). 44 instructions instead of the 60 that choosing one of sixteen values takes. Bytes come in the order
-// of nibbles: arrange() puts the activations of low and high nibbles side by side.
-template <>
-struct Unit<kMXFP4> : AnyUnit {
+// A nibble is a sign, its highest bit, and one of eight amounts: what is positive and what is negative are chosen, and multiplied, apart, where zero stands
+// for the others (tp_byte_perm_sign: amounts have no sign). 44 instructions instead of the 60 that choosing one of sixteen values takes. Bytes come in the
+// order of nibbles: arrange() puts the activations of low and high nibbles side by side.
+struct EightAmounts {
+    u32 word[2];
+};
+constexpr EightAmounts kFp4Amounts = {{0x03020100u, 0x0c080604u}};                                                // tp_fp4_doubled: the same with either sign
+constexpr EightAmounts kIq4Negative = {{0x4153687fu, 0x0a162331u}}, kIq4Positive = {{0x26190d01u, 0x71594535u}};  // kIq4Values: below 8, from 8 on
+struct SignedUnit : AnyUnit {
     static constexpr int kElems = 32, kWords = 2;
     TpInt4 q;
     float d;
@@ -436,21 +440,47 @@ struct Unit<kMXFP4> : AnyUnit {
         pair(low.x, high.x, x[0].x, x[0].y), pair(low.y, high.y, x[0].z, x[0].w);
         pair(low.z, high.z, x[1].x, x[1].y), pair(low.w, high.w, x[1].z, x[1].w);
     }
+    /// Products of the amounts of nibbles below 8, less those of the others.
+    TP_MEMBER int products(const EightAmounts& of_lower, const EightAmounts& of_upper, const TpInt4* x) const {
+        int lower = 0, upper = 0;
+        auto four = [](const EightAmounts& of, u32 selector, int x, int sum) {
+            return tp_dp4a((int)tp_byte_perm_sign(of.word[0], of.word[1], selector), x, sum);
+        };
+        auto eight = [&](int word, int first, int second) {
+            const u32 nibbles = (u32)word, opposite = nibbles ^ 0x88888888u;
+            lower = four(of_lower, nibbles >> 16, second, four(of_lower, nibbles, first, lower));
+            upper = four(of_upper, opposite >> 16, second, four(of_upper, opposite, first, upper));
+        };
+        eight(q.x, x[0].x, x[0].y), eight(q.y, x[0].z, x[0].w), eight(q.z, x[1].x, x[1].y), eight(q.w, x[1].z, x[1].w);
+        return lower - upper;
+    }
+};
+template <>
+struct Unit<kMXFP4> : SignedUnit {
     template <class Load>
     TP_MEMBER void load(const char* const* plane, int unit, Load load16) {
         q = load16(plane[0] + unit * 16);
         d = tp_e8m0_half(*(const u8*)(plane[1] + unit));
     }
-    TP_MEMBER float dot_unit(int, const TpInt4* x, TpFloat2 d0, TpFloat2) const {
-        int above = 0, below = 0;
-        auto four = [](u32 selector, int x, int sum) { return tp_dp4a((int)tp_byte_perm_sign(kFp4Words.word[0], kFp4Words.word[1], selector), x, sum); };
-        auto eight = [&](int word, int first, int second) {
-            const u32 nibbles = (u32)word, opposite = nibbles ^ 0x88888888u;
-            above = four(nibbles >> 16, second, four(nibbles, first, above));
-            below = four(opposite >> 16, second, four(opposite, first, below));
-        };
-        eight(q.x, x[0].x, x[0].y), eight(q.y, x[0].z, x[0].w), eight(q.z, x[1].x, x[1].y), eight(q.w, x[1].z, x[1].w);
-        return d * d0.x * (float)(above - below);
+    TP_MEMBER float dot_unit(int, const TpInt4* x, TpFloat2 d0, TpFloat2) const { return d * d0.x * (float)products(kFp4Amounts, kFp4Amounts, x); }
+};
+struct Iq4Unit : SignedUnit {
+    TP_MEMBER float dot_unit(int, const TpInt4* x, TpFloat2 d0, TpFloat2) const { return -(d * d0.x) * (float)products(kIq4Negative, kIq4Positive, x); }
+};
+template <>
+struct Unit<kIQ4_NL> : Iq4Unit {
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, int unit, Load load16) {
+        q = load16(plane[0] + unit * 16);
+        d = tp_load_half(plane[1] + unit * 2);
+    }
+};
+template <>
+struct Unit<kIQ4_XS> : Iq4Unit {
+    template <class Load>
+    TP_MEMBER void load(const char* const* plane, int unit, Load load16) {
+        q = load16(plane[0] + unit * 16);
+        d = iq4_xs_scale((const u32*)(plane[1] + unit / 8 * 8), unit % 8);
     }
 };
 
