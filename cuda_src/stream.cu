@@ -865,7 +865,8 @@ TP_OUTLINE Progress multiply(Progress now) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, units = p.k / U::kElems;
     const int row_groups = kStreamWarps / p.k_groups, group = warp / row_groups, first_row = warp % row_groups;
     TpInt4 x[kUnits][U::kWords];
-    TpFloat2 d[kUnits][2];
+    TpFloat2 d[kUnits][U::kBlocks];
+    constexpr int kOfBlock = U::kWords / U::kBlocks;
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
         const int unit = (group * kUnits + j) * 32 + lane;
@@ -874,8 +875,7 @@ TP_OUTLINE Progress multiply(Progress now) {
         for (int w = 0; w < U::kWords; ++w) {
             const int at = inside ? U::word(unit, w) : 0;
             x[j][w] = *(const TpInt4*)(s.x + at);
-            if (w % (U::kWords / 2) == 0)
-                d[j][w / (U::kWords / 2)] = {inside ? s.xd[at / 32 * 2] * scale : 0.0f, inside ? s.xd[at / 32 * 2 + 1] * scale : 0.0f};
+            if (w % kOfBlock == 0) d[j][w / kOfBlock] = {inside ? s.xd[at / 32 * 2] * scale : 0.0f, inside ? s.xd[at / 32 * 2 + 1] * scale : 0.0f};
         }
         U::arrange(x[j]);
     }
@@ -904,8 +904,8 @@ TP_OUTLINE Progress multiply(Progress now) {
                 U w, w_of_other;
                 w.load((const char* const*)plane, unit, LoadShared());
                 w_of_other.load((const char* const*)plane_of_other, unit, LoadShared());
-                sum += w.dot_unit(unit, x[j], d[j][0], d[j][1]);
-                sum_of_other += w_of_other.dot_unit(unit, x[j], d[j][0], d[j][1]);
+                sum += w.dot_unit(unit, x[j], d[j]);
+                sum_of_other += w_of_other.dot_unit(unit, x[j], d[j]);
             }
             sum = tp_warp_sum(sum);
             sum_of_other = tp_warp_sum(sum_of_other);
@@ -954,15 +954,16 @@ TP_OUTLINE Progress multiply_slots(Progress now) {
                     w.load((const char* const*)plane, unit, LoadShared());
                     const int from = row[r] / rows * k;
                     TpInt4 x[U::kWords];
-                    TpFloat2 d[2];
+                    TpFloat2 d[U::kBlocks];
+                    constexpr int kOfBlock = U::kWords / U::kBlocks;
 #pragma unroll
                     for (int v = 0; v < U::kWords; ++v) {
                         const int at = from + U::word(unit, v);
                         x[v] = *(const TpInt4*)(s.x + at);
-                        if (v % (U::kWords / 2) == 0) d[v / (U::kWords / 2)] = {s.xd[at / 32 * 2], s.xd[at / 32 * 2 + 1]};
+                        if (v % kOfBlock == 0) d[v / kOfBlock] = {s.xd[at / 32 * 2], s.xd[at / 32 * 2 + 1]};
                     }
                     U::arrange(x);
-                    sum[r] += w.dot_unit(unit, x, d[0], d[1]);
+                    sum[r] += w.dot_unit(unit, x, d);
                 }
             }
             for (int o = lanes / 2; o; o /= 2) {

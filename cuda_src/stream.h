@@ -21,7 +21,7 @@ static_assert(kStreamShared <= 227 * 1024, "what a block of sm_90 may have");
 constexpr bool stream_can_type(i32 type) { return has_pieces(type); }
 
 /// Weights that a lane takes at a time (vec_piece.h, Unit).
-constexpr int stream_unit(i32 type) { return type == kQ4_K || type == kQ5_K ? 64 : 32; }
+constexpr int stream_unit(i32 type) { return type == kQ4_K || type == kQ5_K || type == kQ3_K ? 64 : 32; }
 
 constexpr int kStreamStep = 8 * 32 * kStreamWarps;  // elements of an input that a block takes at once: eight neighbours a thread
 /// Elements of an input that each of so many blocks writes for others; a thread may have eight of them at most.
