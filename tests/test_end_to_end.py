@@ -344,7 +344,8 @@ def test_a_late_peer_fails_one_graph(workers, models, arch, quant, n_ubatch, ran
      ("llama", "Q5_1", 2), ("llama", "Q4_1", 1), ("llama", "MXFP4", 2), ("llama", "NVFP4", 1), ("llama", "TQ2_0", 1), ("qwen3moe", "Q5_K", 2),
      ("llama", "IQ2_XXS", 1), ("llama", "IQ2_S", 2), ("llama", "IQ3_S", 1), ("llama", "IQ1_M", 2), ("qwen3moe", "IQ3_XXS", 2), ("qwen3moe", "IQ2_XS", 1),
      ("qwen3moe", "IQ1_S", 1), ("qwen3moe", "MXFP4", 1), ("qwen3", "Q8_0", 2), ("qwen3", "Q4_K", 1), ("qwen3moe", "Q8_0", 1), ("qwen3moe", "Q4_K", 2),
-     ("mixtral", "Q4_0", 3), ("gpt-oss", "MXFP4", 1), ("gpt-oss", "MXFP4", 2), ("gpt-oss", "Q8_0", 3)],
+     ("mixtral", "Q4_0", 3), ("gpt-oss", "MXFP4", 1), ("gpt-oss", "MXFP4", 2), ("gpt-oss", "Q8_0", 3),
+     ("llama", "Q6_K", 2), ("qwen3moe", "Q3_K", 1), ("qwen3moe", "IQ4_XS", 2)],
 )  # fmt: skip
 def test_a_token_is_one_persistent_kernel(workers, models, family, quant, ranks):
     """sm_90: everything between embedding and logits, the all_reduces and the experts too, is one launch a rank."""
@@ -387,7 +388,7 @@ def test_a_token_of_long_inputs(workers, models, family, options):
 @pytest.mark.parametrize(
     ("quant", "options"),
     [("Q8_0", {"feed_forward_length": 3584}), ("Q5_K", {"feed_forward_length": 3584}), ("Q6_K", {"feed_forward_length": 3584}),
-     ("Q8_0", {"embedding_length": 2560, "feed_forward_length": 256})],
+     ("Q3_K", {"feed_forward_length": 8704}), ("Q8_0", {"embedding_length": 2560, "feed_forward_length": 256})],
 )  # fmt: skip
 def test_a_token_of_tiles_of_eight_rows(workers, models, quant, options):
     """Two rows for each of a block's eight warps all the same: a tile is of two groups along its input, that of the down product or of all others."""
