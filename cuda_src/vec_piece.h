@@ -458,8 +458,11 @@ struct Unit<kQ3_K> : AnyUnit {
 struct EightAmounts {
     u32 word[2];
 };
-constexpr EightAmounts kFp4Amounts = {{0x03020100u, 0x0c080604u}};                                                // tp_fp4_doubled: the same with either sign
-constexpr EightAmounts kIq4Negative = {{0x4153687fu, 0x0a162331u}}, kIq4Positive = {{0x26190d01u, 0x71594535u}};  // kIq4Values: below 8, from 8 on
+/// Of four bytes, none of them zero.
+constexpr u32 negated_bytes(u32 v) { return ~v + 0x01010101u; }
+constexpr EightAmounts kFp4Amounts = {{kFp4Words.word[0], kFp4Words.word[1]}};  // the same with either sign
+constexpr EightAmounts kIq4Negative = {{negated_bytes(kIq4Words.word[0]), negated_bytes(kIq4Words.word[1])}};
+constexpr EightAmounts kIq4Positive = {{kIq4Words.word[2], kIq4Words.word[3]}};
 struct SignedUnit : AnyUnit {
     static constexpr int kElems = 32, kWords = 2;
     TpInt4 q;
