@@ -371,7 +371,7 @@ TP_OUTLINE void stream_weights() {
         early = !p.role;
         most_in_flight = p.in_flight, most_early = p.in_flight_early;
         const int halves = p.glu ? 2 : 1, step = p.rows / halves, n_planes = p.n_planes, n_tiles = p.n_tiles, piece_rows = 1 << p.piece_shift;
-        const bool whole = p.pieces == 1;  // or in two pieces, unrolled: as a loop over one or two, 8B in Q6_K fell from 393 to 353 tokens/s
+        const bool whole = p.pieces == 1;  // or in two pieces, unrolled: with a loop over one or two, 8B in Q6_K, two pieces, had 353 tokens/s where it has 391
         u32 row_bytes = 0;                 // of all copies
         for (int f = 0; f < n_planes; ++f) row_bytes += (u32)p.row_bytes[f];
         if (p.role == kExpertsSum) {
