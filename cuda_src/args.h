@@ -695,8 +695,9 @@ struct StreamArgs {
     const StreamStage* stages;
     StreamState* state;
     u32* fault;
-    i32 n_stages, first_product, n_pushes, pad;  // pushes of this launch
-    i64 inbox_words;                             // of one of the two inboxes
+    i32 n_stages, first_product, n_pushes;  // pushes of this launch
+    i32 slots;                              // of the ring (stream.h, stream_slots)
+    i64 inbox_words;                        // of one of the two inboxes
     u64 deadline_ns;
     u64* cycles;  // [n_stages][kStreamTimes]: of the multiprocessor of block 0, for whoever asks where a token's time goes
 };

@@ -59,14 +59,23 @@ TP_DEVICE char* ring_of() {
 TP_DEVICE Shared& shared_of() { return *(Shared*)(ring_of() + kStreamSlots * kStreamSlotBytes); }
 TP_DEVICE const StreamStage& stage_at(int at) { return *(const StreamStage*)shared_of().stage[at]; }
 
-/// A position in a ring of n, and the parity of its phase.
-template <int n>
-struct Turn {
+/// A position in a ring, and the parity of its phase.
+struct AnyTurn {
     int at = 0, parity = 0;
-    TP_MEMBER void next() {
+    TP_MEMBER void next(int n) {
         if (++at == n) at = 0, parity ^= 1;
     }
 };
+template <int n>
+struct Turn : AnyTurn {
+    TP_MEMBER void next() { AnyTurn::next(n); }
+};
+/// Weights in the ring.
+struct LoadRing {
+    TP_MEMBER TpInt4 operator()(const char* p) const { return *(const TpInt4*)p; }
+    TP_MEMBER GridTables& grids() const { return *(GridTables*)(ring_of() + (kStreamSlots - 1) * kStreamSlotBytes); }
+};
+static_assert(sizeof(GridTables) <= kStreamSlotBytes, "the grids' slot");
 
 TP_DEVICE void sync_multiplying() { tp_sync_some<kMultiply>(); }
 
@@ -295,8 +304,8 @@ TP_OUTLINE void stream_weights() {
     const TpSharedAt ring(ring_of());
     const TpBarrierAt full(s.full), empty(s.empty);
     const int lane = threadIdx.x % 32;
-    Turn<kStreamSlots> slot;
-    Turn<kStreamSlots * kStreamPieces> ahead;
+    AnyTurn slot, ahead;
+    const int ring_slots = args.slots, room = stream_most_in_flight(ring_slots);
     Turn<1> routed, weighed;
     const u64 once = tp_read_once();
     int in_flight = 0, most_in_flight = kStreamInFlight, most_early = kStreamInFlightEarly;
@@ -307,7 +316,7 @@ TP_OUTLINE void stream_weights() {
     auto begin_piece = [&](int i, int q, int of, u32 bytes) {
         while (in_flight + of > (early ? most_early : most_in_flight)) {
             tp_barrier_wait(full + ahead.at, ahead.parity);
-            ahead.next();
+            ahead.next(ring_slots * kStreamPieces);
             --in_flight;
             if (early) early = i > __shfl_sync(0xffffffffu, (int)tp_peek(&s.stage_now), 0);  // one answer for all lanes
         }
@@ -322,7 +331,7 @@ TP_OUTLINE void stream_weights() {
         const StreamExperts& experts = fetch_product(args.stages[i], s.streamed, next, kind);
         if (kind == kStreamFlash) {
             const StreamCells& c = *(const StreamCells*)&experts;
-            early = true, most_in_flight = c.most_in_flight, most_early = kStreamInFlightEarly;
+            early = true, most_in_flight = c.most_in_flight < room ? c.most_in_flight : room, most_early = kStreamInFlightEarly;
             const int groups = c.groups, half = groups * kColumnsStep / 2, together = half < kColumnsStep ? half : kColumnsStep;  // rows of one group
             for (int unit = blockIdx.x; unit < c.n_units * c.n_splits; unit += gridDim.x) {
                 const CellsUnit of(c, unit);
@@ -348,7 +357,7 @@ TP_OUTLINE void stream_weights() {
                                         tp_bulk_load_once(ring + (slot.at * kStreamSlotBytes + at * stride), from + at * row, (u32)run * row_bytes,
                                                           full + (slot.at * kStreamPieces + q), once);
                             }
-                            slot.next();
+                            slot.next(ring_slots);
                         }
                     }
                 }
@@ -369,7 +378,7 @@ TP_OUTLINE void stream_weights() {
         if (p.input == kInputNorm && p.weight)  // into the L2: a share of every block
             for (int line = (int)blockIdx.x + (int)gridDim.x * lane; line < p.k / 32; line += 32 * (int)gridDim.x) tp_prefetch(p.weight + line * 32);
         early = !p.role;
-        most_in_flight = p.in_flight, most_early = p.in_flight_early;
+        most_in_flight = p.in_flight < room ? p.in_flight : room, most_early = p.in_flight_early;
         const int halves = p.glu ? 2 : 1, step = p.rows / halves, n_planes = p.n_planes, n_tiles = p.n_tiles, piece_rows = 1 << p.piece_shift;
         const bool whole = p.pieces == 1;  // or in two pieces, unrolled: with a loop over one or two, 8B in Q6_K, two pieces, had 353 tokens/s where it has 391
         u32 row_bytes = 0;                 // of all copies
@@ -390,7 +399,7 @@ TP_OUTLINE void stream_weights() {
                 begin_piece(i, 0, kStreamPieces, (u32)(rows * slots) * row_bytes);
 #pragma unroll
                 for (int c = 0; c < 2; ++c) copies[c].issue(ring + slot.at * kStreamSlotBytes, full + slot.at * kStreamPieces, 0, row, (u32)rows, once);
-                slot.next();
+                slot.next(ring_slots);
             }
             continue;
         }
@@ -416,7 +425,7 @@ TP_OUTLINE void stream_weights() {
                         copy.issue(ring + slot.at * kStreamSlotBytes, full + (slot.at * kStreamPieces + q), (u32)at, from_row + at, (u32)of_piece, once);
                     }
                 }
-                slot.next();
+                slot.next(ring_slots);
             }
             tile -= tiles;
         }
@@ -669,11 +678,11 @@ TP_OUTLINE void store_results() {
 
 // ---- the multiplying warps
 struct Walk {
-    Turn<kStreamSlots> slot;
+    AnyTurn slot;
     Turn<kOuts> out;
     // In one register across calls.
     TP_MEMBER u32 packed() const { return (u32)(slot.at | slot.parity << 8 | out.at << 16 | out.parity << 24); }
-    static TP_MEMBER Walk of(u32 v) { return {{(int)(v & 255), (int)(v >> 8 & 255)}, {(int)(v >> 16 & 255), (int)(v >> 24)}}; }
+    static TP_MEMBER Walk of(u32 v) { return {{(int)(v & 255), (int)(v >> 8 & 255)}, {{(int)(v >> 16 & 255), (int)(v >> 24)}}}; }
 };
 /// Where the multiplying warps are. It goes from function to function in registers: what a caller keeps across a call lies in local memory, and each wait
 /// for other blocks empties the L1 of that.
@@ -879,7 +888,7 @@ TP_OUTLINE Progress multiply(Progress now) {
         }
         U::arrange(x[j]);
     }
-    const int rows = p.rows, n_tiles = p.n_tiles, last_of_half = (p.glu ? rows / 2 : rows) - 1, shift = p.piece_shift;
+    const int rows = p.rows, n_tiles = p.n_tiles, ring_slots = s.args.slots, last_of_half = (p.glu ? rows / 2 : rows) - 1, shift = p.piece_shift;
     int offset[4], stride[4];
 #pragma unroll
     for (int f = 0; f < 4; ++f) offset[f] = p.slot_offset[f], stride[f] = p.row_bytes[f];
@@ -902,8 +911,8 @@ TP_OUTLINE Progress multiply(Progress now) {
                 // Beyond the end: any weights, times an input of zero. A branch here would keep the loads from going out together.
                 const int at = (group * kUnits + j) * 32 + lane, unit = at < units ? at : units - 1;
                 U w, w_of_other;
-                w.load((const char* const*)plane, unit, LoadShared());
-                w_of_other.load((const char* const*)plane_of_other, unit, LoadShared());
+                w.load((const char* const*)plane, unit, LoadRing());
+                w_of_other.load((const char* const*)plane_of_other, unit, LoadRing());
                 sum += w.dot_unit(unit, x[j], d[j]);
                 sum_of_other += w_of_other.dot_unit(unit, x[j], d[j]);
             }
@@ -914,7 +923,7 @@ TP_OUTLINE Progress multiply(Progress now) {
         }
         tp_barrier_arrive(empty + walk.slot.at);
         tp_barrier_arrive(out_full + walk.out.at);
-        walk.slot.next();
+        walk.slot.next(ring_slots);
         walk.out.next();
     }
     now.walk = walk.packed();
@@ -930,7 +939,7 @@ TP_OUTLINE Progress multiply_slots(Progress now) {
     const StreamProduct& p = *(const StreamProduct*)stage_at(now.stage % 3).body;
     Shared& s = shared_of();
     const int lanes = p.lanes, lane = threadIdx.x % lanes, rows = p.rows, k = p.k, units = k / U::kElems, n_sums = rows * p.slots, n_tiles = p.n_tiles;
-    const int step = kMultiply / lanes, first = threadIdx.x / lanes;
+    const int step = kMultiply / lanes, first = threadIdx.x / lanes, ring_slots = s.args.slots;
     int offset[4], stride[4];
 #pragma unroll
     for (int f = 0; f < 4; ++f) offset[f] = p.slot_offset[f], stride[f] = p.row_bytes[f];
@@ -951,7 +960,7 @@ TP_OUTLINE Progress multiply_slots(Progress now) {
 #pragma unroll
                     for (int f = 0; f < 4; ++f) plane[f] = tile_at + offset[f] + row[r] * stride[f];
                     U w;
-                    w.load((const char* const*)plane, unit, LoadShared());
+                    w.load((const char* const*)plane, unit, LoadRing());
                     const int from = row[r] / rows * k;
                     TpInt4 x[U::kWords];
                     TpFloat2 d[U::kBlocks];
@@ -976,7 +985,7 @@ TP_OUTLINE Progress multiply_slots(Progress now) {
         }
         tp_barrier_arrive(TpBarrierAt(s.empty) + walk.slot.at);
         tp_barrier_arrive(TpBarrierAt(s.out_full) + walk.out.at);
-        walk.slot.next();
+        walk.slot.next(ring_slots);
         walk.out.next();
     }
     now.walk = walk.packed();
@@ -1389,7 +1398,7 @@ TP_OUTLINE Progress attend_streamed(Progress now) {
                 };
                 auto leave = [&] {
                     tp_barrier_arrive(empty + walk.slot.at);
-                    walk.slot.next();
+                    walk.slot.next(s.args.slots);
                 };
                 ColumnScores scores;
                 const char* slot = wait();
@@ -1593,6 +1602,9 @@ TP_DEVICE void do_stages() {
     Shared& s = shared_of();
     fetch_stage(0);
     fetch_stage(1);
+    if (s.args.slots < kStreamSlots)
+        for (int i = threadIdx.x; i < (int)sizeof(GridTables) / 16; i += kMultiply)
+            tp_copy_async((TpInt4*)&LoadRing().grids() + i, (const TpInt4*)&kGridTables + i);
     tp_copy_wait();
     sync_multiplying();
     for (Progress now = {0, Walk{}.packed(), 1.0f}; now.stage < s.args.n_stages; ++now.stage) {

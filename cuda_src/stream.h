@@ -37,13 +37,15 @@ constexpr int kStreamInFlight = 3, kStreamInFlightEarly = 1;
 // all of them at it (one H200: gates and ups of Q6_K, four planes, took 2,066 cycles a tile of 27 KB in two pieces, its output product 1,822, its down
 // product 1,736 of 23 KB; a copy alone takes 58; docs/decisions.md).
 constexpr int kStreamPieceCycles = 590, kStreamCopyCycles = 55, kStreamCyclesPerKB = 60;
-// Pieces at most that are on their way: not all of the ring, whose barriers' phases would come round.
-constexpr i64 kStreamMostInFlight = (kStreamSlots - 1) * kStreamPieces;
-/// Of so many bytes each, `of` of which always come together.
+/// Slots of the ring: where a product's type has a grid, the grids have the last one. (From the L1, 16 rows of 4,096 in IQ2_XS took 2,889 cycles; 2,045.)
+inline i32 stream_slots(bool grids) { return kStreamSlots - (grids ? 1 : 0); }
+/// Pieces at most that are on their way: not all of the ring, whose barriers' phases would come round.
+constexpr i32 stream_most_in_flight(i32 slots) { return (slots - 1) * kStreamPieces; }
+/// Pieces that should be, of so many bytes each, `of` of which always come together.
 inline i32 stream_in_flight(i64 piece_bytes, i64 of) {
     const i64 all = kStreamInFlight * kStreamSlotBytes / kStreamPieces / (piece_bytes > 0 ? piece_bytes : 1);
     const i64 least = (kStreamInFlight + of - 1) / of * of, n = all / of * of;
-    return (i32)(n < least ? least : n > kStreamMostInFlight ? kStreamMostInFlight : n);
+    return (i32)(n < least ? least : n);
 }
 
 /// Fills in the tiles of a product of which parts, n_parts, type, k, row_bytes, glu, slots and role are set, for so many blocks. False: it does not fit the

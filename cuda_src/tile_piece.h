@@ -247,8 +247,7 @@ struct GridStrip {
         if (ok) words.load(plane, BlockStrip::block(step, u));
     }
     TP_MEMBER void run(u32 step, int u, int r, u32 (&out)[8]) const {
-        const int p = (int)(BlockStrip::block(step, u) % 8);
-        expand(signs_turned(words.bytes(p, r)), 128.0f, words.scale(p, r), 0.0f, out);
+        expand(signs_turned(words.bytes(kGridTables, r)), 128.0f, words.scale((int)(BlockStrip::block(step, u) % 8), r), 0.0f, out);
     }
     static TP_MEMBER int place(int u, int r) { return BlockStrip::place(u, r); }
     static TP_MEMBER u32 end(u32 step, int u) { return BlockStrip::end(step, u); }

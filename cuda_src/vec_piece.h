@@ -532,12 +532,9 @@ struct FloatWords {
     }
 };
 
-/// Sixteen bytes of weights: in global memory, read once; or in shared memory.
+/// Sixteen bytes of weights, from global memory, where they are read once.
 struct LoadStream {
     TP_MEMBER TpInt4 operator()(const char* p) const { return tp_load_stream(p); }
-};
-struct LoadShared {
-    TP_MEMBER TpInt4 operator()(const char* p) const { return *(const TpInt4*)p; }
 };
 
 }  // namespace ggml_tp

@@ -86,6 +86,11 @@ constexpr const WeightFormat* find_weight_format(i32 type) {
 /// And those of two bytes, which tensor cores multiply as they are.
 #define TP_TILE_TYPES(ROW) TP_PIECE_TYPES(ROW) ROW(f16, kF16) ROW(bf16, kBF16)
 
+constexpr bool has_grid(i32 type) {
+#define TP_IS(name, type_of) || type == type_of
+    return false TP_GRID_TYPES(TP_IS);
+#undef TP_IS
+}
 constexpr bool has_pieces(i32 type) {
 #define TP_IS(name, type_of) || type == type_of
     return false TP_PIECE_TYPES(TP_IS);

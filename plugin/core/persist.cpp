@@ -1285,6 +1285,8 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
             args.n_stages = static_cast<i32>(stages.size());
             args.first_product = product;
             args.n_pushes = run.n_pushes;
+            args.slots = stream_slots(std::any_of(run.ranks[r].stages.begin(), run.ranks[r].stages.end(),
+                                                  [](const Draft& d) { return d.kind == kStreamProduct && has_grid(d.get<StreamProduct>().type); }));
             args.inbox_words = memory.inbox_words;
             args.deadline_ns = static_cast<u64>(memory.deadline_s * 1e9);
             RankLaunch launch;
