@@ -527,7 +527,7 @@ enum StreamExpertsRole : i32 { kExpertsNone = 0, kExpertsEach = 1, kExpertsSum =
 struct StreamProduct {
     StreamPart part[3];
     i32 n_parts, type, k, rows;
-    i32 k_groups, units_each;  // the warps are k_groups x row groups: a lane holds units_each units (32 elements or 64) of the input
+    i32 k_shift, units_each;  // the warps are (1 << k_shift) groups along k x row groups: a lane holds units_each units (32 elements or 64) of the input
     i32 n_tiles, n_planes;
     i32 first_tile[3];  // of each part; beyond the last: n_tiles
     i32 row_bytes[4], slot_offset[4];

@@ -24,6 +24,8 @@ namespace ggml_tp {
 namespace {
 
 constexpr int kMultiply = 32 * kStreamWarps;
+constexpr int kLogWarps = 3;
+static_assert(1 << kLogWarps == kStreamWarps);
 constexpr int kOuts = 3;             // tiles whose sums may wait to be stored: what shared memory has left
 constexpr int kAheadCells = 512;     // of the cache, that a block asks for ahead
 constexpr u32 kPollsPerLook = 1024;  // at the clock
@@ -458,7 +460,7 @@ struct Destination {
 };
 /// Rows of one product or several. Where they go is known before they are there: what comes behind the wait is what the next stage waits for.
 TP_DEVICE void store_rows(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
-    const int lane = threadIdx.x % 32, rows = p.rows, groups = p.k_groups;
+    const int lane = threadIdx.x % 32, rows = p.rows, groups = 1 << p.k_shift;
     for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
         i64 row;
         const StreamPart& part = p.part[part_of(p, tile, row)];
@@ -492,7 +494,7 @@ TP_DEVICE void prefetch_biases(int n_tiles, int each, int lane, const At& at) {
 /// Gates and ups, of experts or not, and what the GLU, kOp if that is one, makes of them. Half of the lanes have gates, the other half ups.
 template <int kOp, bool kBiased>
 TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
-    const int lane = threadIdx.x % 32, rows = p.rows, half = rows / 2, groups = p.k_groups;
+    const int lane = threadIdx.x % 32, rows = p.rows, half = rows / 2, groups = 1 << p.k_shift;
     const int tiles_each = p.role ? p.n_tiles / p.slots : p.n_tiles;
     const StreamPart& part = p.part[lane >= half];
     const i64 n = part.n;
@@ -745,10 +747,15 @@ TP_DEVICE void wait_for_stage(int i) {
     tp_copy_wait();
     sync_multiplying();
 }
-TP_OUTLINE void begin_stage(int i) {
-    wait_for_stage(i);
+TP_OUTLINE void await_stage(int i) { wait_for_stage(i); }
+TP_DEVICE void begin_stage(int i) {
+    await_stage(i);
     fetch_stage(i + 2);
 }
+
+/// Where byte `at` of an input is in shared memory: words of 16 are swapped within their 128, each 128 otherwise, so that eight lanes whose words are 32 or 64
+/// bytes apart find different banks. (As they come, 32 bytes apart: 512 cycles for eight warps' 4,096 elements instead of 256.)
+TP_DEVICE int input_byte(int at) { return at ^ (at >> 3 & 0x70); }
 
 constexpr int kStep = kStreamStep;  // (sixteen neighbours a thread: more lines a load, and slower by a quarter)
 
@@ -767,19 +774,26 @@ struct OwnEight {
 
 /// Elements [first, first + kSteps * kStep) of a product's input, as far as there are such; all loads go out before any is used. Of what is written for
 /// others every block writes its share. Returns this thread's sum of squares.
+struct InputFrom {  // a thread's
+    const float *a, *b, *weight;
+    TP_MEMBER InputFrom(const StreamProduct& p) {
+        const int at = 8 * (int)threadIdx.x;
+        a = p.a + at, b = p.input == kInputNorm && p.b ? p.b + at : nullptr, weight = p.input == kInputNorm && p.weight ? p.weight + at : nullptr;
+    }
+};
 template <int kSteps, bool kNorm>
-TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int k, int first, OwnEight& own) {
+TP_DEVICE float take_steps(const StreamProduct& p, const InputFrom& in, Shared& s, int k, int first, OwnEight& own) {
     const int thread = threadIdx.x, from = (int)blockIdx.x * p.share;
     // What is not loaded has a value all the same: registers that are defined on some paths only were kept from the function's beginning on, in local memory.
     float v[kSteps][8] = {}, more[kNorm ? kSteps : 1][8] = {}, weight[kNorm ? kSteps : 1][8] = {}, squares = 0;
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
         if (j && first + j * kStep >= k) break;  // of all threads: half of an input of 2,048 was steps beyond it
-        const int at = first + j * kStep + thread * 8, here = at < k ? at : 0;
-        load_eight(p.a + here, v[j]);
+        const int at = first + j * kStep, here = at + thread * 8 < k ? at : -8 * thread;
+        load_eight(in.a + here, v[j]);
         if constexpr (kNorm) {
-            if (p.b) load_eight(p.b + here, more[j]);
-            if (p.weight) load_eight(p.weight + here, weight[j]);
+            if (in.b) load_eight(in.b + here, more[j]);
+            if (in.weight) load_eight(in.weight + here, weight[j]);
         }
     }
 #pragma unroll
@@ -788,7 +802,7 @@ TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int k, int first, 
         const int at = first + j * kStep + thread * 8;
         if constexpr (kNorm) {
             const bool mine = at >= from && at < from + p.share && at < k;
-            if (p.b)
+            if (in.b)
                 for (int i = 0; i < 8; ++i) v[j][i] += more[j][i];
             if (mine) {
                 if (p.sum) store_eight(p.sum + at, v[j]);
@@ -797,7 +811,7 @@ TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int k, int first, 
             float of_eight = 0;
             for (int i = 0; i < 8; ++i) of_eight += v[j][i] * v[j][i];
             squares += at < k ? of_eight : 0.0f;
-            if (p.weight)
+            if (in.weight)
                 for (int i = 0; i < 8; ++i) v[j][i] *= weight[j][i];
             if (mine && p.norm) own.keep(at, v[j]);
         }
@@ -815,8 +829,8 @@ TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int k, int first, 
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
         if (at >= k) continue;
-        *(int*)(s.x + at) = words[0];
-        *(int*)(s.x + at + 4) = words[1];
+        int* const to = (int*)(s.x + input_byte(at));
+        to[0] = words[0], to[1] = words[1];
         if (at % 32 == 0) {
             s.xd[at / 32 * 2] = scale.d;
             s.xd[at / 32 * 2 + 1] = scale.d * (float)sum;
@@ -829,13 +843,14 @@ TP_DEVICE float take_steps(const StreamProduct& p, Shared& s, int k, int first, 
 TP_OUTLINE Progress take_input(Progress at) {
     Shared& s = shared_of();
     const int thread = threadIdx.x;
-    wait_for_stage(at.stage);
     const StreamProduct& p = *(const StreamProduct*)stage_at(at.stage % 3).body;
-    const int k = p.role == kExpertsSum ? p.k * p.slots : p.k;
-    if (p.input == kInputNorm) {
+    const InputFrom in(p);
+    const int k = p.role == kExpertsSum ? p.k * p.slots : p.k, input = p.input;
+    wait_for_stage(at.stage);
+    if (input == kInputNorm) {
         OwnEight own;
         float squares = 0;
-        for (int first = 0; first < k; first += 2 * kStep) squares += take_steps<2, true>(p, s, k, first, own);
+        for (int first = 0; first < k; first += 2 * kStep) squares += take_steps<2, true>(p, in, s, k, first, own);
         fetch_stage(at.stage + 2);
         squares = tp_warp_sum(squares);
         if (thread % 32 == 0) s.squares[thread / 32] = squares;
@@ -845,11 +860,11 @@ TP_OUTLINE Progress take_input(Progress at) {
         at.scale = tp_quotient(1.0f, sqrtf(tp_quotient(total, (float)k) + p.eps));
         if (own.at >= 0) own.scale(at.scale), store_eight(p.norm + own.at, own.v);
     } else {
-        if (p.input != kInputKept) {
+        if (input != kInputKept) {
             OwnEight nothing;
-            if (k <= 2 * kStep) take_steps<2, false>(p, s, k, 0, nothing);
+            if (k <= 2 * kStep) take_steps<2, false>(p, in, s, k, 0, nothing);
             else
-                for (int first = 0; first < k; first += 4 * kStep) take_steps<4, false>(p, s, k, first, nothing);
+                for (int first = 0; first < k; first += 4 * kStep) take_steps<4, false>(p, in, s, k, first, nothing);
             sync_multiplying();
             at.scale = 1.0f;
         }
@@ -872,19 +887,23 @@ TP_OUTLINE Progress multiply(Progress now) {
     Shared& s = shared_of();
     const char* ring = ring_of();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, units = p.k / U::kElems;
-    const int row_groups = kStreamWarps / p.k_groups, group = warp / row_groups, first_row = warp % row_groups;
+    const int row_shift = kLogWarps - p.k_shift, row_groups = 1 << row_shift, group = warp >> row_shift, first_row = warp & (row_groups - 1);
     TpInt4 x[kUnits][U::kWords];
     TpFloat2 d[kUnits][U::kBlocks];
     constexpr int kOfBlock = U::kWords / U::kBlocks;
+    static_assert(32 * U::kElems % 1024 == 0, "a warp's units lie alike in theirs, also where words are swapped");
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
-        const int unit = (group * kUnits + j) * 32 + lane;
-        const bool inside = unit < units;
+        const int first = (group * kUnits + j) * 32;
+        const bool inside = first + lane < units;
+        const int begin = inside ? first * U::kElems : 0;
 #pragma unroll
         for (int w = 0; w < U::kWords; ++w) {
-            const int at = inside ? U::word(unit, w) : 0;
-            x[j][w] = *(const TpInt4*)(s.x + at);
-            if (w % kOfBlock == 0) d[j][w / kOfBlock] = {inside ? s.xd[at / 32 * 2] * scale : 0.0f, inside ? s.xd[at / 32 * 2 + 1] * scale : 0.0f};
+            const int word = U::word(lane, w);
+            x[j][w] = *(const TpInt4*)(s.x + (begin + input_byte(word)));
+            if (w % kOfBlock) continue;
+            const TpFloat2 of = *(const TpFloat2*)(s.xd + (begin + word) / 32 * 2);
+            d[j][w / kOfBlock] = {inside ? of.x * scale : 0.0f, inside ? of.y * scale : 0.0f};
         }
         U::arrange(x[j]);
     }
@@ -968,8 +987,8 @@ TP_OUTLINE Progress multiply_slots(Progress now) {
 #pragma unroll
                     for (int v = 0; v < U::kWords; ++v) {
                         const int at = from + U::word(unit, v);
-                        x[v] = *(const TpInt4*)(s.x + at);
-                        if (v % kOfBlock == 0) d[v / kOfBlock] = {s.xd[at / 32 * 2], s.xd[at / 32 * 2 + 1]};
+                        x[v] = *(const TpInt4*)(s.x + input_byte(at));
+                        if (v % kOfBlock == 0) d[v / kOfBlock] = *(const TpFloat2*)(s.xd + at / 32 * 2);
                     }
                     U::arrange(x);
                     sum[r] += w.dot_unit(unit, x, d);
@@ -1114,31 +1133,50 @@ struct QueriesShared {
         for (int i = threadIdx.x % 32 * 4; i < d; i += 128) tp_copy_async(rows + to * d + i, from + i);
     }
     /// Heads [first, first + batch), of queries, keys and values one behind the other: a thread four elements of each head that it takes, as in turn().
-    TP_MEMBER void copy_heads(int first) const {
-        const StreamOwnToken& own = f.own;
-        const int width = d / 4, step = divided(kMultiply, own.width_inverse), begin = divided((int)threadIdx.x, own.width_inverse);
-        const int at = 4 * ((int)threadIdx.x - begin * width), end = first + batch < n_heads() ? first + batch : n_heads();
-        float* to = rows + (3 + begin) * d + at;
-#pragma unroll 1
-        for (int h = first + begin; h < end && begin < step; h += step, to += step * d) {
-            const int of_cache = h - heads.n, kv = heads.kv_head + of_cache;
-            const float* const from = of_cache < 0 ? own.q + (heads.first + h) * d : of_cache < n_kv ? own.k + kv * d : own.v + (kv - n_kv) * d;
-            if (of_cache >= 0 || heads.mine(h)) tp_copy_async(to, from + at);
+    struct HeadCopies {
+        const QueriesShared& of;
+        int at, step, h, end;
+        float* to;
+        const float* from;  // of head h; null: not here
+        TP_MEMBER HeadCopies(const QueriesShared& queries, int first) : of(queries) {
+            const StreamOwnToken& own = of.f.own;
+            const int begin = divided((int)threadIdx.x, own.width_inverse);
+            step = divided(kMultiply, own.width_inverse), h = first + begin, at = 4 * ((int)threadIdx.x - begin * (of.d / 4));
+            end = first + of.batch < of.n_heads() ? first + of.batch : of.n_heads();
+            if (begin >= step) end = 0;
+            to = of.rows + (3 + begin) * of.d + at;
+            place();
         }
-    }
-    /// Which rows, the host has written before the launch; all else, stages before this one.
+        TP_MEMBER void place() {
+            const StreamOwnToken& own = of.f.own;
+            const int of_cache = h - of.heads.n, kv = of.heads.kv_head + of_cache;
+            from = (of_cache < 0 ? own.q + (of.heads.first + h) * of.d : of_cache < of.n_kv ? own.k + kv * of.d : own.v + (kv - of.n_kv) * of.d) + at;
+            if (of_cache < 0 && !of.heads.mine(h)) from = nullptr;
+        }
+        TP_MEMBER void send() {
+#pragma unroll 1
+            while (h < end) {
+                if (from) tp_copy_async(to, from);
+                h += step, to += step * of.d;
+                if (h < end) place();
+            }
+        }
+    };
+    /// Which rows, the host has written before the launch; all else, stages before this one. Where a thread's first copies go from and to is found before the
+    /// wait: of what was between it and them, each line took some 300 cycles. The next stages come behind the queries, which would wait for them too.
     TP_MEMBER void begin() {
         if (f.own.k_cache.row)
 #pragma unroll
             for (int i = 0; i < 2; ++i)
                 row[i] = tp_load_word_in_order(cache(i).row, true), high[i] = tp_load_word_in_order(cache(i).row + 4, cache(i).row_type == kI64);
-        if (stage >= 0) begin_stage(stage);
-        if (f.own.table) {
-            const int warp = threadIdx.x / 32;
-            const float* const weights = warp == 0 ? f.own.table : warp == 1 ? f.own.q_norm : f.own.k_norm;
-            copy_heads(0);
-            if (warp < 3 && weights) copy_row(weights, warp);
-        }
+        const int warp = threadIdx.x / 32;
+        HeadCopies heads_of(*this, 0);
+        const float* weights = nullptr;
+        if (f.own.table && warp < 3) weights = warp == 0 ? f.own.table : warp == 1 ? f.own.q_norm : f.own.k_norm;
+        if (!f.own.table) heads_of.end = 0;
+        if (stage >= 0) await_stage(stage);
+        heads_of.send();
+        if (weights) copy_row(weights, warp);
         if (f.own.k_cache.row)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -1151,7 +1189,7 @@ struct QueriesShared {
         if (f.own.table) {
 #pragma unroll 1
             for (int first = 0; first < n_heads(); first += batch) {
-                if (first) sync_multiplying(), copy_heads(first);
+                if (first) sync_multiplying(), HeadCopies(*this, first).send();
                 tp_copy_wait();
                 sync_multiplying();
                 turn(first);
@@ -1163,6 +1201,7 @@ struct QueriesShared {
                 for (int i = threadIdx.x % 32 * 8; i < d && heads.mine(h); i += 256)
                     *(TpInt4*)(queries + h * d + i) = QueriesInMemory{f.args.a, 0, 0}.eight(heads, h, i);
         }
+        if (stage >= 0) fetch_stage(stage + 2);
         sync_multiplying();
     }
     /// What a stage before this one has written of the token's cell.

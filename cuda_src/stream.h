@@ -76,14 +76,13 @@ inline bool stream_fit(StreamProduct& p, i64 blocks) {
     const i32 unit = stream_unit(p.type), units = p.k / unit;
     if (sums) {
         for (p.lanes = 8; p.lanes < 32 && p.lanes < units;) p.lanes *= 2;
-        p.k_groups = p.units_each = 1;
+        p.k_shift = 0, p.units_each = 1;
     } else {
         // As few groups along k as give every warp two rows, which it multiplies at once anyway, and as a lane's registers allow: sums within a warp are
         // cheapest.
-        auto units_each = [&] { return (units + 32 * p.k_groups - 1) / (32 * p.k_groups); };
-        p.k_groups = 2 * kStreamWarps / p.rows;
-        p.k_groups = p.k_groups < 1 ? 1 : p.k_groups > kStreamWarps ? kStreamWarps : p.k_groups;
-        while (p.k_groups < kStreamWarps && units_each() * unit > kStreamMostElems) p.k_groups *= 2;
+        auto units_each = [&] { return (units + (32 << p.k_shift) - 1) >> p.k_shift >> 5; };
+        p.k_shift = 0;
+        while (1 << p.k_shift < kStreamWarps && (p.rows << p.k_shift < 2 * kStreamWarps || units_each() * unit > kStreamMostElems)) ++p.k_shift;
         const i32 each = units_each();
         p.units_each = each < 1 ? 1 : each;
         if (each * unit > kStreamMostElems) return false;
