@@ -9,6 +9,11 @@ TP_DEVICE int dot16(const TpInt4& a, const TpInt4& b, int sum) { return tp_dp4a(
 TP_DEVICE TpInt4 nibbles(const TpInt4& v, int shift) {
     return {v.x >> shift & 0x0f0f0f0f, v.y >> shift & 0x0f0f0f0f, v.z >> shift & 0x0f0f0f0f, v.w >> shift & 0x0f0f0f0f};
 }
+/// Sixteen times the products of bytes' upper nibbles, which stay where they are: an instruction less for each word.
+TP_DEVICE int dot16_upper(const TpInt4& q, const TpInt4& x, int sum) {
+    sum = tp_dp4a_unsigned((u32)q.x & 0xf0f0f0f0u, x.x, sum), sum = tp_dp4a_unsigned((u32)q.y & 0xf0f0f0f0u, x.y, sum);
+    return tp_dp4a_unsigned((u32)q.w & 0xf0f0f0f0u, x.w, tp_dp4a_unsigned((u32)q.z & 0xf0f0f0f0u, x.z, sum));
+}
 TP_DEVICE int sum16(const TpInt4& x) {
     const int ones = 0x01010101;
     return tp_dp4a(ones, x.w, tp_dp4a(ones, x.z, tp_dp4a(ones, x.y, tp_dp4a(ones, x.x, 0))));
@@ -32,7 +37,7 @@ struct Piece<kQ4_0> {
         d = tp_load_half(plane[1] + p * 2);
     }
     TP_MEMBER float dot(i64, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2) const {
-        const int sum = dot16(nibbles(q, 4), x1, dot16(nibbles(q, 0), x0, 0));
+        const int sum = dot16(nibbles(q, 0), x0, dot16_upper(q, x1, 0) >> 4);
         return d * ((float)sum * d0.x - 8.0f * d0.y);
     }
 };
@@ -388,12 +393,11 @@ struct Unit<kQ4_K> : SixBitUnit {
         load_unit(plane[0], plane[1], plane[2], unit, load16);
     }
     TP_MEMBER float dot_unit(int, const TpInt4* x, const TpFloat2* of) const {
-        int low = 0, high = 0;  // high: of the upper nibbles where they are, 16 times the sum
+        int low = 0, high = 0;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             low = dot16(nibbles(q[h], 0), x[h], low);
-            high = tp_dp4a_unsigned((u32)q[h].x & 0xf0f0f0f0u, x[2 + h].x, high), high = tp_dp4a_unsigned((u32)q[h].y & 0xf0f0f0f0u, x[2 + h].y, high);
-            high = tp_dp4a_unsigned((u32)q[h].z & 0xf0f0f0f0u, x[2 + h].z, high), high = tp_dp4a_unsigned((u32)q[h].w & 0xf0f0f0f0u, x[2 + h].w, high);
+            high = dot16_upper(q[h], x[2 + h], high);
         }
         return scaled(whole_float(low * (int)(scales & 63)), whole_float((high >> 4) * (int)(scales >> 8 & 63)), of[0], of[1]);
     }
