@@ -72,6 +72,7 @@ TP_DEVICE UnitHeads heads_of_unit(const FlashSplitArgs& args, u32 unit) {
 
 /// Queries as an op in front has left them: F32, to be scaled.
 struct QueriesInMemory {
+    static constexpr bool kOwnCell = false;
     const FlashAttnArgs& a;
     i64 token, stream;
     TP_MEMBER void begin() const {}
@@ -323,9 +324,10 @@ struct ColumnSums {
 /// kAhead: a step's V is loaded with its K, K while the step before is worked on, and queries are kept, where there are registers for them.
 /// Piece `split` of the cells for `heads` and one token of one stream, by kWarps warps. kD: head size rounded up to a multiple of 64.
 /// merged: flash_columns_floats floats of shared memory. sync: a barrier of the block's threads. queries: begin() what they are made of, and
-/// prepare() them; the first masks are on their way.
+/// prepare() them; the first masks are on their way. Queries::kOwnCell: from then on key and value of one cell are in shared memory, own_row(0) and (1), and
+/// of cells own_cell(0), own_cell(1), or -1: another block writes them to the cache meanwhile.
 template <int kD, int kWarps, bool kAhead, class Queries, class Results, class Sync>
-TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads, int split, i64 token, i64 stream, int thread, float* merged, Queries&& queries,
+TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads, int split, i64 token, i64 stream, int thread, float* merged, Queries queries,
                              const Results& results, Sync sync) {
     constexpr int kChunks = kD / 32, kBlocks = kD / 64;                                                                      // of K, of V
     constexpr int kChunksAtOnce = kAhead || kChunks < 4 ? kChunks : 4, kBlocksAtOnce = kAhead || kBlocks < 2 ? kBlocks : 2;  // 32 registers each
@@ -356,38 +358,61 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
     const u32 k_row = (u32)a.k.nb[1], v_row = (u32)a.v.nb[1];
     // Beyond the last cell: that one again, it counts nothing there. Beyond the head: its first elements, which meet a query of zero, or are not stored.
     auto inside = [&](int cell, int at) { return (u32)(cell + at < end ? at : end - 1 - cell); };
-    auto load = [](const char* from) { return kAhead ? *(const TpInt4*)from : tp_load_in_order(from, true); };
-    auto load_k = [&](int cell, int c, TpInt4(&to)[2]) {
-        const char* from = k + cell * a.k.nb[1] + (c * 32 + t * 8 < d ? c * 64 : -t * 16);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) to[j] = load(from + inside(cell, j * 8 + g) * k_row);
+    auto load = [](const char* from) {
+        if constexpr (Queries::kOwnCell) return tp_load_any_in_order(from);
+        else return kAhead ? *(const TpInt4*)from : tp_load_in_order(from, true);
     };
-    auto load_v = [&](int cell, int b, TpInt4(&to)[4]) {
-        const char* from = v + cell * a.v.nb[1] + (b * 64 + g * 8 < d ? b * 128 : -g * 16);
+    // Where a lane's keys and values of a step of cells are.
+    struct Rows {
+        const char *k[2], *v[4];
+    };
+    auto rows_of = [&](int cell) {
+        Rows rows;
+        const char *const first_k = k + cell * a.k.nb[1], *const first_v = v + cell * a.v.nb[1];
+        auto place = [&](int i, const char* first, u32 bytes, int in_step) {
+            const u32 at = inside(cell, in_step);
+            const char* row = first + at * bytes;
+            if constexpr (Queries::kOwnCell) row = cell + (int)at == queries.own_cell(i) ? (const char*)queries.own_row(i) + (i ? g : t) * 16 : row;
+            return row;
+        };
 #pragma unroll
-        for (int i = 0; i < 4; ++i) to[i] = load(from + inside(cell, 2 * t + i % 2 + i / 2 * 8) * v_row);
+        for (int j = 0; j < 2; ++j) rows.k[j] = place(0, first_k, k_row, j * 8 + g);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) rows.v[i] = place(1, first_v, v_row, 2 * t + i % 2 + i / 2 * 8);
+        return rows;
+    };
+    auto load_k = [&](const Rows& rows, int c, TpInt4(&to)[2]) {
+        const int offset = c * 32 + t * 8 < d ? c * 64 : -t * 16;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) to[j] = load(rows.k[j] + offset);
+    };
+    auto load_v = [&](const Rows& rows, int b, TpInt4(&to)[4]) {
+        const int offset = b * 64 + g * 8 < d ? b * 128 : -g * 16;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[i] = load(rows.v[i] + offset);
     };
     u32 pairs[2] = {};
     if constexpr (kAhead) {
         TpInt4 q[kChunks], kf[kChunks][2] = {};
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) q[c] = load_q(c);
-        auto load_all_k = [&](int cell) {
+        auto load_all_k = [&](const Rows& rows) {
 #pragma unroll
-            for (int c = 0; c < kChunks; ++c) load_k(cell, c, kf[c]);
+            for (int c = 0; c < kChunks; ++c) load_k(rows, c, kf[c]);
         };
         int cell = steps.next(pairs);
-        if (cell >= 0) load_all_k(cell);
+        if (cell >= 0) load_all_k(rows_of(cell));
         while (cell >= 0) {
+            const Rows rows = rows_of(cell);
             TpInt4 vf[kBlocks][4];
 #pragma unroll
-            for (int b = 0; b < kBlocks; ++b) load_v(cell, b, vf[b]);
+            for (int b = 0; b < kBlocks; ++b) load_v(rows, b, vf[b]);
             ColumnScores scores;
 #pragma unroll
             for (int c = 0; c < kChunks; ++c) scores.add(q[c], kf[c]);
             u32 next_pairs[2] = {};
             cell = steps.next(next_pairs);
-            if (cell >= 0) load_all_k(cell);
+            if (cell >= 0) load_all_k(rows_of(cell));
             const ColumnWeights weights = sums.weigh(scores, pairs, slope, a.logit_softcap);
 #pragma unroll
             for (int b = 0; b < kBlocks; ++b) sums.add(b, vf[b], weights);
@@ -396,27 +421,28 @@ TP_DEVICE void flash_columns(const FlashSplitArgs& args, const UnitHeads& heads,
     } else {
         constexpr int kBlocksWithK = kBlocks <= 2 ? 1 : 0;  // of V: what registers are left
         for (int cell; (cell = steps.next(pairs)) >= 0;) {
+            const Rows rows = rows_of(cell);
             ColumnScores scores;
             TpInt4 vf[kBlocks][4];
 #pragma unroll
             for (int c = 0; c < kChunks; c += kChunksAtOnce) {
                 TpInt4 kf[kChunksAtOnce][2];
 #pragma unroll
-                for (int i = 0; i < kChunksAtOnce; ++i) load_k(cell, c + i, kf[i]);
+                for (int i = 0; i < kChunksAtOnce; ++i) load_k(rows, c + i, kf[i]);
                 if (c == 0)
 #pragma unroll
-                    for (int b = 0; b < kBlocksWithK; ++b) load_v(cell, b, vf[b]);
+                    for (int b = 0; b < kBlocksWithK; ++b) load_v(rows, b, vf[b]);
 #pragma unroll
                 for (int i = 0; i < kChunksAtOnce; ++i) scores.add(load_q(c + i), kf[i]);
             }
 #pragma unroll
-            for (int b = kBlocksWithK; b < kBlocksAtOnce; ++b) load_v(cell, b, vf[b]);
+            for (int b = kBlocksWithK; b < kBlocksAtOnce; ++b) load_v(rows, b, vf[b]);
             const ColumnWeights weights = sums.weigh(scores, pairs, slope, a.logit_softcap);
 #pragma unroll
             for (int b = 0; b < kBlocks; ++b) {
                 if (b && b % kBlocksAtOnce == 0)
 #pragma unroll
-                    for (int i = 0; i < kBlocksAtOnce; ++i) load_v(cell, b + i, vf[b + i]);
+                    for (int i = 0; i < kBlocksAtOnce; ++i) load_v(rows, b + i, vf[b + i]);
                 sums.add(b, vf[b], weights);
             }
         }

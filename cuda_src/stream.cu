@@ -1108,7 +1108,9 @@ TP_OUTLINE void multiply_floats(int at) {
 /// cache: see StreamOwnToken. What they are made of comes by asynchronous copies, `batch` heads in one trip to the L2, and loops over heads are not unrolled:
 /// code that runs once a layer costs five cycles an instruction. Where the cache is streamed, own_rows gets the piece's own keys and values as well,
 /// [2][n_kv][d] halves, and queries that are turned already stay in memory.
+template <bool kOwnRows>
 struct QueriesShared {
+    static constexpr bool kOwnCell = kOwnRows;
     int stage;  // to begin, or -1
     const StreamFlash& f;
     const UnitHeads& heads;
@@ -1116,15 +1118,18 @@ struct QueriesShared {
     u16* queries;
     float* rows;  // of d floats: the turns, the weights of the heads' norms, a batch of query heads, keys and values
     int n_kv, batch;
-    u16* own_rows;
+    u16* own_rows;                        // where kOwnRows
+    bool keeps;                           // own keys and values in the cache: of several units that have the same, one does
     int row[2] = {-1, -1}, high[2] = {};  // of the caches, for key and value; -1: outside
+    int own[2] = {-1, -1};                // cells of which own_rows has them
 
     TP_MEMBER const StreamOwnToken::Cache& cache(int i) const { return i ? f.own.v_cache : f.own.k_cache; }
     TP_MEMBER TpInt4 eight(const UnitHeads&, int h, int at) const { return *(const TpInt4*)(queries + h * d + at); }
-    TP_MEMBER int own_cell(int i) const { return (i ? row[1] : row[0]) - (int)cache(i).first; }  // registers, not an array
-    /// Whether this piece has the token's cell, and writes it; one that the attention does not see is the first piece's.
+    TP_MEMBER int own_cell(int i) const { return i ? own[1] : own[0]; }  // registers, not an array
+    TP_MEMBER const u16* own_row(int i) const { return own_rows + i * n_kv * d; }
+    /// Whether this piece has the token's cell; one that the attention does not see is the first piece's.
     TP_MEMBER bool has(int i) const {
-        const int cell = own_cell(i), begin = split * f.args.cells, cells = (int)f.args.a.k.ne[1];
+        const int cell = (i ? row[1] : row[0]) - (int)cache(i).first, begin = split * f.args.cells, cells = (int)f.args.a.k.ne[1];
         return (i ? row[1] : row[0]) >= 0 && (cell < 0 || cell >= cells ? split == 0 : cell >= begin && cell < begin + f.args.cells);
     }
     TP_MEMBER int n_heads() const { return heads.n + 2 * n_kv; }
@@ -1184,6 +1189,10 @@ struct QueriesShared {
                 row[i] = -1;
                 if (threadIdx.x == 0) atomicExch(f.own.fault, (u32)kFaultKvCell);
             }
+        if constexpr (kOwnRows)
+            if (f.own.k_cache.row)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) own[i] = has(i) ? row[i] - (int)cache(i).first : -1;
     }
     TP_MEMBER void prepare() {
         if (f.own.table) {
@@ -1195,7 +1204,7 @@ struct QueriesShared {
                 turn(first);
             }
         } else {
-            if (own_rows) take_own_rows();
+            if constexpr (kOwnRows) take_own_rows();
 #pragma unroll 1
             for (int h = threadIdx.x / 32; h < heads.n; h += kStreamWarps)
                 for (int i = threadIdx.x % 32 * 8; i < d && heads.mine(h); i += 256)
@@ -1209,7 +1218,7 @@ struct QueriesShared {
 #pragma unroll 1
         for (int i = 0; i < 2; ++i) {
             if (!has(i)) continue;
-            const char* const from = cache(i).data + (own_cell(i) + cache(i).first) * cache(i).row_bytes + heads.kv_head * d * 2;
+            const char* const from = cache(i).data + (i64)(i ? row[1] : row[0]) * cache(i).row_bytes + heads.kv_head * d * 2;
             for (int at = 8 * (int)threadIdx.x; at < n_kv * d; at += 8 * kMultiply) tp_copy_async(own_rows + i * n_kv * d + at, from + at * 2);
         }
         tp_copy_wait();
@@ -1273,7 +1282,7 @@ struct QueriesShared {
             }
             float* const y = of_cache < 0 ? own.q_y : of_v ? nullptr : own.k_y;
             const int head = of_cache < 0 ? heads.first + h : heads.kv_head + of_cache - (of_v ? n_kv : 0);
-            if (y && split == 0)
+            if (y && split == 0 && (keeps || of_cache < 0))
 #pragma unroll
                 for (int i = 0; i < 2; ++i) *(TpFloat2*)(y + head * d + place[i]) = x[i];
             const float scale = of_cache < 0 ? f.args.a.scale : 1.0f;
@@ -1286,8 +1295,8 @@ struct QueriesShared {
                 put(queries + h * d);
             } else if (has(of_v)) {
                 const StreamOwnToken::Cache& to = cache(of_v);
-                put((u16*)(to.data + (own_cell(of_v) + to.first) * to.row_bytes) + head * d);
-                if (own_rows) put(own_rows + of_cache * d);
+                if (keeps) put((u16*)(to.data + (i64)(of_v ? row[1] : row[0]) * to.row_bytes) + head * d);
+                if constexpr (kOwnRows) put(own_rows + of_cache * d);
             }
         }
     }
@@ -1330,7 +1339,8 @@ TP_DEVICE void fetch_ahead(const StreamFlash& f, i64 kv_head, int split) {
     }
 }
 
-template <int kD>
+/// kShared: units share a KV head, and one of them keeps its own token: the others have it in shared memory only.
+template <int kD, bool kShared>
 TP_OUTLINE Progress attend(Progress now) {
     const int stage = now.stage;
     const StreamFlash& f = *(const StreamFlash*)stage_at(stage % 3).body;
@@ -1350,10 +1360,19 @@ TP_OUTLINE Progress attend(Progress now) {
         const int begins = unit == blockIdx.x ? stage : -1;
         if (begins >= 0) fetch_ahead(f, heads.kv_head, split);
         flash_columns<kD, kStreamWarps, false>(args, heads, split, 0, 0, thread, merged,
-                                               QueriesShared{begins, f, heads, split, d, queries, merged, 1, kFlashHeads + 2, nullptr}, to, sync_multiplying);
+                                               QueriesShared<kShared>{begins, f, heads, split, d, queries, merged, 1, kFlashHeads + 2,
+                                                                      queries + kFlashHeads * 256, !kShared || head % (u32)args.head_groups == 0},
+                                               to, sync_multiplying);
         sync_multiplying();  // the next unit writes there
     }
     return {stage, s.walk, 1.0f};
+}
+
+template <bool kShared>
+TP_DEVICE Progress attend_any(Progress now, int d) {
+    if (d <= 64) return attend<64, kShared>(now);
+    if (d <= 128) return attend<128, kShared>(now);
+    return attend<256, kShared>(now);
 }
 
 /// PieceResults of one token.
@@ -1396,7 +1415,7 @@ TP_OUTLINE Progress attend_streamed(Progress now) {
         if (!works) heads.n = 0;
         u16* const queries = own_rows + 2 * of.n * d;
         float* const rows = (float*)(queries + all.n * d);
-        QueriesShared own{first_unit ? stage : -1, f, all, of.split, d, queries, rows, of.n, stream_head_batch(of.n, all.n, d), own_rows};
+        QueriesShared<true> own{first_unit ? stage : -1, f, all, of.split, d, queries, rows, of.n, stream_head_batch(of.n, all.n, d), own_rows, true};
         const float slope = alibi_slope(a.max_bias, heads.first + g + a.head_offset, a.n_head_global);
         const StreamPieces pieces{args.acc, args.meta, args.n_splits, of.split, d};
         if (!some) {
@@ -1405,7 +1424,7 @@ TP_OUTLINE Progress attend_streamed(Progress now) {
         }
         own.begin();
         own.prepare();
-        const int own_k = own.has(0) ? own.own_cell(0) : -1, own_v = own.has(1) ? own.own_cell(1) : -1;
+        const int own_k = own.own_cell(0), own_v = own.own_cell(1);
         TpInt4 q[kChunks];
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -1669,9 +1688,8 @@ TP_DEVICE void do_stages() {
                 else if (d <= 128) now = attend_streamed<128>(now);
                 else now = attend_streamed<256>(now);
             } else {
-                if (d <= 64) now = attend<64>(now);
-                else if (d <= 128) now = attend<128>(now);
-                else now = attend<256>(now);
+                if (f.own.table && f.args.head_groups > 1) now = attend_any<true>(now, d);
+                else now = attend_any<false>(now, d);
                 if (threadIdx.x == 0) mark_stage(now.stage, kTimeInput), mark_stage(now.stage, kTimeDone);
             }
         } else {

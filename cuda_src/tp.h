@@ -17,6 +17,7 @@ struct alignas(8) TpFloat2 {
 static inline TpInt4 tp_load_stream(const char* p) { return *(const TpInt4*)p; }
 static inline TpInt4 tp_load_peer(const char* p) { return *(const TpInt4*)p; }
 static inline TpInt4 tp_load_in_order(const void* p, bool inside) { return inside ? *(const TpInt4*)p : TpInt4{0, 0, 0, 0}; }
+static inline TpInt4 tp_load_any_in_order(const void* p) { return *(const TpInt4*)p; }
 static inline int tp_load_word_in_order(const void* p, bool inside) { return inside ? *(const int*)p : 0; }
 static inline float tp_mul_rounded(float a, float b) {
     float product = a * b;
@@ -90,6 +91,12 @@ TP_DEVICE TpInt4 tp_load_in_order(const void* p, bool inside) {
         "{ .reg .pred q; setp.ne.s32 q, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; @q ld.global.v4.s32 {%0, %1, %2, %3}, [%4]; }"
         : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
         : "l"(p), "r"((int)inside));
+    return v;
+}
+/// From global or shared memory.
+TP_DEVICE TpInt4 tp_load_any_in_order(const void* p) {
+    TpInt4 v;
+    asm volatile("ld.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
 TP_DEVICE int tp_load_word_in_order(const void* p, bool inside) {

@@ -424,6 +424,17 @@ def test_cells_of_a_long_cache_are_streamed(workers, models, family, quant, rank
     assert result["program"].count(" streamed attention ") == N_LAYER, result["program"]
 
 
+@pytest.mark.parametrize(
+    ("family", "ranks", "heads", "kv_heads"),
+    [("llama", 1, 8, 1), ("llama", 2, 8, 1), ("qwen3", 1, 10, 2), ("qwen3moe", 2, 14, 2), ("llama", 1, 16, 1), ("gemma3", 1, 8, 1)],
+)
+def test_query_heads_of_one_kv_head_in_several_units(workers, models, family, ranks, heads, kv_heads):
+    """One of a KV head's units keeps the token's own key and value in the cache, which the others must not read there; a unit may have no heads of a rank's."""
+    options = {"attention__head_count": heads, "attention__head_count_kv": kv_heads, "attention__key_length": 32, "attention__value_length": 32}
+    result = check(workers, models, family, "Q8_0", ranks, arch="sm_90", **options, **({"rope__dimension_count": 32} if family != "gemma3" else {}))
+    assert " attention " in result["program"] and "stream of " in result["program"], result["program"]
+
+
 @pytest.mark.parametrize(("family", "ranks"), [("glm4moe", 1), ("glm4moe", 2)])
 def test_routers_with_sigmoids(workers, models, family, ranks):
     """And with a bias that chooses but does not weigh; beside shared experts, which end a run of stages."""

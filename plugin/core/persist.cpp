@@ -20,7 +20,8 @@ namespace {
 constexpr int kAttributeCooperative = 95;                 // CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
 constexpr int kAttributeSharedOptIn = 97;                 // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 constexpr i64 kLeastCells = kStreamWarps * kColumnsStep;  // of a piece of attention: a step for every warp
-constexpr i64 kWholeCells = kStreamWarps * kColumnsRun;   // up to here one piece: to combine pieces costs more than four steps of its warps
+constexpr i32 kWholeHeads = 4;  // query heads of a unit of one piece: eight took 11,300 cycles a layer at 64 cells, two fours 8,900 (Qwen3-30B-A3B)
+constexpr i64 kWholeCells = kStreamWarps * kColumnsRun;  // up to here one piece: to combine pieces costs more than four steps of its warps
 constexpr i64 kMostCells =
     8192;  // where cells cannot be streamed: at 32768 a kernel per step is ahead (8B, Q4_0, one H100: 228 tokens/s, 200), at 256 behind (403, 448)
 constexpr i64 kMostElems = 1 << 17;  // of an element-wise stage: more is no token's work
@@ -714,10 +715,14 @@ class RankRun {
         if (a.q.ne[1] != 1 || a.q.ne[3] != 1 || cells <= 0) return false;
         if (a.has_mask && written(span_of(a.mask))) return false;  // it is looked at before the stage, as is the row that the token's cell is
         const auto d = static_cast<int>(a.q.ne[0]);
+        const i64 most = cells <= kWholeCells ? 1 : (cells + kLeastCells - 1) / kLeastCells;
+        if (most == 1) {
+            f.head_groups = (a.gqa_ratio + kWholeHeads - 1) / kWholeHeads;
+            f.group_heads = (a.gqa_ratio + f.head_groups - 1) / f.head_groups;
+        }
         const int meet_bytes = flash_columns_floats(kStreamWarps, std::min(a.gqa_ratio, f.group_heads), d) * 4;
         if (kStreamQueryBytes + meet_bytes > kStreamInputBytes) return false;
         const i64 units = a.k.ne[2] * f.head_groups;
-        const i64 most = cells <= kWholeCells ? 1 : (cells + kLeastCells - 1) / kLeastCells;
         const i64 splits = std::clamp<i64>(memory_->n_blocks / std::max<i64>(units, 1), 1, most);
         f.cells = static_cast<i32>(round_up((cells + splits - 1) / splits, kColumnsStep));
         f.n_splits = static_cast<i32>((cells + f.cells - 1) / f.cells);
@@ -807,7 +812,7 @@ class RankRun {
     /// Whether the attention can do what the stage before it does, which turns its queries and keys and stores its keys and values: one hand-over
     /// less a layer. What it reads must not lie where it, or the same stage of another block, writes.
     bool take_own_token(StreamFlash& f, Draft& out) {
-        if (stages.empty() || stages.back().kind != kStreamRopeStore || f.args.head_groups != 1) return false;
+        if (stages.empty() || stages.back().kind != kStreamRopeStore) return false;
         const FlashAttnArgs& a = f.args.a;
         const StreamRope ropes = stages.back().get<StreamRope>();
         const RopeStoreArgs& r = ropes.args;
