@@ -435,6 +435,16 @@ def test_query_heads_of_one_kv_head_in_several_units(workers, models, family, ra
     assert " attention " in result["program"] and "stream of " in result["program"], result["program"]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_units_of_one_kv_head_over_a_long_cache(workers, models, ranks):
+    """Pieces of the cache times two units of eight heads each: one unit of one piece keeps the token's own key and value."""
+    model = models("qwen3", "Q4_0", attention__head_count=16, attention__head_count_kv=1)
+    reference = workers.run(jobs.long_cache, {}, model=model, n=700, on_device=False)
+    result = workers.run(jobs.long_cache, emulated(ranks, "sm_90"), model=model, n=700, on_device=True)
+    assert nmse(result["logits"], reference["logits"]) <= TOLERANCE["Q4_0"]
+    assert " combine " in result["program"] and " streamed attention " not in result["program"], result["program"]
+
+
 @pytest.mark.parametrize(("family", "ranks"), [("glm4moe", 1), ("glm4moe", 2)])
 def test_routers_with_sigmoids(workers, models, family, ranks):
     """And with a bias that chooses but does not weigh; beside shared experts, which end a run of stages."""
