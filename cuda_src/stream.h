@@ -6,14 +6,14 @@
 
 namespace ggml_tp {
 
-constexpr int kStreamPieces = 2;                          // of a tile, that arrive one by one
-constexpr i32 kStreamArch = 900;                          // bulk copies and mbarriers
-constexpr int kStreamThreads = 32 * (kStreamWarps + 2);   // and a warp that streams weights, a warp that stores results
-constexpr int kStreamMostRows = 32;                       // of a tile: a lane of the storing warp each
+constexpr int kStreamPieces = 2;                                // of a tile, that arrive one by one
+constexpr i32 kStreamArch = 900;                                // bulk copies and mbarriers
+constexpr int kStreamThreads = 32 * (kStreamWarps + 2);         // and a warp that streams weights, a warp that stores results
+constexpr int kStreamMostRows = 32;                             // of a tile: a lane of the storing warp each
 constexpr int kStreamQueryBytes = (kFlashHeads + 2) * 256 * 2;  // an attention's queries, own key and value as halves, in front of where its warps meet
-constexpr int kStreamInputBytes = kStreamMostK * 5 / 4;   // int8, and {scale, scale * sum} per 32
-constexpr int kStreamMostElems = 128;                     // of the input, that a lane keeps in registers
-constexpr int kStreamMostSums = 64;                       // of a tile of experts: rows times slots
+constexpr int kStreamInputBytes = kStreamMostK * 5 / 4;         // int8, and {scale, scale * sum} per 32
+constexpr int kStreamMostElems = 128;                           // of the input, that a lane keeps in registers
+constexpr int kStreamMostSums = 64;                             // of a tile of experts: rows times slots
 constexpr u32 kStreamShared = kStreamSlots * kStreamSlotBytes + kStreamInputBytes + 3 * kStreamStageBytes + 2944;
 static_assert(kStreamShared <= 227 * 1024, "what a block of sm_90 may have");
 
