@@ -626,7 +626,7 @@ struct StreamCombine {
     u32 chunks_inverse, pad;  // 2^16 / pieces of 32 elements of a head, rounded up
 };
 // What an attention does with its token's own query, key and value heads, as a product has left them: it turns the queries, and the block that
-// has the token's cell writes key and value into the cache. Query and key as turned go to q_y and k_y too, for
+// has the token's cell (of units that share a KV head, the first one's) writes key and value into the cache. Query and key as turned go to q_y and k_y too, for
 // whoever else may read them (null: what this attention writes lies there).
 struct StreamOwnToken {
     struct Cache {  // F16 rows

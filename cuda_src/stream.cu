@@ -772,15 +772,16 @@ struct OwnEight {
     }
 };
 
-/// Elements [first, first + kSteps * kStep) of a product's input, as far as there are such; all loads go out before any is used. Of what is written for
-/// others every block writes its share. Returns this thread's sum of squares.
-struct InputFrom {  // a thread's
+/// Where a thread's first elements of a product's input are, and of what is added to it and multiplied with it (null: nothing): read before the wait.
+struct InputFrom {
     const float *a, *b, *weight;
     TP_MEMBER InputFrom(const StreamProduct& p) {
         const int at = 8 * (int)threadIdx.x;
         a = p.a + at, b = p.input == kInputNorm && p.b ? p.b + at : nullptr, weight = p.input == kInputNorm && p.weight ? p.weight + at : nullptr;
     }
 };
+/// Elements [first, first + kSteps * kStep) of a product's input, as far as there are such; all loads go out before any is used. Of what is written for
+/// others every block writes its share. Returns this thread's sum of squares.
 template <int kSteps, bool kNorm>
 TP_DEVICE float take_steps(const StreamProduct& p, const InputFrom& in, Shared& s, int k, int first, OwnEight& own) {
     const int thread = threadIdx.x, from = (int)blockIdx.x * p.share;
@@ -1106,8 +1107,8 @@ TP_OUTLINE void multiply_floats(int at) {
 
 /// The queries of a unit of n_kv KV heads from heads.kv_head on, as halves [heads.n][d] in shared memory, scaled; its own keys and values go to the
 /// cache: see StreamOwnToken. What they are made of comes by asynchronous copies, `batch` heads in one trip to the L2, and loops over heads are not unrolled:
-/// code that runs once a layer costs five cycles an instruction. Where the cache is streamed, own_rows gets the piece's own keys and values as well,
-/// [2][n_kv][d] halves, and queries that are turned already stay in memory.
+/// code that runs once a layer costs five cycles an instruction. kOwnRows: own_rows gets the piece's own keys and values as well, [2][n_kv][d] halves, as this
+/// block must not read them in the cache, which is streamed, or to which another unit's block writes them. Queries that are turned already stay in memory.
 template <bool kOwnRows>
 struct QueriesShared {
     static constexpr bool kOwnCell = kOwnRows;
@@ -1137,7 +1138,8 @@ struct QueriesShared {
 #pragma unroll 1
         for (int i = threadIdx.x % 32 * 4; i < d; i += 128) tp_copy_async(rows + to * d + i, from + i);
     }
-    /// Heads [first, first + batch), of queries, keys and values one behind the other: a thread four elements of each head that it takes, as in turn().
+    /// Heads [first, first + batch), of queries, keys and values one behind the other: a thread four elements of each head that it takes, as in turn(). A thread's
+    /// first head is found where this is made, the others as they are sent for.
     struct HeadCopies {
         const QueriesShared& of;
         int at, step, h, end;

@@ -20,7 +20,7 @@ namespace {
 constexpr int kAttributeCooperative = 95;                 // CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
 constexpr int kAttributeSharedOptIn = 97;                 // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 constexpr i64 kLeastCells = kStreamWarps * kColumnsStep;  // of a piece of attention: a step for every warp
-constexpr i32 kWholeHeads = 4;  // query heads of a unit of one piece: eight took 11,300 cycles a layer at 64 cells, two fours 8,900 (Qwen3-30B-A3B)
+constexpr i32 kWholeHeads = 4;  // query heads of a unit of one piece: eight took 11,200 cycles a layer at 64 cells, two fours 8,700 (Qwen3-30B-A3B)
 constexpr i64 kWholeCells = kStreamWarps * kColumnsRun;  // up to here one piece: to combine pieces costs more than four steps of its warps
 constexpr i64 kMostCells =
     8192;  // where cells cannot be streamed: at 32768 a kernel per step is ahead (8B, Q4_0, one H100: 228 tokens/s, 200), at 256 behind (403, 448)
