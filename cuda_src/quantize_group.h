@@ -31,7 +31,10 @@ TP_DEVICE void sum_four(const Pieces& pieces, i64 column, i64 i, char* kept, flo
 struct Int8Scale {
     float inverse, d;
     /// 127 / most, of both a 2^20th: whatever `most` is, it and its reciprocal are normal numbers then. And most / 127.
-    TP_MEMBER explicit Int8Scale(float most) : inverse(most > 1e-30f ? tp_quotient(127.0f * 0x1p-20f, most * 0x1p-20f) : 0.0f) {
+    TP_MEMBER explicit Int8Scale(float most) {
+        constexpr float kLeast = 1e-30f;
+        const float quotient = tp_quotient(127.0f * 0x1p-20f, fmaxf(most, kLeast) * 0x1p-20f);  // of all lanes: a branch would keep what follows apart
+        inverse = most > kLeast ? quotient : 0.0f;
         constexpr float kInverse = 1.0f / 127.0f;
         const float near = most * kInverse;
         d = fmaf(fmaf(-127.0f, near, most), kInverse, near);  // as most / 127.0f is rounded, of every mantissa

@@ -780,17 +780,17 @@ struct InputFrom {
         a = p.a + at, b = p.input == kInputNorm && p.b ? p.b + at : nullptr, weight = p.input == kInputNorm && p.weight ? p.weight + at : nullptr;
     }
 };
-/// Elements [first, first + kSteps * kStep) of a product's input, as far as there are such; all loads go out before any is used. Of what is written for
-/// others every block writes its share. Returns this thread's sum of squares.
+/// Elements [first, first + kSteps * kStep) of a product's input, of which only the last may end early; all loads go out before any is used, and what needs
+/// other lanes or a reciprocal is done for all steps at a time. Of what is written for others every block writes its share. Returns this thread's sum of squares.
 template <int kSteps, bool kNorm>
 TP_DEVICE float take_steps(const StreamProduct& p, const InputFrom& in, Shared& s, int k, int first, OwnEight& own) {
     const int thread = threadIdx.x, from = (int)blockIdx.x * p.share;
+    auto inside = [&](int j) { return j + 1 < kSteps || first + j * kStep + thread * 8 < k; };
     // What is not loaded has a value all the same: registers that are defined on some paths only were kept from the function's beginning on, in local memory.
-    float v[kSteps][8] = {}, more[kNorm ? kSteps : 1][8] = {}, weight[kNorm ? kSteps : 1][8] = {}, squares = 0;
+    float v[kSteps][8] = {}, more[kNorm ? kSteps : 1][8] = {}, weight[kNorm ? kSteps : 1][8] = {}, squares = 0, most[kSteps];
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
-        if (j && first + j * kStep >= k) break;  // of all threads: half of an input of 2,048 was steps beyond it
-        const int at = first + j * kStep, here = at + thread * 8 < k ? at : -8 * thread;
+        const int here = inside(j) ? first + j * kStep : -8 * thread;
         load_eight(in.a + here, v[j]);
         if constexpr (kNorm) {
             if (in.b) load_eight(in.b + here, more[j]);
@@ -799,10 +799,9 @@ TP_DEVICE float take_steps(const StreamProduct& p, const InputFrom& in, Shared& 
     }
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
-        if (j && first + j * kStep >= k) break;
         const int at = first + j * kStep + thread * 8;
         if constexpr (kNorm) {
-            const bool mine = at >= from && at < from + p.share && at < k;
+            const bool mine = at >= from && at < from + p.share && inside(j);
             if (in.b)
                 for (int i = 0; i < 8; ++i) v[j][i] += more[j][i];
             if (mine) {
@@ -811,31 +810,55 @@ TP_DEVICE float take_steps(const StreamProduct& p, const InputFrom& in, Shared& 
             }
             float of_eight = 0;
             for (int i = 0; i < 8; ++i) of_eight += v[j][i] * v[j][i];
-            squares += at < k ? of_eight : 0.0f;
+            squares += inside(j) ? of_eight : 0.0f;
             if (in.weight)
                 for (int i = 0; i < 8; ++i) v[j][i] *= weight[j][i];
             if (mine && p.norm) own.keep(at, v[j]);
         }
-        float most = 0;
-        for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(v[j][i]));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-        const Int8Scale scale(most);
-        int words[2], sum = 0;
+        most[j] = 0;
+        for (int i = 0; i < 8; ++i) most[j] = fmaxf(most[j], fabsf(v[j][i]));
+    }
+#pragma unroll
+    for (int o = 1; o < 4; o *= 2)
+#pragma unroll
+        for (int j = 0; j < kSteps; ++j) most[j] = fmaxf(most[j], __shfl_xor_sync(0xffffffffu, most[j], o));
+    int words[kSteps][2], sum[kSteps];
+    float d[kSteps];
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+        const Int8Scale scale(most[j]);
+        d[j] = scale.d, sum[j] = 0;
         for (int i = 0; i < 2; ++i) {
             const float* four = v[j] + 4 * i;
-            words[i] = four_bytes(scale.bits(four[0]), scale.bits(four[1]), scale.bits(four[2]), scale.bits(four[3]));
-            sum = tp_dp4a(words[i], 0x01010101, sum);
+            words[j][i] = four_bytes(scale.bits(four[0]), scale.bits(four[1]), scale.bits(four[2]), scale.bits(four[3]));
+            sum[j] = tp_dp4a(words[j][i], 0x01010101, sum[j]);
         }
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (at >= k) continue;
+    }
+#pragma unroll
+    for (int o = 1; o < 4; o *= 2)
+#pragma unroll
+        for (int j = 0; j < kSteps; ++j) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], o);
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+        const int at = first + j * kStep + thread * 8;
+        if (!inside(j)) continue;
         int* const to = (int*)(s.x + input_byte(at));
-        to[0] = words[0], to[1] = words[1];
-        if (at % 32 == 0) {
-            s.xd[at / 32 * 2] = scale.d;
-            s.xd[at / 32 * 2 + 1] = scale.d * (float)sum;
-        }
+        to[0] = words[j][0], to[1] = words[j][1];
+        if (at % 32 == 0) *(TpFloat2*)(s.xd + at / 32 * 2) = {d[j], d[j] * (float)sum[j]};
+    }
+    return squares;
+}
+/// All of an input, kMost steps at a time: registers hold four without a norm, two with one (its weights, and what it adds).
+template <int kMost, bool kNorm>
+TP_DEVICE float take_all(const StreamProduct& p, const InputFrom& in, Shared& s, int k, OwnEight& own) {
+    float squares = 0;
+#pragma unroll 1
+    for (int first = 0; first < k; first += kMost * kStep) {
+        const int left = k - first;
+        if (kMost > 3 && left > 3 * kStep) squares += take_steps<4, kNorm>(p, in, s, k, first, own);
+        else if (kMost > 2 && left > 2 * kStep) squares += take_steps<3, kNorm>(p, in, s, k, first, own);
+        else if (left > kStep) squares += take_steps<2, kNorm>(p, in, s, k, first, own);
+        else squares += take_steps<1, kNorm>(p, in, s, k, first, own);
     }
     return squares;
 }
@@ -850,8 +873,7 @@ TP_OUTLINE Progress take_input(Progress at) {
     wait_for_stage(at.stage);
     if (input == kInputNorm) {
         OwnEight own;
-        float squares = 0;
-        for (int first = 0; first < k; first += 2 * kStep) squares += take_steps<2, true>(p, in, s, k, first, own);
+        float squares = take_all<2, true>(p, in, s, k, own);
         fetch_stage(at.stage + 2);
         squares = tp_warp_sum(squares);
         if (thread % 32 == 0) s.squares[thread / 32] = squares;
@@ -863,9 +885,7 @@ TP_OUTLINE Progress take_input(Progress at) {
     } else {
         if (input != kInputKept) {
             OwnEight nothing;
-            if (k <= 2 * kStep) take_steps<2, false>(p, in, s, k, 0, nothing);
-            else
-                for (int first = 0; first < k; first += 4 * kStep) take_steps<4, false>(p, in, s, k, first, nothing);
+            take_all<4, false>(p, in, s, k, nothing);
             sync_multiplying();
             at.scale = 1.0f;
         }
