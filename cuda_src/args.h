@@ -527,7 +527,9 @@ enum StreamExpertsRole : i32 { kExpertsNone = 0, kExpertsEach = 1, kExpertsSum =
 struct StreamProduct {
     StreamPart part[3];
     i32 n_parts, type, k, rows;
-    i32 k_shift, units_each;  // the warps are (1 << k_shift) groups along k x row groups: a lane holds units_each units (32 elements or 64) of the input
+    // The warps are (1 << k_shift) groups along k x row groups: a lane holds units_each units (32 elements or 64) of the input. kExpertsSum: 1 << k_shift groups
+    // of `lanes` lanes share a slot's rows, and a lane has units_each units of that slot's input.
+    i32 k_shift, units_each;
     i32 n_tiles, n_planes;
     i32 first_tile[3];  // of each part; beyond the last: n_tiles
     i32 row_bytes[4], slot_offset[4];

@@ -42,9 +42,9 @@ struct Shared {
     i32 weighed_experts[kVecSlots];  // the same, until the storing warp weighs again: the streaming warp is at the next ones while it adds these up
     float weights[kVecSlots];
     TpBarrier full[kStreamSlots * kStreamPieces], empty[kStreamSlots], out_full[kOuts], out_empty[kOuts];
-    TpBarrier routed;   // the blocks have arrived that a router's choice waits for
-    TpBarrier chosen;   // the streaming warp has chosen
-    TpBarrier weighed;  // the storing warp has read what was chosen
+    TpBarrier chosen;  // experts, by the multiplying warps
+    TpBarrier taken;   // by the streaming warp and the storing warp
+    u32 choices;       // so far
     u32 late, stage_now;
     u32 walk;  // a Progress's, while attention needs all registers
     u32 pushed_before;
@@ -99,9 +99,8 @@ TP_DEVICE const StreamExperts& fetch_product(const StreamStage& stage, char* to,
     return *(const StreamExperts*)to;
 }
 
-// ---- a router's choice. The warp that streams makes it, since it is who waits for it: each block for itself, which is cheaper than asking another.
-// It is code that runs once a layer, at five cycles an instruction: experts come first (with their weights in one
-// function, unrolled, it took 7,000 cycles before that). Weights are the storing warp's work, until the first tile is there.
+// ---- a router's choice. Each block makes it for itself, which is cheaper than asking another. The multiplying warps choose, as the weights that they will
+// multiply are those of who is chosen (one warp took 3,600 cycles); experts' weights are the storing warp's work, until the first tile is there.
 
 TP_DEVICE float logit_of(const StreamRoute& r, const float* logits, int e, bool inside) {
     const float x = __int_as_float(tp_load_word_in_order(logits + e, inside));
@@ -112,98 +111,43 @@ TP_DEVICE float gate_of(const StreamRoute& r, const float* logits, int e, bool i
     const float x = logit_of(r, logits, e, inside);
     return r.gating == kGatingSigmoid ? sigmoid(x) : x;
 }
-/// The soft max of v over the values of all lanes' calls: first their largest and sum.
+/// The soft max of a router's logits, times scale_before: their largest and their sum. A lane takes every 32nd.
 struct SoftMax {
     float scale, most = -INFINITY, inverse = 0;
     TP_MEMBER float power(float v) const { return most == -INFINITY ? 0.0f : expf(v * scale - most); }
     TP_MEMBER float of(float v) const { return power(v) * inverse; }
 };
-/// A lane has every 32nd expert's gate.
-template <int kPer>
-TP_DEVICE SoftMax soft_max_of_gates(const StreamRoute& r, const float (&gate)[kPer]) {
-    const int lane = threadIdx.x % 32;
+TP_DEVICE SoftMax soft_max_of_gates(const StreamRoute& r, const float* logits) {
+    const int lane = threadIdx.x % 32, n = r.n_expert;
     SoftMax out{r.scale_before};
-#pragma unroll
-    for (int j = 0; j < kPer; ++j)
-        if (lane + 32 * j < r.n_expert) out.most = fmaxf(out.most, gate[j] * out.scale);
-    out.most = tp_warp_max(out.most);
     float sum = 0;
-#pragma unroll
-    for (int j = 0; j < kPer; ++j)
-        if (lane + 32 * j < r.n_expert) sum += out.power(gate[j]);
+#pragma unroll 4
+    for (int e = lane; e - lane < n; e += 32) {
+        const float v = logit_of(r, logits, e, e < n);
+        if (e < n) out.most = fmaxf(out.most, v * out.scale);
+    }
+    out.most = tp_warp_max(out.most);
+#pragma unroll 4
+    for (int e = lane; e - lane < n; e += 32) {
+        const float v = logit_of(r, logits, e, e < n);
+        if (e < n) sum += out.power(v);
+    }
     sum = tp_warp_sum(sum);
     out.inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
     return out;
 }
 
-/// The experts of one token, into shared memory: the first of the largest, again and again, in the order of sort_row.h. A soft max without a
-/// selection bias orders as its logits do.
-template <int kPer>
-TP_DEVICE void choose_experts(const StreamRoute& r, const float* logits, Shared& s) {
-    constexpr u32 kChosen = ~0u;  // or no expert
-    const int lane = threadIdx.x % 32, n = r.n_expert, n_used = r.n_used;
-    float by[kPer];
-    u32 key[kPer];
-#pragma unroll
-    for (int j = 0; j < kPer; ++j) by[j] = logit_of(r, logits, lane + 32 * j, lane + 32 * j < n);
-    if (r.gating == kGatingSigmoid || r.selection_bias) {
-        const SoftMax gates = r.gating == kGatingSoftMax ? soft_max_of_gates(r, by) : SoftMax{};
-#pragma unroll
-        for (int j = 0; j < kPer; ++j) {
-            if (r.gating == kGatingSigmoid) by[j] = sigmoid(by[j]);
-            if (r.selection_bias)
-                by[j] = (r.gating == kGatingSoftMax ? gates.of(by[j]) : by[j]) +
-                        __int_as_float(tp_load_word_in_order(r.selection_bias + lane + 32 * j, lane + 32 * j < n));
-        }
-    }
-#pragma unroll
-    for (int j = 0; j < kPer; ++j) {
-        const u32 of_it = sort_key(by[j], true);
-        key[j] = lane + 32 * j >= n ? kChosen : of_it < kChosen ? of_it : kChosen - 1;
-    }
-#pragma unroll 1
-    for (int i = 0; i < n_used; ++i) {
-        u32 best = key[0];
-#pragma unroll
-        for (int j = 1; j < kPer; ++j) best = key[j] < best ? key[j] : best;
-        const u32 of_all = tp_warp_min(best);
-        int first = 0;
-#pragma unroll
-        for (int j = kPer; j-- > 0;)
-            if (key[j] == of_all) first = j;
-        int e = lane + 32 * first;
-        const u32 lanes = __ballot_sync(0xffffffffu, best == of_all);
-        bool mine = best == of_all;
-        if (lanes & (lanes - 1)) mine = e == (int)tp_warp_min(mine ? (u32)e : ~0u);  // equal ones: the first of them
-        if (!mine) continue;
-        s.experts[i] = e;
-#pragma unroll
-        for (int j = 0; j < kPer; ++j)
-            if (j == first) key[j] = kChosen;
-    }
-    __syncwarp();
-}
-TP_OUTLINE void choose_experts(const float* logits) {
-    Shared& s = shared_of();
-    const StreamRoute& r = ((const StreamExperts*)s.streamed)->route;
-    if (r.n_expert <= 128) choose_experts<4>(r, logits, s);
-    else if (r.n_expert <= 256) choose_experts<8>(r, logits, s);
-    else choose_experts<kStreamMostExperts / 32>(r, logits, s);
-}
 /// Their weights, into shared memory; arithmetic and order are those of chain.cu. And all that others may read. Of other numbers than the router's logits:
 /// nothing but the time that the instructions take to come.
-template <int kPer>
-TP_DEVICE void weigh_experts(const StreamRoute& r, const StreamProduct& p, const float* logits, Shared& s) {
+TP_OUTLINE void weigh_experts(const float* logits) {
+    Shared& s = shared_of();
+    const StreamExperts& experts = *(const StreamExperts*)s.stored;
+    const StreamRoute& r = experts.route;
+    const StreamProduct& p = experts.product;
     const int lane = threadIdx.x % 32, n = r.n_expert, n_used = r.n_used, n_writers = p.n_tiles < (int)gridDim.x ? p.n_tiles : (int)gridDim.x;
     const bool used = lane < n_used, chosen = logits == r.logits, writes = chosen && (int)blockIdx.x == n_writers - 1;  // that block has the fewest tiles
     const float gate = gate_of(r, logits, used && chosen ? s.experts[lane] : lane, used);
-    SoftMax gates{};
-    if (r.gating == kGatingSoftMax) {
-        float all[kPer];
-#pragma unroll
-        for (int j = 0; j < kPer; ++j) all[j] = gate_of(r, logits, lane + 32 * j, lane + 32 * j < n);
-        gates = soft_max_of_gates(r, all);
-    }
+    const SoftMax gates = r.gating == kGatingSoftMax ? soft_max_of_gates(r, logits) : SoftMax{};
     auto gated_as = [&](float of) { return r.gating == kGatingSoftMax ? gates.of(of) : of; };
     auto gated = [&](int e) { return gated_as(gate_of(r, r.logits, e, true)); };
     float weight = used ? gated_as(gate) : 0.0f;
@@ -256,14 +200,6 @@ TP_DEVICE void weigh_experts(const StreamRoute& r, const StreamProduct& p, const
     }
     __syncwarp();
 }
-TP_OUTLINE void weigh_experts(const float* logits) {
-    Shared& s = shared_of();
-    const StreamExperts& experts = *(const StreamExperts*)s.stored;
-    const StreamRoute& r = experts.route;
-    if (r.n_expert <= 128) weigh_experts<4>(r, experts.product, logits, s);
-    else weigh_experts<kStreamMostExperts / 32>(r, experts.product, logits, s);
-}
-
 /// Which groups of 16 cells have one that is not masked, of kStreamedStep cells from `base` on: a bit each, the same for all lanes.
 TP_DEVICE u32 open_groups(const char* mask, int base, int end) {
     static_assert(kColumnsStep * 2 == 2 * sizeof(TpInt4) && kStreamedStep == 32 * kColumnsStep, "a group a lane, two words of its masks");
@@ -308,7 +244,7 @@ TP_OUTLINE void stream_weights() {
     const int lane = threadIdx.x % 32;
     AnyTurn slot, ahead;
     const int ring_slots = args.slots, room = stream_most_in_flight(ring_slots);
-    Turn<1> routed, weighed;
+    Turn<1> chosen;
     const u64 once = tp_read_once();
     int in_flight = 0, most_in_flight = kStreamInFlight, most_early = kStreamInFlightEarly;
     bool early = true;  // ahead of the stage that is multiplied
@@ -367,16 +303,6 @@ TP_OUTLINE void stream_weights() {
             continue;
         }
         const StreamProduct& p = experts.product;
-        if (p.role == kExpertsEach) {
-            tp_barrier_wait(&s.weighed, weighed.parity ^ 1);
-            weighed.next();
-            // First of any numbers, of which a matrix has enough (16 bytes of each expert at least): so that the instructions are there when the logits are.
-            choose_experts((const float*)p.part[0].plane[0]);
-            tp_barrier_wait(&s.routed, routed.parity);
-            routed.next();
-            choose_experts(experts.route.logits);
-            tp_barrier_arrive(&s.chosen);
-        }
         if (p.input == kInputNorm && p.weight)  // into the L2: a share of every block
             for (int line = (int)blockIdx.x + (int)gridDim.x * lane; line < p.k / 32; line += 32 * (int)gridDim.x) tp_prefetch(p.weight + line * 32);
         early = !p.role;
@@ -409,6 +335,11 @@ TP_OUTLINE void stream_weights() {
         Copy copy;
         if (f < n_planes) copy.bytes = (u32)p.row_bytes[f], copy.to = (u32)(p.slot_offset[f] + half * step * p.row_bytes[f]);
         row_bytes *= (u32)halves;
+        if (p.role == kExpertsEach) {
+            tp_barrier_wait(&s.chosen, chosen.parity);
+            chosen.next();
+            tp_barrier_arrive(&s.taken);
+        }
         int tile = blockIdx.x;
         for (int part = 0; part < n_parts; ++part) {
             const int n = (int)p.part[part].n, tiles_each = (n + step - 1) / step, tiles = p.role == kExpertsEach ? n_tiles : tiles_each;
@@ -568,10 +499,25 @@ TP_DEVICE void store_glu(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
     else if (p.glu == 1 + kSwigluOai) store_glu_as<kSwigluOai, true>(p, s, out);
     else store_glu_as<-1, true>(p, s, out);
 }
-/// Every slot's rows with the slots' weights, added up slot by slot. A lane has two of a tile's rows and slots, as the sums of them lie there: the same of
-/// every tile. kMore: biases, or what somebody reads besides the last sums.
-template <bool kMore>
-TP_DEVICE void store_sums_as(const StreamExperts& experts, Shared& s, Turn<kOuts>& out) {
+/// Every slot's rows with the slots' weights, added up slot by slot.
+TP_DEVICE void store_sums_alone(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
+    const int lane = threadIdx.x % 32, rows = p.rows, slots = p.slots, n = (int)p.part[0].n;
+    const Destination to(p, p.part[0]);
+    for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
+        const int at = tile * rows + lane;
+        const float* from = s.out[out.at] + (lane < rows ? lane : 0);
+        tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
+        float sum = tp_mul_rounded(from[0], s.weights[0]);
+#pragma unroll 4
+        for (int i = 1; i < slots; ++i) sum += tp_mul_rounded(from[i * rows], s.weights[i]);
+        tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
+        out.next();
+        if (lane < rows && at < n) to.put(s, at, sum);
+    }
+}
+/// The same with biases, or what somebody reads besides the last sums. A lane has two of a tile's rows and slots, as the sums of them lie there: the same of
+/// every tile.
+TP_DEVICE void store_sums_and_more(const StreamExperts& experts, Shared& s, Turn<kOuts>& out) {
     static_assert(kStreamMostSums == 64, "two of each lane");
     const StreamProduct& p = experts.product;
     const StreamPart& part = p.part[0];
@@ -588,7 +534,7 @@ TP_DEVICE void store_sums_as(const StreamExperts& experts, Shared& s, Turn<kOuts
         weight[j] = s.weights[slot[j]];
     }
     i64 of_expert[2] = {};
-    if (kMore && part.bias) {
+    if (part.bias) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) of_expert[j] = s.weighed_experts[slot[j]] * part.bias_row;
         prefetch_biases(p.n_tiles, slots, lane, [&](int tile, int of) { return part.bias + s.weighed_experts[of] * part.bias_row + tile * rows; });
@@ -609,9 +555,9 @@ TP_DEVICE void store_sums_as(const StreamExperts& experts, Shared& s, Turn<kOuts
         out.next();
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            const float sum = kMore ? v[j] + added[j] : v[j];
+            const float sum = v[j] + added[j];
             product[j] = tp_mul_rounded(sum, weight[j]);
-            if (!kMore || row + row_of[j] >= n) continue;
+            if (row + row_of[j] >= n) continue;
             const i64 at = slot[j] * (i64)p.y_stride + row + row_of[j];
             if (part.raw) part.raw[at] = v[j];
             if (more.y) more.y[at] = sum;
@@ -622,30 +568,25 @@ TP_DEVICE void store_sums_as(const StreamExperts& experts, Shared& s, Turn<kOuts
 #pragma unroll 1
         for (int i = 1, at = rows; i < slots; ++i, at += rows) {
             sum += __shfl_sync(0xffffffffu, at >= 32 ? product[1] : product[0], (at + lane) % 32);  // an index would put them into local memory
-            if (kMore && i + 1 < slots && more.sum[i - 1] && inside) more.sum[i - 1][row + lane] = sum;
+            if (i + 1 < slots && more.sum[i - 1] && inside) more.sum[i - 1][row + lane] = sum;
         }
         if (inside) to.put(s, row + lane, sum);
     };
-    if constexpr (kMore) {  // by turns, as above
-        float added[2], next[2];
-        load_biases((int)blockIdx.x, added);
-        for (int tile = blockIdx.x; tile < n_tiles; tile += 2 * apart) {
-            load_biases(tile + apart, next);
-            store(tile, added);
-            if (tile + apart >= n_tiles) break;
-            load_biases(tile + 2 * apart, added);
-            store(tile + apart, next);
-        }
-    } else {
-        const float none[2] = {};
-        for (int tile = blockIdx.x; tile < n_tiles; tile += apart) store(tile, none);
+    float added[2], next[2];  // by turns, as above
+    load_biases((int)blockIdx.x, added);
+    for (int tile = blockIdx.x; tile < n_tiles; tile += 2 * apart) {
+        load_biases(tile + apart, next);
+        store(tile, added);
+        if (tile + apart >= n_tiles) break;
+        load_biases(tile + 2 * apart, added);
+        store(tile + apart, next);
     }
 }
 TP_OUTLINE Turn<kOuts> store_sums(Turn<kOuts> out) {
     Shared& s = shared_of();
     const StreamExperts& experts = *(const StreamExperts*)s.stored;
-    if (is_biased(experts.product.part[0]) || experts.sums.visible) store_sums_as<true>(experts, s, out);
-    else store_sums_as<false>(experts, s, out);
+    if (is_biased(experts.product.part[0]) || experts.sums.visible) store_sums_and_more(experts, s, out);
+    else store_sums_alone(experts.product, s, out);
     return out;
 }
 TP_OUTLINE void store_results() {
@@ -665,7 +606,7 @@ TP_OUTLINE void store_results() {
             weigh_experts(experts.route.logits);
         }
         if ((int)blockIdx.x >= p.n_tiles) {
-            if (p.role == kExpertsEach) tp_barrier_arrive(&s.weighed);
+            if (p.role == kExpertsEach) tp_barrier_arrive(&s.taken);
             continue;
         }
         if (p.role == kExpertsSum) out = store_sums(out);
@@ -673,7 +614,7 @@ TP_OUTLINE void store_results() {
         else store_rows(p, s, out);
         __syncwarp();
         if (lane == 0) arrive();
-        if (p.role == kExpertsEach) tp_barrier_arrive(&s.weighed);
+        if (p.role == kExpertsEach) tp_barrier_arrive(&s.taken);
         if (lane == 0 && blockIdx.x == 0) args.cycles[i * kStreamTimes + kTimeStored] = tp_cycles();
     }
 }
@@ -737,11 +678,9 @@ TP_DEVICE void wait_for_stage(int i) {
         const StreamStage& stage = stage_at(i % 3);
         const StreamArgs& args = s.args;
         mark_stage(i, kTimeBegin);
-        const bool routes = stage.kind == kStreamProduct && ((const StreamProduct*)stage.body)->role == kExpertsEach;
         const u32 arrivals = (u32)i * gridDim.x;
         const u32* const arrived = &args.state->arrived;
         if (stage.wait) wait_until(s, [&] { return (i32)(tp_read_signal(arrived) - arrivals) >= 0; });
-        if (routes) tp_barrier_arrive(&s.routed);
         mark_stage(i, kTimeWaited);
     }
     tp_copy_wait();
@@ -751,6 +690,69 @@ TP_OUTLINE void await_stage(int i) { wait_for_stage(i); }
 TP_DEVICE void begin_stage(int i) {
     await_stage(i);
     fetch_stage(i + 2);
+}
+
+/// Begins a stage of experts' first products and chooses them: the first n_used in the order of sort_row.h. A warp puts 32 experts, or 64, in order, and sends
+/// in the first of them; these are put in order by whoever has them. A soft max without a selection bias orders as its logits do.
+template <int kEach>
+TP_DEVICE void choose_experts(const StreamRoute& r, int stage) {
+    constexpr u32 kLast = ~0u;  // no expert
+    Shared& s = shared_of();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = warp * 32 * kEach + lane, n = r.n_expert, n_used = r.n_used;
+    if (threadIdx.x == 0) tp_barrier_wait(&s.taken, (int)(s.choices++ & 1) ^ 1);
+    wait_for_stage(stage);
+    float by[kEach];
+    u32 key[kEach];
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) by[j] = logit_of(r, r.logits, first + 32 * j, first + 32 * j < n);
+    if (r.gating == kGatingSigmoid || r.selection_bias) {
+        const SoftMax gates = r.gating == kGatingSoftMax ? soft_max_of_gates(r, r.logits) : SoftMax{};
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) {
+            if (r.gating == kGatingSigmoid) by[j] = sigmoid(by[j]);
+            if (r.selection_bias)
+                by[j] = (r.gating == kGatingSoftMax ? gates.of(by[j]) : by[j]) +
+                        __int_as_float(tp_load_word_in_order(r.selection_bias + first + 32 * j, first + 32 * j < n));
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+        const u32 of_it = sort_key(by[j], true);
+        key[j] = first + 32 * j >= n ? kLast : of_it < kLast ? of_it : kLast - 1;
+    }
+    int before[kEach] = {};
+#pragma unroll
+    for (int of = 0; of < kEach; ++of)
+#pragma unroll 8
+        for (int i = 0; i < 32; ++i) {
+            const u32 other = __shfl_sync(0xffffffffu, key[of], i);
+#pragma unroll
+            for (int j = 0; j < kEach; ++j) before[j] += other < key[j] || (other == key[j] && 32 * of + i < 32 * j + lane);
+        }
+    static_assert(kStreamWarps * kVecSlots * 4 <= kStreamStageBytes, "keys that are sent in");
+    u32* const keys = (u32*)s.stage[(stage + 2) % 3];  // the stage before this one; the one that will be there is not fetched yet
+#pragma unroll
+    for (int j = 0; j < kEach; ++j)
+        if (before[j] < n_used) keys[warp * n_used + before[j]] = key[j];
+    sync_multiplying();
+    const int n_keys = (n + 32 * kEach - 1) / (32 * kEach) * n_used;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+        if (before[j] >= n_used || first + 32 * j >= n) continue;
+        const int mine = warp * n_used + before[j];
+        int place = 0;
+#pragma unroll 8
+        for (int i = 0; i < n_keys; ++i) place += keys[i] < key[j] || (keys[i] == key[j] && i < mine);
+        if (place < n_used) s.experts[place] = first + 32 * j;
+    }
+    sync_multiplying();
+    if (threadIdx.x == 0) tp_barrier_arrive(&s.chosen);
+}
+TP_OUTLINE void choose_experts(int stage) {
+    static_assert(kStreamMostExperts <= 2 * kMultiply);
+    const StreamRoute& r = ((const StreamExperts*)stage_at(stage % 3).body)->route;
+    if (r.n_expert <= kMultiply) choose_experts<1>(r, stage);
+    else choose_experts<2>(r, stage);
 }
 
 /// Where byte `at` of an input is in shared memory: words of 16 are swapped within their 128, each 128 otherwise, so that eight lanes whose words are 32 or 64
@@ -863,14 +865,14 @@ TP_DEVICE float take_all(const StreamProduct& p, const InputFrom& in, Shared& s,
     return squares;
 }
 
-/// Begins a product and takes its input, as int8 in shared memory, without the norm's 1 / root mean square: that scales the results.
+/// Begins a product (experts' first ones: choose_experts has) and takes its input, as int8 in shared memory, without the norm's 1 / root mean square: that scales the results.
 TP_OUTLINE Progress take_input(Progress at) {
     Shared& s = shared_of();
     const int thread = threadIdx.x;
     const StreamProduct& p = *(const StreamProduct*)stage_at(at.stage % 3).body;
     const InputFrom in(p);
     const int k = p.role == kExpertsSum ? p.k * p.slots : p.k, input = p.input;
-    wait_for_stage(at.stage);
+    if (p.role != kExpertsEach) wait_for_stage(at.stage);
     if (input == kInputNorm) {
         OwnEight own;
         float squares = take_all<2, true>(p, in, s, k, own);
@@ -898,8 +900,31 @@ TP_OUTLINE Progress take_input(Progress at) {
     return at;
 }
 
-/// All tiles of a product. A warp takes two rows at a time, so that their loads, products and sums overlap.
-template <int kType, int kUnits>
+/// The sums over groups of 8, 16 or 32 lanes of what their lanes have of kRows rows, each where the shuffles of one row alone would add it up to. A lane gets one
+/// row's: the rows' lanes lie side by side.
+template <int kRows>
+TP_DEVICE float sum_of_lanes(const float (&v)[kRows], int lanes) {
+    static_assert(kRows == 2 || kRows == 4);
+    const int lane = threadIdx.x;
+    int o = lanes / 2;
+    float sum;
+    auto one_of = [&](float low, float high) {  // the halves of the lanes have a row each from here on
+        const bool upper = lane & o;
+        return (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, o);
+    };
+    if constexpr (kRows == 4) {
+        const float low = one_of(v[0], v[2]), high = one_of(v[1], v[3]);
+        o /= 2;
+        sum = one_of(low, high);
+    } else {
+        sum = one_of(v[0], v[1]);
+    }
+    for (o /= 2; o; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+    return sum;
+}
+
+/// All tiles of a product. A warp takes kRows rows at a time, so that their loads, products and sums overlap; of four it has four, or eight.
+template <int kType, int kUnits, int kRows>
 TP_OUTLINE Progress multiply(Progress now) {
     using U = Unit<kType>;
     Walk walk = Walk::of(now.walk);
@@ -929,6 +954,7 @@ TP_OUTLINE Progress multiply(Progress now) {
         U::arrange(x[j]);
     }
     const int rows = p.rows, n_tiles = p.n_tiles, ring_slots = s.args.slots, last_of_half = (p.glu ? rows / 2 : rows) - 1, shift = p.piece_shift;
+    const int row_of_lane = lane / (32 / kRows) << row_shift;
     int offset[4], stride[4];
 #pragma unroll
     for (int f = 0; f < 4; ++f) offset[f] = p.slot_offset[f], stride[f] = p.row_bytes[f];
@@ -937,29 +963,28 @@ TP_OUTLINE Progress multiply(Progress now) {
         tp_barrier_wait(out_empty + walk.out.at, walk.out.parity ^ 1);
         const TpBarrierAt full = all_full + walk.slot.at * kStreamPieces;
         const char* slot = ring + walk.slot.at * kStreamSlotBytes;
-        for (int row = first_row; row < rows; row += 2 * row_groups) {
-            const bool two = row + row_groups < rows;
-            const int other = two ? row + row_groups : row;
+        for (int row = first_row; row < rows; row += kRows << row_shift) {
+            const int last = row + ((kRows - 1) << row_shift), there = last < rows ? last : row;  // of two rows there may be one
             tp_barrier_wait(full + ((row & last_of_half) >> shift), walk.slot.parity);
-            tp_barrier_wait(full + ((other & last_of_half) >> shift), walk.slot.parity);
-            const char *plane[4], *plane_of_other[4];
+            tp_barrier_wait(full + ((there & last_of_half) >> shift), walk.slot.parity);
+            const char* plane[kRows][4];
 #pragma unroll
-            for (int f = 0; f < 4; ++f) plane[f] = slot + offset[f] + row * stride[f], plane_of_other[f] = slot + offset[f] + other * stride[f];
-            float sum = 0, sum_of_other = 0;
+            for (int r = 0; r < kRows; ++r)
+#pragma unroll
+                for (int f = 0; f < 4; ++f) plane[r][f] = slot + offset[f] + (r == kRows - 1 ? there : row + (r << row_shift)) * stride[f];
+            float sum[kRows] = {};
 #pragma unroll
             for (int j = 0; j < kUnits; ++j) {
                 // Beyond the end: any weights, times an input of zero. A branch here would keep the loads from going out together.
                 const int at = (group * kUnits + j) * 32 + lane, unit = at < units ? at : units - 1;
-                U w, w_of_other;
-                w.load((const char* const*)plane, unit, LoadRing());
-                w_of_other.load((const char* const*)plane_of_other, unit, LoadRing());
-                sum += w.dot_unit(unit, x[j], d[j]);
-                sum_of_other += w_of_other.dot_unit(unit, x[j], d[j]);
+                U w[kRows];
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) w[r].load((const char* const*)plane[r], unit, LoadRing());
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) sum[r] += w[r].dot_unit(unit, x[j], d[j]);
             }
-            sum = tp_warp_sum(sum);
-            sum_of_other = tp_warp_sum(sum_of_other);
-            if (lane == 0) s.out[walk.out.at][group * rows + row] = sum;
-            if (lane == 0 && two) s.out[walk.out.at][group * rows + other] = sum_of_other;
+            const float one = sum_of_lanes(sum, 32);
+            if (lane % (32 / kRows) == 0 && row + row_of_lane < rows) s.out[walk.out.at][group * rows + row + row_of_lane] = one;
         }
         tp_barrier_arrive(empty + walk.slot.at);
         tp_barrier_arrive(out_full + walk.out.at);
@@ -970,58 +995,76 @@ TP_OUTLINE Progress multiply(Progress now) {
     return now;
 }
 
-/// All tiles of the experts' last product: kLanes lanes have a row of a slot, each slot with its own part of the input, from shared memory: k is
-/// short here, and what a warp reads of it changes from row to row. Two rows at a time, as above.
-template <int kType>
+/// All tiles of the experts' last product: groups of p.lanes lanes have rows of one slot each, so that a lane's pieces of that slot's part of the input are the
+/// same for all of them; 1 << k_shift groups share a slot. kRows rows at a time, as above. Where a lane has more than kUnits units, or a group several slots, it
+/// takes its input again for each kRows rows.
+template <int kType, int kUnits, int kRows>
 TP_OUTLINE Progress multiply_slots(Progress now) {
     using U = Unit<kType>;
     Walk walk = Walk::of(now.walk);
     const StreamProduct& p = *(const StreamProduct*)stage_at(now.stage % 3).body;
     Shared& s = shared_of();
-    const int lanes = p.lanes, lane = threadIdx.x % lanes, rows = p.rows, k = p.k, units = k / U::kElems, n_sums = rows * p.slots, n_tiles = p.n_tiles;
-    const int step = kMultiply / lanes, first = threadIdx.x / lanes, ring_slots = s.args.slots;
+    const int lanes = p.lanes, lane = threadIdx.x % lanes, rows = p.rows, slots = p.slots, k = p.k, units = k / U::kElems, n_tiles = p.n_tiles;
+    const int shift = p.k_shift, group = threadIdx.x / lanes, at_once = kMultiply / lanes >> shift, ring_slots = s.args.slots;  // slots at once
+    const int first_row = group & ((1 << shift) - 1), row_of_lane = lane / (lanes / kRows) << shift;
     int offset[4], stride[4];
 #pragma unroll
     for (int f = 0; f < 4; ++f) offset[f] = p.slot_offset[f], stride[f] = p.row_bytes[f];
+    TpInt4 x[kUnits][U::kWords] = {};  // defined on all paths, as above: 107 registers were kept from all functions otherwise
+    TpFloat2 d[kUnits][U::kBlocks] = {};
+    constexpr int kOfBlock = U::kWords / U::kBlocks;
+    const int first_slot = group >> shift;
+    const bool once = units <= kUnits * lanes && slots <= at_once;
+    bool taken = false;
     for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
         tp_barrier_wait(TpBarrierAt(s.full) + walk.slot.at * kStreamPieces, walk.slot.parity);
         tp_barrier_wait(TpBarrierAt(s.out_empty) + walk.out.at, walk.out.parity ^ 1);
         const char* tile_at = ring_of() + walk.slot.at * kStreamSlotBytes;
-        // The warp's first row: whole warps leave the loop together.
-        for (int base = 0; base < n_sums; base += 2 * step) {
-            int row[2];
-            float sum[2] = {};
+        // Whole warps leave the loops together, also where a group has no slot, or fewer rows.
+        for (int base = 0; base < slots; base += at_once) {
+            const bool some = base + first_slot < slots;
+            const int slot = some ? base + first_slot : slots - 1;
+            for (int row = 0; row < rows; row += kRows << shift) {
+                const char* plane[kRows][4];
 #pragma unroll
-            for (int r = 0; r < 2; ++r) row[r] = base + r * step + first < n_sums ? base + r * step + first : n_sums - 1;
-            for (int unit = lane; unit < units; unit += lanes) {
+                for (int r = 0; r < kRows; ++r) {
+                    const int at = row + first_row + (r << shift), of = slot * rows + (at < rows ? at : rows - 1);
 #pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const char* plane[4];
-#pragma unroll
-                    for (int f = 0; f < 4; ++f) plane[f] = tile_at + offset[f] + row[r] * stride[f];
-                    U w;
-                    w.load((const char* const*)plane, unit, LoadRing());
-                    const int from = row[r] / rows * k;
-                    TpInt4 x[U::kWords];
-                    TpFloat2 d[U::kBlocks];
-                    constexpr int kOfBlock = U::kWords / U::kBlocks;
-#pragma unroll
-                    for (int v = 0; v < U::kWords; ++v) {
-                        const int at = from + U::word(unit, v);
-                        x[v] = *(const TpInt4*)(s.x + input_byte(at));
-                        if (v % kOfBlock == 0) d[v / kOfBlock] = *(const TpFloat2*)(s.xd + at / 32 * 2);
-                    }
-                    U::arrange(x);
-                    sum[r] += w.dot_unit(unit, x, d);
+                    for (int f = 0; f < 4; ++f) plane[r][f] = tile_at + offset[f] + of * stride[f];
                 }
-            }
-            for (int o = lanes / 2; o; o /= 2) {
+                float sum[kRows] = {};
+                for (int first = 0; first < units; first += kUnits * lanes) {
+                    if (!once || !taken) {
 #pragma unroll
-                for (int r = 0; r < 2; ++r) sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], o);
-            }
+                        for (int j = 0; j < kUnits; ++j) {
+                            const int unit = first + j * lanes + lane;
+                            const bool inside = unit < units;
 #pragma unroll
-            for (int r = 0; r < 2; ++r)
-                if (lane == 0 && base + r * step + first < n_sums) s.out[walk.out.at][row[r]] = sum[r];
+                            for (int w = 0; w < U::kWords; ++w) {
+                                const int at = slot * k + U::word(inside ? unit : 0, w);
+                                x[j][w] = *(const TpInt4*)(s.x + input_byte(at));
+                                if (w % kOfBlock) continue;
+                                const TpFloat2 of = *(const TpFloat2*)(s.xd + at / 32 * 2);
+                                d[j][w / kOfBlock] = {inside ? of.x : 0.0f, inside ? of.y : 0.0f};
+                            }
+                            U::arrange(x[j]);
+                        }
+                        taken = true;
+                    }
+#pragma unroll
+                    for (int j = 0; j < kUnits; ++j) {
+                        const int at = first + j * lanes + lane, unit = at < units ? at : units - 1;
+                        U w[kRows];
+#pragma unroll
+                        for (int r = 0; r < kRows; ++r) w[r].load((const char* const*)plane[r], unit, LoadRing());
+#pragma unroll
+                        for (int r = 0; r < kRows; ++r) sum[r] += w[r].dot_unit(unit, x[j], d[j]);
+                    }
+                }
+                const float one = sum_of_lanes(sum, lanes);
+                const int at = row + first_row + row_of_lane;
+                if (lane % (lanes / kRows) == 0 && some && at < rows) s.out[walk.out.at][slot * rows + at] = one;
+            }
         }
         tp_barrier_arrive(TpBarrierAt(s.empty) + walk.slot.at);
         tp_barrier_arrive(TpBarrierAt(s.out_full) + walk.out.at);
@@ -1035,14 +1078,23 @@ TP_OUTLINE Progress multiply_slots(Progress now) {
 template <int kType>
 TP_DEVICE Progress multiply(const StreamProduct& p, Progress now) {
     static_assert(Unit<kType>::kElems == stream_unit(kType), "what stream_fit counts");
-    if (p.role == kExpertsSum) return multiply_slots<kType>(now);
-    if (p.units_each == 1) return multiply<kType, 1>(now);
-    if constexpr (2 * Unit<kType>::kElems < kStreamMostElems) {
-        static_assert(4 * Unit<kType>::kElems == kStreamMostElems);
-        if (p.units_each == 3) return multiply<kType, 3>(now);
-        if (p.units_each > 3) return multiply<kType, 4>(now);
+    constexpr int kElems = Unit<kType>::kElems, kMostUnits = kStreamMostElems / kElems;
+    static_assert(kMostUnits == 2 || kMostUnits == 4);
+    if (p.role == kExpertsSum) {
+        constexpr int kFew = kMostUnits == 4 ? 3 : 1;  // units, where two rows are taken at a time: gpt-oss's 2,880 weights are three
+        const bool four = p.rows >> p.k_shift >= 4 && (kFew == 1 || p.units_each == 1);
+        return four ? multiply_slots<kType, 1, 4>(now) : multiply_slots<kType, kFew, 2>(now);
     }
-    return multiply<kType, 2>(now);
+    const bool four = p.rows << p.k_shift >= 4 * kStreamWarps;  // rows of each warp
+    if constexpr (kMostUnits == 4) {
+        if (p.units_each > 3) return multiply<kType, 4, 2>(now);
+        if (p.units_each == 3) return multiply<kType, 3, 2>(now);
+        if (p.units_each == 2) return four ? multiply<kType, 2, 4>(now) : multiply<kType, 2, 2>(now);
+        return multiply<kType, 1, 2>(now);
+    } else {
+        if (p.units_each == 2) return multiply<kType, 2, 2>(now);
+        return four ? multiply<kType, 1, 4>(now) : multiply<kType, 1, 2>(now);
+    }
 }
 
 /// By weights of the one of these types that they are.
@@ -1690,6 +1742,7 @@ TP_DEVICE void do_stages() {
     for (Progress now = {0, Walk{}.packed(), 1.0f}; now.stage < s.args.n_stages; ++now.stage) {
         const StreamStage& stage = stage_at(now.stage % 3);
         if (stage.kind == kStreamProduct) {
+            if (((const StreamProduct*)stage.body)->role == kExpertsEach) choose_experts(now.stage);
             now = take_input(now);
             const StreamProduct& p = *(const StreamProduct*)stage_at(now.stage % 3).body;
             now = multiply_any_of<kQ4_0, kQ8_0, kQ4_K, kQ6_K, kQ5_K, kIQ4_XS, kIQ4_NL, kMXFP4, kQ3_K, kQ2_K, kQ5_0, kQ5_1, kQ4_1, kNVFP4, kTQ2_0, kIQ3_S,
@@ -1735,8 +1788,8 @@ TP_KERNEL_COOPERATIVE(stream, StreamArgs, 320) {
         for (int i = 0; i < kStreamSlots * kStreamPieces; ++i) tp_barrier_init(TpBarrierAt(s.full) + i, 1);
         for (int i = 0; i < kStreamSlots; ++i) tp_barrier_init(TpBarrierAt(s.empty) + i, kMultiply);
         for (int i = 0; i < kOuts; ++i) tp_barrier_init(TpBarrierAt(s.out_full) + i, kMultiply), tp_barrier_init(TpBarrierAt(s.out_empty) + i, 32);
-        tp_barrier_init(&s.routed, 1), tp_barrier_init(&s.chosen, 32), tp_barrier_init(&s.weighed, 32);
-        s.late = 0, s.stage_now = 0;
+        tp_barrier_init(&s.chosen, 1), tp_barrier_init(&s.taken, 64);
+        s.late = 0, s.stage_now = 0, s.choices = 0;
         s.pushed_before = args.state->pushed_before, s.args = args;
         tp_barrier_init_fence();
     }

@@ -33,6 +33,9 @@ inline i32 stream_input(const StreamProduct& p) { return p.role == kExpertsSum ?
 // Pieces on their way to a multiprocessor, of half a slot. More would queue the activations' loads and the results' stores behind them: 55 KB of the
 // stage that is multiplied, where bandwidth counts; 18 KB ahead of it, while stages hand over (docs/decisions.md).
 constexpr int kStreamInFlight = 3, kStreamInFlightEarly = 1;
+// Of experts, which nobody knows early, as many whole tiles as this has bytes, or two (Qwen3-30B-A3B, tiles of 18 KB: three 520, 520 tokens/s, four 522, 522,
+// of 36 KB two 510, 509, three 513, 511; gpt-oss, 24 KB: two 626, 642, four 636, 630).
+constexpr i64 kStreamExpertsInFlight = 65536;
 // What a tile costs the warp that streams: cycles for each of its pieces and for each copy, and cycles in which the memory brings a KB to a multiprocessor,
 // all of them at it (one H200: gates and ups of Q6_K, four planes, took 2,066 cycles a tile of 27 KB in two pieces, its output product 1,822, its down
 // product 1,736 of 23 KB; a copy alone takes 58; docs/decisions.md).
@@ -73,10 +76,12 @@ inline bool stream_fit(StreamProduct& p, i64 blocks) {
     for (int i = 0; i < p.n_parts; ++i) all_rows += p.part[i].n;
     auto cost = [&](i64 rows) { return ((all_rows + rows - 1) / rows + blocks - 1) / blocks * (2 * ((rows + 2 * kStreamWarps - 1) / (2 * kStreamWarps)) + 1); };
     if (!p.role && p.rows > 2 * kStreamWarps && cost(p.rows / 2) < cost(p.rows)) p.rows /= 2, fits();
+    if (p.role == kExpertsEach && p.rows > 2 * kStreamWarps) p.rows /= 2, fits();  // whoever has just been chosen is there sooner
     const i32 unit = stream_unit(p.type), units = p.k / unit;
     if (sums) {
         for (p.lanes = 8; p.lanes < 32 && p.lanes < units;) p.lanes *= 2;
-        p.k_shift = 0, p.units_each = 1;
+        for (p.k_shift = 0; p.slots << (p.k_shift + 1) <= 32 * kStreamWarps / p.lanes && 2 << p.k_shift <= p.rows;) ++p.k_shift;
+        p.units_each = (units + p.lanes - 1) / p.lanes;
     } else {
         // As few groups along k as give every warp two rows, which it multiplies at once anyway, and as a lane's registers allow: sums within a warp are
         // cheapest.
@@ -103,8 +108,8 @@ inline bool stream_fit(StreamProduct& p, i64 blocks) {
     if (kStreamPieces * (kStreamPieceCycles + n_copies * kStreamCopyCycles) > tile_bytes * kStreamCyclesPerKB / 1024) piece_rows = step;
     for (p.piece_shift = 0; 1 << p.piece_shift < piece_rows;) ++p.piece_shift;
     p.pieces = sums || piece_rows >= step ? 1 : kStreamPieces;
-    // Of experts two tiles, which are small: three and four gained nothing (Qwen3-30B-A3B 480, 481 tokens/s; 474, 477; 478, 470).
-    p.in_flight = p.role ? 2 * kStreamPieces : stream_in_flight(tile_bytes / kStreamPieces, kStreamPieces / p.pieces);
+    const i64 of_experts = kStreamExpertsInFlight / tile_bytes;
+    p.in_flight = p.role ? (i32)(of_experts < 2 ? 2 : of_experts) * kStreamPieces : stream_in_flight(tile_bytes / kStreamPieces, kStreamPieces / p.pieces);
     p.in_flight_early = kStreamInFlightEarly * kStreamPieces / p.pieces;
     p.n_tiles = 0;
     for (int i = 0; i < 3; ++i) p.first_tile[i] = 0;
