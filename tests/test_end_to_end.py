@@ -452,18 +452,34 @@ def test_routers_with_sigmoids(workers, models, family, ranks):
     assert "stream of " in result["program"]
 
 
-def test_equal_logits_choose_the_first_experts(workers, models, tmp_path):
-    """Of a router that prefers none; a lane has two of these forty. The kernel per step finds places by counting."""
+@pytest.mark.parametrize(("experts", "different"), [(40, 1), (128, 24), (300, 40), (300, 300)])
+def test_equal_logits_choose_the_first_experts(workers, models, tmp_path, experts, different):
+    """Of a router that prefers none, or whose rows come again in other warps' experts; a lane has one expert, from 257 on two. The kernel per step finds
+    places by counting."""
     model = tmp_path / "equal.gguf"
-    shutil.copy(models("qwen3moe", "Q4_0", expert_count=40), model)
+    shutil.copy(models("qwen3moe", "Q4_0", expert_count=experts), model)
     for tensor in gguf.GGUFReader(model, "r+").tensors:
         if "ffn_gate_inp" in tensor.name:
-            tensor.data[:] = 0
+            tensor.data[:] = tensor.data[np.arange(experts) % different] if different > 1 else 0
     arguments = {"model": str(model), "prompt": PROMPT, "n": 4, "on_device": True}
     whole = workers.run(jobs.run_model, emulated(1, "sm_90"), **arguments)
     parts = workers.run(jobs.run_model, emulated(1, "sm_90", GGML_TP_PERSIST="0"), **arguments)
     assert whole["counters"].last_kernel_launches == 1 < parts["counters"].last_kernel_launches
     assert nmse(whole["logits"], parts["logits"]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("quant", "experts", "used", "inner"),
+    [("Q8_0", 16, 10, 1024), ("Q4_0", 8, 4, 3072), ("Q4_0", 8, 3, 256), ("Q4_K", 8, 2, 4096), ("Q4_K", 12, 8, 768), ("Q4_K", 12, 16, 256)],
+    ids=["more slots than groups", "inputs in turns", "idle groups", "a row for each group", "four rows for each group", "sixteen lanes"],
+)  # fmt: skip
+def test_experts_last_products(workers, models, quant, experts, used, inner):
+    """Groups of lanes have rows of one expert each: experts by turns, inputs by turns, groups without an expert or with few rows."""
+    options = {"expert_count": max(experts, used), "expert_used_count": used, "expert_feed_forward_length": inner}
+    if quant.endswith("_K"):
+        options["seed"] = DECISIVE["qwen3moe"]
+    result = check(workers, models, "qwen3moe", quant, 1, arch="sm_90", **options)
+    assert result["counters"].last_kernel_launches == 1, result["program"]
 
 
 @pytest.mark.parametrize(
