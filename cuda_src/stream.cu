@@ -39,7 +39,7 @@ struct Shared {
     float out[kOuts][kStreamMostSums];
     float squares[kStreamWarps];
     i32 experts[kVecSlots];          // that the last router chose
-    i32 weighed_experts[kVecSlots];  // the same, until the storing warp weighs again: the streaming warp is at the next ones while it adds these up
+    i32 weighed_experts[kVecSlots];  // the same, until the storing warp weighs again
     float weights[kVecSlots];
     TpBarrier full[kStreamSlots * kStreamPieces], empty[kStreamSlots], out_full[kOuts], out_empty[kOuts];
     TpBarrier chosen;  // experts, by the multiplying warps
