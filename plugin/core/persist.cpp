@@ -293,6 +293,13 @@ class RankRun {
                 StreamRoute route = d.get<StreamExperts>().route;
                 for (const Result& result : results_of(route)) add(*result.at, result.elems);
             }
+            if (p.role == kExpertsSum) {
+                const StreamSums sums = d.get<StreamExperts>().sums;
+                const i64 n = p.part[0].n;
+                if (p.y_stride == n) add(sums.y, n * p.slots);
+                if (sums.products_stride == n) add(sums.products, n * p.slots);
+                for (const float* sum : sums.sum) add(sum, n);
+            }
         } else if (d.kind == kStreamReduce) {
             const StreamReduce r = d.get<StreamReduce>();
             add(r.y, r.n);
