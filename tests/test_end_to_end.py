@@ -482,6 +482,14 @@ def test_experts_last_products(workers, models, quant, experts, used, inner):
     assert result["counters"].last_kernel_launches == 1, result["program"]
 
 
+@pytest.mark.parametrize(("quant", "wide", "inner"), [("Q8_0", 512, 256), ("Q8_0", 256, 64), ("Q4_0", 1024, 64)])
+def test_experts_sums_that_are_all_that_is_stored(workers, models, quant, wide, inner):
+    """Of layers whose products with the weights lie where a later layer's do, and nothing is read in between: so with these shapes, but for the last layers."""
+    options = {"block_count": 4, "expert_count": 16, "expert_used_count": 8, "embedding_length": wide, "expert_feed_forward_length": inner}
+    result = check(workers, models, "qwen3moe", quant, 1, arch="sm_90", **options)
+    assert result["counters"].last_kernel_launches == 1, result["program"]
+
+
 @pytest.mark.parametrize(
     ("off", "by_nccl", "kernel"),
     [({"GGML_TP_P2P": "0"}, 2 * N_LAYER, "pull_norm"),
