@@ -865,7 +865,8 @@ TP_DEVICE float take_all(const StreamProduct& p, const InputFrom& in, Shared& s,
     return squares;
 }
 
-/// Begins a product (experts' first ones: choose_experts has) and takes its input, as int8 in shared memory, without the norm's 1 / root mean square: that scales the results.
+/// Begins a product (experts' first ones: choose_experts has) and takes its input, as int8 in shared memory, without the norm's 1 / root mean square: that
+/// scales the results.
 TP_OUTLINE Progress take_input(Progress at) {
     Shared& s = shared_of();
     const int thread = threadIdx.x;

@@ -351,8 +351,6 @@ TP_DEVICE u32 tp_peek(u32* p) { return atomicOr(p, 0u); }
 TP_DEVICE void tp_poke(u32* p, u32 v) { atomicExch(p, v); }
 #endif
 #if __CUDA_ARCH__ >= 800
-/// The least of a warp's values.
-TP_DEVICE u32 tp_warp_min(u32 v) { return __reduce_min_sync(0xffffffffu, v); }
 /// Sixteen bytes to shared memory, without waiting; tp_copy_wait waits for all that this thread has begun.
 TP_DEVICE void tp_copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(tp_shared_address(to)), "l"(from) : "memory");

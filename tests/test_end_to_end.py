@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import shapes
 from conftest import emulated, share_a_gpu
-from families import N_LAYER
+from families import N_LAYER, SIGMOID, SOFTMAX
 from ggml_tp import explain
 from ggml_tp.host import nmse
 
@@ -445,10 +445,10 @@ def test_units_of_one_kv_head_over_a_long_cache(workers, models, ranks):
     assert " combine " in result["program"] and " streamed attention " not in result["program"], result["program"]
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("glm4moe", 1), ("glm4moe", 2)])
-def test_routers_with_sigmoids(workers, models, family, ranks):
-    """And with a bias that chooses but does not weigh; beside shared experts, which end a run of stages."""
-    result = check(workers, models, family, "Q8_0", ranks, arch="sm_90")
+@pytest.mark.parametrize(("gating", "ranks"), [(SIGMOID, 1), (SIGMOID, 2), (SOFTMAX, 1)])
+def test_routers_with_a_bias_that_only_chooses(workers, models, gating, ranks):
+    """Sigmoids, or a soft max, of which each choosing warp has all; beside shared experts, which end a run of stages."""
+    result = check(workers, models, "glm4moe", "Q8_0", ranks, arch="sm_90", expert_gating_func=gating)
     assert "stream of " in result["program"]
 
 

@@ -129,19 +129,6 @@ static inline T __shfl_xor_sync(u32 mask, T v, int x) {
 static inline u32 __ballot_sync(u32 mask, int p) { return tp_emulator::warp_ballot(mask, p != 0); }
 static inline float tp_warp_sum(float v) { return tp_emulator::warp_float(tp_emulator::Collective::kSum, ~0u, v, 0); }
 static inline float tp_warp_max(float v) { return tp_emulator::warp_float(tp_emulator::Collective::kMax, ~0u, v, 0); }
-static inline u32 tp_warp_min(u32 v) {
-    struct Lane {
-        u32 value, least;
-    } lane{v, 0};
-    tp_emulator::warp_call(
-        [](void* const(&lanes)[32]) {
-            u32 least = ~0u;
-            for (void* l : lanes) least = std::min(least, static_cast<Lane*>(l)->value);
-            for (void* l : lanes) static_cast<Lane*>(l)->least = least;
-        },
-        &lane);
-    return lane.least;
-}
 static inline i32 atomicAdd(i32* p, i32 v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 static inline u32 atomicExch(u32* p, u32 v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }
 
