@@ -401,6 +401,7 @@ def test_a_token_of_tiles_in_pieces(workers, models, family):
     """Tiles of 34 KB come in two halves; those of smaller models come whole."""
     result = check(workers, models, family, "Q8_0", 1, arch="sm_90", embedding_length=1024)
     assert result["counters"].last_kernel_launches == 1, result["program"]
+    assert " in 2 pieces]" in result["program"], result["program"]
 
 
 @pytest.mark.parametrize(
@@ -489,6 +490,7 @@ def test_experts_sums_that_are_all_that_is_stored(workers, models, quant, wide, 
     options = {"block_count": 4, "expert_count": 16, "expert_used_count": 8, "embedding_length": wide, "expert_feed_forward_length": inner}
     result = check(workers, models, "qwen3moe", quant, 1, arch="sm_90", **options)
     assert result["counters"].last_kernel_launches == 1, result["program"]
+    assert result["program"].count("of 8 experts, sums alone stored]") >= 2, result["program"]
 
 
 @pytest.mark.parametrize(

@@ -1196,6 +1196,19 @@ std::string name_of(const Draft& d) {
     const bool streamed = d.kind == kStreamFlash && d.get<StreamFlash>().cells.groups;
     return std::string(streamed ? "streamed " : "") + kKindNames[d.kind];
 }
+/// How a product's tiles come and, of experts' last products, which of the kernel's loops stores them: what a stage's time, or a test, is to be read by.
+std::string tiles_of(const Draft& d) {
+    if (d.kind != kStreamProduct) return "";
+    const StreamProduct p = d.get<StreamProduct>();
+    const WeightFormat* const format = find_weight_format(p.type);
+    std::string out = " [" + std::string(format ? format->name : "?") + ", " + std::to_string(p.n_tiles) + " tiles of " + std::to_string(p.rows) + " rows";
+    if (p.pieces > 1) out += " in " + std::to_string(p.pieces) + " pieces";
+    if (p.role == kExpertsSum) {
+        const bool more = p.part[0].bias || p.part[0].raw || d.get<StreamExperts>().sums.visible;
+        out += " of " + std::to_string(p.slots) + " experts, " + (more ? "sums and more" : "sums alone") + " stored";
+    }
+    return out + "]";
+}
 
 }  // namespace
 
@@ -1271,7 +1284,7 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
             step.detail += std::string(run.stages[s].reduces ? "  == "
                                        : waits[s]            ? "  -- "
                                                              : "     ") +
-                           name_of(run.ranks[0].stages[s]) + " " + run.stages[s].label + "\n";
+                           name_of(run.ranks[0].stages[s]) + " " + run.stages[s].label + tiles_of(run.ranks[0].stages[s]) + "\n";
         for (size_t r = 0; r < n; ++r) {
             std::vector<StreamStage> stages(run.stages.size());
             for (size_t s = 0; s < stages.size(); ++s) {
