@@ -359,6 +359,17 @@ struct HyperArgs {
     i32 n_iter, flag;
 };
 
+/// What kernels bring from pinned memory of the host: `bytes` from `from` to `to`, which no other piece touches.
+struct InputPiece {
+    const char* from;
+    char* to;
+    i64 bytes;
+};
+constexpr int kInputPieces = 16;  // of a launch
+struct CopyInputsArgs {
+    InputPiece piece[kInputPieces];
+};
+
 struct SpinArgs {
     u64 nanoseconds;
 };

@@ -16,6 +16,16 @@ TP_KERNEL(copy, CopyArgs, 256) {
     }
 }
 
+// A piece for each row of blocks: a read of the host's memory takes a microsecond, and pieces that followed each other would take one each.
+TP_KERNEL(copy_inputs, CopyInputsArgs, 256) {
+    using namespace ggml_tp;
+    const InputPiece& piece = args.piece[blockIdx.y];
+    const i64 thread = (i64)blockIdx.x * blockDim.x + threadIdx.x, threads = (i64)gridDim.x * blockDim.x;
+    const i64 words = ((u64)piece.from | (u64)piece.to) % sizeof(TpInt4) ? 0 : piece.bytes / (i64)sizeof(TpInt4);
+    for (i64 i = thread; i < words; i += threads) ((TpInt4*)piece.to)[i] = ((const TpInt4*)piece.from)[i];
+    for (i64 i = words * (i64)sizeof(TpInt4) + thread; i < piece.bytes; i += threads) piece.to[i] = piece.from[i];
+}
+
 TP_KERNEL(copy_units, CopyUnitsArgs, 256) {
     using namespace ggml_tp;
     TP_FOR_EACH(i, tp_elems(args.x)) {

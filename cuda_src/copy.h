@@ -21,6 +21,16 @@ inline Launch copy_launch(const CopyArgs& a, Arch arch) {
     if (!is_plain_type(a.x.type) || !is_plain_type(a.y.type)) return {};
     return per_element_launch("copy", a.y, arch);
 }
+/// The first n pieces; most_bytes: of the largest.
+inline Launch copy_inputs_launch(int n, i64 most_bytes) {
+    const i64 blocks = (most_bytes + 256 * 16 - 1) / (256 * 16);
+    Launch out;
+    out.kernel = "copy_inputs";
+    out.grid[0] = (u32)(blocks < 1 ? 1 : blocks);
+    out.grid[1] = (u32)n;
+    out.block[0] = 256;
+    return out;
+}
 /// One type, blocks and integers of all widths. x and y count elements.
 inline CopyUnitsArgs copy_units_args(View x, View y) {
     CopyUnitsArgs a{x, y, unit_bytes(x.type), 0};

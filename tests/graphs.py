@@ -14,7 +14,7 @@ typedef struct { size_t mem_size; void *mem_buffer; bool no_alloc; } ggml_init_p
 typedef void *ctx; typedef void *tensor; typedef const char *name_t;
 ctx ggml_init(ggml_init_params params); void ggml_free(ctx c);
 tensor ggml_new_tensor_4d(ctx c, int type, int64_t a, int64_t b, int64_t d, int64_t e);
-tensor ggml_set_name(tensor t, name_t name); void ggml_set_output(tensor t);
+tensor ggml_set_name(tensor t, name_t name); void ggml_set_output(tensor t); void ggml_set_input(tensor t);
 size_t ggml_nbytes(tensor t); size_t ggml_row_size(int type, int64_t ne); int64_t ggml_nelements(tensor t);
 size_t ggml_quantize_chunk(int type, const float *src, void *dst, int64_t start, int64_t rows, int64_t per_row, const float *imatrix);
 bool ggml_quantize_requires_imatrix(int type);

@@ -334,6 +334,41 @@ def copy_between(names: list[str]) -> dict[str, list[bool]]:
     return out
 
 
+def inputs_in_pieces(sizes: list[int], writes: list[tuple[int, int, int]]) -> tuple[int, list[int]]:
+    """Inputs of a graph, so many F32 each, which the host writes whole before the first of two graphs, and (input, first byte, bytes) one after the other
+    before both: the last status, and of every input how many bytes that the second graph saw are not those written last."""
+    _with_plugin()
+    here = graphs.Ggml(_host().path, True)
+    lib, ffi, rng = here.lib, here.ffi, np.random.default_rng(0)
+    c = lib.ggml_init([16 << 20, ffi.NULL, True])
+    inputs = [lib.ggml_new_tensor_4d(c, graphs.F32, n, 1, 1, 1) for n in sizes]
+    graph, outputs = lib.ggml_new_graph(c), []
+    for tensor in inputs:
+        lib.ggml_set_input(tensor)
+        lib.ggml_set_output(tensor)  # else its memory is the next result's, once it has been read
+        outputs.append(lib.ggml_cont(c, tensor))
+        lib.ggml_set_output(outputs[-1])
+        lib.ggml_build_forward_expand(graph, outputs[-1])
+    allocator = lib.ggml_gallocr_new(lib.ggml_backend_get_default_buffer_type(here.backend))
+    assert lib.ggml_gallocr_alloc_graph(allocator, graph)
+    wanted = [np.zeros(4 * n, np.uint8) for n in sizes]
+    for before in ([(i, 0, 4 * size) for i, size in enumerate(sizes)], []):
+        for i, first, n in before + writes:
+            data = rng.integers(0, 256, n, dtype=np.uint8)
+            wanted[i][first : first + n] = data
+            lib.ggml_backend_tensor_set(inputs[i], data.tobytes(), first, n)
+        status = lib.ggml_backend_graph_compute(here.backend, graph)
+    differ = []
+    for tensor, right in zip(outputs, wanted, strict=True):
+        seen = np.zeros_like(right)
+        lib.ggml_backend_tensor_get(tensor, ffi.from_buffer(seen), 0, len(seen))
+        differ.append(int((seen != right).sum()))
+    lib.ggml_gallocr_free(allocator)
+    lib.ggml_free(c)
+    here.close()
+    return status, differ
+
+
 def _unified(host: Host, n_ctx: int, n_seq_max: int) -> Any:
     """Parameters of a context whose sequences share all cells."""
     ffi = host.ffi

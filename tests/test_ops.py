@@ -318,6 +318,16 @@ def test_less_is_pushed_by_pcie(workers):
         assert ["push_norm<" in text for text in texts] == pushes
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_inputs_arrive_as_they_were_last_written(workers, ranks):
+    """More of them than one launch takes, of all sizes, and written again in part before their graph: a small piece, then a large one over it, which the
+    driver copies, and the other way round; from and to addresses that no wider word begins at; parts with others between them that stay."""
+    sizes = [1, 3, 5, 33, 257, 80_000, 100_000, 128, *range(1, 20)]
+    writes = [(3, 5, 7), (4, 16, 999), (4, 0, 1028), (4, 1027, 1), (5, 100, 4), (5, 0, 320_000), (5, 319_999, 1), (6, 3, 399_990), (6, 2, 2), (0, 1, 2),
+              (7, 0, 100), (7, 256, 100)]  # fmt: skip
+    assert workers.run(jobs.inputs_in_pieces, emulated(ranks), sizes=sizes, writes=writes) == (0, [0] * len(sizes))
+
+
 def test_a_result_without_memory_is_refused(workers, capfd):
     """The process died of it."""
     status, after = workers.run(jobs.result_without_memory, emulated(2, TEST_STDERR="memory"))

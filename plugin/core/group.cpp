@@ -524,9 +524,10 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
                     const SpinArgs args{static_cast<u64>(seconds * 1e9)};
                     devices_[r]->launch(devices_[r]->function("spin"), Launch{}, &args);
                 }
-            memory->enqueue_inputs(r);
+            InputCopies inputs = memory->pending_inputs(r);
             for (const Program::HostRows& rows : program.host_rows)
-                TP_CUDA(driver_, r, cuMemcpyHtoDAsync, rows.to[static_cast<size_t>(r)], rows.pinned, static_cast<size_t>(rows.bytes()), devices_[r]->stream);
+                inputs.add(rows.pinned, rows.to[static_cast<size_t>(r)], rows.bytes(), memory->is_pinned(rows.pinned, rows.bytes()));
+            inputs.send();
             TP_CUDA(driver_, r, cuGraphLaunch, program.executables[r], devices_[r]->stream);
         });
         memory->inputs_enqueued();

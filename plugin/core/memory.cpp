@@ -135,7 +135,9 @@ void lay_out_planes(Stored& tensor, int n_ranks) {
 }
 
 Memory::Memory(std::vector<std::unique_ptr<Device>>& devices, const std::vector<double>& split)
-    : devices_(devices), split_(split), staging_(devices.size()), weight_bytes_(devices.size()), kv_bytes_(devices.size()), compute_bytes_(devices.size()) {}
+    : devices_(devices), split_(split), staging_(devices.size()), weight_bytes_(devices.size()), kv_bytes_(devices.size()), compute_bytes_(devices.size()) {
+    for (const auto& device : devices) copy_inputs_.push_back(device->function("copy_inputs"));
+}
 
 Memory::~Memory() {
     if (ring_) devices_[0]->driver.cuMemFreeHost(ring_);
@@ -546,16 +548,11 @@ void Memory::write(Buffer& buffer, i64 offset, const void* data, i64 bytes) {
     }
 }
 
-/// A host's allocator lays a graph's inputs one behind the other, and so does the ring: what is between two of them is padding in both.
 void Memory::add_input(const Input& input) {
-    if (!inputs_.empty()) {
-        Input& last = inputs_.back();
-        const i64 distance = input.offset - last.offset;
-        if (last.buffer == input.buffer && input.data - last.data == distance && distance >= last.bytes && distance - last.bytes < kAlign) {
-            last.bytes = distance + input.bytes;
-            return;
-        }
-    }
+    // Written once more before its graph: pieces of one launch have no order, launches have.
+    if (std::any_of(inputs_.begin(), inputs_.end(),
+                    [&](const Input& i) { return i.buffer == input.buffer && overlaps(i.offset, i.bytes, input.offset, input.bytes); }))
+        enqueue_inputs();
     inputs_.push_back(input);
 }
 
@@ -567,17 +564,19 @@ const char* Memory::pending_input(const Buffer& buffer, i64 offset, i64 bytes) c
     return nullptr;
 }
 
-void Memory::enqueue_inputs(int rank) const {
-    if (inputs_.empty()) return;
-    const Device& device = *devices_[static_cast<size_t>(rank)];
-    device.make_current();
-    for (const Input& input : inputs_)
-        TP_CUDA(device.driver, rank, cuMemcpyHtoDAsync, input.buffer->compute[static_cast<size_t>(rank)] + static_cast<u64>(input.offset), input.data,
-                static_cast<size_t>(input.bytes), device.stream);
+InputCopies Memory::pending_inputs(int rank) const {
+    const size_t r = static_cast<size_t>(rank);
+    InputCopies out(*devices_[r], copy_inputs_[r]);
+    for (const Input& input : inputs_) out.add(input.data, input.buffer->compute[r] + static_cast<u64>(input.offset), input.bytes, true);
+    return out;
 }
 
 void Memory::enqueue_inputs() {
-    for (int r = 0; r < n_ranks(); ++r) enqueue_inputs(r);
+    if (inputs_.empty()) return;
+    for (int r = 0; r < n_ranks(); ++r) {
+        devices_[static_cast<size_t>(r)]->make_current();
+        pending_inputs(r).send();
+    }
     inputs_enqueued();
 }
 

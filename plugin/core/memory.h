@@ -12,6 +12,7 @@
 
 #include "args.h"
 #include "device.h"
+#include "inputs.h"
 #include "sharding.h"
 #include "weight_format.h"
 #include "weights.h"
@@ -107,9 +108,9 @@ class Memory {
     static Stored* find(const Buffer& buffer, i64 offset);
 
     void write(Buffer& buffer, i64 offset, const void* data, i64 bytes);
-    /// Small inputs of a graph are kept until it is launched, and copied as few pieces: to be called before anything else that is enqueued on the ranks'
-    /// streams may read or overwrite them. Of one rank, by any thread; inputs_enqueued() after all of them. None of it waits.
-    void enqueue_inputs(int rank) const;
+    /// Small inputs of a graph are kept until it is launched: to be sent before anything else that is enqueued on the ranks' streams may read or overwrite
+    /// them. Of one rank, by any thread; inputs_enqueued() after all of them. None of it waits.
+    InputCopies pending_inputs(int rank) const;
     void inputs_enqueued() { inputs_.clear(); }
     void enqueue_inputs();  // to all ranks
     void read(Buffer& buffer, i64 offset, void* data, i64 bytes);
@@ -126,6 +127,8 @@ class Memory {
     /// when there is neither.
     char* allocate_pinned(i64 bytes);
     void release_pinned(char* memory);
+    /// Whether these bytes are such memory, and not ordinary one.
+    bool is_pinned(const void* data, i64 bytes) const;
 
     /// A rank's rows of one segment of a weight.
     Matrix matrix(const Stored& tensor, int rank, int segment = 0) const;
@@ -143,10 +146,9 @@ class Memory {
     u64 layout_epoch() const { return epoch_; }
 
   private:
-    /// Pinned memory that the device reads while the host goes on. Small inputs (a token's position, mask, embedding) are copied here
+    /// Pinned memory that devices read while the host goes on. Small inputs (a token's position, mask, embedding) are copied here
     /// and need no wait: 9 of them cost a decoded token 9 round trips otherwise.
     char* in_ring(i64 bytes);
-    bool is_pinned(const void* data, i64 bytes) const;
     struct Input {
         const Buffer* buffer;
         i64 offset;
@@ -186,7 +188,8 @@ class Memory {
         bool by_driver;
     };
     std::map<const char*, Pinned> pinned_;  // by address
-    std::vector<Input> inputs_;             // written, not yet enqueued
+    std::vector<Input> inputs_;             // written, not yet enqueued; no two overlap
+    std::vector<Handle> copy_inputs_;       // each rank's kernel
     char* ring_ = nullptr;
     i64 ring_used_ = 0;
     std::vector<DevicePtr> staging_;  // one per rank, kStagingBytes
