@@ -141,6 +141,8 @@ def emulated(ranks: int, arch: str = "sm_60", **more: str) -> dict[str, str]:
     An odd number of ranks lets norms pull all_reduces of any size, as they do large ones; 2 and 6 push these small ones; 4 and 8 have NCCL for them.
     """
     more = ({} if ranks % 4 == 2 else {"GGML_TP_PUSH_BYTES": "0"}) | ({"GGML_TP_NORM_BYTES": "0"} if ranks % 2 else {}) | more
+    if "TEST_DEADLINE" in os.environ:
+        more = {"GGML_TP_DEADLINE": os.environ["TEST_DEADLINE"]} | more
     gpus = os.environ.get("TEST_GPUS")
     if not gpus:
         return {"GGML_TP_EMULATE": f"{arch}*{ranks}", **more}
