@@ -230,10 +230,21 @@ struct CellsUnit {
 struct Copy {
     const char* from = nullptr;
     u32 bytes = 0, to = 0;  // of a row; within a slot
-    /// Rows [row, row + rows) of the matrix, into the slot from its row `at` on.
-    TP_MEMBER void issue(TpSharedAt slot, TpBarrierAt full, u32 at, i64 row, u32 rows, u64 once) const {
-        const u32 n = rows * bytes;
-        if (n) tp_bulk_load_once(slot + (to + at * bytes), from + row * bytes, n, full, once);
+    /// Of rows [row, row + rows) of the matrix, into the slot from its row `at` on. Everything is known when it is made: what the streaming warp computes
+    /// once there is room on the way, the memory waits for.
+    struct Ready {
+        TpSharedAt to;
+        const char* from;
+        u32 bytes;
+        TpBarrierAt full;
+        TP_MEMBER void issue(u64 once) const {
+            if (bytes) tp_bulk_load_once(to, from, bytes, full, once);
+        }
+    };
+    TP_MEMBER Ready ready(TpSharedAt slot, TpBarrierAt full, u32 at, i64 row, u32 rows) const {
+        Ready out{slot + (to + at * bytes), from + row * bytes, rows * bytes, full};
+        tp_keep(out.to), tp_keep(out.from), tp_keep(out.bytes), tp_keep(out.full);
+        return out;
     }
 };
 TP_OUTLINE void stream_weights() {
@@ -248,10 +259,18 @@ TP_OUTLINE void stream_weights() {
     const u64 once = tp_read_once();
     int in_flight = 0, most_in_flight = kStreamInFlight, most_early = kStreamInFlightEarly;
     bool early = true;  // ahead of the stage that is multiplied
-    // Room for piece q of the next tile of product i, and its bytes announced (a copy may land before: the phase waits for the announcement); `of` pieces
+    // Piece q of the next tile has room in the ring, and its bytes are announced (a copy may land before: the phase waits for the announcement); `of` pieces
     // that come as one have their bytes in the first. All lanes wait: one that did so for the others cost 1,000 cycles a tile, in leaving and joining them
     // again.
-    auto begin_piece = [&](int i, int q, int of, u32 bytes) {
+    auto announce_piece = [&](int q, int of, u32 bytes) {
+        if (q == 0) {
+            __syncwarp();  // a lane that fell a turn of the ring behind would wait for a parity that has come and gone: seen where lanes' answers differed
+            tp_barrier_wait(empty + slot.at, slot.parity ^ 1);
+        }
+        if (lane < of) tp_barrier_expect(full + (slot.at * kStreamPieces + q + lane), lane == 0 ? bytes : 0u);
+    };
+    // And so many pieces of product i have room on their way.
+    auto wait_for_way = [&](int i, int of) {
         while (in_flight + of > (early ? most_early : most_in_flight)) {
             tp_barrier_wait(full + ahead.at, ahead.parity);
             ahead.next(ring_slots * kStreamPieces);
@@ -259,11 +278,6 @@ TP_OUTLINE void stream_weights() {
             if (early) early = i > __shfl_sync(0xffffffffu, (int)tp_peek(&s.stage_now), 0);  // one answer for all lanes
         }
         in_flight += of;
-        if (q == 0) {
-            __syncwarp();  // a lane that fell a turn of the ring behind would wait for a parity that has come and gone: seen where lanes' answers differed
-            tp_barrier_wait(empty + slot.at, slot.parity ^ 1);
-        }
-        if (lane < of) tp_barrier_expect(full + (slot.at * kStreamPieces + q + lane), lane == 0 ? bytes : 0u);
     };
     for (int i = args.first_product, next, kind; i < args.n_stages; i = next) {
         const StreamExperts& experts = fetch_product(args.stages[i], s.streamed, next, kind);
@@ -289,7 +303,8 @@ TP_OUTLINE void stream_weights() {
                                 u32 rows = 0;  // of the piece's groups
                                 for (int at = q * half; at < q * half + half; at += together)
                                     if (bits >> at / kColumnsStep & 1) rows += (u32)together;
-                                begin_piece(i, q, 1, rows * row_bytes);
+                                announce_piece(q, 1, rows * row_bytes);
+                                wait_for_way(i, 1);
                                 for (int at = q * half + lane * run; at < q * half + half; at += 32 * run)
                                     if (bits >> at / kColumnsStep & 1)
                                         tp_bulk_load_once(ring + (slot.at * kStreamSlotBytes + at * stride), from + at * row, (u32)run * row_bytes,
@@ -324,9 +339,12 @@ TP_OUTLINE void stream_weights() {
             }
             for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
                 const int row = tile * step, rows = n - row < step ? n - row : step;
-                begin_piece(i, 0, kStreamPieces, (u32)(rows * slots) * row_bytes);
-#pragma unroll
-                for (int c = 0; c < 2; ++c) copies[c].issue(ring + slot.at * kStreamSlotBytes, full + slot.at * kStreamPieces, 0, row, (u32)rows, once);
+                const TpSharedAt to = ring + slot.at * kStreamSlotBytes;
+                const TpBarrierAt there = full + slot.at * kStreamPieces;
+                announce_piece(0, kStreamPieces, (u32)(rows * slots) * row_bytes);
+                const Copy::Ready first = copies[0].ready(to, there, 0, row, (u32)rows), second = copies[1].ready(to, there, 0, row, (u32)rows);
+                wait_for_way(i, kStreamPieces);
+                first.issue(once), second.issue(once);
                 slot.next(ring_slots);
             }
             continue;
@@ -348,14 +366,19 @@ TP_OUTLINE void stream_weights() {
                 const int j = tiles > tiles_each ? tile / tiles_each : 0, row = (tile - j * tiles_each) * step, rows = n - row < step ? n - row : step;
                 const i64 from_row = p.role == kExpertsEach ? (i64)s.experts[j] * n + row : row;
                 if (whole) {
-                    begin_piece(i, 0, kStreamPieces, (u32)rows * row_bytes);
-                    copy.issue(ring + slot.at * kStreamSlotBytes, full + slot.at * kStreamPieces, 0, from_row, (u32)rows, once);
+                    announce_piece(0, kStreamPieces, (u32)rows * row_bytes);
+                    const Copy::Ready ready = copy.ready(ring + slot.at * kStreamSlotBytes, full + slot.at * kStreamPieces, 0, from_row, (u32)rows);
+                    wait_for_way(i, kStreamPieces);
+                    ready.issue(once);
                 } else {
 #pragma unroll
                     for (int q = 0; q < kStreamPieces; ++q) {
                         const int at = q * piece_rows, left = rows - at, of_piece = left < 0 ? 0 : left < piece_rows ? left : piece_rows;
-                        begin_piece(i, q, 1, (u32)of_piece * row_bytes);
-                        copy.issue(ring + slot.at * kStreamSlotBytes, full + (slot.at * kStreamPieces + q), (u32)at, from_row + at, (u32)of_piece, once);
+                        announce_piece(q, 1, (u32)of_piece * row_bytes);
+                        const Copy::Ready ready =
+                            copy.ready(ring + slot.at * kStreamSlotBytes, full + (slot.at * kStreamPieces + q), (u32)at, from_row + at, (u32)of_piece);
+                        wait_for_way(i, 1);
+                        ready.issue(once);
                     }
                 }
                 slot.next(ring_slots);

@@ -297,6 +297,11 @@ TP_DEVICE void tp_barrier_arrive(TpBarrierAt b) { asm volatile("mbarrier.arrive.
 TP_DEVICE void tp_barrier_expect(TpBarrierAt b, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(b.address), "r"(bytes) : "memory");
 }
+/// What is computed here, and not where it is used: the compiler would move that behind a wait.
+TP_DEVICE void tp_keep(u32& v) { asm volatile("" : "+r"(v)); }
+TP_DEVICE void tp_keep(const char*& p) { asm volatile("" : "+l"(p)); }
+TP_DEVICE void tp_keep(TpSharedAt& at) { tp_keep(at.address); }
+TP_DEVICE void tp_keep(TpBarrierAt& at) { tp_keep(at.address); }
 /// Until the phase of this parity has ended.
 TP_DEVICE void tp_barrier_wait(TpBarrierAt b, int parity) {
     asm volatile("{ .reg .pred p; AGAIN: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @p bra DONE; bra AGAIN; DONE: }" ::"r"(b.address), "r"(parity)

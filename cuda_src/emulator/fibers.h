@@ -154,6 +154,8 @@ static inline void tp_bulk_load(void* to, const char* from, u32 bytes, TpBarrier
 }
 static inline void tp_prefetch(const void*) {}
 static inline u64 tp_read_once() { return 0; }
+template <class T>
+static inline void tp_keep(T&) {}
 static inline void tp_bulk_load_once(void* to, const char* from, u32 bytes, TpBarrier* b, u64) { tp_bulk_load(to, from, bytes, b); }
 static inline void tp_copy_async(void* to, const void* from) { std::memcpy(to, from, 16); }
 static inline void tp_copy_async_or_zero(void* to, const void* from, bool inside) { inside ? std::memcpy(to, from, 16) : std::memset(to, 0, 16); }
