@@ -67,8 +67,8 @@ TP_DEVICE float tp_dot32(const WeightRow& w, i64 s, const char* xq, float d, flo
         const int shift = sub % 2 * 4;
         for (int i = 0; i < 8; ++i) sum = tp_dp4a(tp_load_word<kAligned>(q + 4 * i) >> shift & 0x0f0f0f0f, x[i], sum);
         int scale, min;
-        tp_q4_k_scale(w.plane[1] + b * w.block_stride[1], sub, scale, min);
-        const char* dm = w.plane[2] + b * w.block_stride[2];
+        const char* dm = w.plane[1] + b * w.block_stride[1];
+        tp_q4_k_scale(dm + 4, sub, scale, min);
         return tp_load_half(dm) * (float)scale * ((float)sum * d) - tp_load_half(dm + 2) * (float)min * d_sum;
     }
     // Q6_K: 4 low bits and 2 high bits, offset 32, a signed scale for each 16 elements.
@@ -162,11 +162,11 @@ TP_DEVICE float tp_weight_elem(int type, const WeightRow& w, i64 k) {
         case kQ4_K:
         case kQ5_K: {
             const bool five = type == kQ5_K;
-            const int scales_field = five ? 2 : 1;
+            const int header = five ? 2 : 1;
             int q = tp_nibble(*field(0, b, sub / 2 * 32 + i), sub % 2), scale, min;
             if (five) q |= (*field(1, b, i) >> sub & 1) << 4;
-            tp_q4_k_scale((const char*)field(scales_field, b, 0), sub, scale, min);
-            return half(scales_field + 1, b, 0) * (float)scale * (float)q - half(scales_field + 1, b, 2) * (float)min;
+            tp_q4_k_scale((const char*)field(header, b, 4), sub, scale, min);
+            return half(header, b, 0) * (float)scale * (float)q - half(header, b, 2) * (float)min;
         }
         case kQ6_K: {
             const int part = sub % 4, low = tp_nibble(*field(0, b, sub / 4 * 64 + (part & 1) * 32 + i), part >> 1);

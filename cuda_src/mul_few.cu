@@ -342,33 +342,29 @@ struct FewWeights<kIQ4_XS, kThreads, kRows, kK> {
         s.d = half_pair(iq4_xs_scale((const u32*)(from + kWordsAt + row * 8), (kK == 256 ? chunk : (int)(stage % 2)) * 4 + t));
     }
 };
-/// Of 256 weights with 6-bit scales and mins: nibbles, then those in 12 bytes, then d and dmin.
+/// Of 256 weights with 6-bit scales and mins: nibbles, then d and dmin and those in 12 bytes.
 template <int kType, int kThreads, int kRows, int kK>
 struct FewSixBits {
     using Quants = FewPlane<kThreads, kRows, kK / 32, 16, kK == 256 ? kByHalves : kStraight>;
-    using Words = FewPlane<kThreads, kRows, 4, 4>;  // 12 bytes of scales and mins, then d and dmin
-    static constexpr int kWordsAt = kRows * Quants::kRowBytes;
+    using Headers = FewPlane<kThreads, kRows, 1, 16>;
+    static constexpr int kHeadersAt = kRows * Quants::kRowBytes;
     Quants quants;
-    Words words;
-    int word_bytes;                                         // between blocks of 256
-    static constexpr int kScales = kType == kQ5_K ? 2 : 1;  // their plane, in front of d's
+    Headers headers;
     TP_MEMBER FewSixBits(const Matrix& w, i64 matrix, i64 row0, int thread)
-        : quants(w, 0, matrix, row0, thread), words(w, thread % 4 < 3 ? kScales : kScales + 1, matrix, row0, thread), word_bytes(thread % 4 < 3 ? 12 : 4) {
-        if (thread % 4 == 3) words.from -= 12;
-    }
+        : quants(w, 0, matrix, row0, thread), headers(w, kType == kQ5_K ? 2 : 1, matrix, row0, thread) {}
     TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int) const {
         quants.bring(at, (i64)stage * Quants::kRowBytes, true);
-        words.bring(at + (u32)kWordsAt, (i64)(stage * (u32)kK / 256) * word_bytes, true);
+        headers.bring(at + (u32)kHeadersAt, (i64)(stage * (u32)kK / 256) * 16, true);
     }
     TP_MEMBER void take(FewStrip<kType>& s, const char* from, u32 stage, int row, int chunk, int t, u32 magic) const {
         s.q = four_words(Quants::place(from, row, chunk * 4 + t));
-        const TpInt4 v = four_words(from + kWordsAt + row * 16);  // as in six_bits of vec_piece.h; which half of the 256 it is, is a warp's
+        const TpInt4 v = four_words(from + kHeadersAt + row * 16);  // as in six_bits of vec_piece.h; which half of the 256 it is, is a warp's
         const int shift = t / 2 * 16;
-        const u32 low = (u32)v.x >> shift, mins = (u32)v.y >> shift, more = (u32)v.z >> shift;
+        const u32 low = (u32)v.y >> shift, mins = (u32)v.z >> shift, more = (u32)v.w >> shift;
         const bool second = (kK == 256 ? chunk : (int)(stage % 2)) != 0;
         const u32 scale6 = second ? (more & 0x0f0fu) | (low >> 2 & 0x3030u) : low & 0x3f3fu,
                   min6 = second ? (more >> 4 & 0x0f0fu) | (mins >> 2 & 0x3030u) : mins & 0x3f3fu;
-        const u32 d = tp_half_twice((u32)v.w, 0), m = tp_half_twice((u32)v.w, 1) ^ 0x80008000u;
+        const u32 d = tp_half_twice((u32)v.x, 0), m = tp_half_twice((u32)v.x, 1) ^ 0x80008000u;
         s.scales = half2_mul(tp_half2_fma(tp_byte_perm(scale6, magic, 0x4140), kHalfOne, 0xe400e400u), d);
         s.mins = half2_mul(tp_half2_fma(tp_byte_perm(min6, magic, 0x4140), kHalfOne, 0xe400e400u), m);
     }
@@ -381,7 +377,7 @@ template <int kThreads, int kRows, int kK>
 struct FewWeights<kQ5_K, kThreads, kRows, kK> : FewSixBits<kQ5_K, kThreads, kRows, kK> {
     using SixBits = FewSixBits<kQ5_K, kThreads, kRows, kK>;
     using Tops = FewPlane<kThreads, kRows, 2, 16>;  // of byte i bit j is element i's of sub-block j of the 256
-    static constexpr int kTopsAt = SixBits::kWordsAt + kRows * 16;
+    static constexpr int kTopsAt = SixBits::kHeadersAt + kRows * 16;
     Tops tops;
     TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread) : SixBits(w, matrix, row0, thread), tops(w, 1, matrix, row0, thread) {}
     TP_MEMBER void bring(char* to, TpSharedAt at, u32 stage, int thread) const {

@@ -132,18 +132,13 @@ struct Strip<kQ8_0> {
 };
 /// Of 256 weights with 6-bit scales and mins: two sub-blocks, a run of each.
 struct SixBitStrip {
-    TpInt4 q;
-    u32 scales[3], dm;  // as in tp_q4_k_scale; d and dmin
+    TpInt4 q, header;  // d and dmin, then scales and mins as in tp_q4_k_scale
     static constexpr bool kCrossed = true;
     TP_MEMBER void load_weights(const char* const* plane, u32 step, int u, bool ok) { q = words_or_zero(plane[0] + (step * 2 + (u32)u) * 16, ok); }
-    TP_MEMBER void load_scales(const char* scales_plane, const char* dm_plane, u32 step, bool ok) {
-        const u32 b = step / 4;
-        for (int i = 0; i < 3; ++i) scales[i] = ok ? *(const u32*)(scales_plane + (b * 12 + (u32)i * 4)) : 0u;
-        dm = ok ? *(const u32*)(dm_plane + b * 4) : 0u;
-    }
+    TP_MEMBER void load_header(const char* headers, u32 step, bool ok) { header = words_or_zero(headers + step / 4 * 16, ok); }
     TP_MEMBER void expand_run(const TpInt4& bytes, u32 step, int r, u32 (&out)[8]) const {
         const int j = (int)(step % 4) * 2 + r, at = j % 4 * 8;
-        const u32 s = scales[0] >> at, m = scales[1] >> at, high = scales[2] >> at;
+        const u32 dm = (u32)header.x, s = (u32)header.y >> at, m = (u32)header.z >> at, high = (u32)header.w >> at;
         const u32 scale = j < 4 ? s & 63 : (high & 15) | (s >> 6 & 3) << 4, min = j < 4 ? m & 63 : (high >> 4 & 15) | (m >> 6 & 3) << 4;
         expand(bytes, 0.0f, tp_half_to_float((u16)dm) * (float)scale, -tp_half_to_float((u16)(dm >> 16)) * (float)min, out);
     }
@@ -152,14 +147,14 @@ struct SixBitStrip {
 };
 template <>
 struct Strip<kQ4_K> : SixBitStrip {
-    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) { load_weights(plane, step, u, ok), load_scales(plane[1], plane[2], step, ok); }
+    TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) { load_weights(plane, step, u, ok), load_header(plane[1], step, ok); }
     TP_MEMBER void run(u32 step, int, int r, u32 (&out)[8]) const { expand_run(nibbles(q, 4 * r), step, r, out); }
 };
 template <>
 struct Strip<kQ5_K> : SixBitStrip {
     TpInt4 tops;  // of byte i bit j is element i's of sub-block j of the 256
     TP_MEMBER void load(const char* const* plane, u32 step, int u, bool ok) {
-        load_weights(plane, step, u, ok), load_scales(plane[2], plane[3], step, ok);
+        load_weights(plane, step, u, ok), load_header(plane[2], step, ok);
         tops = words_or_zero(plane[1] + (step / 4 * 32 + (u32)u * 16), ok);
     }
     TP_MEMBER void run(u32 step, int, int r, u32 (&out)[8]) const { expand_run(fifth(nibbles(q, 4 * r), tops, (int)(step % 4) * 2 + r), step, r, out); }

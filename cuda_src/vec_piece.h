@@ -202,11 +202,11 @@ struct Piece<kNVFP4> : RunsPiece {
         s0 = tp_ue4m3_half(scales[0]), s1 = tp_ue4m3_half(scales[1]);
     }
 };
-/// Scales and mins of sub-blocks 2 * pair and 2 * pair + 1, a byte each (above them lies anything). Twelve bytes of a block: scales 0-3, mins
-/// 0-3, then the low halves of 4-7 with their high bits above the first eight. No branch: a warp's lanes have all four pairs.
-TP_DEVICE void six_bits(const u32* packed, int pair, u32& scales, u32& mins) {
+/// Scales and mins of sub-blocks 2 * pair and 2 * pair + 1, a byte each (above them lies anything). Behind d and dmin twelve bytes of a block: scales
+/// 0-3, mins 0-3, then the low halves of 4-7 with their high bits above the first eight. No branch: a warp's lanes have all four pairs.
+TP_DEVICE void six_bits(const TpInt4& header, int pair, u32& scales, u32& mins) {
     const int shift = pair % 2 * 16;
-    const u32 s = packed[0] >> shift, m = packed[1] >> shift, low = packed[2] >> shift;
+    const u32 s = (u32)header.y >> shift, m = (u32)header.z >> shift, low = (u32)header.w >> shift;
     scales = pair < 2 ? s & 0x3f3f : (low & 0x0f0f) | (s >> 2 & 0x3030);
     mins = pair < 2 ? m & 0x3f3f : (low >> 4 & 0x0f0f) | (m >> 2 & 0x3030);
 }
@@ -216,12 +216,12 @@ struct SixBitPiece {
     float d0_, d1_, m0_, m1_;
     static TP_MEMBER i64 first(i64 p) { return p / 8 * 256 + p % 8 / 2 * 64 + p % 2 * 16; }
     static TP_MEMBER i64 second(i64 p) { return first(p) + 32; }
-    TP_MEMBER void load_scales(const char* scales_plane, const char* dm_plane, i64 p) {
-        const i64 b = p / 8;
-        const u32 dm = *(const u32*)(dm_plane + b * 4);
-        const float d = tp_half_to_float((u16)dm), m = tp_half_to_float((u16)(dm >> 16));
+    template <class Load>
+    TP_MEMBER void load_scales(const char* headers, i64 p, Load load16) {
+        const TpInt4 header = load16(headers + p / 8 * 16);
+        const float d = tp_half_to_float((u16)header.x), m = tp_half_to_float((u16)((u32)header.x >> 16));
         u32 scales, mins;
-        six_bits((const u32*)(scales_plane + b * 12), (int)(p % 8 / 2), scales, mins);
+        six_bits(header, (int)(p % 8 / 2), scales, mins);
         d0_ = d * (float)(scales & 63);
         d1_ = d * (float)(scales >> 8 & 63);
         m0_ = m * (float)(mins & 63);
@@ -238,7 +238,7 @@ struct Piece<kQ4_K> : SixBitPiece {
     template <class Load>
     TP_MEMBER void load(const char* const* plane, i64 p, Load load16) {
         q = load16(plane[0] + p * 16);
-        load_scales(plane[1], plane[2], p);
+        load_scales(plane[1], p, load16);
     }
     TP_MEMBER float dot(i64 p, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
         return scaled(p, dot16(nibbles(q, 0), x0, 0), dot16(nibbles(q, 4), x1, 0), d0, d1);
@@ -253,7 +253,7 @@ struct Piece<kQ5_K> : SixBitPiece {
         const TpInt4 q = load16(plane[0] + p * 16), h = load16(plane[1] + p / 8 * 32 + p % 2 * 16);
         const int bit = (int)(p % 8 / 2 * 2);
         q0 = fifth(nibbles(q, 0), h, bit), q1 = fifth(nibbles(q, 4), h, bit + 1);
-        load_scales(plane[2], plane[3], p);
+        load_scales(plane[2], p, load16);
     }
     TP_MEMBER float dot(i64 p, const TpInt4& x0, const TpInt4& x1, TpFloat2 d0, TpFloat2 d1) const {
         return scaled(p, dot16(q0, x0, 0), dot16(q1, x1, 0), d0, d1);
@@ -373,11 +373,11 @@ struct SixBitUnit : AnyUnit {
     static TP_MEMBER int half(int unit, int w) { return (unit / 4 + w) % 2; }
     static TP_MEMBER int word(int unit, int w) { return unit * 64 + w / 2 * 32 + half(unit, w) * 16; }
     template <class Load>
-    TP_MEMBER void load_unit(const char* quants, const char* scales_plane, const char* dm_plane, int unit, Load load16) {
+    TP_MEMBER void load_unit(const char* quants, const char* headers, int unit, Load load16) {
         for (int h = 0; h < 2; ++h) q[h] = load16(quants + unit * 32 + half(unit, h) * 16);
-        const int b = unit / 4;
-        six_bits((const u32*)(scales_plane + b * 12), unit % 4, scales, mins);
-        dm = *(const u32*)(dm_plane + b * 4);
+        const TpInt4 header = load16(headers + unit / 4 * 16);
+        six_bits(header, unit % 4, scales, mins);
+        dm = (u32)header.x;
     }
     /// first, second: the sub-blocks' sums times their scales.
     TP_MEMBER float scaled(float first, float second, TpFloat2 d0, TpFloat2 d1) const {
@@ -390,7 +390,7 @@ template <>
 struct Unit<kQ4_K> : SixBitUnit {
     template <class Load>
     TP_MEMBER void load(const char* const* plane, int unit, Load load16) {
-        load_unit(plane[0], plane[1], plane[2], unit, load16);
+        load_unit(plane[0], plane[1], unit, load16);
     }
     TP_MEMBER float dot_unit(int, const TpInt4* x, const TpFloat2* of) const {
         int low = 0, high = 0;
@@ -407,7 +407,7 @@ struct Unit<kQ5_K> : SixBitUnit {
     TpInt4 tops[2];  // the first sub-block's fifth bits lowest of each byte, above them the second's
     template <class Load>
     TP_MEMBER void load(const char* const* plane, int unit, Load load16) {
-        load_unit(plane[0], plane[2], plane[3], unit, load16);
+        load_unit(plane[0], plane[2], unit, load16);
         const int bit = unit % 4 * 2;
         for (int h = 0; h < 2; ++h) {
             const TpInt4 v = load16(plane[1] + unit / 4 * 32 + half(unit, h) * 16);

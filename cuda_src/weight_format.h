@@ -28,8 +28,8 @@ inline constexpr WeightFormat kWeightFormats[] = {
     {kQ8_1, "q8_1", 32, 36, 2, {{4, 32}, {0, 4}}},                             // quants, {d, d * sum}
     {kQ2_K, "q2_K", 256, 84, 3, {{16, 64}, {0, 16}, {80, 4}}},                 // quants, 4-bit scales and mins, {d, dmin}
     {kQ3_K, "q3_K", 256, 110, 4, {{32, 64}, {0, 32}, {96, 12}, {108, 2}}},     // low 2 bits, high bit, 6-bit scales, d
-    {kQ4_K, "q4_K", 256, 144, 3, {{16, 128}, {4, 12}, {0, 4}}},                // quants, 6-bit scales and mins, {d, dmin}
-    {kQ5_K, "q5_K", 256, 176, 4, {{48, 128}, {16, 32}, {4, 12}, {0, 4}}},      // low 4 bits, high bit, 6-bit scales and mins, {d, dmin}
+    {kQ4_K, "q4_K", 256, 144, 2, {{16, 128}, {0, 16}}},                        // quants; d, dmin, 12 bytes of 6-bit scales and mins
+    {kQ5_K, "q5_K", 256, 176, 3, {{48, 128}, {16, 32}, {0, 16}}},              // low 4 bits, high bit; d, dmin, 12 bytes of 6-bit scales and mins
     {kQ6_K, "q6_K", 256, 210, 4, {{0, 128}, {128, 64}, {192, 16}, {208, 2}}},  // low 4 bits, high 2 bits, scales, d
     {kQ8_K, "q8_K", 256, 292, 3, {{4, 256}, {260, 32}, {0, 4}}},               // quants, their sums, f32 scale
     {kIQ2_XXS, "iq2_xxs", 256, 66, 2, {{2, 64}, {0, 2}}},                      // grid numbers, signs and scales of 32; d
