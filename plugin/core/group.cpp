@@ -28,7 +28,7 @@ const char* fault_text(u32 fault) {
 // Attention graphs change at every 256-token boundary and with the batch size; a captured graph of an 8B model holds about 1 MB.
 constexpr size_t kMostPrograms = 48;
 constexpr double kAbortSeconds = 10;
-// Of a program, that the calling thread launches on all ranks: it takes 5 us for each of them, and a thread that sleeps 45 until it has (two H200).
+// Of a program, that the calling thread launches on all ranks: it takes 7 to 10 us for each of them, and a thread that sleeps 50 until it has (two H200).
 constexpr size_t kStepsOfOneThread = 4;
 constexpr int kTimedRepetitions = 4;
 constexpr int kNcclSeveralRanksOnAGpu = 23003;  // NCCL_MULTI_RANK_GPU_ENABLE came with 2.30.3
