@@ -127,7 +127,7 @@ class Memory {
     /// when there is neither.
     char* allocate_pinned(i64 bytes);
     void release_pinned(char* memory);
-    /// Whether these bytes are such memory, and not ordinary one.
+    /// Whether these bytes are such memory, which devices read, and not the ordinary one.
     bool is_pinned(const void* data, i64 bytes) const;
 
     /// A rank's rows of one segment of a weight.
