@@ -281,10 +281,14 @@ def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...], n_exper
     return shape[-1] ** -0.5 * normal
 
 
-def write_model(host: Host, path: Path, family: str, quant: str, seed: int = 0, also: str = "", dequantized: bool = False, **keys: Any) -> None:
+def write_model(
+    host: Host, path: Path, family: str, quant: str, seed: int = 0, also: str = "", dequantized: bool = False, scaled: Mapping[str, float] | None = None,
+    **keys: Any,
+) -> None:  # fmt: skip
     """A GGUF file. `quant`: the type of all matrices, as far as rows are whole blocks.
 
-    `also`: optional tensors to have. `dequantized` writes the same values as F32. `keys`: other hyperparameters, "." written as "__".
+    `also`: optional tensors to have. `dequantized` writes the same values as F32. `scaled`: tensors by pattern, whose values are that much larger. `keys`:
+    other hyperparameters, "." written as "__".
     """
     more = {name.replace("__", "."): value for name, value in keys.items()}
     keys_path = path.with_suffix(".keys")
@@ -302,7 +306,7 @@ def write_model(host: Host, path: Path, family: str, quant: str, seed: int = 0, 
     for name, shape in tensors.items():
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         values = _values(rng, name, shape, n_expert)
-        for pattern, scale in FAMILIES[family].scaled.items():
+        for pattern, scale in (*FAMILIES[family].scaled.items(), *(scaled or {}).items()):
             if re.search(pattern, name):
                 values *= np.float32(scale)
         kind = gguf.GGMLQuantizationType[quant]
