@@ -148,8 +148,8 @@ def image_of(source: Path, arch: str) -> Path:
 
 
 def largest_first(function: Callable[..., Any], work: list[tuple[Any, ...]], jobs: int) -> list[Any]:
-    """Results of function(source, ...), in the order of `work`. The largest sources begin first: stream.cu takes a fifth of all, and it alone at the end
-    would be waited for by every other core."""
+    """Results of function(source, ...), in the order of `work`. The largest sources begin first: stream.cu, which takes longest, would begin among the
+    last, and every other core would wait for it."""
     order = sorted(range(len(work)), key=lambda i: -work[i][0].stat().st_size)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         results = dict(zip(order, pool.map(lambda i: function(*work[i]), order), strict=True))

@@ -527,8 +527,7 @@ void Group::compute(const abi::Host& host, void* cgraph, BufferOf buffer_of, voi
                     devices_[r]->launch(devices_[r]->function("spin"), Launch{}, &args);
                 }
             InputCopies inputs = memory->pending_inputs(r);
-            for (const Program::HostRows& rows : program.host_rows)
-                inputs.add(rows.pinned, rows.to[static_cast<size_t>(r)], rows.bytes(), memory->is_pinned(rows.pinned, rows.bytes()));
+            for (const Program::HostRows& rows : program.host_rows) inputs.add(rows.pinned, rows.to[static_cast<size_t>(r)], rows.bytes(), rows.is_pinned);
             inputs.send();
             TP_CUDA(driver_, r, cuGraphLaunch, program.executables[r], devices_[r]->stream);
         };

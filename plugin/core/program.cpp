@@ -1026,6 +1026,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
             std::optional<Program::HostRows> rows = host_rows(graph, t);
             if (rows) {
                 rows->pinned = context.rows.pinned() + row_bytes;
+                rows->is_pinned = context.memory.is_pinned(rows->pinned, rows->bytes());
                 for (int r = 0; r < n; ++r) rows->to.push_back(context.rows.pointer(r) + static_cast<u64>(row_bytes));
                 row_bytes += rows->bytes();
             }

@@ -71,6 +71,7 @@ struct Program {
         i64 ids_offset;
         char* pinned;
         std::vector<DevicePtr> to;  // [n_ranks]
+        bool is_pinned = false;     // else the driver had no more of it: ordinary memory, which kernels cannot read
         i64 ids_at() const { return (n * row_bytes + 255) / 256 * 256; }
         i64 bytes() const { return (ids_at() + n * 4 + 255) / 256 * 256; }
     };
