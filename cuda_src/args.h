@@ -233,14 +233,15 @@ enum RopeSections : i32 { kNoSections = 0, kSideBySide = 1, kInterleaved = 2, kV
 struct RopeArgs {
     View x, y;     // [head_dim, n_head, n_tokens, 1] F32 or F16
     View pos;      // I32 [n_tokens]; with sections 4 * [n_tokens]
-    View factors;  // F32 [n_dims/2], used when has_factors
-    i32 has_factors, n_dims, neox, n_ctx_orig;
+    View factors;  // F32 [n_dims/2]; no data: none
+    i32 n_dims, neox, n_ctx_orig;
     i32 n_offs;       // the first of the n_dims elements that turn
     i32 sectioned;    // a RopeSections: pairs take their position from one of four rows
     i32 sections[4];  // pairs of each
     float direction;  // -1 turns back
     i32 heads;        // of a token, that a thread turns one behind the other: rope_heads()
     float freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow;
+    float factor;  // of the result: a scale behind the rope
 };
 struct SoftMaxArgs {
     View x, y, mask, sinks;  // x, y F32 [ne0, rows, n_head, ne3]; mask F16 or F32 [ne0, >=rows, ne2|1, ne3|1]; sinks F32 [n_head]
@@ -530,7 +531,7 @@ struct StreamPart {
 enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2 };
 // Up to three products of one quantised type and the same activations. A tile is `rows` rows of one part (glu: half of them of part 0, the
 // gate, half of part 1, at the same place) in one slot of the ring: plane f at slot_offset[f], row_bytes[f] a row.
-// Input: as the stage before left it in shared memory; `a` quantised; or the norm of s = a + b times weight, quantised.
+// Input: as the stage before left it in shared memory; `a` quantised; or the norm of s = a + b (or a + the norm of b times b_weight) times weight, quantised.
 // Products of experts: a matrix's planes have a matrix behind the other for each expert, and `slots` of them, which the router chose, count.
 // kExpertsEach: tiles are rows of one slot's gate and up, results lie slot behind slot; kExpertsSum: a tile has its rows of every slot, each
 // multiplied by its own [k] of the input.
@@ -550,6 +551,7 @@ struct StreamProduct {
     i32 n_push;                    // ranks; 0: nobody adds these sums up
     i32 push;                      // of the launch, from 1 on
     const float *a, *b, *weight;   // b, weight: may be null
+    const float* b_weight;         // of a norm that b goes through first, of the same eps; null: none
     float *sum, *sum_copy, *norm;  // written for others: s twice, its norm; may be null
     float* glu_y;
     i32 slots, role;  // a StreamExpertsRole
@@ -557,8 +559,7 @@ struct StreamProduct {
     u64* inbox[16];   // where this rank's sums go on every rank instead of to y: the all_reduce behind this product
     i32 glu_k, glu_begin;
     i32 lanes, y_stride;             // lanes that share a row of a slot (kExpertsSum); from slot to slot of y and glu_y
-    i32 piece_shift;                 // rows of a tile's piece, of gates and of ups each where there are both: 1 << piece_shift
-    i32 pieces;                      // of a tile that arrive one by one: 1 or kStreamPieces
+    i32 piece_shift;                 // rows of a tile's piece, of gates and of ups each where there are both: 1 << piece_shift; all of them: one piece
     i32 in_flight, in_flight_early;  // pieces on their way at most (stream.h, kStreamInFlight), of kStreamPieces a tile
     i32 share;                       // elements of a normed input, of which a block writes what others may read of it
 };
@@ -632,7 +633,14 @@ struct StreamNormRows {
 };
 struct StreamBinary {
     BinaryArgs args;
-    i32 op, pad;  // elementwise.h's BinaryOp
+    i32 op, pad;     // elementwise.h's BinaryOp
+    float* copy;     // of a vector's result, for a later stage of the stream, or null
+    u64* inbox[16];  // as a StreamProduct's: of a vector whose parts are all ranks'
+    i32 n_push, push;
+};
+struct StreamGlu {
+    GluArgs args;
+    i32 op, pad;  // activation.h's GluOp
 };
 struct StreamCombine {
     FlashCombineArgs args;
@@ -676,7 +684,8 @@ struct StreamFlash {
     FlashSplitArgs args;
     StreamOwnToken own;
     View y;  // where one piece is all cells (args.n_splits = 1): F32 [d, n_head], and no combination follows; else no data
-    i32 n_units, pad;
+    i32 n_units;
+    float q_factor;  // of own.q_y; of the queries the attention's scale has it
 };
 enum StreamKind : i32 {
     kStreamProduct,
@@ -691,6 +700,7 @@ enum StreamKind : i32 {
     kStreamFlash,
     kStreamCombine,
     kStreamFloats,
+    kStreamGlu,
 };
 struct StreamStage {
     i32 kind, wait;    // wait: for all blocks of this rank to have done all stages before

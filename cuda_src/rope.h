@@ -28,7 +28,7 @@ inline Launch rope_launch(const RopeArgs& args, Arch) {
     const i64 turning = args.sectioned == kVision ? 2 * (i64)args.n_dims : args.n_dims;
     // n_dims = 0 turns nothing; a host asks for it when it looks for a place for rope_freqs.weight.
     if (args.n_dims < 0 || args.n_dims % 2 != 0 || args.n_offs < 0 || args.n_offs % 2 != 0 || args.n_offs + turning > x.ne[0]) return {};
-    if (args.has_factors && (args.factors.type != kF32 || args.factors.ne[0] < turning / 2)) return {};
+    if (args.factors.data && (args.factors.type != kF32 || args.factors.ne[0] < turning / 2)) return {};
     return element_launch(args.neox ? "rope_neox" : "rope_normal", (x.ne[0] + 1) / 2, rope_runs(args));
 }
 

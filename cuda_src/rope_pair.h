@@ -33,7 +33,7 @@ TP_DEVICE Angle angle_of(const RopeArgs& args, i64 i) {
 TP_DEVICE void rotation(const RopeArgs& args, float pos, i64 i, i64 power, float* cosine, float* sine) {
     const float theta_scale = powf(args.freq_base, -2.0f / (float)args.n_dims);
     float extrapolated = pos * powf(theta_scale, (float)power);
-    if (args.has_factors) extrapolated /= load(args.factors, {i, 0, 0, 0});
+    if (args.factors.data) extrapolated /= load(args.factors, {i, 0, 0, 0});
     float theta = args.freq_scale * extrapolated;
     float magnitude = args.attn_factor;
     if (args.ext_factor != 0.0f) {
@@ -143,7 +143,7 @@ TP_DEVICE void turn_run(const RopeArgs& args, i64 pair, u32 run, bool neox, cons
     for (int h = 0; h < kMost; ++h) {
         if (h >= left) break;
         const float first = turn.turns ? a[h] * turn.cosine - b[h] * turn.sine : a[h], second = turn.turns ? a[h] * turn.sine + b[h] * turn.cosine : b[h];
-        done(Index{turn.first, at.i1 + h, at.i2, at.i3}, Index{turn.second, at.i1 + h, at.i2, at.i3}, first, second);
+        done(Index{turn.first, at.i1 + h, at.i2, at.i3}, Index{turn.second, at.i1 + h, at.i2, at.i3}, first * args.factor, second * args.factor);
     }
 }
 

@@ -318,13 +318,17 @@ TP_OUTLINE void stream_weights() {
             continue;
         }
         const StreamProduct& p = experts.product;
-        if (p.input == kInputNorm && p.weight)  // into the L2: a share of every block
-            for (int line = (int)blockIdx.x + (int)gridDim.x * lane; line < p.k / 32; line += 32 * (int)gridDim.x) tp_prefetch(p.weight + line * 32);
+        if (p.input == kInputNorm)  // into the L2: a share of every block
+            for (int line = (int)blockIdx.x + (int)gridDim.x * lane; line < p.k / 32; line += 32 * (int)gridDim.x) {
+                if (p.weight) tp_prefetch(p.weight + line * 32);
+                if (p.b_weight) tp_prefetch(p.b_weight + line * 32);
+            }
         early = !p.role;
         most_in_flight = p.in_flight < room ? p.in_flight : room, most_early = p.in_flight_early;
         const int halves = p.glu ? 2 : 1, step = p.rows / halves, n_planes = p.n_planes, n_tiles = p.n_tiles, piece_rows = 1 << p.piece_shift;
-        const bool whole = p.pieces == 1;  // or in two pieces, unrolled: with a loop over one or two, 8B in Q6_K, two pieces, had 353 tokens/s where it has 391
-        u32 row_bytes = 0;                 // of all copies
+        const bool whole =
+            piece_rows >= step;  // or in two pieces, unrolled: with a loop over one or two, 8B in Q6_K, two pieces, had 353 tokens/s where it has 391
+        u32 row_bytes = 0;       // of all copies
         for (int f = 0; f < n_planes; ++f) row_bytes += (u32)p.row_bytes[f];
         if (p.role == kExpertsSum) {
             const int n = (int)p.part[0].n, slots = p.slots;
@@ -394,6 +398,14 @@ TP_DEVICE void arrive() { tp_signal(&shared_of().args.state->arrived); }
 /// Where the inbox of a push begins, in words from the first inbox.
 TP_DEVICE i64 inbox_of(const Shared& s, u32 push) { return push % 2 ? s.args.inbox_words : 0; }
 
+/// Element `at` of what a stage computes a part of, into every rank's inbox.
+template <class Stage>
+TP_DEVICE void push_to_all(const Stage& stage, const Shared& s, i64 at, float v) {
+    const u32 push = s.pushed_before + (u32)stage.push;
+#pragma unroll 1
+    for (int r = 0; r < stage.n_push; ++r) tp_store_tagged(stage.inbox[r] + inbox_of(s, push) + at, v, push);
+}
+
 // ---- the warp that stores
 /// Where results of a part go: to y and its copies, or to every rank's inbox.
 struct Destination {
@@ -403,9 +415,7 @@ struct Destination {
     TP_MEMBER Destination(const StreamProduct& of, const StreamPart& part) : p(of), y(part.y), copy(part.copy), n_push(of.n_push) {}
     TP_MEMBER void put(const Shared& s, i64 at, float v) const {
         if (n_push) {
-            const u32 push = s.pushed_before + (u32)p.push;
-#pragma unroll 1
-            for (int r = 0; r < n_push; ++r) tp_store_tagged(p.inbox[r] + inbox_of(s, push) + at, v, push);
+            push_to_all(p, s, at, v);
             return;
         }
         y[at] = v;
@@ -800,6 +810,7 @@ struct OwnEight {
 /// Where a thread's first elements of a product's input are, and of what is added to it and multiplied with it (null: nothing): read before the wait.
 struct InputFrom {
     const float *a, *b, *weight;
+    float b_scale = 1.0f;  // where b is normed first
     TP_MEMBER InputFrom(const StreamProduct& p) {
         const int at = 8 * (int)threadIdx.x;
         a = p.a + at, b = p.input == kInputNorm && p.b ? p.b + at : nullptr, weight = p.input == kInputNorm && p.weight ? p.weight + at : nullptr;
@@ -807,7 +818,7 @@ struct InputFrom {
 };
 /// Elements [first, first + kSteps * kStep) of a product's input, of which only the last may end early; all loads go out before any is used, and what needs
 /// other lanes or a reciprocal is done for all steps at a time. Of what is written for others every block writes its share. Returns this thread's sum of squares.
-template <int kSteps, bool kNorm>
+template <int kSteps, bool kNorm, bool kNormedB>
 TP_DEVICE float take_steps(const StreamProduct& p, const InputFrom& in, Shared& s, int k, int first, OwnEight& own) {
     const int thread = threadIdx.x, from = (int)blockIdx.x * p.share;
     auto inside = [&](int j) { return j + 1 < kSteps || first + j * kStep + thread * 8 < k; };
@@ -819,6 +830,11 @@ TP_DEVICE float take_steps(const StreamProduct& p, const InputFrom& in, Shared& 
         load_eight(in.a + here, v[j]);
         if constexpr (kNorm) {
             if (in.b) load_eight(in.b + here, more[j]);
+            if constexpr (kNormedB) {
+                float of_b[8];
+                load_eight(p.b_weight + here + 8 * thread, of_b);
+                for (int i = 0; i < 8; ++i) more[j][i] *= in.b_scale * of_b[i];
+            }
             if (in.weight) load_eight(in.weight + here, weight[j]);
         }
     }
@@ -874,39 +890,66 @@ TP_DEVICE float take_steps(const StreamProduct& p, const InputFrom& in, Shared& 
     return squares;
 }
 /// All of an input, kMost steps at a time: registers hold four without a norm, two with one (its weights, and what it adds).
-template <int kMost, bool kNorm>
+template <int kMost, bool kNorm, bool kNormedB = false>
 TP_DEVICE float take_all(const StreamProduct& p, const InputFrom& in, Shared& s, int k, OwnEight& own) {
     float squares = 0;
 #pragma unroll 1
     for (int first = 0; first < k; first += kMost * kStep) {
         const int left = k - first;
-        if (kMost > 3 && left > 3 * kStep) squares += take_steps<4, kNorm>(p, in, s, k, first, own);
-        else if (kMost > 2 && left > 2 * kStep) squares += take_steps<3, kNorm>(p, in, s, k, first, own);
-        else if (left > kStep) squares += take_steps<2, kNorm>(p, in, s, k, first, own);
-        else squares += take_steps<1, kNorm>(p, in, s, k, first, own);
+        if (kMost > 3 && left > 3 * kStep) squares += take_steps<4, kNorm, kNormedB>(p, in, s, k, first, own);
+        else if (kMost > 2 && left > 2 * kStep) squares += take_steps<3, kNorm, kNormedB>(p, in, s, k, first, own);
+        else if (left > kStep) squares += take_steps<2, kNorm, kNormedB>(p, in, s, k, first, own);
+        else squares += take_steps<1, kNorm, kNormedB>(p, in, s, k, first, own);
     }
     return squares;
 }
 
+/// 1 / root mean square of k elements, of which each thread has some, whose squares these are the sum of.
+TP_DEVICE float norm_scale(Shared& s, float squares, int k, float eps) {
+    squares = tp_warp_sum(squares);
+    if (threadIdx.x % 32 == 0) s.squares[threadIdx.x / 32] = squares;
+    sync_multiplying();
+    float total = 0;
+    for (int w = 0; w < kStreamWarps; ++w) total += s.squares[w];
+    return tp_quotient(1.0f, sqrtf(tp_quotient(total, (float)k) + eps));
+}
+/// Of all of an input's b; a thread takes what it will take once more.
+TP_DEVICE float scale_of_b(const StreamProduct& p, const InputFrom& in, Shared& s, int k) {
+    constexpr int kMost = 4;
+    float squares = 0;
+#pragma unroll 1
+    for (int first = 0; first < k; first += kMost * kStep) {
+        float v[kMost][8] = {};
+#pragma unroll
+        for (int j = 0; j < kMost; ++j) {
+            const int here = first + j * kStep;
+            const bool inside = here + 8 * (int)threadIdx.x < k;
+            load_eight(in.b + (inside ? here : -8 * (int)threadIdx.x), inside, v[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < kMost; ++j)
+            for (int i = 0; i < 8; ++i) squares += v[j][i] * v[j][i];
+    }
+    const float scale = norm_scale(s, squares, k, p.eps);
+    sync_multiplying();  // the sums of the second norm meet where these did
+    return scale;
+}
 /// Begins a product (experts' first ones: choose_experts has) and takes its input, as int8 in shared memory, without the norm's 1 / root mean square: that
 /// scales the results.
-TP_OUTLINE Progress take_input(Progress at) {
+template <bool kNormedB>
+TP_DEVICE Progress take_input_as(Progress at) {
     Shared& s = shared_of();
     const int thread = threadIdx.x;
     const StreamProduct& p = *(const StreamProduct*)stage_at(at.stage % 3).body;
-    const InputFrom in(p);
+    InputFrom in(p);
     const int k = p.role == kExpertsSum ? p.k * p.slots : p.k, input = p.input;
     if (p.role != kExpertsEach) wait_for_stage(at.stage);
     if (input == kInputNorm) {
         OwnEight own;
-        float squares = take_all<2, true>(p, in, s, k, own);
+        if constexpr (kNormedB) in.b_scale = scale_of_b(p, in, s, k);
+        const float squares = take_all<2, true, kNormedB>(p, in, s, k, own);
         fetch_stage(at.stage + 2);
-        squares = tp_warp_sum(squares);
-        if (thread % 32 == 0) s.squares[thread / 32] = squares;
-        sync_multiplying();
-        float total = 0;
-        for (int w = 0; w < kStreamWarps; ++w) total += s.squares[w];
-        at.scale = tp_quotient(1.0f, sqrtf(tp_quotient(total, (float)k) + p.eps));
+        at.scale = norm_scale(s, squares, k, p.eps);
         if (own.at >= 0) own.scale(at.scale), store_eight(p.norm + own.at, own.v);
     } else {
         if (input != kInputKept) {
@@ -923,6 +966,9 @@ TP_OUTLINE Progress take_input(Progress at) {
     }
     return at;
 }
+// Models of two norms in a row have code of their own: the other one's registers are full.
+TP_OUTLINE Progress take_input(Progress at) { return take_input_as<false>(at); }
+TP_OUTLINE Progress take_input_of_normed(Progress at) { return take_input_as<true>(at); }
 
 /// The sums over groups of 8, 16 or 32 lanes of what their lanes have of kRows rows, each where the shuffles of one row alone would add it up to. A lane gets one
 /// row's: the rows' lanes lie side by side.
@@ -1382,7 +1428,10 @@ struct QueriesShared {
             const int head = of_cache < 0 ? heads.first + h : heads.kv_head + of_cache - (of_v ? n_kv : 0);
             if (y && split == 0 && (keeps || of_cache < 0))
 #pragma unroll
-                for (int i = 0; i < 2; ++i) *(TpFloat2*)(y + head * d + place[i]) = x[i];
+                for (int i = 0; i < 2; ++i) {
+                    const float factor = of_cache < 0 ? f.q_factor : 1.0f;
+                    *(TpFloat2*)(y + head * d + place[i]) = {x[i].x * factor, x[i].y * factor};
+                }
             const float scale = of_cache < 0 ? f.args.a.scale : 1.0f;
             const u32 halves[2] = {half2_of(x[0].x * scale, x[0].y * scale), half2_of(x[1].x * scale, x[1].y * scale)};
             auto put = [&](u16* to) {
@@ -1659,6 +1708,38 @@ TP_DEVICE void fetch_ahead(const StreamFloats& f) {
         for (int i = thread - 32; i >= 0 && i < lines; i += kMultiply - 32) tp_prefetch(f.w + row * f.row_stride + i * 32);
 }
 
+/// Norms of long rows, which are few: a block a row, four elements a thread at once. (By a warp a row of 4,096 would be 128 trips to the L2 in a row.)
+constexpr i64 kLongRow = 512;
+TP_OUTLINE void norm_long_rows(const FusedNormArgs& a) {
+    Shared& s = shared_of();
+    const int n = (int)a.y.ne[0], thread = threadIdx.x;
+    const i64 rows = a.y.ne[1] * a.y.ne[2] * a.y.ne[3];
+    for (i64 row = blockIdx.x; row < rows; row += gridDim.x) {
+        const Index at = row_index((u32)row, a.y.ne);
+        const char *x = element_at(a.a, at), *more = a.has_b ? element_at(a.b, at) : nullptr;
+        char *const sum = a.has_b ? element_at(a.sum, at) : nullptr, *const y = element_at(a.y, at);
+        float squares = 0;
+#pragma unroll 4
+        for (int i = 4 * thread; i < n; i += 4 * kMultiply) {
+            float v[4], added[4] = {};
+            load_four(x + i * 4, v);
+            if (more) load_four(more + i * 4, added);
+            for (int e = 0; e < 4; ++e) v[e] += added[e], squares += v[e] * v[e];
+            if (sum) store_four(sum + i * 4, v);
+        }
+        const float scale = norm_scale(s, squares, n, a.eps);
+#pragma unroll 4
+        for (int i = 4 * thread; i < n; i += 4 * kMultiply) {
+            float v[4], weight[4] = {1, 1, 1, 1};
+            load_four((sum ? sum : x) + i * 4, v);
+            if (a.has_weight) load_four(a.weight.data + i * 4, weight);
+            for (int e = 0; e < 4; ++e) v[e] *= scale * weight[e];
+            store_four(y + i * 4, v);
+        }
+        sync_multiplying();  // the next row's sums meet where these did
+    }
+}
+
 /// A stage that is no product: elements, rows or units of all blocks' threads.
 TP_OUTLINE Progress do_stage(Progress now) {
     const StreamStage& stage = stage_at(now.stage % 3);
@@ -1691,6 +1772,10 @@ TP_OUTLINE Progress do_stage(Progress now) {
         }
         case kStreamNormRows: {  // a warp a row
             const FusedNormArgs& a = ((const StreamNormRows*)body)->norm;
+            if (a.y.ne[0] >= kLongRow) {
+                norm_long_rows(a);
+                break;
+            }
             const i64 rows = a.y.ne[1] * a.y.ne[2] * a.y.ne[3], n = a.y.ne[0];
             for (i64 row = first / 32; row < rows; row += step / 32) {
                 const Index at = row_index((u32)row, a.y.ne);
@@ -1715,7 +1800,22 @@ TP_OUTLINE Progress do_stage(Progress now) {
                 const Index4 at4 = tp_index(b.args.y.ne, i);
                 const Index at = {at4.i[0], at4.i[1], at4.i[2], at4.i[3]};
                 const float x = load(b.args.a, at), y = load(b.args.b, wrap(at, b.args.b.ne));
-                store(b.args.y, at, b.op == (i32)BinaryOp::kAdd ? x + y : b.op == (i32)BinaryOp::kSub ? x - y : b.op == (i32)BinaryOp::kMul ? x * y : x / y);
+                const float out = b.op == (i32)BinaryOp::kAdd ? x + y : b.op == (i32)BinaryOp::kSub ? x - y : b.op == (i32)BinaryOp::kMul ? x * y : x / y;
+                if (b.n_push) {
+                    push_to_all(b, shared_of(), i, out);
+                    continue;
+                }
+                store(b.args.y, at, out);
+                if (b.copy) b.copy[i] = out;
+            }
+            break;
+        }
+        case kStreamGlu: {
+            const StreamGlu& g = *(const StreamGlu*)body;
+            for (i64 i = first; i < tp_elems(g.args.y); i += step) {
+                const Index4 at4 = tp_index(g.args.y.ne, i);
+                const Index at = {at4.i[0], at4.i[1], at4.i[2], at4.i[3]};
+                store(g.args.y, at, glu_of((GluOp)g.op, load(g.args.a, at), load(g.args.b, at), g.args.alpha, g.args.limit));
             }
             break;
         }
@@ -1767,7 +1867,7 @@ TP_DEVICE void do_stages() {
         const StreamStage& stage = stage_at(now.stage % 3);
         if (stage.kind == kStreamProduct) {
             if (((const StreamProduct*)stage.body)->role == kExpertsEach) choose_experts(now.stage);
-            now = take_input(now);
+            now = ((const StreamProduct*)stage_at(now.stage % 3).body)->b_weight ? take_input_of_normed(now) : take_input(now);
             const StreamProduct& p = *(const StreamProduct*)stage_at(now.stage % 3).body;
             now = multiply_any_of<kQ4_0, kQ8_0, kQ4_K, kQ6_K, kQ5_K, kIQ4_XS, kIQ4_NL, kMXFP4, kQ3_K, kQ2_K, kQ5_0, kQ5_1, kQ4_1, kNVFP4, kTQ2_0, kIQ3_S,
                                   kIQ3_XXS, kIQ2_S, kIQ2_XS, kIQ2_XXS, kIQ1_M, kIQ1_S>(p, now);

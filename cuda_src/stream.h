@@ -30,6 +30,11 @@ inline i32 stream_share(i64 k, i64 blocks) { return (i32)(((k + blocks - 1) / bl
 /// Elements of a product's input.
 inline i32 stream_input(const StreamProduct& p) { return p.role == kExpertsSum ? p.k * p.slots : p.k; }
 
+/// Of a tile, that arrive one by one.
+constexpr i32 stream_tile_pieces(const StreamProduct& p) {
+    return p.role == kExpertsSum || 1 << p.piece_shift >= (p.glu ? p.rows / 2 : p.rows) ? 1 : kStreamPieces;
+}
+
 // Pieces on their way to a multiprocessor, of half a slot. More would queue the activations' loads and the results' stores behind them: 55 KB of the
 // stage that is multiplied, where bandwidth counts; 18 KB ahead of it, while stages hand over (docs/decisions.md).
 constexpr int kStreamInFlight = 3, kStreamInFlightEarly = 1;
@@ -107,10 +112,10 @@ inline bool stream_fit(StreamProduct& p, i64 blocks) {
     const int n_copies = p.n_planes * (p.glu ? 2 : 1);
     if (kStreamPieces * (kStreamPieceCycles + n_copies * kStreamCopyCycles) > tile_bytes * kStreamCyclesPerKB / 1024) piece_rows = step;
     for (p.piece_shift = 0; 1 << p.piece_shift < piece_rows;) ++p.piece_shift;
-    p.pieces = sums || piece_rows >= step ? 1 : kStreamPieces;
+    const i32 pieces = stream_tile_pieces(p);
     const i64 of_experts = kStreamExpertsInFlight / tile_bytes;
-    p.in_flight = p.role ? (i32)(of_experts < 2 ? 2 : of_experts) * kStreamPieces : stream_in_flight(tile_bytes / kStreamPieces, kStreamPieces / p.pieces);
-    p.in_flight_early = kStreamInFlightEarly * kStreamPieces / p.pieces;
+    p.in_flight = p.role ? (i32)(of_experts < 2 ? 2 : of_experts) * kStreamPieces : stream_in_flight(tile_bytes / kStreamPieces, kStreamPieces / pieces);
+    p.in_flight_early = kStreamInFlightEarly * kStreamPieces / pieces;
     p.n_tiles = 0;
     for (int i = 0; i < 3; ++i) p.first_tile[i] = 0;
     for (int i = 0; i < p.n_parts; ++i) {

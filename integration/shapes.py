@@ -36,7 +36,12 @@ class Shape:
     n_expert_used: int = 0
     n_ff_expert: int = 0
     n_ctx: int = 32768
-    window: int = 0  # tokens that every other layer attends to; 0: all attend to all
+    window: int = 0  # tokens that layers with a window attend to; 0: all attend to all
+    n_rope: int = 0  # elements of a head that turn; 0: all
+    n_dense: int = 0  # layers without experts, in front
+    n_shared: int = 0  # experts that all tokens go through, each of n_ff_expert
+    n_linear: int = 0  # layers of linear attention in front of each one of softmax attention
+    linear: tuple[int, int, int] = (0, 0, 0)  # their key heads, value heads and the size of both
 
 
 SHAPES = {
@@ -48,6 +53,11 @@ SHAPES = {
     "qwen2.5-72b": Shape("qwen2", 80, 8192, 29696, 64, 8, 128, 152064),  # ffn 29568, rounded up to whole 256-blocks
     "qwen3-30b-a3b": Shape("qwen3moe", 48, 2048, 6144, 32, 4, 128, 151936, n_expert=128, n_expert_used=8, n_ff_expert=768),
     # In MXFP4 as its files are: experts; attention's matrices have the head's type. 2,880 is no multiple of 256: types with blocks of 32.
+    "gemma3-12b": Shape("gemma3", 48, 3840, 15360, 16, 8, 256, 262144, window=1024),
+    "phi-4": Shape("phi3", 40, 5120, 17920, 40, 10, 128, 100352),
+    "glm4-9b": Shape("glm4", 40, 4096, 13696, 32, 2, 128, 151552, n_rope=64),  # 13,696 is no multiple of 256 either
+    "glm4.5-air": Shape("glm4moe", 46, 4096, 10944, 96, 8, 128, 151552, 128, 8, 1408, n_rope=64, n_dense=1, n_shared=1),  # without its predicting layer
+    "qwen3.5-9b": Shape("qwen35", 32, 4096, 12288, 16, 4, 256, 248320, n_rope=64, n_linear=3, linear=(16, 32, 128)),
     "gpt-oss-20b": Shape("gpt-oss", 24, 2880, 2880, 64, 8, 64, 201088, n_expert=32, n_expert_used=4, n_ff_expert=2880, window=128),
 }
 
@@ -156,7 +166,7 @@ class Tensor:
     name: str
     ne: tuple[int, ...]
     type: str
-    scale: float = 0.0  # rms of its values; 0: ones
+    scale: float = 0.0  # rms of its values; 0: ones; below 0: each is that
 
     @property
     def n_bytes(self) -> int:
@@ -175,29 +185,55 @@ def tensors(shape: Shape, type_: str) -> Iterator[Tensor]:
         return Tensor(name + ".bias", ne, "F32", 0.1)
 
     yield Tensor("token_embd.weight", (d, shape.n_vocab), head, 1.0)
-    yield matrix("output.weight", d, shape.n_vocab, of=head)
+    if shape.arch != "gemma3":  # its head are the embeddings
+        yield matrix("output.weight", d, shape.n_vocab, of=head)
     yield Tensor("output_norm.weight", (d,), "F32")
     for i in range(shape.n_layer):
         p = f"blk.{i}."
         yield Tensor(p + "attn_norm.weight", (d,), "F32")
-        yield from (matrix(f"{p}attn_{x}.weight", d, n, of=attention) for x, n in (("q", q), ("k", kv), ("v", kv)))
-        yield matrix(p + "attn_output.weight", q, d, of=attention)
-        if oss or shape.arch == "qwen2":
+        n_keys, n_values, size = shape.linear
+        linear = shape.n_linear > 0 and (i + 1) % (shape.n_linear + 1) != 0
+        gated = 2 if shape.n_linear else 1  # queries and gates of what is attended to
+        if linear:
+            channels = (2 * n_keys + n_values) * size
+            yield from (matrix(f"{p}attn_qkv.weight", d, channels), matrix(f"{p}attn_gate.weight", d, n_values * size))
+            yield from (matrix(f"{p}ssm_{x}.weight", d, n_values) for x in ("alpha", "beta"))
+            yield from (Tensor(f"{p}ssm_conv1d.weight", (4, channels), "F32", 0.5), Tensor(p + "ssm_dt.bias", (n_values,), "F32", 0.1))
+            yield from (Tensor(p + "ssm_a", (n_values,), "F32", -1.0), Tensor(p + "ssm_norm.weight", (size,), "F32"))
+            yield matrix(p + "ssm_out.weight", n_values * size, d)
+        elif shape.arch == "phi3":
+            yield matrix(f"{p}attn_qkv.weight", d, q + 2 * kv)
+        else:
+            yield from (matrix(f"{p}attn_{x}.weight", d, n, of=attention) for x, n in (("q", gated * q), ("k", kv), ("v", kv)))
+        if not linear:
+            yield matrix(p + "attn_output.weight", q, d, of=attention)
+        if oss or shape.arch in ("qwen2", "glm4", "glm4moe"):
             yield from (bias(f"{p}attn_{x}", n) for x, n in (("q", q), ("k", kv), ("v", kv)))
         if oss:
             yield from (bias(p + "attn_output", d), Tensor(p + "attn_sinks.weight", (shape.n_head,), "F32", 1.0))
-        if shape.arch.startswith("qwen3"):
+        if (shape.arch.startswith("qwen3") and not linear) or shape.arch in ("gemma3", "glm4moe"):
             yield from (Tensor(f"{p}attn_{x}_norm.weight", (shape.head_dim,), "F32") for x in "qk")
-        yield Tensor(p + ("post_attention_norm.weight" if oss else "ffn_norm.weight"), (d,), "F32")
-        if shape.n_expert:
+        behind = ("post_attention_norm", "ffn_norm", "post_ffw_norm") if shape.arch in ("gemma3", "glm4") else ()  # norms of what is added, too
+        for norm in behind or ("post_attention_norm" if shape.arch in ("gpt-oss", "glm4moe", "qwen35") else "ffn_norm",):
+            yield Tensor(f"{p}{norm}.weight", (d,), "F32")
+        if shape.n_expert and i >= shape.n_dense:
             n, f = shape.n_expert, shape.n_ff_expert
             yield matrix(p + "ffn_gate_inp.weight", d, n, of="F32")
             yield from (matrix(p + "ffn_gate_exps.weight", d, f, n), matrix(p + "ffn_up_exps.weight", d, f, n))
             yield matrix(p + "ffn_down_exps.weight", f, d, n)
+            if shape.arch == "glm4moe":
+                yield bias(p + "exp_probs_b", n)
+            if shape.n_shared:
+                shared = f * shape.n_shared
+                yield from (matrix(p + "ffn_gate_shexp.weight", d, shared), matrix(p + "ffn_up_shexp.weight", d, shared))
+                yield matrix(p + "ffn_down_shexp.weight", shared, d)
             if oss:
                 yield from (bias(p + "ffn_gate_inp", n), bias(p + "ffn_gate_exps", f, n), bias(p + "ffn_up_exps", f, n), bias(p + "ffn_down_exps", d, n))
         else:
-            yield from (matrix(p + "ffn_gate.weight", d, shape.n_ff), matrix(p + "ffn_up.weight", d, shape.n_ff))
+            if shape.arch in ("phi3", "glm4"):
+                yield matrix(p + "ffn_up.weight", d, 2 * shape.n_ff)  # gates first
+            else:
+                yield from (matrix(p + "ffn_gate.weight", d, shape.n_ff), matrix(p + "ffn_up.weight", d, shape.n_ff))
             yield matrix(p + "ffn_down.weight", shape.n_ff, d)
 
 
@@ -212,7 +248,7 @@ def _write_header(path: Path, name: str, shape: Shape, all_tensors: list[Tensor]
     writer.add_head_count_kv(shape.n_head_kv)
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_dimension_count(shape.n_rope or shape.head_dim)
     writer.add_rope_freq_base(500000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(shape.n_vocab)
@@ -220,6 +256,20 @@ def _write_header(path: Path, name: str, shape: Shape, all_tensors: list[Tensor]
         writer.add_expert_count(shape.n_expert)
         writer.add_expert_used_count(shape.n_expert_used)
         writer.add_expert_feed_forward_length(shape.n_ff_expert)
+    if shape.n_shared:
+        writer.add_expert_shared_count(shape.n_shared)
+        writer.add_leading_dense_block_count(shape.n_dense)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_norm(True)
+    if shape.n_linear:
+        n_keys, n_values, size = shape.linear
+        writer.add_uint32(f"{shape.arch}.full_attention_interval", shape.n_linear + 1)
+        writer.add_array(f"{shape.arch}.rope.dimension_sections", [11, 11, 10, 0])
+        writer.add_ssm_conv_kernel(4)
+        writer.add_ssm_inner_size(n_values * size)
+        writer.add_ssm_state_size(size)
+        writer.add_ssm_time_step_rank(n_values)
+        writer.add_ssm_group_count(n_keys)
     if shape.window:
         writer.add_sliding_window(shape.window)
     writer.add_tokenizer_model("no_vocab")
@@ -257,15 +307,15 @@ def write(path: Path, name: str, type_: str, n_layer: int | None = None, quiet: 
     with open(path, "ab", buffering=0) as file:
         file.write(bytes(-file.tell() % _ALIGNMENT))
         for i, t in enumerate(all_tensors):
-            if t.scale == 0:
-                pool = memoryview(np.ones(t.n_bytes // 4, np.float32).view(np.uint8))
+            if t.scale <= 0:
+                pool = memoryview(np.full(t.n_bytes // 4, t.scale or 1, np.float32).view(np.uint8))
             else:
                 key = (t.type, round(t.scale, 5))
                 if key not in pools:
                     pools[key] = memoryview(TYPES[t.type].make(rng, _POOL_BYTES // TYPES[t.type].bytes, t.scale).reshape(-1))
                 pool = pools[key]
             # Each tensor begins at another block of the pool: two of the same shape are not the same matrix.
-            at = (i * 7919 * TYPES[t.type].bytes) % len(pool) if t.scale else 0
+            at = (i * 7919 * TYPES[t.type].bytes) % len(pool) if t.scale > 0 else 0
             left = t.n_bytes
             while left:
                 n = file.write(pool[at : at + left])

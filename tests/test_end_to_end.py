@@ -362,6 +362,37 @@ def test_a_token_is_one_persistent_kernel(workers, models, family, quant, ranks)
         assert " norm rows " not in result["program"]
 
 
+@pytest.mark.parametrize(
+    ("family", "quant", "ranks", "options"),
+    [("gemma3", "Q4_0", 1, {}), ("gemma3", "Q8_0", 3, {}), ("gemma3", "Q4_0", 1, LONG | {"embedding_length": 4352, "feed_forward_length": 512}),
+     ("glm4", "Q4_0", 2, {}), ("glm4", "Q4_K", 1, WIDE | {"rope__dimension_count": 32}), ("phi3", "Q4_0", 1, {}), ("phi3", "Q8_0", 2, {}),
+     ("phi3", "Q4_K", 2, WIDE)],
+)  # fmt: skip
+def test_norms_of_what_is_added_and_matrices_side_by_side_in_one_persistent_kernel(workers, models, family, quant, ranks, options):
+    """What a residual is added to goes through a norm first, and the sum through the next one: the product behind them does both. Queries, keys and values, or
+    gates and ups, of one matrix are its parts; a scale of the queries is the attention's."""
+    result = check(workers, models, family, quant, ranks, arch="sm_90", **options)
+    assert result["counters"].last_kernel_launches == 1, result["program"]
+    for left in ("norm rows", "glu", "set_rows", "rope and store"):
+        assert f" {left} " not in result["program"], result["program"]
+
+
+@pytest.mark.parametrize(("quant", "ranks"), [("Q4_0", 1), ("Q8_0", 2), ("Q8_0", 3)])
+def test_an_expert_that_all_tokens_share_in_the_persistent_kernel(workers, models, quant, ranks):
+    """Beside a router's, whose sigmoids have a bias: its gates and ups come before theirs, its sum behind them, and all ranks' sums are one all_reduce."""
+    result = check(workers, models, "glm4moe", quant, ranks, arch="sm_90")
+    assert result["counters"].last_kernel_launches == 1, result["program"]
+    assert result["program"].count("  == reduce ") == (2 * N_LAYER if ranks > 1 else 0)
+    assert " glu " in result["program"] and " binary " in result["program"]
+
+
+def test_norms_over_all_heads_in_the_persistent_kernel(workers, models):
+    """A row of 512 is a block's, where one of a head is a warp's."""
+    result = check(workers, models, "minimax-m2", "Q4_0", 1, arch="sm_90", **WIDE)
+    assert result["counters"].last_kernel_launches == 1, result["program"]
+    assert " norm rows " in result["program"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_biases_of_a_feed_forward_network(workers, models, ranks):
     """In front of the GLU too; the last one's is added to what all ranks have summed up."""

@@ -33,7 +33,7 @@ bool independent(const PlanStep& a, const PlanStep& b, const Graph& graph) {
     return !reads(a, x, y) && !reads(b, y, x);
 }
 
-constexpr size_t kLookAhead = 24;  // steps; Q, K and V lie at most a dozen apart, with biases and head norms between
+constexpr size_t kLookAhead = 48;  // steps; Q, K and V lie at most a dozen apart, with biases and head norms between, a shared expert behind all of a router's
 
 }  // namespace
 
@@ -258,6 +258,14 @@ bool rope_then_rope(RankLaunch& a, const RankLaunch& b, Arch arch) {
     p.args.stored_rope = more.args.stored_rope < 0 ? -1 : 1;
     return replace_rope(a, p, arch);
 }
+/// Queries that are scaled before their attention: where the result takes the place of what was turned, so that nobody else can want that.
+bool rope_then_scale(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    RopeArgs rope = args_of<RopeArgs>(a);
+    const UnaryArgs scale = args_of<UnaryArgs>(b);
+    if (scale.p1 != 0 || !same_view(scale.x, rope.y) || !same_view(scale.y, rope.y)) return false;
+    rope.factor *= scale.p0;
+    return replace(a, rope_launch(rope, arch), rope);
+}
 bool rope_then_store(RankLaunch& a, const RankLaunch& b, Arch arch) {
     PiecesRopeArgs p = rope_of(a);
     RopeStoreArgs& args = p.args;
@@ -421,8 +429,15 @@ bool append(ChainArgs& chain, const RankLaunch& l) {
 }
 bool chain_links(RankLaunch& a, const RankLaunch& b, Arch arch) {
     ChainArgs chain{};
+    if (is_chain(b.launch.kernel)) {  // what it begins with was no chain yet: a router's sigmoids, to which a bias is added
+        const ChainArgs more = args_of<ChainArgs>(b);
+        if (is_chain(a.launch.kernel) || more.n_steps == kChainMost || !append(chain, a) || !same_view(chain.step[0].y, more.step[0].a)) return false;
+        std::copy(more.step, more.step + more.n_steps, chain.step + 1);
+        chain.n_steps += more.n_steps, chain.fault = more.fault ? more.fault : chain.fault, chain.quantize = more.quantize;
+        return replace(a, chain_launch(chain, arch), chain);
+    }
     if (is_chain(a.launch.kernel)) chain = args_of<ChainArgs>(a);
-    else if (is_chain(b.launch.kernel) || (!chain_row(a.launch.kernel)->starts && !chain_row(b.launch.kernel)->starts) || !append(chain, a)) return false;
+    else if ((!chain_row(a.launch.kernel)->starts && !chain_row(b.launch.kernel)->starts) || !append(chain, a)) return false;
     return !chain.quantize.xq && append(chain, b) && replace(a, chain_launch(chain, arch), chain);
 }
 bool chain_then_quantize(RankLaunch& a, const RankLaunch& b, Arch arch) {
@@ -450,6 +465,8 @@ bool is_quantize(const char* kernel) { return std::strcmp(kernel, "quantize_x") 
 bool is_columns(const char* kernel) { return std::strncmp(kernel, "flash_columns_", 14) == 0; }
 bool is_combine(const char* kernel) { return std::strcmp(kernel, "flash_combine") == 0; }
 bool is_rope(const char* kernel) { return std::strncmp(kernel, "rope_", 5) == 0; }
+bool is_lone_rope(const char* kernel) { return std::strcmp(kernel, "rope_neox") == 0 || std::strcmp(kernel, "rope_normal") == 0; }
+bool is_scale(const char* kernel) { return std::strcmp(kernel, "unary_scale") == 0; }
 bool is_set_rows(const char* kernel) { return std::strcmp(kernel, "set_rows") == 0; }
 
 struct Merge {
@@ -470,6 +487,7 @@ constexpr Merge kMerges[] = {
     {is_combine, makes_form, attention_then_quantize},
     {is_rope, is_rope, rope_then_rope},
     {is_rope, is_set_rows, rope_then_store},
+    {is_lone_rope, is_scale, rope_then_scale},
     {is_mul_vec_id, is_mul_vec_id, join_experts},
     {is_mul_vec_id, is_add_id, experts_then_bias},
     {is_mul_vec_id, is_mul, experts_then_weights},

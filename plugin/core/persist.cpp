@@ -127,18 +127,29 @@ class RankRun {
         if (named(l, "binary_")) return add_binary(l);
         return false;
     }
-    /// The all_reduce of what the last stage, a product, has computed: push number `push` of the launch. inboxes: of every rank.
+    /// The all_reduce of what the last stage, a product or a sum, has computed: push number `push` of the launch. inboxes: of every rank.
     bool add_reduce(DevicePtr y, i64 elems, const std::vector<u64*>& inboxes, int rank, int push) {
-        if (stages.empty() || stages.back().kind != kStreamProduct || elems > kStreamMostK) return false;
-        StreamProduct p = stages.back().get<StreamProduct>();
-        if (p.n_parts != 1 || p.glu || p.part[0].n != elems || reinterpret_cast<DevicePtr>(p.part[0].y) != y) return false;
-        p.n_push = n_ranks_;
-        p.push = push;
-        for (int r = 0; r < n_ranks_; ++r) p.inbox[r] = inboxes[static_cast<size_t>(r)] + rank * elems;
-        stages.back().set(p);
-        std::vector<Span>& writes = stages.back().writes;
+        if (stages.empty() || elems > kStreamMostK) return false;
+        Draft& last = stages.back();
+        auto pushes = [&](auto stage) {
+            stage.n_push = n_ranks_, stage.push = push;
+            for (int r = 0; r < n_ranks_; ++r) stage.inbox[r] = inboxes[static_cast<size_t>(r)] + rank * elems;
+            last.set(stage);
+        };
+        if (last.kind == kStreamProduct) {
+            const StreamProduct p = last.get<StreamProduct>();
+            if (p.n_parts != 1 || p.glu || p.part[0].n != elems || reinterpret_cast<DevicePtr>(p.part[0].y) != y) return false;
+            pushes(p);
+        } else if (last.kind == kStreamBinary) {  // of experts and the one that all tokens share
+            const StreamBinary b = last.get<StreamBinary>();
+            if (!is_vector(b.args.y, elems) || reinterpret_cast<DevicePtr>(b.args.y.data) != y) return false;
+            pushes(b);
+        } else {
+            return false;
+        }
+        std::vector<Span>& writes = last.writes;
         writes.erase(std::remove_if(writes.begin(), writes.end(), [&](const Span& s) { return s.begin == y; }), writes.end());
-        StreamReduce reduce{inboxes[static_cast<size_t>(rank)], p.part[0].y, nullptr, nullptr, nullptr, elems, n_ranks_, push};
+        StreamReduce reduce{inboxes[static_cast<size_t>(rank)], reinterpret_cast<float*>(y), nullptr, nullptr, nullptr, elems, n_ranks_, push};
         Draft d = Draft::of(kStreamReduce, reduce);
         d.writes = {span_of(reduce.y, elems * 4)};
         stages.push_back(std::move(d));
@@ -573,22 +584,44 @@ class RankRun {
         return format && w.ne3 == 1;
     }
 
-    /// Two products of the stage before become one whose tiles hold rows of both.
     bool add_glu(const RankLaunch& l) {
         const FusedGluArgs g = args_of<FusedGluArgs>(l);
-        if (g.a.n || g.b.n) return false;
+        if (g.a.n || g.b.n || !g.xq) return false;
+        return join_glu(l, g) || add_lone_glu(l, g);
+    }
+    static i32 glu_op(const RankLaunch& l) {
+        for (size_t op = 0; op < std::size(kFusedGluKernels); ++op)
+            if (!std::strcmp(l.launch.kernel, kFusedGluKernels[op])) return static_cast<i32>(op);
+        return -1;
+    }
+    /// Of results of stages that lie further back: of an expert that all tokens share, whose products came before the others'.
+    bool add_lone_glu(const RankLaunch& l, const FusedGluArgs& g) {
+        const i64 n = g.glu.y.ne[0];
+        const StreamGlu stage{g.glu, glu_op(l), 0};
+        if (pending || stage.op < 0 || g.k_begin != 0 || g.k != n || !is_vector(g.glu.a, n) || !is_vector(g.glu.b, n) || !is_vector(g.glu.y, n)) return false;
+        Recipe r;
+        r.input = kInputPlain, r.a = reinterpret_cast<const float*>(g.glu.y.data), r.k = n;
+        if (!bind(g.xq, r)) return false;
+        Draft d = Draft::of(kStreamGlu, stage);
+        d.reads = {span_of(g.glu.a), span_of(g.glu.b)};
+        d.writes = {span_of(g.glu.y)};
+        stages.push_back(std::move(d));
+        return true;
+    }
+    /// Two products of the stage before become one whose tiles hold rows of both.
+    bool join_glu(const RankLaunch& l, const FusedGluArgs& g) {
         if (stages.empty() || stages.back().kind != kStreamProduct) return false;
         StreamProduct p = stages.back().get<StreamProduct>();
         const i64 n = g.glu.y.ne[0], slots = p.role == kExpertsEach ? p.slots : 1;
-        if (p.n_parts != 2 || p.glu || p.part[0].n != n || p.part[1].n != n || !g.xq) return false;
+        if (!p.role && p.n_parts == 1) split(p, 0, n);
+        if (p.n_parts != 2 || p.glu || p.part[0].n != n || p.part[1].n != n) return false;
         if (!p.role && (g.k_begin != 0 || g.k != n || !is_vector(g.glu.y, n))) return false;
         if (p.role && (!is_slots(g.glu.y, n, slots) || g.glu.y.nb[1] != p.y_stride * i64{4} || g.k * slots > kStreamMostK)) return false;
         if (g.glu.a.data != reinterpret_cast<char*>(p.part[0].y) || g.glu.b.data != reinterpret_cast<char*>(p.part[1].y)) {
             if (g.glu.b.data != reinterpret_cast<char*>(p.part[0].y) || g.glu.a.data != reinterpret_cast<char*>(p.part[1].y)) return false;
             std::swap(p.part[0], p.part[1]);
         }
-        for (size_t op = 0; op < std::size(kFusedGluKernels); ++op)
-            if (!std::strcmp(l.launch.kernel, kFusedGluKernels[op])) p.glu = 1 + static_cast<i32>(op);
+        p.glu = 1 + glu_op(l);
         p.alpha = g.glu.alpha, p.limit = g.glu.limit;
         p.glu_y = reinterpret_cast<float*>(g.glu.y.data);
         if (!p.glu || !stream_fit(p, memory_->n_blocks)) return false;
@@ -605,6 +638,22 @@ class RankRun {
         d.set(p);
         d.writes.push_back(y);
         return true;
+    }
+    /// A part becomes two, of which the first has `rows` rows: models have gates and ups, or queries, keys and values, in one matrix. Where they are the parts
+    /// that they were, or there is no room for one more, nothing happens.
+    static void split(StreamProduct& p, int part, i64 rows) {
+        StreamPart& first = p.part[part];
+        if (p.n_parts == 3 || rows <= 0 || rows >= first.n) return;
+        for (int i = p.n_parts++; i > part + 1; --i) p.part[i] = p.part[i - 1];
+        StreamPart& second = p.part[part + 1];
+        second = first;
+        first.n = rows, second.n -= rows;
+        for (int f = 0; f < 4; ++f)
+            if (second.plane[f]) second.plane[f] += rows * p.row_bytes[f];
+        second.y += rows;
+        for (float** more : {&second.copy, &second.raw})
+            if (*more) *more += rows;
+        if (second.bias) second.bias += rows;
     }
     bool add_product(const MulVecArgs& m) {
         if (m.x.ne[1] != 1 || !m.xq || !stream_can_type(m.part[0].w.type)) return false;
@@ -643,6 +692,7 @@ class RankRun {
         bool own_a = false, own_b = false;
         if (p.input == kInputPlain && still(last_norm_, p.a, r.k)) p.a = last_norm_.copy, own_a = true;
         if (p.input == kInputNorm) {
+            take_norm_of_b(p, r.k);
             own_a = take_copy(p.a, r.k);
             own_b = take_copy(p.b, r.k);
             if (r.sum) {
@@ -667,6 +717,25 @@ class RankRun {
         if (!own_b) import(p.b, kImportB);
         d.reads.push_back(span_of(p.a, r.k * 4));
         if (p.b) d.reads.push_back(span_of(p.b, r.k * 4));
+    }
+    /// What is added to a residual may come out of a norm of its own, which blocks do for themselves then: a stage less. Its result must be nobody else's: the sum
+    /// takes its place.
+    void take_norm_of_b(StreamProduct& p, i64 k) {
+        constexpr size_t kNear = 4;  // stages: rows that are wanted of the last layer may be taken in between
+        for (size_t i = stages.size(); i-- > 0 && stages.size() - i <= kNear && p.b;) {
+            if (stages[i].kind != kStreamNormRows) continue;
+            const FusedNormArgs n = stages[i].get<StreamNormRows>().norm;
+            const float* const y = reinterpret_cast<const float*>(n.y.data);
+            if (y != p.a && y != p.b) continue;
+            const std::vector<Span> from = {span_of(n.a)}, to = {span_of(n.y)};
+            if (y != p.sum || n.has_b || !n.has_weight || n.eps != p.eps || !is_vector(n.a, k) || !is_vector(n.y, k) || !is_vector(n.weight, k)) return;
+            for (size_t j = i + 1; j < stages.size(); ++j)
+                if (meet(from, stages[j].writes) || meet(to, stages[j].writes) || meet(to, stages[j].reads)) return;
+            if (y == p.a) p.a = p.b;
+            p.b = reinterpret_cast<const float*>(n.a.data), p.b_weight = reinterpret_cast<const float*>(n.weight.data);
+            stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(i));
+            return;
+        }
     }
     struct Copy {
         const float* host = nullptr;
@@ -697,17 +766,30 @@ class RankRun {
             bool made = false;
             if (d.kind == kStreamProduct) {
                 StreamProduct p = d.get<StreamProduct>();
+                for (int j = 0; j < p.n_parts && !p.role && !p.glu && !p.n_push; ++j) {
+                    const i64 before = y - p.part[j].y;
+                    if (before <= 0 || before + n > p.part[j].n || p.part[j].copy) continue;
+                    split(p, j, before);
+                }
+                for (int j = 0; j < p.n_parts && !p.role && !p.glu && !p.n_push; ++j)
+                    if (p.part[j].y == y && p.part[j].n > n && !p.part[j].copy) split(p, j, n);
                 for (StreamPart& part : p.part) {
                     if (part.y != y || part.n != n || part.copy || p.n_push || p.glu) continue;
                     part.copy = copy;
                     made = true;
                 }
-                d.set(p);
+                if (made && p.n_parts != d.get<StreamProduct>().n_parts && !stream_fit(p, memory_->n_blocks)) return nullptr;
+                if (made) d.set(p);
             } else if (d.kind == kStreamReduce) {
                 StreamReduce r = d.get<StreamReduce>();
                 made = r.y == y && r.n == n && !r.copy;
                 if (made) r.copy = copy;
                 d.set(r);
+            } else if (d.kind == kStreamBinary) {
+                StreamBinary b = d.get<StreamBinary>();
+                made = reinterpret_cast<float*>(b.args.y.data) == y && is_vector(b.args.y, n) && !b.copy && !b.n_push;
+                if (made) b.copy = copy;
+                d.set(b);
             }
             if (!made) return nullptr;
             d.writes.push_back(span_of(copy, n * 4));
@@ -830,7 +912,7 @@ class RankRun {
         auto heads = [d](const View& v, i64 n) { return is_packed(v, d * n) && v.ne[0] == d; };
         if (!heads(q.x, q_heads) || !heads(q.y, q_heads) || !heads(k.x, k_heads) || !heads(k.y, k_heads)) return false;
         if (a.q.data != q.y.data || (q_heads > 1 && a.q.nb[2] != d * 4) || q.n_dims != k.n_dims || q.n_offs != k.n_offs || q.neox != k.neox) return false;
-        if (q.n_dims % 8 || q.n_offs % 8 || (q.neox && q.n_dims % 16)) return false;
+        if (q.n_dims % 8 || q.n_offs % 8 || (q.neox && q.n_dims % 16) || k.factor != 1.0f) return false;
         StreamOwnToken& own = f.own;
         const SetRowsArgs& v = r.store[1];
         if (!is_packed(v.x, d * k_heads) || !cache_of(r.store[0], a.k, own.k_cache) || !cache_of(v, a.v, own.v_cache)) return false;
@@ -855,6 +937,7 @@ class RankRun {
             if (reinterpret_cast<u64>(p) % 16) return false;  // it is read in sixteens
         own.table = ropes.table[0];
         own.n_dims = q.n_dims, own.n_offs = q.n_offs, own.neox = q.neox;
+        f.q_factor = q.factor, f.args.a.scale *= q.factor;
         own.width_inverse = stream_inverse(d / 4);
         if (own.q_norm) {
             stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(std::max(*q_norm, *k_norm)));
@@ -916,6 +999,7 @@ class RankRun {
         RopeArgs key = rope;
         key.x = key.y = View{};
         key.neox = key.n_offs = 0;
+        key.factor = 1.0f;
         std::string bytes(reinterpret_cast<const char*>(&key), sizeof key);
         if (const auto found = tables_.find(bytes); found != tables_.end()) return found->second;
         if (tables_.size() == kMostTables || rope.n_dims > kTableFloats) return nullptr;
@@ -996,7 +1080,8 @@ class RankRun {
         return true;
     }
     bool add_binary(const RankLaunch& l) {
-        StreamBinary b{args_of<BinaryArgs>(l), -1, 0};
+        StreamBinary b{};
+        b.args = args_of<BinaryArgs>(l), b.op = -1;
         if (n_elements(b.args.y) > kMostElems) return false;
         for (int op = 0; op < 4; ++op)
             if (!std::strcmp(l.launch.kernel, kBinaryKernels[op])) b.op = op;
@@ -1190,8 +1275,8 @@ std::vector<bool> waits_of(const Run& run) {
     return waits;
 }
 
-constexpr const char* kKindNames[] = {"product",        "reduce",   "copy",     "norm rows", "binary",  "turns",
-                                      "rope and store", "set_rows", "get_rows", "attention", "combine", "floats"};
+constexpr const char* kKindNames[] = {"product",  "reduce",   "copy",      "norm rows", "binary", "turns", "rope and store",
+                                      "set_rows", "get_rows", "attention", "combine",   "floats", "glu"};
 std::string name_of(const Draft& d) {
     const bool streamed = d.kind == kStreamFlash && d.get<StreamFlash>().cells.groups;
     return std::string(streamed ? "streamed " : "") + kKindNames[d.kind];
@@ -1202,7 +1287,7 @@ std::string tiles_of(const Draft& d) {
     const StreamProduct p = d.get<StreamProduct>();
     const WeightFormat* const format = find_weight_format(p.type);
     std::string out = " [" + std::string(format ? format->name : "?") + ", " + std::to_string(p.n_tiles) + " tiles of " + std::to_string(p.rows) + " rows";
-    if (p.pieces > 1) out += " in " + std::to_string(p.pieces) + " pieces";
+    if (const i32 pieces = stream_tile_pieces(p); pieces > 1) out += " in " + std::to_string(pieces) + " pieces";
     if (p.role == kExpertsSum) {
         const bool more = p.part[0].bias || p.part[0].raw || d.get<StreamExperts>().sums.visible;
         out += " of " + std::to_string(p.slots) + " experts, " + (more ? "sums and more" : "sums alone") + " stored";

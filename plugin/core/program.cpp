@@ -413,8 +413,7 @@ void lower_rope(const Site& s, Lowered& out) {
     args.x = s.x[0];
     args.y = s.y;
     args.pos = s.x[1];
-    args.has_factors = s.t->src[2] >= 0;
-    if (args.has_factors) args.factors = s.x[2];
+    if (s.t->src[2] >= 0) args.factors = s.x[2];
     args.n_dims = p[1];
     struct Mode {
         i32 number, neox;
@@ -440,6 +439,7 @@ void lower_rope(const Site& s, Lowered& out) {
     args.attn_factor = s.t->param_f32(8);
     args.beta_fast = s.t->param_f32(9);
     args.beta_slow = s.t->param_f32(10);
+    args.factor = 1.0f;
     if (args.sectioned == kVision) args.n_offs = 0;  // all of a head turns
     args.heads = rope_heads(args, s.arch);
     out.add(rope_launch(args, s.arch), args);
