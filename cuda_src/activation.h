@@ -13,6 +13,8 @@ TP_DEVICE float gelu_erf(float x) { return 0.5f * x * (1.0f + erff(x * 0.7071067
 TP_DEVICE float relu(float x) { return x > 0.0f ? x : 0.0f; }
 TP_DEVICE float clamp(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
 
+TP_DEVICE float hardsigmoid(float x) { return fminf(1.0f, fmaxf(0.0f, (x + 3.0f) / 6.0f)); }
+
 /// gpt-oss: the gate is clamped from above, the up half from both sides and shifted by one.
 TP_DEVICE float swiglu_oai(float gate, float up, float alpha, float limit) {
     const float a = fminf(gate, limit);
@@ -31,6 +33,46 @@ TP_DEVICE float glu_of(GluOp op, float gate, float up, float alpha, float limit)
         case GluOp::kSwigluClamp: return silu(fminf(gate, limit)) * clamp(up, -limit, limit);
     }
     return 0;
+}
+
+/// An element-wise op of one operand; p0 to p3 as UnaryArgs has them.
+TP_DEVICE float unary_of(UnaryOp op, float x, float p0, float p1, float p2, float p3) {
+    switch (op) {
+        case UnaryOp::kScale: return x * p0 + p1;
+        case UnaryOp::kSilu: return silu(x);
+        case UnaryOp::kGelu: return gelu(x);
+        case UnaryOp::kGeluQuick: return gelu_quick(x);
+        case UnaryOp::kGeluErf: return gelu_erf(x);
+        case UnaryOp::kRelu: return relu(x);
+        case UnaryOp::kSigmoid: return sigmoid(x);
+        case UnaryOp::kTanh: return tanhf(x);
+        case UnaryOp::kNeg: return -x;
+        case UnaryOp::kAbs: return fabsf(x);
+        case UnaryOp::kExp: return expf(x);
+        case UnaryOp::kSqr: return x * x;
+        case UnaryOp::kSqrt: return sqrtf(x);
+        case UnaryOp::kClamp: return clamp(x, p0, p1);
+        case UnaryOp::kSgn: return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f;
+        case UnaryOp::kStep: return x > 0.0f ? 1.0f : 0.0f;
+        case UnaryOp::kElu: return x > 0.0f ? x : expm1f(x);
+        case UnaryOp::kHardSigmoid: return hardsigmoid(x);
+        case UnaryOp::kHardSwish: return x * hardsigmoid(x);
+        case UnaryOp::kExpm1: return expm1f(x);
+        case UnaryOp::kSoftplus: return x > 20.0f ? x : log1pf(expf(x));
+        case UnaryOp::kXielu: return x > 0.0f ? p1 * x * x + p2 * x : (expm1f(fminf(x, p3)) - x) * p0 + p2 * x;
+        case UnaryOp::kFloor: return floorf(x);
+        case UnaryOp::kCeil: return ceilf(x);
+        case UnaryOp::kRound: return roundf(x);
+        case UnaryOp::kTrunc: return truncf(x);
+        case UnaryOp::kLog: return logf(x);
+        case UnaryOp::kSin: return sinf(x);
+        case UnaryOp::kCos: return cosf(x);
+        case UnaryOp::kLeakyRelu: return x > 0.0f ? x : p0 * x;
+    }
+    return 0;
+}
+TP_DEVICE float binary_of(BinaryOp op, float a, float b) {
+    return op == BinaryOp::kAdd ? a + b : op == BinaryOp::kSub ? a - b : op == BinaryOp::kMul ? a * b : a / b;
 }
 
 }  // namespace ggml_tp

@@ -630,6 +630,8 @@ struct StreamRope {
 };
 struct StreamNormRows {
     FusedNormArgs norm;
+    float factor;  // of y
+    i32 pad;
 };
 struct StreamBinary {
     BinaryArgs args;
@@ -641,6 +643,25 @@ struct StreamBinary {
 struct StreamGlu {
     GluArgs args;
     i32 op, pad;  // activation.h's GluOp
+};
+// y = x after up to six ops, element by element: a UnaryOp of it with its parameters, or kStreamWithOther + a BinaryOp of it and an element of b.
+// With w it is not x but what a window of it is by w (SSM_CONV).
+constexpr i32 kStreamWithOther = 100;
+constexpr int kStreamElementSteps = 6;
+struct StreamElements {
+    View x, y, w;
+    struct Step {
+        View b;
+        float p[4];
+        i32 op, pad;
+    } step[kStreamElementSteps];
+    i32 n_steps, pad;
+};
+struct StreamConcat {
+    MoveArgs args;
+};
+struct StreamDelta {
+    RecurrentArgs args;
 };
 struct StreamCombine {
     FlashCombineArgs args;
@@ -701,10 +722,13 @@ enum StreamKind : i32 {
     kStreamCombine,
     kStreamFloats,
     kStreamGlu,
+    kStreamElements,
+    kStreamConcat,
+    kStreamDelta,
 };
 struct StreamStage {
     i32 kind, wait;    // wait: for all blocks of this rank to have done all stages before
-    i32 count;         // blocks of 256 of a kStreamRopeStore
+    i32 count;         // blocks of 256 of a kStreamRopeStore; of a kStreamGetRows, whether whole rows of floats are copied
     i32 next_product;  // index of the next stage that is one or streams a cache, or n_stages: the streaming warp goes from one to the other
     alignas(16) char body[kStreamStageBytes - 16];
 };

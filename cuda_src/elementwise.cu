@@ -20,8 +20,6 @@ TP_DEVICE void for_my_element(const View& y, F f) {
     f(i);
 }
 
-TP_DEVICE float hardsigmoid(float x) { return fminf(1.0f, fmaxf(0.0f, (x + 3.0f) / 6.0f)); }
-
 /// Four elements a thread; grid: (rows, elements / 1024).
 template <GluOp op>
 TP_DEVICE void fused_glu(const FusedGluArgs& args) {
@@ -58,43 +56,40 @@ BINARY(sub, a - b)
 BINARY(mul, a* b)
 BINARY(div, a / b)
 
-#define UNARY(name, expression)                      \
-    TP_KERNEL(unary_##name, UnaryArgs, 256) {        \
-        for_my_element(args.y, [&](const Index& i) { \
-            const float x = load(args.x, i);         \
-            store(args.y, i, expression);            \
-        });                                          \
+#define UNARY(name, op)                                                                                                                                \
+    TP_KERNEL(unary_##name, UnaryArgs, 256) {                                                                                                          \
+        for_my_element(args.y, [&](const Index& i) { store(args.y, i, unary_of(UnaryOp::op, load(args.x, i), args.p0, args.p1, args.p2, args.p3)); }); \
     }
-UNARY(scale, x* args.p0 + args.p1)
-UNARY(silu, silu(x))
-UNARY(gelu, gelu(x))
-UNARY(gelu_quick, gelu_quick(x))
-UNARY(gelu_erf, gelu_erf(x))
-UNARY(relu, relu(x))
-UNARY(sigmoid, sigmoid(x))
-UNARY(tanh, tanhf(x))
-UNARY(neg, -x)
-UNARY(abs, fabsf(x))
-UNARY(exp, expf(x))
-UNARY(sqr, x* x)
-UNARY(sqrt, sqrtf(x))
-UNARY(clamp, clamp(x, args.p0, args.p1))
-UNARY(sgn, x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f)
-UNARY(step, x > 0.0f ? 1.0f : 0.0f)
-UNARY(elu, x > 0.0f ? x : expm1f(x))
-UNARY(hardsigmoid, hardsigmoid(x))
-UNARY(hardswish, x* hardsigmoid(x))
-UNARY(expm1, expm1f(x))
-UNARY(softplus, x > 20.0f ? x : log1pf(expf(x)))
-UNARY(xielu, x > 0.0f ? args.p1 * x * x + args.p2 * x : (expm1f(fminf(x, args.p3)) - x) * args.p0 + args.p2 * x)
-UNARY(floor, floorf(x))
-UNARY(ceil, ceilf(x))
-UNARY(round, roundf(x))
-UNARY(trunc, truncf(x))
-UNARY(log, logf(x))
-UNARY(sin, sinf(x))
-UNARY(cos, cosf(x))
-UNARY(leaky_relu, x > 0.0f ? x : args.p0 * x)
+UNARY(scale, kScale)
+UNARY(silu, kSilu)
+UNARY(gelu, kGelu)
+UNARY(gelu_quick, kGeluQuick)
+UNARY(gelu_erf, kGeluErf)
+UNARY(relu, kRelu)
+UNARY(sigmoid, kSigmoid)
+UNARY(tanh, kTanh)
+UNARY(neg, kNeg)
+UNARY(abs, kAbs)
+UNARY(exp, kExp)
+UNARY(sqr, kSqr)
+UNARY(sqrt, kSqrt)
+UNARY(clamp, kClamp)
+UNARY(sgn, kSgn)
+UNARY(step, kStep)
+UNARY(elu, kElu)
+UNARY(hardsigmoid, kHardSigmoid)
+UNARY(hardswish, kHardSwish)
+UNARY(expm1, kExpm1)
+UNARY(softplus, kSoftplus)
+UNARY(xielu, kXielu)
+UNARY(floor, kFloor)
+UNARY(ceil, kCeil)
+UNARY(round, kRound)
+UNARY(trunc, kTrunc)
+UNARY(log, kLog)
+UNARY(sin, kSin)
+UNARY(cos, kCos)
+UNARY(leaky_relu, kLeakyRelu)
 
 #define GLU(name, op)                                                                                                                                   \
     TP_KERNEL(glu_##name, GluArgs, 256) {                                                                                                               \

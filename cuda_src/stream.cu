@@ -16,6 +16,7 @@
 #include "quantize_group.h"
 #include "rope_pair.h"
 #include "sort_row.h"
+#include "state_row.h"
 #include "grid_piece.h"
 
 #if TP_ARCH >= 900
@@ -1710,7 +1711,7 @@ TP_DEVICE void fetch_ahead(const StreamFloats& f) {
 
 /// Norms of long rows, which are few: a block a row, four elements a thread at once. (By a warp a row of 4,096 would be 128 trips to the L2 in a row.)
 constexpr i64 kLongRow = 512;
-TP_OUTLINE void norm_long_rows(const FusedNormArgs& a) {
+TP_OUTLINE void norm_long_rows(const FusedNormArgs& a, float factor) {
     Shared& s = shared_of();
     const int n = (int)a.y.ne[0], thread = threadIdx.x;
     const i64 rows = a.y.ne[1] * a.y.ne[2] * a.y.ne[3];
@@ -1727,7 +1728,7 @@ TP_OUTLINE void norm_long_rows(const FusedNormArgs& a) {
             for (int e = 0; e < 4; ++e) v[e] += added[e], squares += v[e] * v[e];
             if (sum) store_four(sum + i * 4, v);
         }
-        const float scale = norm_scale(s, squares, n, a.eps);
+        const float scale = norm_scale(s, squares, n, a.eps) * factor;
 #pragma unroll 4
         for (int i = 4 * thread; i < n; i += 4 * kMultiply) {
             float v[4], weight[4] = {1, 1, 1, 1};
@@ -1737,6 +1738,56 @@ TP_OUTLINE void norm_long_rows(const FusedNormArgs& a) {
             store_four(y + i * 4, v);
         }
         sync_multiplying();  // the next row's sums meet where these did
+    }
+}
+
+TP_OUTLINE void do_elements(const StreamElements& e, i64 first, i64 step) {
+    for (i64 i = first; i < tp_elems(e.y); i += step) {
+        const Index4 at4 = tp_index(e.y.ne, i);
+        const Index here = {at4.i[0], at4.i[1], at4.i[2], at4.i[3]};
+        float v = e.w.data ? windowed(e.x, e.w, here) : load(e.x, here);
+#pragma unroll 1
+        for (int s = 0; s < e.n_steps; ++s) {
+            const StreamElements::Step& op = e.step[s];
+            if (op.op >= kStreamWithOther) v = binary_of((BinaryOp)(op.op - kStreamWithOther), v, load(op.b, wrap(here, op.b.ne)));
+            else v = unary_of((UnaryOp)op.op, v, op.p[0], op.p[1], op.p[2], op.p[3]);
+        }
+        store(e.y, here, v);
+    }
+}
+/// Of words of four bytes.
+TP_OUTLINE void concat(const MoveArgs& args, i64 first, i64 step) {
+    for (i64 i = first; i < tp_elems(args.y); i += step) {
+        Index4 at = tp_index(args.y.ne, i);
+        i32* const to = (i32*)tp_at(args.y, at);
+        const int d = args.p[0];
+        const bool second = at.i[d] >= args.x.ne[d];
+        if (second) at.i[d] -= args.x.ne[d];
+        *to = *(const i32*)tp_at(second ? args.b : args.x, at);
+    }
+}
+/// A warp a row of a state. (Its rows of 128 floats are read in one trip.)
+TP_OUTLINE void do_delta(const RecurrentArgs& args, i64 first, i64 step) {
+    for (i64 i = first / 32; i < args.rows * args.n_head; i += step / 32) gated_delta_row(args, i % args.rows, i / args.rows, 0);
+}
+/// Sixteen bytes a thread where they lie side by side.
+TP_OUTLINE void copy_floats(const float* from, float* to, i64 n, i64 first, i64 step) {
+    if (((u64)from | (u64)to | (u64)n * 4) % 16) {
+        for (i64 i = first; i < n; i += step) to[i] = from[i];
+        return;
+    }
+#pragma unroll 4
+    for (i64 i = first; i < n / 4; i += step) ((TpInt4*)to)[i] = ((const TpInt4*)from)[i];
+}
+/// Rows of floats, as they are.
+TP_OUTLINE void copy_rows(const GetRowsArgs& a, i64 first, i64 step) {
+    for (i64 row = 0; row < a.y.ne[1]; ++row) {
+        const i64 of = row_number(a.idx, row, 0, 0);
+        if (of < 0 || of >= a.w.n) {
+            atomicExch(a.fault, (u32)kFaultRowIndex);
+            continue;
+        }
+        copy_floats((const float*)(a.w_view.data + of * a.w_view.nb[1]), (float*)(a.y.data + row * a.y.nb[1]), a.y.ne[0], first, step);
     }
 }
 
@@ -1767,13 +1818,14 @@ TP_OUTLINE Progress do_stage(Progress now) {
         }
         case kStreamCopy: {
             const StreamCopy& a = *(const StreamCopy*)body;
-            for (i64 i = first; i < a.n; i += step) a.to[i] = a.from[i];
+            copy_floats(a.from, a.to, a.n, first, step);
             break;
         }
         case kStreamNormRows: {  // a warp a row
             const FusedNormArgs& a = ((const StreamNormRows*)body)->norm;
+            const float factor = ((const StreamNormRows*)body)->factor;
             if (a.y.ne[0] >= kLongRow) {
-                norm_long_rows(a);
+                norm_long_rows(a, factor);
                 break;
             }
             const i64 rows = a.y.ne[1] * a.y.ne[2] * a.y.ne[3], n = a.y.ne[0];
@@ -1789,7 +1841,7 @@ TP_OUTLINE Progress do_stage(Progress now) {
                     if (sum) sum[i] = v;
                     squares += v * v;
                 }
-                const float scale = 1.0f / sqrtf(tp_warp_sum(squares) / (float)n + a.eps);
+                const float scale = factor / sqrtf(tp_warp_sum(squares) / (float)n + a.eps);
                 for (i64 i = lane; i < n; i += 32) y[i] = (sum ? sum[i] : x[i]) * scale * (a.has_weight ? ((const float*)a.weight.data)[i] : 1.0f);
             }
             break;
@@ -1800,7 +1852,7 @@ TP_OUTLINE Progress do_stage(Progress now) {
                 const Index4 at4 = tp_index(b.args.y.ne, i);
                 const Index at = {at4.i[0], at4.i[1], at4.i[2], at4.i[3]};
                 const float x = load(b.args.a, at), y = load(b.args.b, wrap(at, b.args.b.ne));
-                const float out = b.op == (i32)BinaryOp::kAdd ? x + y : b.op == (i32)BinaryOp::kSub ? x - y : b.op == (i32)BinaryOp::kMul ? x * y : x / y;
+                const float out = binary_of((BinaryOp)b.op, x, y);
                 if (b.n_push) {
                     push_to_all(b, shared_of(), i, out);
                     continue;
@@ -1821,8 +1873,11 @@ TP_OUTLINE Progress do_stage(Progress now) {
         }
         case kStreamTurns: {
             const StreamTurns& a = *(const StreamTurns*)body;
-            for (i64 i = first; i < a.rope.n_dims / 2; i += step)
-                rotation(a.rope, (float)*(const i32*)a.rope.pos.data, i, i, a.table + 2 * i, a.table + 2 * i + 1);
+            for (i64 i = first; i < a.rope.n_dims / 2; i += step) {
+                const Angle angle = angle_of(a.rope, i);
+                const i32 pos = *(const i32*)(a.rope.pos.data + angle.row * a.rope.pos.nb[0]);
+                rotation(a.rope, (float)pos, i, angle.power, a.table + 2 * i, a.table + 2 * i + 1);
+            }
             break;
         }
         case kStreamRopeStore: {  // blocks of 256 threads
@@ -1840,6 +1895,10 @@ TP_OUTLINE Progress do_stage(Progress now) {
         }
         case kStreamGetRows: {
             const GetRowsArgs& a = *(const GetRowsArgs*)body;
+            if (stage.count) {
+                copy_rows(a, first, step);
+                break;
+            }
             for (i64 i = first; i < tp_elems(a.y); i += step) get_row_element(a, i);
             break;
         }
@@ -1847,6 +1906,9 @@ TP_OUTLINE Progress do_stage(Progress now) {
             if (((const StreamFloats*)body)->n <= gridDim.x) multiply_floats<1>(now.stage % 3);
             else multiply_floats<kFloatRows>(now.stage % 3);
             break;
+        case kStreamElements: do_elements(*(const StreamElements*)body, first, step); break;
+        case kStreamConcat: concat(((const StreamConcat*)body)->args, first, step); break;
+        case kStreamDelta: do_delta(((const StreamDelta*)body)->args, first, step); break;
         case kStreamCombine: combine_pieces(*(const StreamCombine*)body); break;
         default: break;
     }

@@ -12,6 +12,7 @@
 #include "mul_vec.h"
 #include "mul_vec_id.h"
 #include "norm.h"
+#include "recurrent.h"
 #include "rope.h"
 
 namespace ggml_tp {
@@ -24,7 +25,8 @@ constexpr i32 kWholeHeads = 4;  // query heads of a unit of one piece: eight too
 constexpr i64 kWholeCells = kStreamWarps * kColumnsRun;  // up to here one piece: to combine pieces costs more than four steps of its warps
 constexpr i64 kMostCells =
     8192;  // where cells cannot be streamed: at 32768 a kernel per step is ahead (8B, Q4_0, one H100: 228 tokens/s, 200), at 256 behind (403, 448)
-constexpr i64 kMostElems = 1 << 17;  // of an element-wise stage: more is no token's work
+constexpr i64 kMostElems = 1 << 17;   // of an element-wise stage: more is no token's work
+constexpr i64 kMostCopied = 1 << 22;  // of one that copies what lies side by side: a sequence's states
 // Of a run, a dense layer's: two between the launches of experts lose (Qwen3-30B-A3B, Q4_K, H100: one rank 253 tokens/s without, 223; two 248, 218).
 constexpr size_t kLeastProducts = 4;
 constexpr i64 kAlign = 256;
@@ -100,6 +102,9 @@ bool is_packed(const View& v, i64 n) {
 }
 bool named(const RankLaunch& l, const char* prefix) { return l.launch.kernel && std::strncmp(l.launch.kernel, prefix, std::strlen(prefix)) == 0; }
 
+bool is(const RankLaunch& l, const char* kernel) { return l.launch.kernel && std::strcmp(l.launch.kernel, kernel) == 0; }
+bool same(const View& a, const View& b) { return a.data == b.data && a.type == b.type && std::equal(a.ne, a.ne + 4, b.ne) && std::equal(a.nb, a.nb + 4, b.nb); }
+
 /// One rank's reading of a run of steps. add() is called with the steps in order; false: this step ends the run (and this object is of no
 /// more use: the run is read again up to here).
 class RankRun {
@@ -125,6 +130,12 @@ class RankRun {
         if (named(l, "set_rows")) return add_set_rows(args_of<SetRowsArgs>(l));
         if (named(l, "get_rows") && !named(l, "get_rows_i32")) return add_get_rows(args_of<GetRowsArgs>(l));
         if (named(l, "binary_")) return add_binary(l);
+        if (named(l, "unary_")) return add_unary(l);
+        if (named(l, "rms_norm")) return add_rms_norm(args_of<NormArgs>(l));
+        if (is(l, "copy")) return add_copy(args_of<CopyArgs>(l));
+        if (is(l, "concat")) return add_concat(args_of<MoveArgs>(l));
+        if (is(l, "ssm_conv")) return add_conv(args_of<BinaryArgs>(l));
+        if (is(l, "gated_delta_net")) return add_delta(args_of<RecurrentArgs>(l));
         return false;
     }
     /// The all_reduce of what the last stage, a product or a sum, has computed: push number `push` of the launch. inboxes: of every rank.
@@ -337,7 +348,7 @@ class RankRun {
     bool add_norm(const FusedNormArgs& n) {
         const i64 k = n.y.ne[0];
         if (!n.xq) {
-            Draft d = Draft::of(kStreamNormRows, StreamNormRows{n});
+            Draft d = Draft::of(kStreamNormRows, StreamNormRows{n, 1.0f, 0});
             d.reads = {span_of(n.a)};
             d.writes = {span_of(n.y)};
             if (n.has_b) d.reads.push_back(span_of(n.b)), d.writes.push_back(span_of(n.sum));
@@ -353,7 +364,28 @@ class RankRun {
         if (q.k_begin != 0 || q.k_end != q.k || !is_vector(q.x, q.k)) return false;
         Recipe r;
         r.input = kInputPlain, r.a = reinterpret_cast<const float*>(q.x.data), r.k = q.k;
+        if (const std::optional<size_t> at = lone_norm(r.a, r.k)) {  // the product norms for itself, and leaves the result for others
+            r = recipe_of(stages[*at].get<StreamNormRows>().norm);
+            stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(*at));
+        }
         return bind(q.xq, r);
+    }
+    /// The last stage, or one shortly before it, that norms one row into y, where that might as well happen now.
+    std::optional<size_t> lone_norm(const float* y, i64 k) const {
+        constexpr size_t kNear = 4;
+        for (size_t i = stages.size(); i-- > 0 && stages.size() - i <= kNear;) {
+            if (!meet({span_of(y, k * 4)}, stages[i].writes)) continue;
+            if (stages[i].kind != kStreamNormRows) break;
+            const StreamNormRows s = stages[i].get<StreamNormRows>();
+            const FusedNormArgs& n = s.norm;
+            if (reinterpret_cast<const float*>(n.y.data) != y || s.factor != 1.0f || !is_vector(n.y, k) || !is_vector(n.a, k)) break;
+            if (n.has_b && (!is_vector(n.b, k) || !is_vector(n.sum, k))) break;
+            if (stream_share(k, memory_->n_blocks) > kStreamStep || k % 32 || k > kStreamMostK) break;
+            for (size_t j = i + 1; j < stages.size(); ++j)
+                if (!independent(stages[i], stages[j])) return std::nullopt;
+            return i;
+        }
+        return std::nullopt;
     }
     bool bind(const char* xq, const Recipe& recipe) {
         if (recipe.k % 32 || recipe.k > kStreamMostK) return false;
@@ -387,8 +419,9 @@ class RankRun {
         if (still(last_norm_, r.a, w.k)) {
             r.a = last_norm_.copy;
         } else if (!stages.empty() && stages.back().kind == kStreamNormRows) {
-            const FusedNormArgs norm = stages.back().get<StreamNormRows>().norm;
-            if (norm.y.data == m.x.data && is_vector(norm.y, w.k) && is_vector(norm.a, w.k)) {
+            const StreamNormRows s = stages.back().get<StreamNormRows>();
+            const FusedNormArgs& norm = s.norm;
+            if (s.factor == 1.0f && norm.y.data == m.x.data && is_vector(norm.y, w.k) && is_vector(norm.a, w.k)) {
                 r = recipe_of(norm);
                 stages.pop_back();
             }
@@ -724,11 +757,14 @@ class RankRun {
         constexpr size_t kNear = 4;  // stages: rows that are wanted of the last layer may be taken in between
         for (size_t i = stages.size(); i-- > 0 && stages.size() - i <= kNear && p.b;) {
             if (stages[i].kind != kStreamNormRows) continue;
-            const FusedNormArgs n = stages[i].get<StreamNormRows>().norm;
+            const StreamNormRows s = stages[i].get<StreamNormRows>();
+            const FusedNormArgs& n = s.norm;
             const float* const y = reinterpret_cast<const float*>(n.y.data);
             if (y != p.a && y != p.b) continue;
             const std::vector<Span> from = {span_of(n.a)}, to = {span_of(n.y)};
-            if (y != p.sum || n.has_b || !n.has_weight || n.eps != p.eps || !is_vector(n.a, k) || !is_vector(n.y, k) || !is_vector(n.weight, k)) return;
+            if (y != p.sum || s.factor != 1.0f || n.has_b || !n.has_weight || n.eps != p.eps || !is_vector(n.a, k) || !is_vector(n.y, k) ||
+                !is_vector(n.weight, k))
+                return;
             for (size_t j = i + 1; j < stages.size(); ++j)
                 if (meet(from, stages[j].writes) || meet(to, stages[j].writes) || meet(to, stages[j].reads)) return;
             if (y == p.a) p.a = p.b;
@@ -953,7 +989,9 @@ class RankRun {
     std::optional<size_t> head_norm(const RopeArgs& rope) const {
         for (size_t i = stages.size(); i-- > 0 && stages.size() - i <= 4;) {
             if (stages[i].kind != kStreamNormRows) continue;
-            const FusedNormArgs n = stages[i].get<StreamNormRows>().norm;
+            const StreamNormRows s = stages[i].get<StreamNormRows>();
+            const FusedNormArgs& n = s.norm;
+            if (s.factor != 1.0f) break;
             const i64 elems = rope.x.ne[0] * rope.x.ne[1];
             if (n.y.data != rope.x.data) continue;
             if (rope.y.data != rope.x.data || n.has_b || !n.has_weight || !is_packed(n.a, elems) || !is_packed(n.y, elems) || n.a.ne[0] != rope.x.ne[0]) break;
@@ -1025,7 +1063,7 @@ class RankRun {
         Draft d;
         for (int i = 0; i < a.n_ropes; ++i) {
             View& x = a.rope[i].x;
-            if (x.ne[2] * x.ne[3] != 1 || a.rope[i].sectioned != kNoSections) return false;
+            if (x.ne[2] * x.ne[3] != 1 || a.rope[i].sectioned == kVision) return false;
             // K's result may lie where Q's input was: with a copy of the input both can be turned at once.
             const i64 n = x.ne[0] * x.ne[1];
             if (x.type == kF32 && x.nb[0] == 4 && x.nb[1] == x.ne[0] * 4)
@@ -1072,8 +1110,12 @@ class RankRun {
         return true;
     }
     bool add_get_rows(const GetRowsArgs& a) {
-        if (n_elements(a.y) > kMostElems || a.w.repacked) return false;
+        if (a.w.repacked) return false;
+        const bool whole = a.w_view.type == kF32 && a.y.type == kF32 && a.w_view.nb[0] == 4 && a.y.nb[0] == 4 && a.y.ne[2] * a.y.ne[3] == 1 &&
+                           a.w_view.ne[2] * a.w_view.ne[3] == 1 && a.w_view.ne[0] == a.y.ne[0] && a.w.type == kF32;
+        if (n_elements(a.y) > (whole ? kMostCopied : kMostElems)) return false;
         Draft d = Draft::of(kStreamGetRows, a);
+        d.count = whole;
         d.reads = {span_of(a.w_view), span_of(a.idx)};
         d.writes = {span_of(a.y)};
         stages.push_back(std::move(d));
@@ -1082,15 +1124,154 @@ class RankRun {
     bool add_binary(const RankLaunch& l) {
         StreamBinary b{};
         b.args = args_of<BinaryArgs>(l), b.op = -1;
+
         if (n_elements(b.args.y) > kMostElems) return false;
         for (int op = 0; op < 4; ++op)
             if (!std::strcmp(l.launch.kernel, kBinaryKernels[op])) b.op = op;
         if (b.op == 0 && add_bias(b.args)) return true;
+        if (b.op >= 0 && !stages.empty() && stages.back().kind == kStreamElements && same(stages.back().get<StreamElements>().y, b.args.a) &&
+            same(b.args.a, b.args.y) && !meet({span_of(b.args.b)}, stages.back().writes) && stages.back().get<StreamElements>().n_steps < kStreamElementSteps)
+            return add_element_op(b.args.a, b.args.y, {b.args.b}, [&](StreamElements::Step& step) { step.op = kStreamWithOther + b.op, step.b = b.args.b; });
         Draft d = Draft::of(kStreamBinary, b);
         d.reads = {span_of(b.args.a), span_of(b.args.b)};
         d.writes = {span_of(b.args.y)};
         stages.push_back(std::move(d));
         return b.op >= 0;
+    }
+
+    // ---- what linear attention and other states are made of
+    /// Into the stage before, where that leaves what this one takes, in the same place: nobody else can want it.
+    template <class Add>
+    bool add_element_op(const View& x, const View& y, const std::vector<View>& others, const Add& add) {
+        if (n_elements(y) > kMostElems || x.type != kF32 || y.type != kF32 || pending) return false;
+        if (!same(x, y) && meet({span_of(x)}, {span_of(y)})) return false;
+        if (!stages.empty()) make_elements(stages.back());
+        std::vector<Span> more;
+        for (const View& other : others) more.push_back(span_of(other));
+        if (!stages.empty() && stages.back().kind == kStreamElements) {
+            Draft& last = stages.back();
+            StreamElements e = last.get<StreamElements>();
+            if (e.n_steps < kStreamElementSteps && same(e.y, x) && same(x, y) && !meet(more, last.writes)) {
+                add(e.step[e.n_steps++]);
+                last.reads.insert(last.reads.end(), more.begin(), more.end());
+                last.set(e);
+                return true;
+            }
+        }
+        StreamElements e{};
+        e.x = x, e.y = y;
+        add(e.step[e.n_steps++]);
+        Draft d = Draft::of(kStreamElements, e);
+        d.reads = more;
+        d.reads.push_back(span_of(x));
+        d.writes = {span_of(y)};
+        stages.push_back(std::move(d));
+        return true;
+    }
+    /// A sum, a product, ... of two, that nothing else is to be done with, as ops.
+    static void make_elements(Draft& d) {
+        if (d.kind != kStreamBinary) return;
+        const StreamBinary b = d.get<StreamBinary>();
+        if (b.copy || b.n_push || b.args.a.type != kF32 || b.args.b.type != kF32 || b.args.y.type != kF32) return;
+        StreamElements e{};
+        e.x = b.args.a, e.y = b.args.y, e.n_steps = 1;
+        e.step[0].b = b.args.b, e.step[0].op = kStreamWithOther + b.op;
+        Draft out = Draft::of(kStreamElements, e);
+        out.reads = d.reads, out.writes = d.writes;
+        d = std::move(out);
+    }
+    bool add_unary(const RankLaunch& l) {
+        const UnaryArgs u = args_of<UnaryArgs>(l);
+        i32 op = -1;
+        for (size_t i = 0; i < std::size(kUnaryKernels); ++i)
+            if (is(l, kUnaryKernels[i])) op = static_cast<i32>(i);
+        if (op < 0) return false;
+        if (op == static_cast<i32>(UnaryOp::kScale) && u.p1 == 0 && !stages.empty() && stages.back().kind == kStreamNormRows) {
+            StreamNormRows n = stages.back().get<StreamNormRows>();
+            if (same(n.norm.y, u.x) && same(u.x, u.y)) {
+                n.factor *= u.p0;
+                stages.back().set(n);
+                return true;
+            }
+        }
+        return add_element_op(u.x, u.y, {}, [&](StreamElements::Step& step) {
+            step.op = op;
+            step.p[0] = u.p0, step.p[1] = u.p1, step.p[2] = u.p2, step.p[3] = u.p3;
+        });
+    }
+    bool add_rms_norm(const NormArgs& n) {
+        const i64 k = n.y.ne[0];
+        auto rows = [k](const View& v) {
+            return v.type == kF32 && v.nb[0] == 4 && (k < 512 || (reinterpret_cast<u64>(v.data) | static_cast<u64>(v.nb[1])) % 16 == 0);
+        };
+        if (!rows(n.x) || !rows(n.y) || k % 4 || n_elements(n.y) > kMostElems || pending) return false;
+        if (n.has_weight && (!is_vector(n.weight, k))) return false;
+        FusedNormArgs f{};
+        f.a = n.x, f.y = n.y, f.weight = n.weight, f.has_weight = n.has_weight, f.eps = n.eps;
+        return add_norm(f);
+    }
+    bool add_copy(const CopyArgs& c) {
+        const i64 n = n_elements(c.x);
+        if (c.x.type != kF32 || c.y.type != kF32 || pending) return false;
+        auto packed = [](const View& v) {
+            i64 next = 4;
+            for (int d = 0; d < 4; ++d) {
+                if (v.ne[d] > 1 && v.nb[d] != next) return false;
+                next *= v.ne[d];
+            }
+            return true;
+        };
+        if (packed(c.x) && packed(c.y) && n <= kMostCopied && !meet({span_of(c.x)}, {span_of(c.y)})) {
+            Draft d = Draft::of(kStreamCopy, StreamCopy{reinterpret_cast<const float*>(c.x.data), reinterpret_cast<float*>(c.y.data), n});
+            d.reads = {span_of(c.x)}, d.writes = {span_of(c.y)};
+            stages.push_back(std::move(d));
+            return true;
+        }
+        // Elements in the order of their indices: those of one are those of the other.
+        View x = c.x, y = c.y;
+        if (!std::equal(x.ne, x.ne + 4, y.ne)) {
+            if (packed(y)) reshape(y, x);
+            else if (packed(x)) reshape(x, y);
+            else return false;
+        }
+        if (n > kMostElems || meet({span_of(x)}, {span_of(y)})) return false;
+        StreamElements e{};
+        e.x = x, e.y = y;
+        Draft d = Draft::of(kStreamElements, e);
+        d.reads = {span_of(x)}, d.writes = {span_of(y)};
+        stages.push_back(std::move(d));
+        return true;
+    }
+    static void reshape(View& packed, const View& as) {
+        i64 next = 4;  // bytes
+        for (int d = 0; d < 4; ++d) packed.ne[d] = as.ne[d], packed.nb[d] = next, next *= as.ne[d];
+    }
+    bool add_concat(const MoveArgs& m) {
+        if (m.bytes != 4 || n_elements(m.y) > kMostElems || pending) return false;
+        Draft d = Draft::of(kStreamConcat, StreamConcat{m});
+        d.reads = {span_of(m.x), span_of(m.b)}, d.writes = {span_of(m.y)};
+        if (meet(d.reads, d.writes)) return false;
+        stages.push_back(std::move(d));
+        return true;
+    }
+    bool add_conv(const BinaryArgs& c) {
+        if (n_elements(c.y) > kMostElems || pending) return false;
+        StreamElements e{};
+        e.x = c.a, e.y = c.y, e.w = c.b;
+        Draft d = Draft::of(kStreamElements, e);
+        d.reads = {span_of(c.a), span_of(c.b)}, d.writes = {span_of(c.y)};
+        if (meet(d.reads, d.writes)) return false;
+        stages.push_back(std::move(d));
+        return true;
+    }
+    bool add_delta(const RecurrentArgs& r) {
+        if (r.n_tokens != 1 || r.n_seqs != 1 || pending) return false;
+        Draft d = Draft::of(kStreamDelta, StreamDelta{r});
+        for (int i = 0; i < 6; ++i) d.reads.push_back(i == 5 ? span_of(r.src[5].data, r.rows * r.n * r.n_head * 4) : span_of(r.src[i]));
+        d.writes = {span_of(r.y, r.rows * r.n_head * 4)};
+        if (r.snapshots > 0) d.writes.push_back(span_of(r.state, r.rows * r.n * r.n_head * 4));
+        stages.push_back(std::move(d));
+        return true;
     }
 
     /// The sum of a product's part, or of all ranks' products, and a vector: the stage stores it. 72B shape of Qwen2, one H100: three stages of a layer's
@@ -1275,8 +1456,8 @@ std::vector<bool> waits_of(const Run& run) {
     return waits;
 }
 
-constexpr const char* kKindNames[] = {"product",  "reduce",   "copy",      "norm rows", "binary", "turns", "rope and store",
-                                      "set_rows", "get_rows", "attention", "combine",   "floats", "glu"};
+constexpr const char* kKindNames[] = {"product",  "reduce",    "copy",    "norm rows", "binary", "turns",    "rope and store", "set_rows",
+                                      "get_rows", "attention", "combine", "floats",    "glu",    "elements", "concat",         "delta net"};
 std::string name_of(const Draft& d) {
     const bool streamed = d.kind == kStreamFlash && d.get<StreamFlash>().cells.groups;
     return std::string(streamed ? "streamed " : "") + kKindNames[d.kind];
