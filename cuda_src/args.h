@@ -7,6 +7,7 @@
 namespace ggml_tp {
 
 using i32 = int;
+using u16 = unsigned short;
 using u32 = unsigned int;
 using i64 = long long;
 using u64 = unsigned long long;
@@ -655,13 +656,14 @@ struct StreamElements {
         float p[4];
         i32 op, pad;
     } step[kStreamElementSteps];
-    i32 n_steps, pad;
+    i32 n_steps, packed;  // packed: all views but w have y's elements side by side in y's order
 };
 struct StreamConcat {
     MoveArgs args;
 };
 struct StreamDelta {
     RecurrentArgs args;
+    i32 in_fours, pad;  // state_row.h, delta_in_fours
 };
 struct StreamCombine {
     FlashCombineArgs args;
@@ -686,6 +688,7 @@ struct StreamOwnToken {
     u32* fault;                // a row outside of a cache
     i32 n_dims, n_offs, neox;  // multiples of 8, with neox of 16 and 8
     u32 width_inverse;         // of a quarter of a head's size, as below
+    i32 q_stride, pad;         // elements from query to query: there may be others between them
 };
 // Of a long cache the streaming warp brings K and V through the ring, as it does weights, ahead of the stage: a tile is groups * 16 cells of a
 // unit's KV heads, their K in one slot, V in the next, a row of either at multiples of k_stride, v_stride bytes there. Groups whose cells are all masked
@@ -727,8 +730,11 @@ enum StreamKind : i32 {
     kStreamDelta,
 };
 struct StreamStage {
-    i32 kind, wait;    // wait: for all blocks of this rank to have done all stages before
-    i32 count;         // blocks of 256 of a kStreamRopeStore; of a kStreamGetRows, whether whole rows of floats are copied
+    i32 kind;
+    u16 wait;  // for all blocks of this rank to have done all stages before
+    u16 turn;  // the block at which a stage of elements or rows begins
+    // Blocks of 256 of a kStreamRopeStore; of a kStreamGetRows, whether whole rows of floats are copied; of a kStreamNormRows, whether rows are norm_head's.
+    i32 count;
     i32 next_product;  // index of the next stage that is one or streams a cache, or n_stages: the streaming warp goes from one to the other
     alignas(16) char body[kStreamStageBytes - 16];
 };

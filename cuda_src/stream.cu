@@ -1300,7 +1300,7 @@ struct QueriesShared {
         TP_MEMBER void place() {
             const StreamOwnToken& own = of.f.own;
             const int of_cache = h - of.heads.n, kv = of.heads.kv_head + of_cache;
-            from = (of_cache < 0 ? own.q + (of.heads.first + h) * of.d : of_cache < of.n_kv ? own.k + kv * of.d : own.v + (kv - of.n_kv) * of.d) + at;
+            from = (of_cache < 0 ? own.q + (of.heads.first + h) * own.q_stride : of_cache < of.n_kv ? own.k + kv * of.d : own.v + (kv - of.n_kv) * of.d) + at;
             if (of_cache < 0 && !of.heads.mine(h)) from = nullptr;
         }
         TP_MEMBER void send() {
@@ -1741,18 +1741,55 @@ TP_OUTLINE void norm_long_rows(const FusedNormArgs& a, float factor) {
     }
 }
 
+/// A row of at most 512 elements without a residual, whose lanes have four neighbours at a time: all of it, and of its weights, comes in one trip.
+TP_OUTLINE void norm_head(const FusedNormArgs& a, float factor, u32 row) {
+    constexpr int kFours = (int)kLongRow / 128;
+    const int lane = threadIdx.x % 32, n = (int)a.y.ne[0];
+    const Index at = row_index(row, a.y.ne);
+    const char* const x = element_at(a.a, at);
+    char* const y = element_at(a.y, at);
+    float v[kFours][4] = {}, weight[kFours][4], squares = 0;
+#pragma unroll
+    for (int j = 0; j < kFours; ++j) {
+        const int i = j * 128 + 4 * lane;
+        for (int e = 0; e < 4; ++e) weight[j][e] = 1.0f;
+        if (i >= n) continue;
+        load_four(x + i * 4, v[j]);
+        if (a.has_weight) load_four(a.weight.data + i * 4, weight[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kFours; ++j)
+        for (int e = 0; e < 4; ++e) squares += v[j][e] * v[j][e];
+    const float scale = factor / sqrtf(tp_warp_sum(squares) / (float)n + a.eps);
+#pragma unroll
+    for (int j = 0; j < kFours; ++j) {
+        const int i = j * 128 + 4 * lane;
+        for (int e = 0; e < 4; ++e) v[j][e] *= scale * weight[j][e];
+        if (i < n) store_four(y + i * 4, v[j]);
+    }
+}
 TP_OUTLINE void do_elements(const StreamElements& e, i64 first, i64 step) {
-    for (i64 i = first; i < tp_elems(e.y); i += step) {
-        const Index4 at4 = tp_index(e.y.ne, i);
-        const Index here = {at4.i[0], at4.i[1], at4.i[2], at4.i[3]};
-        float v = e.w.data ? windowed(e.x, e.w, here) : load(e.x, here);
+    const int n = (int)tp_elems(e.y), n0 = (int)e.y.ne[0];
+    for (int i = (int)first; i < n; i += (int)step) {
+        Index here = {i, 0, 0, 0};
+        if (!e.packed) {
+            const u32 row = (u32)i / (u32)n0;
+            here = row_index(row, e.y.ne);
+            here.i0 = i - (int)row * n0;
+        }
+        float v = e.w.data ? windowed(e.x, e.w, here) : e.packed ? ((const float*)e.x.data)[i] : *(const float*)element_at(e.x, here);
 #pragma unroll 1
         for (int s = 0; s < e.n_steps; ++s) {
             const StreamElements::Step& op = e.step[s];
-            if (op.op >= kStreamWithOther) v = binary_of((BinaryOp)(op.op - kStreamWithOther), v, load(op.b, wrap(here, op.b.ne)));
-            else v = unary_of((UnaryOp)op.op, v, op.p[0], op.p[1], op.p[2], op.p[3]);
+            if (op.op >= kStreamWithOther) {
+                const float other = e.packed ? ((const float*)op.b.data)[i] : *(const float*)element_at(op.b, wrap(here, op.b.ne));
+                v = binary_of((BinaryOp)(op.op - kStreamWithOther), v, other);
+            } else {
+                v = unary_of((UnaryOp)op.op, v, op.p[0], op.p[1], op.p[2], op.p[3]);
+            }
         }
-        store(e.y, here, v);
+        if (e.packed) ((float*)e.y.data)[i] = v;
+        else *(float*)element_at(e.y, here) = v;
     }
 }
 /// Of words of four bytes.
@@ -1766,9 +1803,14 @@ TP_OUTLINE void concat(const MoveArgs& args, i64 first, i64 step) {
         *to = *(const i32*)tp_at(second ? args.b : args.x, at);
     }
 }
-/// A warp a row of a state. (Its rows of 128 floats are read in one trip.)
-TP_OUTLINE void do_delta(const RecurrentArgs& args, i64 first, i64 step) {
-    for (i64 i = first / 32; i < args.rows * args.n_head; i += step / 32) gated_delta_row(args, i % args.rows, i / args.rows, 0);
+/// A warp a row of a state; or four of 128 floats, which come in one trip to the memory.
+TP_OUTLINE void do_delta(const RecurrentArgs& args, i32 in_fours, i64 first, i64 step) {
+    const i64 rows = in_fours ? args.rows / kDeltaRows : args.rows;
+    for (i64 i = first / 32; i < rows * args.n_head; i += step / 32) {
+        const u32 head = (u32)i / (u32)rows, row = (u32)i - head * (u32)rows;
+        if (in_fours) gated_delta_rows(args, (int)row * kDeltaRows, (int)head);
+        else gated_delta_row(args, row, head, 0);
+    }
 }
 /// Sixteen bytes a thread where they lie side by side.
 TP_OUTLINE void copy_floats(const float* from, float* to, i64 n, i64 first, i64 step) {
@@ -1798,7 +1840,10 @@ TP_OUTLINE Progress do_stage(Progress now) {
     const int thread = threadIdx.x, lane = thread % 32;
     if (stage.kind == kStreamFloats) fetch_ahead(*(const StreamFloats*)body);
     begin_stage(now.stage);
-    const i64 first = (i64)blockIdx.x * kMultiply + thread, step = (i64)gridDim.x * kMultiply;
+    const i64 step = (i64)gridDim.x * kMultiply;
+    // Stages of little work that do not wait for each other begin at other blocks: they take the time of one.
+    const u32 turned = blockIdx.x + stage.turn, block_here = turned < gridDim.x ? turned : turned - gridDim.x;
+    const i64 first = (i64)block_here * kMultiply + thread;
     switch (stage.kind) {
         case kStreamReduce: {
             const StreamReduce& a = *(const StreamReduce*)body;
@@ -1829,6 +1874,10 @@ TP_OUTLINE Progress do_stage(Progress now) {
                 break;
             }
             const i64 rows = a.y.ne[1] * a.y.ne[2] * a.y.ne[3], n = a.y.ne[0];
+            if (stage.count) {
+                for (i64 row = first / 32; row < rows; row += step / 32) norm_head(a, factor, (u32)row);
+                break;
+            }
             for (i64 row = first / 32; row < rows; row += step / 32) {
                 const Index at = row_index((u32)row, a.y.ne);
                 const float* x = (const float*)element_at(a.a, at);
@@ -1908,7 +1957,7 @@ TP_OUTLINE Progress do_stage(Progress now) {
             break;
         case kStreamElements: do_elements(*(const StreamElements*)body, first, step); break;
         case kStreamConcat: concat(((const StreamConcat*)body)->args, first, step); break;
-        case kStreamDelta: do_delta(((const StreamDelta*)body)->args, first, step); break;
+        case kStreamDelta: do_delta(((const StreamDelta*)body)->args, ((const StreamDelta*)body)->in_fours, first, step); break;
         case kStreamCombine: combine_pieces(*(const StreamCombine*)body); break;
         default: break;
     }

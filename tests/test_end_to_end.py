@@ -386,6 +386,22 @@ def test_an_expert_that_all_tokens_share_in_the_persistent_kernel(workers, model
     assert " glu " in result["program"] and " binary " in result["program"]
 
 
+# Heads of linear attention whose states' rows have 128 floats, as real ones: a warp takes four of them at once.
+STATES_OF_128 = {"ssm__inner_size": 512, "ssm__state_size": 128, "ssm__time_step_rank": 4, "ssm__group_count": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "quant", "ranks", "options"),
+    [("qwen35", "Q4_0", 1, {}), ("qwen35", "Q8_0", 1, STATES_OF_128), ("qwen35", "Q4_0", 2, STATES_OF_128), ("lfm2", "Q8_0", 1, {}),
+     ("granitemoe", "Q8_0", 1, {}), ("gemma2", "Q8_0", 2, {})],
+)  # fmt: skip
+def test_small_ops_in_one_persistent_kernel(workers, models, family, quant, ranks, options):
+    """Linear attention (windows over tokens, states, norms of heads with a scale, gates), gates of attention, scales of what is added, soft caps of logits."""
+    result = check(workers, models, family, quant, ranks, arch="sm_90", **options)
+    assert result["counters"].last_kernel_launches == 1, result["program"]
+    assert result["program"].count(" delta net ") == (N_LAYER // 2 if family == "qwen35" else 0)
+
+
 def test_norms_over_all_heads_in_the_persistent_kernel(workers, models):
     """A row of 512 is a block's, where one of a head is a warp's."""
     result = check(workers, models, "minimax-m2", "Q4_0", 1, arch="sm_90", **WIDE)

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <map>
 #include <optional>
+#include <set>
 
 #include "chain.h"
 #include "elementwise.h"
@@ -29,6 +30,7 @@ constexpr i64 kMostElems = 1 << 17;   // of an element-wise stage: more is no to
 constexpr i64 kMostCopied = 1 << 22;  // of one that copies what lies side by side: a sequence's states
 // Of a run, a dense layer's: two between the launches of experts lose (Qwen3-30B-A3B, Q4_K, H100: one rank 253 tokens/s without, 223; two 248, 218).
 constexpr size_t kLeastProducts = 4;
+constexpr size_t kTurn = 29;  // blocks, by which a stage of little work begins behind the one before
 constexpr i64 kAlign = 256;
 i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 
@@ -103,6 +105,15 @@ bool is_packed(const View& v, i64 n) {
 bool named(const RankLaunch& l, const char* prefix) { return l.launch.kernel && std::strncmp(l.launch.kernel, prefix, std::strlen(prefix)) == 0; }
 
 bool is(const RankLaunch& l, const char* kernel) { return l.launch.kernel && std::strcmp(l.launch.kernel, kernel) == 0; }
+/// All elements of F32 side by side, in the order of their indices.
+bool is_dense(const View& v) {
+    i64 next = 4;
+    for (int d = 0; d < 4; ++d) {
+        if (v.ne[d] > 1 && v.nb[d] != next) return false;
+        next *= v.ne[d];
+    }
+    return v.type == kF32;
+}
 bool same(const View& a, const View& b) { return a.data == b.data && a.type == b.type && std::equal(a.ne, a.ne + 4, b.ne) && std::equal(a.nb, a.nb + 4, b.nb); }
 
 /// One rank's reading of a run of steps. add() is called with the steps in order; false: this step ends the run (and this object is of no
@@ -111,7 +122,8 @@ class RankRun {
   public:
     RankRun(const StreamMemory::Rank& memory, int n_ranks) : memory_(&memory), n_ranks_(n_ranks) {}
 
-    std::vector<Draft> stages;  // what has been drafted; a step adds none, one or two
+    std::vector<Draft> stages;  // what has been drafted; a step adds none, one or more
+    bool cautious = false;      // the next step does only what it could do wherever a host's allocator puts things
 
     bool add(const RankLaunch& l) {
         if (!l.launch.kernel) return true;  // another rank's bias, of what is a Partial
@@ -217,6 +229,14 @@ class RankRun {
     /// When all that is left out is left out.
     void mark_visible() {
         for (Draft& d : stages) {
+            if (d.kind == kStreamElements) {
+                StreamElements e = d.get<StreamElements>();
+                e.packed = !e.w.data && is_dense(e.x) && is_dense(e.y);
+                for (int i = 0; i < e.n_steps; ++i)
+                    if (e.step[i].op >= kStreamWithOther) e.packed &= is_dense(e.step[i].b) && std::equal(e.y.ne, e.y.ne + 4, e.step[i].b.ne);
+                d.set(e);
+                continue;
+            }
             if (d.kind != kStreamProduct || d.get<StreamProduct>().role == kExpertsNone) continue;
             StreamExperts experts = d.get<StreamExperts>();
             if (experts.product.role == kExpertsEach) {
@@ -349,6 +369,10 @@ class RankRun {
         const i64 k = n.y.ne[0];
         if (!n.xq) {
             Draft d = Draft::of(kStreamNormRows, StreamNormRows{n, 1.0f, 0});
+            auto fours = [](const View& v) {
+                return v.nb[0] == 4 && (reinterpret_cast<u64>(v.data) | static_cast<u64>(v.nb[1] | v.nb[2] | v.nb[3])) % 16 == 0;
+            };
+            d.count = k <= 512 && k % 4 == 0 && !n.has_b && fours(n.a) && fours(n.y) && (!n.has_weight || fours(n.weight));
             d.reads = {span_of(n.a)};
             d.writes = {span_of(n.y)};
             if (n.has_b) d.reads.push_back(span_of(n.b)), d.writes.push_back(span_of(n.sum));
@@ -738,7 +762,7 @@ class RankRun {
             if (r.norm) d.writes.push_back(span_of(r.norm, r.k * 4));
         }
         auto import = [&](const float*& from, int vector) {
-            if (!from || !meet({span_of(from, r.k * 4)}, d.writes)) return;
+            if (!from || (!cautious && !meet({span_of(from, r.k * 4)}, d.writes))) return;
             const StreamCopy copy{from, memory_->vectors[vector], r.k};
             Draft c = Draft::of(kStreamCopy, copy);
             c.reads = {span_of(from, r.k * 4)};
@@ -937,7 +961,7 @@ class RankRun {
     /// Whether the attention can do what the stage before it does, which turns its queries and keys and stores its keys and values: one hand-over
     /// less a layer. What it reads must not lie where it, or the same stage of another block, writes.
     bool take_own_token(StreamFlash& f, Draft& out) {
-        if (stages.empty() || stages.back().kind != kStreamRopeStore) return false;
+        if (stages.empty() || stages.back().kind != kStreamRopeStore || cautious) return false;
         const FlashAttnArgs& a = f.args.a;
         const StreamRope ropes = stages.back().get<StreamRope>();
         const RopeStoreArgs& r = ropes.args;
@@ -955,19 +979,24 @@ class RankRun {
         own.fault = v.fault;
         own.q = reinterpret_cast<const float*>(q.x.data), own.k = reinterpret_cast<const float*>(k.x.data), own.v = reinterpret_cast<const float*>(v.x.data);
         const std::optional<size_t> q_norm = head_norm(q), k_norm = head_norm(k);
+        i64 q_stride = d;
         if (q_norm && k_norm && d % 32 == 0) {
-            auto take = [&](size_t at, const float*& x, const float*& weight, float& eps, i64 heads_n) {
+            auto take = [&](size_t at, const float*& x, const float*& weight, float& eps, i64 heads_n, i64& stride) {
                 const FusedNormArgs n = stages[at].get<StreamNormRows>().norm;
                 x = reinterpret_cast<const float*>(n.a.data), weight = reinterpret_cast<const float*>(n.weight.data), eps = n.eps;
+                stride = n.a.ne[1] > 1 ? n.a.nb[1] / 4 : d;
+                if (stride != d) return;
                 if (const float* copy = copy_of_output(x, d * heads_n, next_turned_, kTurned0, 3, at)) x = copy;
             };
-            take(*q_norm, own.q, own.q_norm, own.q_eps, q_heads);
-            take(*k_norm, own.k, own.k_norm, own.k_eps, k_heads);
+            i64 k_stride = d;
+            take(*q_norm, own.q, own.q_norm, own.q_eps, q_heads, q_stride);
+            take(*k_norm, own.k, own.k_norm, own.k_eps, k_heads, k_stride);
+            if (k_stride != d || q_stride < d || q_stride > 1 << 20) return false;
         }
         own.q_y = reinterpret_cast<float*>(q.y.data), own.k_y = reinterpret_cast<float*>(k.y.data);
         if (const float* copy = copy_of_output(own.v, d * k_heads, next_turned_, kTurned0, 3)) own.v = copy;
         const Draft before = stages.back();
-        const std::vector<Span> inputs = {span_of(own.q, d * q_heads * 4), span_of(own.k, d * k_heads * 4), span_of(own.v, d * k_heads * 4)};
+        const std::vector<Span> inputs = {span_of(own.q, ((q_heads - 1) * q_stride + d) * 4), span_of(own.k, d * k_heads * 4), span_of(own.v, d * k_heads * 4)};
         if (meet(inputs, before.writes)) return false;
         for (const float* p : {own.q, own.k, own.v, own.q_norm, own.k_norm})
             if (reinterpret_cast<u64>(p) % 16) return false;  // it is read in sixteens
@@ -975,6 +1004,7 @@ class RankRun {
         own.n_dims = q.n_dims, own.n_offs = q.n_offs, own.neox = q.neox;
         f.q_factor = q.factor, f.args.a.scale *= q.factor;
         own.width_inverse = stream_inverse(d / 4);
+        own.q_stride = static_cast<i32>(q_stride);
         if (own.q_norm) {
             stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(std::max(*q_norm, *k_norm)));
             stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(std::min(*q_norm, *k_norm)));
@@ -994,7 +1024,8 @@ class RankRun {
             if (s.factor != 1.0f) break;
             const i64 elems = rope.x.ne[0] * rope.x.ne[1];
             if (n.y.data != rope.x.data) continue;
-            if (rope.y.data != rope.x.data || n.has_b || !n.has_weight || !is_packed(n.a, elems) || !is_packed(n.y, elems) || n.a.ne[0] != rope.x.ne[0]) break;
+            const bool heads = n.a.type == kF32 && n.a.nb[0] == 4 && n.a.nb[1] % 16 == 0 && n.a.ne[0] * n.a.ne[1] == elems && n.a.ne[2] * n.a.ne[3] == 1;
+            if (rope.y.data != rope.x.data || n.has_b || !n.has_weight || !heads || !is_packed(n.y, elems) || n.a.ne[0] != rope.x.ne[0]) break;
             return i;
         }
         return std::nullopt;
@@ -1013,7 +1044,7 @@ class RankRun {
         Draft& flash = stages.back();
         StreamFlash whole = flash.get<StreamFlash>();
         // One piece is the result, unless that lies where another block may still read what it needs. Of streamed cells there are pieces on each rank.
-        if (f.n_splits == 1 && f.a.k.ne[1] <= kStreamedCells && !meet({span_of(c.y)}, flash.reads)) {
+        if (!cautious && f.n_splits == 1 && f.a.k.ne[1] <= kStreamedCells && !meet({span_of(c.y)}, flash.reads)) {
             whole.y = c.y;
             // The host's allocator gives it what nobody reads any more: the turned keys, once they are in the cache.
             const i64 d = f.a.q.ne[0];
@@ -1151,7 +1182,8 @@ class RankRun {
         if (!stages.empty() && stages.back().kind == kStreamElements) {
             Draft& last = stages.back();
             StreamElements e = last.get<StreamElements>();
-            if (e.n_steps < kStreamElementSteps && same(e.y, x) && same(x, y) && !meet(more, last.writes)) {
+            const bool reshaped = others.empty() && is_dense(e.y) && is_dense(x) && e.y.data == x.data && n_elements(e.y) == n_elements(x);
+            if (e.n_steps < kStreamElementSteps && (same(e.y, x) || reshaped) && same(x, y) && !meet(more, last.writes)) {
                 add(e.step[e.n_steps++]);
                 last.reads.insert(last.reads.end(), more.begin(), more.end());
                 last.set(e);
@@ -1213,15 +1245,7 @@ class RankRun {
     bool add_copy(const CopyArgs& c) {
         const i64 n = n_elements(c.x);
         if (c.x.type != kF32 || c.y.type != kF32 || pending) return false;
-        auto packed = [](const View& v) {
-            i64 next = 4;
-            for (int d = 0; d < 4; ++d) {
-                if (v.ne[d] > 1 && v.nb[d] != next) return false;
-                next *= v.ne[d];
-            }
-            return true;
-        };
-        if (packed(c.x) && packed(c.y) && n <= kMostCopied && !meet({span_of(c.x)}, {span_of(c.y)})) {
+        if (is_dense(c.x) && is_dense(c.y) && n <= kMostCopied && !meet({span_of(c.x)}, {span_of(c.y)})) {
             Draft d = Draft::of(kStreamCopy, StreamCopy{reinterpret_cast<const float*>(c.x.data), reinterpret_cast<float*>(c.y.data), n});
             d.reads = {span_of(c.x)}, d.writes = {span_of(c.y)};
             stages.push_back(std::move(d));
@@ -1230,8 +1254,8 @@ class RankRun {
         // Elements in the order of their indices: those of one are those of the other.
         View x = c.x, y = c.y;
         if (!std::equal(x.ne, x.ne + 4, y.ne)) {
-            if (packed(y)) reshape(y, x);
-            else if (packed(x)) reshape(x, y);
+            if (is_dense(y)) reshape(y, x);
+            else if (is_dense(x)) reshape(x, y);
             else return false;
         }
         if (n > kMostElems || meet({span_of(x)}, {span_of(y)})) return false;
@@ -1266,7 +1290,7 @@ class RankRun {
     }
     bool add_delta(const RecurrentArgs& r) {
         if (r.n_tokens != 1 || r.n_seqs != 1 || pending) return false;
-        Draft d = Draft::of(kStreamDelta, StreamDelta{r});
+        Draft d = Draft::of(kStreamDelta, StreamDelta{r, delta_in_fours(r), 0});
         for (int i = 0; i < 6; ++i) d.reads.push_back(i == 5 ? span_of(r.src[5].data, r.rows * r.n * r.n_head * 4) : span_of(r.src[i]));
         d.writes = {span_of(r.y, r.rows * r.n_head * 4)};
         if (r.snapshots > 0) d.writes.push_back(span_of(r.state, r.rows * r.n * r.n_head * 4));
@@ -1347,7 +1371,8 @@ struct Run {
     size_t n_products = 0;
 };
 
-Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMemory& memory, size_t most) {
+/// cautious: steps that a rank could not do as the others do, as a host's allocator puts its part elsewhere.
+Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMemory& memory, size_t most, const std::set<size_t>& cautious = {}) {
     Run run;
     const int n = static_cast<int>(memory.ranks.size());
     for (int r = 0; r < n; ++r) run.ranks.emplace_back(memory.ranks[static_cast<size_t>(r)], n);
@@ -1363,16 +1388,28 @@ Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMe
             for (int r = 0; ok && r < n; ++r)
                 ok = run.ranks[static_cast<size_t>(r)].add_reduce(step.pointers[static_cast<size_t>(r)], step.elems, inboxes, r, run.n_pushes + 1);
         } else {
-            for (int r = 0; ok && r < n; ++r) ok = run.ranks[static_cast<size_t>(r)].add(step.launches[static_cast<size_t>(r)]);
+            for (int r = 0; ok && r < n; ++r) {
+                RankRun& rank = run.ranks[static_cast<size_t>(r)];
+                rank.cautious = cautious.count(i) > 0;
+                ok = rank.add(step.launches[static_cast<size_t>(r)]);
+            }
             // The same stages on every rank: they count arrivals alike.
+            bool alike = true;
             for (int r = 1; ok && r < n; ++r) {
                 const auto &a = run.ranks[0].stages, &b = run.ranks[static_cast<size_t>(r)].stages;
-                ok = a.size() == b.size() &&
-                     std::equal(a.end() - std::min<std::ptrdiff_t>(4, a.end() - a.begin()), a.end(), b.end() - std::min<std::ptrdiff_t>(4, b.end() - b.begin()),
-                                [](const Draft& x, const Draft& y) { return x.kind == y.kind; });  // a step changes no more than that
+                alike &= a.size() == b.size() && std::equal(a.end() - std::min<std::ptrdiff_t>(4, a.end() - a.begin()), a.end(),
+                                                            b.end() - std::min<std::ptrdiff_t>(4, b.end() - b.begin()), [](const Draft& x, const Draft& y) {
+                                                                return x.kind == y.kind;
+                                                            });  // a step changes no more than that
             }
+            if (!alike && !cautious.count(i)) {
+                std::set<size_t> more = cautious;
+                more.insert(i);
+                return make_run(steps, begin, memory, most, more);
+            }
+            ok &= alike;
         }
-        if (!ok) return make_run(steps, begin, memory, i);
+        if (!ok) return make_run(steps, begin, memory, i, cautious);
         const size_t now = run.ranks[0].stages.size();
         const bool reduces = step.kind == ProgramStep::kAllReduce;
         run.n_pushes += reduces;
@@ -1387,7 +1424,7 @@ Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMe
         run.end = i + 1;
         if (std::none_of(run.ranks.begin(), run.ranks.end(), [](const RankRun& r) { return r.pending; })) whole = run.end;
     }
-    if (whole < run.end) return make_run(steps, begin, memory, whole);
+    if (whole < run.end) return make_run(steps, begin, memory, whole, cautious);
     for (const Draft& d : run.ranks.empty() ? std::vector<Draft>{} : run.ranks[0].stages) run.n_products += d.kind == kStreamProduct;
     return run;
 }
@@ -1556,6 +1593,7 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
             for (size_t s = 0; s < stages.size(); ++s) {
                 const Draft& d = run.ranks[r].stages[s];
                 stages[s].kind = d.kind, stages[s].wait = waits[s], stages[s].count = d.count;
+                stages[s].turn = static_cast<u16>(s * kTurn % memory.ranks[r].n_blocks);
                 std::memcpy(stages[s].body, d.body.data(), d.body.size());
             }
             i32 product = static_cast<i32>(stages.size());
