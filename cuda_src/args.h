@@ -662,8 +662,7 @@ struct StreamConcat {
     MoveArgs args;
 };
 struct StreamDelta {
-    RecurrentArgs args;
-    i32 in_fours, pad;  // state_row.h, delta_in_fours
+    RecurrentArgs args;  // recurrent.h, delta_in_fours
 };
 struct StreamCombine {
     FlashCombineArgs args;

@@ -19,11 +19,11 @@ inline Launch recurrent_launch(const char* kernel, const RecurrentArgs& a, int n
     return out;
 }
 constexpr int kDeltaRows = 4;  // of a state, that a warp takes at once
-/// Whether gated_delta_rows may be called: one token of one sequence, rows of 128 floats, sixteen bytes of which are read and written at once.
+/// Whether gated_delta_rows may be called: one token of one sequence, rows of up to 128 floats, sixteen bytes of which are read and written at once.
 inline bool delta_in_fours(const RecurrentArgs& args) {
     auto fours = [](const View& v) { return v.nb[0] == 4 && ((u64)v.data | (u64)v.nb[1]) % 16 == 0; };
-    return args.n == 128 && args.rows % kDeltaRows == 0 && args.n_tokens == 1 && args.n_seqs == 1 && fours(args.src[0]) && fours(args.src[1]) &&
-           (args.src[3].ne[0] == 1 || fours(args.src[3])) && ((u64)args.src[5].data | (u64)args.state) % 16 == 0;
+    return args.n <= 128 && args.n % 4 == 0 && args.rows % kDeltaRows == 0 && args.n_tokens == 1 && args.n_seqs == 1 && fours(args.src[0]) &&
+           fours(args.src[1]) && (args.src[3].ne[0] == 1 || fours(args.src[3])) && ((u64)args.src[5].data | (u64)args.state) % 16 == 0;
 }
 inline bool all_f32(const BinaryArgs& a) { return a.a.type == kF32 && a.b.type == kF32 && a.y.type == kF32; }
 inline Launch ssm_conv_launch(const BinaryArgs& a, Arch arch) { return all_f32(a) ? per_element_launch("ssm_conv", a.y, arch) : Launch{}; }

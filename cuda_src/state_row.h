@@ -68,8 +68,9 @@ TP_DEVICE void gated_delta_rows(const RecurrentArgs& args, int row, int head) {
     const int lane = threadIdx.x % 32, begin = 4 * lane;
     const i64 q_head = (args.head_begin + head) % args.n_group[0] - args.group_begin[0],
               k_head = (args.head_begin + head) % args.n_group[1] - args.group_begin[1], at_row = (head * args.rows + row) * args.n + begin;
-    auto four = [](const float* p, float(&v)[4]) {
-        const TpInt4 w = *(const TpInt4*)p;
+    const bool inside = begin < args.n;
+    auto four = [inside](const float* p, float(&v)[4]) {
+        const TpInt4 w = inside ? *(const TpInt4*)p : TpInt4{0, 0, 0, 0};
         v[0] = __int_as_float(w.x), v[1] = __int_as_float(w.y), v[2] = __int_as_float(w.z), v[3] = __int_as_float(w.w);
     };
     float state[kDeltaRows][4], k[4], q[4], decay[4], v[kDeltaRows];
@@ -103,7 +104,7 @@ TP_DEVICE void gated_delta_rows(const RecurrentArgs& args, int row, int head) {
 #pragma unroll
     for (int r = 0; r < kDeltaRows; ++r) {
         if (lane == 0) args.y[head * args.rows + row + r] = y[r] * args.scale;
-        if (args.snapshots > 0)
+        if (args.snapshots > 0 && inside)
             *(TpInt4*)(args.state + at_row + r * args.n) = {__float_as_int(state[r][0]), __float_as_int(state[r][1]), __float_as_int(state[r][2]),
                                                             __float_as_int(state[r][3])};
     }

@@ -968,8 +968,11 @@ TP_DEVICE Progress take_input_as(Progress at) {
     return at;
 }
 // Models of two norms in a row have code of their own: the other one's registers are full.
-TP_OUTLINE Progress take_input(Progress at) { return take_input_as<false>(at); }
 TP_OUTLINE Progress take_input_of_normed(Progress at) { return take_input_as<true>(at); }
+TP_OUTLINE Progress take_input(Progress at) {
+    if (((const StreamProduct*)stage_at(at.stage % 3).body)->b_weight) return take_input_of_normed(at);
+    return take_input_as<false>(at);
+}
 
 /// The sums over groups of 8, 16 or 32 lanes of what their lanes have of kRows rows, each where the shuffles of one row alone would add it up to. A lane gets one
 /// row's: the rows' lanes lie side by side.
@@ -1803,13 +1806,12 @@ TP_OUTLINE void concat(const MoveArgs& args, i64 first, i64 step) {
         *to = *(const i32*)tp_at(second ? args.b : args.x, at);
     }
 }
-/// A warp a row of a state; or four of 128 floats, which come in one trip to the memory.
-TP_OUTLINE void do_delta(const RecurrentArgs& args, i32 in_fours, i64 first, i64 step) {
-    const i64 rows = in_fours ? args.rows / kDeltaRows : args.rows;
+/// A warp a few rows of a state, which come in one trip to the memory.
+TP_OUTLINE void do_delta(const RecurrentArgs& args, i64 first, i64 step) {
+    const u32 rows = (u32)args.rows / kDeltaRows;
     for (i64 i = first / 32; i < rows * args.n_head; i += step / 32) {
-        const u32 head = (u32)i / (u32)rows, row = (u32)i - head * (u32)rows;
-        if (in_fours) gated_delta_rows(args, (int)row * kDeltaRows, (int)head);
-        else gated_delta_row(args, row, head, 0);
+        const u32 head = (u32)i / rows, row = (u32)i - head * rows;
+        gated_delta_rows(args, (int)row * kDeltaRows, (int)head);
     }
 }
 /// Sixteen bytes a thread where they lie side by side.
@@ -1957,7 +1959,7 @@ TP_OUTLINE Progress do_stage(Progress now) {
             break;
         case kStreamElements: do_elements(*(const StreamElements*)body, first, step); break;
         case kStreamConcat: concat(((const StreamConcat*)body)->args, first, step); break;
-        case kStreamDelta: do_delta(((const StreamDelta*)body)->args, ((const StreamDelta*)body)->in_fours, first, step); break;
+        case kStreamDelta: do_delta(((const StreamDelta*)body)->args, first, step); break;
         case kStreamCombine: combine_pieces(*(const StreamCombine*)body); break;
         default: break;
     }
@@ -1978,7 +1980,7 @@ TP_DEVICE void do_stages() {
         const StreamStage& stage = stage_at(now.stage % 3);
         if (stage.kind == kStreamProduct) {
             if (((const StreamProduct*)stage.body)->role == kExpertsEach) choose_experts(now.stage);
-            now = ((const StreamProduct*)stage_at(now.stage % 3).body)->b_weight ? take_input_of_normed(now) : take_input(now);
+            now = take_input(now);
             const StreamProduct& p = *(const StreamProduct*)stage_at(now.stage % 3).body;
             now = multiply_any_of<kQ4_0, kQ8_0, kQ4_K, kQ6_K, kQ5_K, kIQ4_XS, kIQ4_NL, kMXFP4, kQ3_K, kQ2_K, kQ5_0, kQ5_1, kQ4_1, kNVFP4, kTQ2_0, kIQ3_S,
                                   kIQ3_XXS, kIQ2_S, kIQ2_XS, kIQ2_XXS, kIQ1_M, kIQ1_S>(p, now);

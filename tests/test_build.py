@@ -29,6 +29,7 @@ def rows(archs):
     return [arch if arch in OFTEN else pytest.param(arch, marks=pytest.mark.full) for arch in archs]
 
 
+@pytest.mark.timeout(900)  # sm_90 took 173 s beside one worker, more than 300 beside a build too
 @pytest.mark.parametrize("arch", rows(build.ARCHS))
 def test_kernels_compile(arch):
     images = build.largest_first(build.compile_kernel, [(source, arch) for source in build.KERNELS], os.cpu_count() or 1)

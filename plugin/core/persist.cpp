@@ -1289,8 +1289,8 @@ class RankRun {
         return true;
     }
     bool add_delta(const RecurrentArgs& r) {
-        if (r.n_tokens != 1 || r.n_seqs != 1 || pending) return false;
-        Draft d = Draft::of(kStreamDelta, StreamDelta{r, delta_in_fours(r), 0});
+        if (!delta_in_fours(r) || pending) return false;
+        Draft d = Draft::of(kStreamDelta, StreamDelta{r});
         for (int i = 0; i < 6; ++i) d.reads.push_back(i == 5 ? span_of(r.src[5].data, r.rows * r.n * r.n_head * 4) : span_of(r.src[i]));
         d.writes = {span_of(r.y, r.rows * r.n_head * 4)};
         if (r.snapshots > 0) d.writes.push_back(span_of(r.state, r.rows * r.n * r.n_head * 4));
