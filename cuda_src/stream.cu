@@ -968,9 +968,9 @@ TP_DEVICE Progress take_input_as(Progress at) {
     return at;
 }
 // Models of two norms in a row have code of their own: the other one's registers are full.
-TP_OUTLINE Progress take_input_of_normed(Progress at) { return take_input_as<true>(at); }
+TP_OUTLINE Progress take_both(Progress at) { return take_input_as<true>(at); }
 TP_OUTLINE Progress take_input(Progress at) {
-    if (((const StreamProduct*)stage_at(at.stage % 3).body)->b_weight) return take_input_of_normed(at);
+    if (((const StreamProduct*)stage_at(at.stage % 3).body)->b_weight) return take_both(at);
     return take_input_as<false>(at);
 }
 
@@ -1712,9 +1712,11 @@ TP_DEVICE void fetch_ahead(const StreamFloats& f) {
         for (int i = thread - 32; i >= 0 && i < lines; i += kMultiply - 32) tp_prefetch(f.w + row * f.row_stride + i * 32);
 }
 
+// ---- what only some models have. Functions lie in the order of their mangled names, which begin with their lengths: nine letters put these behind the products,
+// so that what all models run lies as it did before there were these (docs/decisions.md).
 /// Norms of long rows, which are few: a block a row, four elements a thread at once. (By a warp a row of 4,096 would be 128 trips to the L2 in a row.)
 constexpr i64 kLongRow = 512;
-TP_OUTLINE void norm_long_rows(const FusedNormArgs& a, float factor) {
+TP_OUTLINE void norm_rows(const FusedNormArgs& a, float factor) {
     Shared& s = shared_of();
     const int n = (int)a.y.ne[0], thread = threadIdx.x;
     const i64 rows = a.y.ne[1] * a.y.ne[2] * a.y.ne[3];
@@ -1771,7 +1773,7 @@ TP_OUTLINE void norm_head(const FusedNormArgs& a, float factor, u32 row) {
         if (i < n) store_four(y + i * 4, v[j]);
     }
 }
-TP_OUTLINE void do_elements(const StreamElements& e, i64 first, i64 step) {
+TP_OUTLINE void map_elems(const StreamElements& e, i64 first, i64 step) {
     const int n = (int)tp_elems(e.y), n0 = (int)e.y.ne[0];
     for (int i = (int)first; i < n; i += (int)step) {
         Index here = {i, 0, 0, 0};
@@ -1796,7 +1798,7 @@ TP_OUTLINE void do_elements(const StreamElements& e, i64 first, i64 step) {
     }
 }
 /// Of words of four bytes.
-TP_OUTLINE void concat(const MoveArgs& args, i64 first, i64 step) {
+TP_OUTLINE void do_concat(const MoveArgs& args, i64 first, i64 step) {
     for (i64 i = first; i < tp_elems(args.y); i += step) {
         Index4 at = tp_index(args.y.ne, i);
         i32* const to = (i32*)tp_at(args.y, at);
@@ -1807,15 +1809,29 @@ TP_OUTLINE void concat(const MoveArgs& args, i64 first, i64 step) {
     }
 }
 /// A warp a few rows of a state, which come in one trip to the memory.
-TP_OUTLINE void do_delta(const RecurrentArgs& args, i64 first, i64 step) {
+TP_OUTLINE void run_delta(const RecurrentArgs& args, i64 first, i64 step) {
     const u32 rows = (u32)args.rows / kDeltaRows;
     for (i64 i = first / 32; i < rows * args.n_head; i += step / 32) {
         const u32 head = (u32)i / rows, row = (u32)i - head * rows;
         gated_delta_rows(args, (int)row * kDeltaRows, (int)head);
     }
 }
+TP_OUTLINE void glu_elems(const StreamGlu& g, i64 first, i64 step) {
+    for (i64 i = first; i < tp_elems(g.args.y); i += step) {
+        const Index4 at4 = tp_index(g.args.y.ne, i);
+        const Index at = {at4.i[0], at4.i[1], at4.i[2], at4.i[3]};
+        store(g.args.y, at, glu_of((GluOp)g.op, load(g.args.a, at), load(g.args.b, at), g.args.alpha, g.args.limit));
+    }
+}
+TP_OUTLINE void turn_pair(const StreamTurns& a, i64 first, i64 step) {
+    for (i64 i = first; i < a.rope.n_dims / 2; i += step) {
+        const Angle angle = angle_of(a.rope, i);
+        const i32 pos = *(const i32*)(a.rope.pos.data + angle.row * a.rope.pos.nb[0]);
+        rotation(a.rope, (float)pos, i, angle.power, a.table + 2 * i, a.table + 2 * i + 1);
+    }
+}
 /// Sixteen bytes a thread where they lie side by side.
-TP_OUTLINE void copy_floats(const float* from, float* to, i64 n, i64 first, i64 step) {
+TP_OUTLINE void copy_flat(const float* from, float* to, i64 n, i64 first, i64 step) {
     if (((u64)from | (u64)to | (u64)n * 4) % 16) {
         for (i64 i = first; i < n; i += step) to[i] = from[i];
         return;
@@ -1831,7 +1847,7 @@ TP_OUTLINE void copy_rows(const GetRowsArgs& a, i64 first, i64 step) {
             atomicExch(a.fault, (u32)kFaultRowIndex);
             continue;
         }
-        copy_floats((const float*)(a.w_view.data + of * a.w_view.nb[1]), (float*)(a.y.data + row * a.y.nb[1]), a.y.ne[0], first, step);
+        copy_flat((const float*)(a.w_view.data + of * a.w_view.nb[1]), (float*)(a.y.data + row * a.y.nb[1]), a.y.ne[0], first, step);
     }
 }
 
@@ -1865,14 +1881,14 @@ TP_OUTLINE Progress do_stage(Progress now) {
         }
         case kStreamCopy: {
             const StreamCopy& a = *(const StreamCopy*)body;
-            copy_floats(a.from, a.to, a.n, first, step);
+            copy_flat(a.from, a.to, a.n, first, step);
             break;
         }
         case kStreamNormRows: {  // a warp a row
             const FusedNormArgs& a = ((const StreamNormRows*)body)->norm;
             const float factor = ((const StreamNormRows*)body)->factor;
             if (a.y.ne[0] >= kLongRow) {
-                norm_long_rows(a, factor);
+                norm_rows(a, factor);
                 break;
             }
             const i64 rows = a.y.ne[1] * a.y.ne[2] * a.y.ne[3], n = a.y.ne[0];
@@ -1913,24 +1929,8 @@ TP_OUTLINE Progress do_stage(Progress now) {
             }
             break;
         }
-        case kStreamGlu: {
-            const StreamGlu& g = *(const StreamGlu*)body;
-            for (i64 i = first; i < tp_elems(g.args.y); i += step) {
-                const Index4 at4 = tp_index(g.args.y.ne, i);
-                const Index at = {at4.i[0], at4.i[1], at4.i[2], at4.i[3]};
-                store(g.args.y, at, glu_of((GluOp)g.op, load(g.args.a, at), load(g.args.b, at), g.args.alpha, g.args.limit));
-            }
-            break;
-        }
-        case kStreamTurns: {
-            const StreamTurns& a = *(const StreamTurns*)body;
-            for (i64 i = first; i < a.rope.n_dims / 2; i += step) {
-                const Angle angle = angle_of(a.rope, i);
-                const i32 pos = *(const i32*)(a.rope.pos.data + angle.row * a.rope.pos.nb[0]);
-                rotation(a.rope, (float)pos, i, angle.power, a.table + 2 * i, a.table + 2 * i + 1);
-            }
-            break;
-        }
+        case kStreamGlu: glu_elems(*(const StreamGlu*)body, first, step); break;
+        case kStreamTurns: turn_pair(*(const StreamTurns*)body, first, step); break;
         case kStreamRopeStore: {  // blocks of 256 threads
             const StreamRope& a = *(const StreamRope*)body;
             for (i64 block = first / 256; block < stage.count; block += step / 256) rope_store_one<true>(a.args, block, thread % 256, a.table, NoPieces{});
@@ -1957,9 +1957,9 @@ TP_OUTLINE Progress do_stage(Progress now) {
             if (((const StreamFloats*)body)->n <= gridDim.x) multiply_floats<1>(now.stage % 3);
             else multiply_floats<kFloatRows>(now.stage % 3);
             break;
-        case kStreamElements: do_elements(*(const StreamElements*)body, first, step); break;
-        case kStreamConcat: concat(((const StreamConcat*)body)->args, first, step); break;
-        case kStreamDelta: do_delta(((const StreamDelta*)body)->args, first, step); break;
+        case kStreamElements: map_elems(*(const StreamElements*)body, first, step); break;
+        case kStreamConcat: do_concat(((const StreamConcat*)body)->args, first, step); break;
+        case kStreamDelta: run_delta(((const StreamDelta*)body)->args, first, step); break;
         case kStreamCombine: combine_pieces(*(const StreamCombine*)body); break;
         default: break;
     }
