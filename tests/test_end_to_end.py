@@ -401,6 +401,12 @@ def test_small_ops_in_one_persistent_kernel(workers, models, family, quant, rank
     assert result["program"].count(" delta net ") == (N_LAYER // 2 if family == "qwen35" else 0)
 
 
+def test_two_norms_in_front_of_a_router(workers, models):
+    """What a router's floats are multiplied with has gone through two norms: the first is a stage there. Its weights are of eight, so that their lack tells."""
+    result = check(workers, models, "grok", "Q8_0", 1, arch="sm_90", scaled={"attn_output_norm": 8.0})
+    assert result["program"].count(" floats ") == N_LAYER == result["program"].count(" norm rows "), result["program"]
+
+
 def test_norms_over_all_heads_in_the_persistent_kernel(workers, models):
     """A row of 512 is a block's, where one of a head is a warp's."""
     result = check(workers, models, "minimax-m2", "Q4_0", 1, arch="sm_90", **WIDE)

@@ -459,7 +459,7 @@ class RankRun {
         if (r.input == kInputNorm) {
             StreamProduct p{};  // as a product takes it
             p.k = static_cast<i32>(w.k);
-            give_input(p, r, d);
+            give_input(p, r, d, false);
             f.a = p.a, f.b = p.b, f.weight = p.weight, f.eps = p.eps, f.sum = p.sum, f.sum_copy = p.sum_copy, f.norm = p.norm, f.has_norm = 1;
             f.share = p.share;
             f.norm_copy = memory_->vectors[kNormed];
@@ -620,7 +620,7 @@ class RankRun {
         }
         const Recipe r = found->second;
         found->second.used = true;
-        give_input(p, r, d);
+        give_input(p, r, d, true);
         kept_ = m.xq;
         d.set(e);
         stages.push_back(std::move(d));
@@ -734,7 +734,7 @@ class RankRun {
         if (kept_ != m.xq) {
             if (r.used) return false;
             found->second.used = true;
-            give_input(p, r, d);
+            give_input(p, r, d, true);
         }
         kept_ = m.xq;
         d.set(p);
@@ -742,14 +742,15 @@ class RankRun {
         return true;
     }
     /// The recipe becomes the product's input. Copies that only this kernel knows take the place of memory that the host may reuse.
-    void give_input(StreamProduct& p, const Recipe& r, Draft& d) {
+    /// norms_b: what takes it can norm what is added, too.
+    void give_input(StreamProduct& p, const Recipe& r, Draft& d, bool norms_b) {
         p.input = r.input;
         p.a = r.a, p.b = r.b, p.weight = r.weight, p.eps = r.eps, p.sum = r.sum, p.norm = r.norm;
         p.share = stream_share(r.k, memory_->n_blocks);
         bool own_a = false, own_b = false;
         if (p.input == kInputPlain && still(last_norm_, p.a, r.k)) p.a = last_norm_.copy, own_a = true;
         if (p.input == kInputNorm) {
-            take_norm_of_b(p, r.k);
+            if (norms_b) take_norm_of_b(p, r.k);
             own_a = take_copy(p.a, r.k);
             own_b = take_copy(p.b, r.k);
             if (r.sum) {
