@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ggml_tp
 import gguf
 import jobs
 import pytest
-from conftest import Workers
+import shapes
+from conftest import Workers, emulated
 from ggml_tp import explain, share
+from ggml_tp.host import nmse
 from ggml_tp.inspection import Inspection, Layer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,6 +228,23 @@ def test_a_synthetic_model_of_a_real_shape_is_whole_and_loads(tmp_path, type_):
     assert q.tensor_type.name == type_ and bytes(q.data[0][:64]) != bytes(k.data[0][:64])
     done = tool("bench", str(path), "--tests", "pp8,tg2", "-r", "1", "--ranks", "2", "--json", GGML_TP_EMULATE="sm_80*2")
     assert json.loads(done.stdout)[0]["tests"]["tg2"]["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize("name", ["gemma3-12b", "phi-4", "glm4-9b", "glm4.5-air", "qwen3.5-9b"])
+def test_a_synthetic_model_of_each_family_loads_and_is_one_launch_a_token(tmp_path, monkeypatch, name):
+    """Small, but with the tensors and keys that the large one has: a host refuses what lacks one."""
+    small = {"n_layer": 4, "n_embd": 256, "n_ff": 512, "n_head": 4, "n_head_kv": 2, "head_dim": 64, "n_vocab": 512}
+    more = {"glm4.5-air": {"n_expert": 16, "n_ff_expert": 256, "n_rope": 32}, "glm4-9b": {"n_rope": 32}, "qwen3.5-9b": {"n_rope": 32, "linear": (2, 4, 128)}}
+    monkeypatch.setitem(shapes.SHAPES, name, replace(shapes.SHAPES[name], **small, **more.get(name, {})))
+    path = tmp_path / "model.gguf"
+    shapes.write(path, name, "Q4_0", quiet=True)
+    arguments = {"model": str(path), "prompt": list(range(1, 20)), "n": 3}
+    workers = Workers()
+    reference = workers.run(jobs.run_model, {}, on_device=False, **arguments)
+    result = workers.run(jobs.run_model, emulated(1, "sm_90"), on_device=True, **arguments)
+    workers.close()
+    assert nmse(result["prompt_logits"], reference["prompt_logits"]) <= 2e-4
+    assert result["counters"].last_kernel_launches == 1, result["program"]
 
 
 def test_a_synthetic_gpt_oss_has_its_own_tensors_and_loads(tmp_path):
