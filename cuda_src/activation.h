@@ -13,6 +13,7 @@ TP_DEVICE float gelu_erf(float x) { return 0.5f * x * (1.0f + erff(x * 0.7071067
 TP_DEVICE float relu(float x) { return x > 0.0f ? x : 0.0f; }
 TP_DEVICE float clamp(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
 
+TP_DEVICE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 TP_DEVICE float hardsigmoid(float x) { return fminf(1.0f, fmaxf(0.0f, (x + 3.0f) / 6.0f)); }
 
 /// gpt-oss: the gate is clamped from above, the up half from both sides and shifted by one.
@@ -58,7 +59,7 @@ TP_DEVICE float unary_of(UnaryOp op, float x, float p0, float p1, float p2, floa
         case UnaryOp::kHardSigmoid: return hardsigmoid(x);
         case UnaryOp::kHardSwish: return x * hardsigmoid(x);
         case UnaryOp::kExpm1: return expm1f(x);
-        case UnaryOp::kSoftplus: return x > 20.0f ? x : log1pf(expf(x));
+        case UnaryOp::kSoftplus: return softplus(x);
         case UnaryOp::kXielu: return x > 0.0f ? p1 * x * x + p2 * x : (expm1f(fminf(x, p3)) - x) * p0 + p2 * x;
         case UnaryOp::kFloor: return floorf(x);
         case UnaryOp::kCeil: return ceilf(x);

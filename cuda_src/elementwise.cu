@@ -44,17 +44,14 @@ TP_DEVICE void fused_glu(const FusedGluArgs& args) {
 
 using namespace ggml_tp;
 
-#define BINARY(name, expression)                                                   \
-    TP_KERNEL(binary_##name, BinaryArgs, 256) {                                    \
-        for_my_element(args.y, [&](const Index& i) {                               \
-            const float a = load(args.a, i), b = load(args.b, wrap(i, args.b.ne)); \
-            store(args.y, i, expression);                                          \
-        });                                                                        \
+#define BINARY(name, op)                                                                                                                               \
+    TP_KERNEL(binary_##name, BinaryArgs, 256) {                                                                                                        \
+        for_my_element(args.y, [&](const Index& i) { store(args.y, i, binary_of(BinaryOp::op, load(args.a, i), load(args.b, wrap(i, args.b.ne)))); }); \
     }
-BINARY(add, a + b)
-BINARY(sub, a - b)
-BINARY(mul, a* b)
-BINARY(div, a / b)
+BINARY(add, kAdd)
+BINARY(sub, kSub)
+BINARY(mul, kMul)
+BINARY(div, kDiv)
 
 #define UNARY(name, op)                                                                                                                                \
     TP_KERNEL(unary_##name, UnaryArgs, 256) {                                                                                                          \

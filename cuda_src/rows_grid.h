@@ -10,6 +10,9 @@ inline constexpr u32 kElementThreads = 256;
 constexpr i64 n_rows(const View& v) { return v.ne[1] * v.ne[2] * v.ne[3]; }
 constexpr i64 n_elements(const View& v) { return v.ne[0] * n_rows(v); }
 constexpr bool same_shape(const View& a, const View& b) { return a.ne[0] == b.ne[0] && a.ne[1] == b.ne[1] && a.ne[2] == b.ne[2] && a.ne[3] == b.ne[3]; }
+constexpr bool same_view(const View& a, const View& b) {
+    return a.data == b.data && a.type == b.type && same_shape(a, b) && a.nb[0] == b.nb[0] && a.nb[1] == b.nb[1] && a.nb[2] == b.nb[2] && a.nb[3] == b.nb[3];
+}
 constexpr bool is_float_type(i32 type) { return type == kF32 || type == kF16 || type == kBF16; }
 
 /// Covers `elems` elements along dim 0 (an element may be a group) of `rows` rows; nothing to do, or too much: no kernel.

@@ -1715,7 +1715,6 @@ TP_DEVICE void fetch_ahead(const StreamFloats& f) {
 // ---- what only some models have. Functions lie in the order of their mangled names, which begin with their lengths: nine letters put these behind the products,
 // so that what all models run lies as it did before there were these (docs/decisions.md).
 /// Norms of long rows, which are few: a block a row, four elements a thread at once. (By a warp a row of 4,096 would be 128 trips to the L2 in a row.)
-constexpr i64 kLongRow = 512;
 TP_OUTLINE void norm_rows(const FusedNormArgs& a, float factor) {
     Shared& s = shared_of();
     const int n = (int)a.y.ne[0], thread = threadIdx.x;
@@ -1748,7 +1747,7 @@ TP_OUTLINE void norm_rows(const FusedNormArgs& a, float factor) {
 
 /// A row of at most 512 elements without a residual, whose lanes have four neighbours at a time: all of it, and of its weights, comes in one trip.
 TP_OUTLINE void norm_head(const FusedNormArgs& a, float factor, u32 row) {
-    constexpr int kFours = (int)kLongRow / 128;
+    constexpr int kFours = (int)kStreamLongRow / 128;
     const int lane = threadIdx.x % 32, n = (int)a.y.ne[0];
     const Index at = row_index(row, a.y.ne);
     const char* const x = element_at(a.a, at);
@@ -1887,7 +1886,7 @@ TP_OUTLINE Progress do_stage(Progress now) {
         case kStreamNormRows: {  // a warp a row
             const FusedNormArgs& a = ((const StreamNormRows*)body)->norm;
             const float factor = ((const StreamNormRows*)body)->factor;
-            if (a.y.ne[0] >= kLongRow) {
+            if (a.y.ne[0] >= kStreamLongRow) {
                 norm_rows(a, factor);
                 break;
             }

@@ -27,6 +27,7 @@ constexpr int kStreamStep = 8 * 32 * kStreamWarps;  // elements of an input that
 /// Elements of an input that each of so many blocks writes for others; a thread may have eight of them at most.
 inline i32 stream_share(i64 k, i64 blocks) { return (i32)(((k + blocks - 1) / blocks + 7) / 8 * 8); }
 
+constexpr i64 kStreamLongRow = 512;  // elements; norms of such rows are a block's, of shorter ones a warp's
 /// Elements of a product's input.
 inline i32 stream_input(const StreamProduct& p) { return p.role == kExpertsSum ? p.k * p.slots : p.k; }
 

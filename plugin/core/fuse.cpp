@@ -33,7 +33,7 @@ bool independent(const PlanStep& a, const PlanStep& b, const Graph& graph) {
     return !reads(a, x, y) && !reads(b, y, x);
 }
 
-constexpr size_t kLookAhead = 48;  // steps; Q, K and V lie at most a dozen apart, with biases and head norms between, a shared expert behind all of a router's
+constexpr size_t kLookAhead = 24;  // steps; Q, K and V lie at most a dozen apart, with biases and head norms between
 
 }  // namespace
 
@@ -80,9 +80,6 @@ void schedule(Plan& plan, const Graph& graph) {
 // ---- fuse
 namespace {
 
-bool same_view(const View& a, const View& b) {
-    return a.data == b.data && a.type == b.type && std::equal(a.ne, a.ne + 4, b.ne) && std::equal(a.nb, a.nb + 4, b.nb);
-}
 bool apart(const View& a, const View& b) {
     auto element = [](const View& v) { return v.type == kF16 || v.type == kBF16 ? 2 : v.type == kI64 ? 8 : 4; };
     i64 a_bytes = element(a), b_bytes = element(b);

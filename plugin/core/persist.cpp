@@ -114,7 +114,6 @@ bool is_dense(const View& v) {
     }
     return v.type == kF32;
 }
-bool same(const View& a, const View& b) { return a.data == b.data && a.type == b.type && std::equal(a.ne, a.ne + 4, b.ne) && std::equal(a.nb, a.nb + 4, b.nb); }
 
 /// One rank's reading of a run of steps. add() is called with the steps in order; false: this step ends the run (and this object is of no
 /// more use: the run is read again up to here).
@@ -372,7 +371,7 @@ class RankRun {
             auto fours = [](const View& v) {
                 return v.nb[0] == 4 && (reinterpret_cast<u64>(v.data) | static_cast<u64>(v.nb[1] | v.nb[2] | v.nb[3])) % 16 == 0;
             };
-            d.count = k <= 512 && k % 4 == 0 && !n.has_b && fours(n.a) && fours(n.y) && (!n.has_weight || fours(n.weight));
+            d.count = k < kStreamLongRow && k % 4 == 0 && !n.has_b && fours(n.a) && fours(n.y) && (!n.has_weight || fours(n.weight));
             d.reads = {span_of(n.a)};
             d.writes = {span_of(n.y)};
             if (n.has_b) d.reads.push_back(span_of(n.b)), d.writes.push_back(span_of(n.sum));
@@ -1161,8 +1160,9 @@ class RankRun {
         for (int op = 0; op < 4; ++op)
             if (!std::strcmp(l.launch.kernel, kBinaryKernels[op])) b.op = op;
         if (b.op == 0 && add_bias(b.args)) return true;
-        if (b.op >= 0 && !stages.empty() && stages.back().kind == kStreamElements && same(stages.back().get<StreamElements>().y, b.args.a) &&
-            same(b.args.a, b.args.y) && !meet({span_of(b.args.b)}, stages.back().writes) && stages.back().get<StreamElements>().n_steps < kStreamElementSteps)
+        if (b.op >= 0 && !stages.empty() && stages.back().kind == kStreamElements && same_view(stages.back().get<StreamElements>().y, b.args.a) &&
+            same_view(b.args.a, b.args.y) && !meet({span_of(b.args.b)}, stages.back().writes) &&
+            stages.back().get<StreamElements>().n_steps < kStreamElementSteps)
             return add_element_op(b.args.a, b.args.y, {b.args.b}, [&](StreamElements::Step& step) { step.op = kStreamWithOther + b.op, step.b = b.args.b; });
         Draft d = Draft::of(kStreamBinary, b);
         d.reads = {span_of(b.args.a), span_of(b.args.b)};
@@ -1176,15 +1176,15 @@ class RankRun {
     template <class Add>
     bool add_element_op(const View& x, const View& y, const std::vector<View>& others, const Add& add) {
         if (n_elements(y) > kMostElems || x.type != kF32 || y.type != kF32 || pending) return false;
-        if (!same(x, y) && meet({span_of(x)}, {span_of(y)})) return false;
-        if (!stages.empty()) make_elements(stages.back());
+        if (!same_view(x, y) && meet({span_of(x)}, {span_of(y)})) return false;
+        if (!stages.empty() && same_view(x, y)) make_elements(stages.back(), x);
         std::vector<Span> more;
         for (const View& other : others) more.push_back(span_of(other));
         if (!stages.empty() && stages.back().kind == kStreamElements) {
             Draft& last = stages.back();
             StreamElements e = last.get<StreamElements>();
             const bool reshaped = others.empty() && is_dense(e.y) && is_dense(x) && e.y.data == x.data && n_elements(e.y) == n_elements(x);
-            if (e.n_steps < kStreamElementSteps && (same(e.y, x) || reshaped) && same(x, y) && !meet(more, last.writes)) {
+            if (e.n_steps < kStreamElementSteps && (same_view(e.y, x) || reshaped) && same_view(x, y) && !meet(more, last.writes)) {
                 add(e.step[e.n_steps++]);
                 last.reads.insert(last.reads.end(), more.begin(), more.end());
                 last.set(e);
@@ -1201,11 +1201,11 @@ class RankRun {
         stages.push_back(std::move(d));
         return true;
     }
-    /// A sum, a product, ... of two, that nothing else is to be done with, as ops.
-    static void make_elements(Draft& d) {
+    /// A sum, a product, ... of two that x is, as ops that another can follow.
+    static void make_elements(Draft& d, const View& x) {
         if (d.kind != kStreamBinary) return;
         const StreamBinary b = d.get<StreamBinary>();
-        if (b.copy || b.n_push || b.args.a.type != kF32 || b.args.b.type != kF32 || b.args.y.type != kF32) return;
+        if (!same_view(b.args.y, x) || b.copy || b.n_push || b.args.a.type != kF32 || b.args.b.type != kF32 || b.args.y.type != kF32) return;
         StreamElements e{};
         e.x = b.args.a, e.y = b.args.y, e.n_steps = 1;
         e.step[0].b = b.args.b, e.step[0].op = kStreamWithOther + b.op;
@@ -1221,7 +1221,7 @@ class RankRun {
         if (op < 0) return false;
         if (op == static_cast<i32>(UnaryOp::kScale) && u.p1 == 0 && !stages.empty() && stages.back().kind == kStreamNormRows) {
             StreamNormRows n = stages.back().get<StreamNormRows>();
-            if (same(n.norm.y, u.x) && same(u.x, u.y)) {
+            if (same_view(n.norm.y, u.x) && same_view(u.x, u.y)) {
                 n.factor *= u.p0;
                 stages.back().set(n);
                 return true;
@@ -1235,7 +1235,8 @@ class RankRun {
     bool add_rms_norm(const NormArgs& n) {
         const i64 k = n.y.ne[0];
         auto rows = [k](const View& v) {
-            return v.type == kF32 && v.nb[0] == 4 && (k < 512 || (reinterpret_cast<u64>(v.data) | static_cast<u64>(v.nb[1])) % 16 == 0);
+            const bool fours = (reinterpret_cast<u64>(v.data) | static_cast<u64>(v.nb[1] | v.nb[2] | v.nb[3])) % 16 == 0;
+            return v.type == kF32 && v.nb[0] == 4 && (k < kStreamLongRow || fours);
         };
         if (!rows(n.x) || !rows(n.y) || k % 4 || n_elements(n.y) > kMostElems || pending) return false;
         if (n.has_weight && (!is_vector(n.weight, k))) return false;
