@@ -419,7 +419,7 @@ struct MergeRunsArgs {
 struct MulIdArgs {
     Matrix w;  // [k, n, n_expert]
     View x;    // F32 [k_end - k_begin, n_used or 1, n_tokens]
-    View ids;  // I32 [n_used, n_tokens]
+    View ids;  // I32 [n_used, n_tokens]; without data: entries take all experts in turn (a matrix for each head)
     View y;    // F32 [n, n_used, n_tokens]
     const char *xq, *xd;
     i64 k_begin, k_end;

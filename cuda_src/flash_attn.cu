@@ -103,7 +103,7 @@ FLASH_COLUMNS(256)
 #endif
 
 // grid: (n_head, n_tok, ns), a thread per element of a head.
-TP_KERNEL(flash_combine, FlashCombineArgs, 256) {
+TP_KERNEL(flash_combine, FlashCombineArgs, 512) {
     using namespace ggml_tp;
     const i64 head = blockIdx.x, token = blockIdx.y, stream = blockIdx.z, dv = args.y.ne[0];
     const float y = flash_combined(args, head, token, stream, threadIdx.x);

@@ -6,15 +6,11 @@
 // Q, K, V and P are halves, sums f32. grid: (n_head / heads, tiles of tokens, ns); the last tokens, which see most, go first.
 #include "element.h"
 #include "flash_attn.h"
+#include "flash_look.h"
 
 #if TP_ARCH >= 800
 
 namespace ggml_tp {
-
-TP_DEVICE u32 pack(float low, float high) { return (u32)tp_float_to_half(low) | (u32)tp_float_to_half(high) << 16; }
-
-constexpr u16 kClosed = 0xfc00;  // -inf: a cell that a token does not see
-constexpr float kLog2E = 1.44269504088896340736f;
 
 /// kD: head size, rounded up; what lies beyond the real one is zero.
 template <int kD, int kWarps>
@@ -57,68 +53,7 @@ TP_DEVICE void flash_tile(const FlashTileArgs& args) {
         if constexpr (!kKeepsQ) q_at(c) = {(int)four[0], (int)four[1], (int)four[2], (int)four[3]};
     }
 
-    // Bits of the steps of a window: some token sees a cell; some value is not 0, or a cell lies beyond the last.
-    u32 open = 0, mixed = 0;
-    int window = -1;
-    auto look = [&](int next) {
-        window = next;
-        const int left = n_steps - window * kFlashTileWindow;  // steps, at least one
-        const u32 there = left < kFlashTileWindow ? (1u << left) - 1 : ~0u;
-        const u32 ragged = n_kv % kCells && left <= kFlashTileWindow ? 1u << (left - 1) : 0u;
-        open = mask ? 0u : there, mixed = ragged;
-        if (!mask) return;
-        // A warp reads 256 cells of 8 tokens at a time: all loads are under way together, and a lane has cells of one step.
-        constexpr int kLanes = kCells / 8, kSteps = 32 / kLanes, kGroups = kFlashTileWindow / kSteps, kLook = 8;
-        u32 seen = 0, other = 0;
-        for (int i = warp; i < kGroups * (tokens / kLook); i += kWarps) {
-            const int group = i % kGroups, token = token0 + i / kGroups * kLook;
-            const int cell = window * kFlashTileWindow * kCells + group * 256 + lane * 8;
-            const char* from = mask + token * a.mask.nb[1] + (i64)cell * 2;
-            const bool whole = cell + 8 <= n_kv;
-            TpInt4 eight[kLook];
-#pragma unroll
-            for (int row = 0; row < kLook; ++row) eight[row] = tp_load_in_order(from + row * a.mask.nb[1], whole && token + row < n_tokens);
-            u32 not_closed = 0, not_zero = 0;
-#pragma unroll
-            for (int row = 0; row < kLook; ++row) {
-                if (token + row >= n_tokens) break;
-                constexpr int kTwo = (int)(kClosed | (u32)kClosed << 16);
-                if (whole) not_closed |= (u32)((eight[row].x ^ kTwo) | (eight[row].y ^ kTwo) | (eight[row].z ^ kTwo) | (eight[row].w ^ kTwo));
-                if (whole) not_zero |= (u32)(eight[row].x | eight[row].y | eight[row].z | eight[row].w);
-                for (int e = 0; !whole && cell + e < n_kv; ++e) not_closed |= (u32)(*(const u16*)(from + row * a.mask.nb[1] + e * 2) ^ kClosed);
-            }
-            const u32 lanes_seen = __ballot_sync(0xffffffffu, not_closed != 0), lanes_other = __ballot_sync(0xffffffffu, not_zero != 0);
-#pragma unroll
-            for (int step = 0; step < kSteps; ++step) {
-                constexpr u32 kOne = (1u << kLanes) - 1;
-                seen |= (u32)((lanes_seen >> step * kLanes & kOne) != 0) << (group * kSteps + step);
-                other |= (u32)((lanes_other >> step * kLanes & kOne) != 0) << (group * kSteps + step);
-            }
-        }
-        // Windows take turns: who writes a window's words is behind the barrier of the one before, and all had read these words before that.
-        u32* words = looks + window % 2 * 2 * kWarps;
-        if (lane == 0) words[warp] = seen, words[kWarps + warp] = other;
-        __syncthreads();
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) open |= words[w], mixed |= words[kWarps + w];
-    };
-    // The first open step from `step` on, and whether it is mixed; n_steps: none.
-    struct Step {
-        int number;
-        bool mixed;
-    };
-    auto next_open = [&](int step) -> Step {
-        while (step < n_steps) {
-            if (step / kFlashTileWindow != window) look(step / kFlashTileWindow);
-            const u32 ahead = open >> step % kFlashTileWindow;
-            if (ahead) {
-                step += __ffs((int)ahead) - 1;
-                return {step, (mixed >> step % kFlashTileWindow & 1) != 0};
-            }
-            step = (step / kFlashTileWindow + 1) * kFlashTileWindow;
-        }
-        return {n_steps, false};
-    };
+    SeenSteps<kCells, kWarps> seen{mask, a.mask.nb[1], token0, tokens, n_tokens, n_kv, n_steps, looks, thread};
     auto fetch = [&](int step, int stage) {
         u16* k_tile = shared + stage * 2 * kCells * kStride;
 #pragma unroll
@@ -132,9 +67,9 @@ TP_DEVICE void flash_tile(const FlashTileArgs& args) {
     };
 
     float out[kD / 8][4] = {}, most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-    Step step = {-1, false};
+    SeenStep step = {-1, false};
     for (int stage = 1; step.number < n_steps; stage ^= 1) {
-        const Step next = next_open(step.number + 1);
+        const SeenStep next = seen.next(step.number + 1);
         tp_copy_wait();
         __syncthreads();  // all threads' copies of this step are there, and all have read the other stage to its end
         if (next.number < n_steps) fetch(next.number, stage ^ 1);
@@ -173,10 +108,7 @@ TP_DEVICE void flash_tile(const FlashTileArgs& args) {
                 const char* row = mask + (token < n_tokens ? token : n_tokens - 1) * a.mask.nb[1];
 #pragma unroll
                 for (int j = 0; j < kCells / 8; ++j) {
-                    const int cell = first + j * 8 + 2 * t;
-                    u32 two = kClosed | (u32)kClosed << 16;
-                    if (cell + 1 < n_kv) two = mask ? *(const u32*)(row + (i64)cell * 2) : 0u;
-                    else if (cell < n_kv) two = (mask ? *(const u16*)(row + (i64)cell * 2) : 0u) | (u32)kClosed << 16;
+                    const u32 two = mask_of_two(mask ? row : nullptr, first + j * 8 + 2 * t, n_kv);
                     score[j][2 * half] += slope * tp_half_to_float((u16)two);
                     score[j][2 * half + 1] += slope * tp_half_to_float((u16)(two >> 16));
                 }

@@ -8,6 +8,16 @@ TP_KERNEL(group_experts, GroupArgs, 256) {
     __shared__ i32 counts[kGroupExperts];
     __shared__ i32 before[2], taken;  // entries and tiles of the experts before this one
     const i32 expert = (i32)blockIdx.x, n_used = (i32)args.ids.ne[0], n = (i32)(args.ids.ne[0] * args.ids.ne[1]);
+    if (!args.ids.data) {  // each has as many
+        const i32 count = n / (i32)args.n_expert, n_tiles = (count + args.columns - 1) / args.columns;
+        for (i32 i = (i32)threadIdx.x; i < count; i += (i32)blockDim.x) args.entries[expert * count + i] = i * (i32)args.n_expert + expert;
+        for (i32 i = (i32)threadIdx.x; i < n_tiles; i += (i32)blockDim.x) {
+            const i32 left = count - i * args.columns;
+            args.tiles[expert * n_tiles + i] = {expert, expert * count + i * args.columns, left < args.columns ? left : args.columns, 0};
+        }
+        if (expert == 0 && threadIdx.x == 0) *args.n_tiles = (i32)args.n_expert * n_tiles;
+        return;
+    }
     for (i32 e = (i32)threadIdx.x; e < (i32)args.n_expert; e += (i32)blockDim.x) counts[e] = 0;
     if (threadIdx.x == 0) taken = 0;
     __syncthreads();

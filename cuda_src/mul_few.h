@@ -1,6 +1,7 @@
 // Launch settings of mul_few.cu.
 #pragma once
 #include "mul_wgmma.h"
+#include "shared_memory.h"
 
 namespace ggml_tp {
 
@@ -101,17 +102,6 @@ constexpr int few_columns(i64 m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 
 struct FewRing {
     int blocks, stages;
 };
-/// KB of shared memory of a multiprocessor, from an architecture on (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
-constexpr int shared_kb(i32 cc) {
-    struct Row {
-        i32 cc;
-        int kb;
-    };
-    constexpr Row kRows[] = {{1200, 99}, {900, 227}, {880, 99}, {870, 163}, {810, 99}, {800, 163}};
-    for (const Row& row : kRows)
-        if (cc >= row.cc) return row.kb;
-    return 99;
-}
 constexpr FewRing few_ring(const FewShape& shape, Arch arch) {
     const int kb = shared_kb(arch.cc);
     FewRing ring{shape.blocks, 0};

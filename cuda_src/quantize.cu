@@ -1,9 +1,9 @@
-// Activations to int8, one scale per 32 elements: a warp per block of 32. grid: (k / 32 / 4, rows), block: 32 x 4.
+// Activations to int8, one scale per 32 elements: a warp per block of 32. grid: (rows, k / 32 / 4), block: 32 x 4.
 #include "index.h"
 #include "quantize_group.h"
 
 TP_KERNEL(quantize_x, QuantizeArgs, 128) {
-    const i64 block = (i64)blockIdx.x * 4 + threadIdx.y, row = blockIdx.y, k = block * 32 + threadIdx.x;
+    const i64 block = (i64)blockIdx.y * 4 + threadIdx.y, row = blockIdx.x, k = block * 32 + threadIdx.x;
     if (block >= args.k / 32) return;
     const i64 i1 = row % args.x.ne[1], i2 = row / args.x.ne[1] % args.x.ne[2], i3 = row / (args.x.ne[1] * args.x.ne[2]);
     float v = 0;
@@ -23,7 +23,7 @@ TP_KERNEL(quantize_x, QuantizeArgs, 128) {
 // Activations to halves for the tensor cores (mul_tile.cu): [rows][k] at xq, zero outside [k_begin, k_end). Four elements a thread.
 template <bool kBf16>
 TP_DEVICE void halve(const ggml_tp::QuantizeArgs& args) {
-    const i64 k = ((i64)blockIdx.x * 128 + threadIdx.y * 32 + threadIdx.x) * 4, row = blockIdx.y;
+    const i64 k = ((i64)blockIdx.y * 128 + threadIdx.y * 32 + threadIdx.x) * 4, row = blockIdx.x;
     if (k >= args.k) return;
     const i64 i1 = row % args.x.ne[1], i2 = row / args.x.ne[1] % args.x.ne[2], i3 = row / (args.x.ne[1] * args.x.ne[2]);
     const char* x = args.x.data + i1 * args.x.nb[1] + i2 * args.x.nb[2] + i3 * args.x.nb[3];

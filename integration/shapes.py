@@ -42,6 +42,9 @@ class Shape:
     n_shared: int = 0  # experts that all tokens go through, each of n_ff_expert
     n_linear: int = 0  # layers of linear attention in front of each one of softmax attention
     linear: tuple[int, int, int] = (0, 0, 0)  # their key heads, value heads and the size of both
+    # Latent attention: ranks of queries (0: one matrix) and of what is cached, a head's part that does not turn and the one that does, its value.
+    latent: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
+    groups: tuple[int, int] = (0, 0)  # of experts, and how many of them a token is sent to
 
 
 SHAPES = {
@@ -52,12 +55,16 @@ SHAPES = {
     "llama-70b": Shape("llama", 80, 8192, 28672, 64, 8, 128, 128256),
     "qwen2.5-72b": Shape("qwen2", 80, 8192, 29696, 64, 8, 128, 152064),  # ffn 29568, rounded up to whole 256-blocks
     "qwen3-30b-a3b": Shape("qwen3moe", 48, 2048, 6144, 32, 4, 128, 151936, n_expert=128, n_expert_used=8, n_ff_expert=768),
-    # In MXFP4 as its files are: experts; attention's matrices have the head's type. 2,880 is no multiple of 256: types with blocks of 32.
     "gemma3-12b": Shape("gemma3", 48, 3840, 15360, 16, 8, 256, 262144, window=1024),
     "phi-4": Shape("phi3", 40, 5120, 17920, 40, 10, 128, 100352),
     "glm4-9b": Shape("glm4", 40, 4096, 13696, 32, 2, 128, 151552, n_rope=64),  # 13,696 is no multiple of 256 either
     "glm4.5-air": Shape("glm4moe", 46, 4096, 10944, 96, 8, 128, 151552, 128, 8, 1408, n_rope=64, n_dense=1, n_shared=1),  # without its predicting layer
     "qwen3.5-9b": Shape("qwen35", 32, 4096, 12288, 16, 4, 256, 248320, n_rope=64, n_linear=3, linear=(16, 32, 128)),
+    "qwen3.5-35b-a3b": Shape("qwen35moe", 40, 2048, 512, 16, 2, 256, 248320, 256, 8, 512, n_rope=64, n_shared=1, n_linear=3, linear=(16, 32, 128)),
+    "glm-4.7-flash": Shape("deepseek2", 47, 2048, 10240, 20, 1, 576, 154880, 64, 4, 1536, n_rope=64, n_dense=1, n_shared=1, latent=(768, 512, 192, 64, 256)),
+    "deepseek-v3": Shape("deepseek2", 61, 7168, 18432, 128, 1, 576, 129280, 256, 8, 2048, n_rope=64, n_dense=3, n_shared=1, latent=(1536, 512, 128, 64, 128),
+        groups=(8, 4)),
+    # In MXFP4 as its files are: experts; attention's matrices have the head's type. 2,880 is no multiple of 256: types with blocks of 32.
     "gpt-oss-20b": Shape("gpt-oss", 24, 2880, 2880, 64, 8, 64, 201088, n_expert=32, n_expert_used=4, n_ff_expert=2880, window=128),
 }
 
@@ -201,6 +208,14 @@ def tensors(shape: Shape, type_: str) -> Iterator[Tensor]:
             yield from (Tensor(f"{p}ssm_conv1d.weight", (4, channels), "F32", 0.5), Tensor(p + "ssm_dt.bias", (n_values,), "F32", 0.1))
             yield from (Tensor(p + "ssm_a", (n_values,), "F32", -1.0), Tensor(p + "ssm_norm.weight", (size,), "F32"))
             yield matrix(p + "ssm_out.weight", n_values * size, d)
+        elif shape.arch == "deepseek2":
+            rank, latent, plain, turned, value = shape.latent
+            if rank:
+                yield from (matrix(p + "attn_q_a.weight", d, rank), Tensor(p + "attn_q_a_norm.weight", (rank,), "F32"))
+            yield matrix(p + ("attn_q_b" if rank else "attn_q") + ".weight", rank or d, shape.n_head * (plain + turned))
+            yield from (matrix(p + "attn_kv_a_mqa.weight", d, latent + turned), Tensor(p + "attn_kv_a_norm.weight", (latent,), "F32"))
+            yield from (matrix(p + "attn_k_b.weight", plain, latent, shape.n_head), matrix(p + "attn_v_b.weight", latent, value, shape.n_head))
+            q = shape.n_head * value
         elif shape.arch == "phi3":
             yield matrix(f"{p}attn_qkv.weight", d, q + 2 * kv)
         else:
@@ -214,17 +229,19 @@ def tensors(shape: Shape, type_: str) -> Iterator[Tensor]:
         if (shape.arch.startswith("qwen3") and not linear) or shape.arch in ("gemma3", "glm4moe"):
             yield from (Tensor(f"{p}attn_{x}_norm.weight", (shape.head_dim,), "F32") for x in "qk")
         behind = ("post_attention_norm", "ffn_norm", "post_ffw_norm") if shape.arch in ("gemma3", "glm4") else ()  # norms of what is added, too
-        for norm in behind or ("post_attention_norm" if shape.arch in ("gpt-oss", "glm4moe", "qwen35") else "ffn_norm",):
+        for norm in behind or ("post_attention_norm" if shape.arch in ("gpt-oss", "glm4moe", "qwen35", "qwen35moe") else "ffn_norm",):
             yield Tensor(f"{p}{norm}.weight", (d,), "F32")
         if shape.n_expert and i >= shape.n_dense:
             n, f = shape.n_expert, shape.n_ff_expert
             yield matrix(p + "ffn_gate_inp.weight", d, n, of="F32")
             yield from (matrix(p + "ffn_gate_exps.weight", d, f, n), matrix(p + "ffn_up_exps.weight", d, f, n))
             yield matrix(p + "ffn_down_exps.weight", f, d, n)
-            if shape.arch == "glm4moe":
+            if shape.arch in ("glm4moe", "deepseek2"):
                 yield bias(p + "exp_probs_b", n)
             if shape.n_shared:
                 shared = f * shape.n_shared
+                if shape.arch == "qwen35moe":
+                    yield matrix(p + "ffn_gate_inp_shexp.weight", d, of="F32")
                 yield from (matrix(p + "ffn_gate_shexp.weight", d, shared), matrix(p + "ffn_up_shexp.weight", d, shared))
                 yield matrix(p + "ffn_down_shexp.weight", shared, d)
             if oss:
@@ -247,7 +264,7 @@ def _write_header(path: Path, name: str, shape: Shape, all_tensors: list[Tensor]
     writer.add_head_count(shape.n_head)
     writer.add_head_count_kv(shape.n_head_kv)
     writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
+    writer.add_value_length(shape.latent[1] or shape.head_dim)
     writer.add_rope_dimension_count(shape.n_rope or shape.head_dim)
     writer.add_rope_freq_base(500000.0)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -256,7 +273,20 @@ def _write_header(path: Path, name: str, shape: Shape, all_tensors: list[Tensor]
         writer.add_expert_count(shape.n_expert)
         writer.add_expert_used_count(shape.n_expert_used)
         writer.add_expert_feed_forward_length(shape.n_ff_expert)
-    if shape.n_shared:
+    if shape.arch == "deepseek2":
+        rank, latent, plain, turned, value = shape.latent
+        if rank:
+            writer.add_q_lora_rank(rank)
+        writer.add_kv_lora_rank(latent)
+        writer.add_key_length_mla(plain + turned)
+        writer.add_value_length_mla(value)
+        writer.add_expert_weights_scale(1.8)
+        if shape.groups[0]:
+            writer.add_expert_group_count(shape.groups[0])
+            writer.add_expert_group_used_count(shape.groups[1])
+    if shape.n_shared and shape.arch == "qwen35moe":
+        writer.add_expert_shared_feed_forward_length(shape.n_ff_expert)
+    elif shape.n_shared:
         writer.add_expert_shared_count(shape.n_shared)
         writer.add_leading_dense_block_count(shape.n_dense)
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)

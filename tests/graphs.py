@@ -555,6 +555,19 @@ def _attention() -> None:
         mask = g.leaf(F16, n_kv, n_tokens, values=causal(n_kv, n_tokens))
         return g.lib.ggml_flash_attn_ext(g.c, g.leaf(F32, d, n_tokens, heads), view("cache_k_l0"), view("cache_v_l0"), mask, d**-0.5, max_bias, 0.0)
 
+    def latent(g: Case, heads: int, n_tokens: int, n_kv: int, d: int = 576, dv: int = 512, softcap: float = 0.0, max_bias: float = 0.0, mask: bool = True,
+               streams: int = 1, type_: int = F16, closed: tuple[int, int] = (0, 0), slanted: bool = False) -> Any:  # fmt: skip
+        """All heads read one row of keys a cell, whose beginning is the values."""
+        cache = g.leaf(type_, d, n_kv, 1, streams)
+        row = g.lib.ggml_row_size(type_, d)
+        v = g.lib.ggml_view_4d(g.c, cache, dv, n_kv, 1, streams, row, row * n_kv, row * n_kv, 0)
+        values = np.broadcast_to(causal(n_kv, n_tokens), (streams, 1, n_tokens, n_kv)).copy()
+        values[..., closed[0] : closed[1]] = -np.inf
+        if slanted:
+            values = values + g.rng.uniform(-2, 2, values.shape)
+        m = g.leaf(F16, n_kv, n_tokens, 1, streams, values=values) if mask else g.null
+        return g.lib.ggml_flash_attn_ext(g.c, g.leaf(F32, d, n_tokens, heads, streams), cache, v, m, d**-0.5, max_bias, softcap)
+
     def product(g: Case, type_: int, n_tokens: int) -> Any:
         """What follows attention: it leaves what the product reads."""
         out = of_cache(g, F16, 8, 4, n_kv=256, n_tokens=n_tokens)
@@ -606,6 +619,19 @@ def _attention() -> None:
         case(f"flash_attn of caches, 70 tokens, {heads} heads of {kv_heads}")(
             lambda g, h=heads, n=kv_heads: of_cache(g, F16, h, n, n_kv=136, n_tokens=70, max_bias=8.0)
         )
+    for heads, n_tokens, n_kv in ((20, 1, 256), (5, 1, 1400), (16, 3, 96), (128, 1, 136), (20, 9, 304), (1, 70, 128), (4, 40, 80)):
+        case(f"flash_attn latent, {heads} heads, {n_tokens} tokens, {n_kv} cells")(lambda g, h=heads, t=n_tokens, n=n_kv: latent(g, h, t, n))
+    for d, dv in ((96, 64), (320, 256), (136, 72)):
+        for n_tokens in (1, 9):
+            case(f"flash_attn latent of {dv} in {d}, {n_tokens} tokens")(lambda g, d=d, v=dv, t=n_tokens: latent(g, 8, t, 104, d, v))
+    case("flash_attn latent, steps closed between")(lambda g: latent(g, 20, 4, 400, closed=(70, 280)))
+    case("flash_attn latent, windows closed between")(lambda g: latent(g, 3, 24, 66 * 32 + 8, 96, 64, closed=(100, 65 * 32 + 5)))
+    case("flash_attn latent, a mask of any values")(lambda g: latent(g, 6, 12, 208, slanted=True))
+    case("flash_attn latent, no mask")(lambda g: latent(g, 20, 4, 101, mask=False))
+    case("flash_attn latent, ALiBi, softcap")(lambda g: latent(g, 8, 10, 96, max_bias=8.0, softcap=20.0))
+    case("flash_attn latent, two streams")(lambda g: latent(g, 20, 5, 160, streams=2))
+    case("flash_attn latent, some see nothing")(lambda g: latent(g, 4, 60, 40))
+    case("flash_attn quantised latent cache")(lambda g: latent(g, 8, 5, 96, type_=Q8_0))
     case("flash_attn 1 token, many cells")(lambda g: flash(g, d=128, n_tokens=1, n_kv=1536))
     case("flash_attn 1 token, cells of others between")(lambda g: flash(g, d=128, n_tokens=1, n_kv=1536, closed=(33, 1301)))
     case("flash_attn, 20 heads of one KV head")(lambda g: flash(g, heads=20, kv_heads=1))

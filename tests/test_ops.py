@@ -178,6 +178,17 @@ def test_warpgroups_take_what_they_can(workers):
 
 
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
+@pytest.mark.parametrize(("arch", "ranks"), [("sm_80", 1), ("sm_90", 3)])
+def test_latent_attention(workers, reference, arch, ranks):
+    """The shapes that test_ops' architectures have no shared memory for; and which kernel each is."""
+    check(workers, reference, arch, ranks, [name for name in CASES if "latent" in name])
+    expected = {"20 heads, 1 tokens, 256 cells": "flash_latent_64<1,", "5 heads, 1 tokens, 1400 cells": "flash_latent_16<1,", "128 heads, 1": "flash_latent_64<2,"}
+    names = [name for text in expected for name in ALL_CASES if text in name]
+    programs = workers.run(jobs.programs, emulated(1, arch), names=names)
+    for name, kernel in zip(names, expected.values(), strict=True):
+        assert kernel in programs[name], programs[name]
+
+
 def test_few_columns_have_their_kernel(workers):
     """From three columns on, where there are tensor cores (few_least); two read weights once too, by mul_vec."""
     names = [f"mul_mat Q4_0 attn_q m{m}" for m in (2, 6, 33)]

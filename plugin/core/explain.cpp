@@ -36,7 +36,7 @@ const char* reason_of(const Stored& s, int n_ranks) {
     }
     if (s.confirmed) return "the graph reads it in ways that no division serves";
     switch (s.role) {
-        case Role::kWhole: return "it chooses experts: every rank needs all of it";
+        case Role::kWhole: return "every rank needs all that comes of it";
         case Role::kReplicated: return s.ne[1] == 1 && s.ne[2] == 1 ? "a vector for whole rows" : "no rule for its name";
         default: return "its shape gives nothing to divide";
     }

@@ -9,6 +9,7 @@
 #include "elementwise.h"
 #include "experts.h"
 #include "flash_attn.h"
+#include "flash_latent.h"
 #include "fuse.h"
 #include "halve_weights.h"
 #include "hyper.h"
@@ -54,7 +55,7 @@ RankLaunch make(const Launch& launch, const Args& args) {
 bool is_empty(const View& v) { return v.ne[0] * v.ne[1] * v.ne[2] * v.ne[3] == 0; }
 
 /// Activations in scratch, in the form that a product wants them.
-enum class Prepared { kNone, kInt8, kHalf, kBf16, kHalfPanels, kBf16Panels, kHalfEntries, kBf16Entries };
+enum class Prepared { kNone, kInt8, kHalf, kBf16, kHalfPanels, kBf16Panels, kHalfEntries, kBf16Entries, kOther };  // kOther: nobody else's
 
 /// What one op needs on one rank: its tensors as that rank sees them.
 struct Site {
@@ -164,6 +165,8 @@ bool lower_quantize(const Site& s, Lowered& out, QuantizeArgs& prepare) {
     return true;
 }
 
+constexpr i64 kMostEntries = 65535;  // of a product of experts (mul_tile_id_can)
+
 /// A product of many columns on tensor cores, and before it its activations as halves. sums_at: where in the partials its pieces may meet, behind the
 /// halves of weights if a launch in front makes them there.
 void lower_tiles(const Site& s, Lowered& out, const MulMatArgs& args, const QuantizeArgs& prepare, i64 sums_at) {
@@ -183,6 +186,49 @@ void lower_tiles(const Site& s, Lowered& out, const MulMatArgs& args, const Quan
         out.partial_bytes = std::max(out.partial_bytes, sums_at + bytes);
     }
     out.add(few ? mul_few_launch(product, s.arch) : mul_wgmma_launch(product, s.arch), product);
+}
+
+void lower_expert_products(const Site& s, Lowered& out, MulIdArgs args);
+
+/// A matrix for each head (latent attention's, absorbed) is a product of experts that are taken in turn: a token's slots are its heads.
+bool heads_are_experts(const MulMatArgs& m, i32* n_slots) {
+    const i64 heads = m.x.ne[2];
+    if (!m.w.repacked || m.ratio2 != 1 || heads < 2 || m.x.ne[3] != 1 || m.w.ne3 != 1 || m.dim2_offset_x - m.dim2_offset_w + heads > m.w.ne2) return false;
+    *n_slots = static_cast<i32>(heads);
+    if (m.x.ne[1] == 1)  // of one token: as many as mul_vec_id takes, and what it takes for tokens are the others
+        while (*n_slots > kVecSlots || heads % *n_slots) --*n_slots;
+    return true;
+}
+void lower_heads(const Site& s, Lowered& out, const MulMatArgs& m, i32 n_slots) {
+    auto swapped = [&](View v, i64 first, i64 tokens) {
+        v.data += first * v.nb[1];
+        const i64 per_token = v.nb[1], per_head = v.nb[2], heads = v.ne[2];
+        v.ne[1] = n_slots, v.nb[1] = per_head;
+        v.ne[2] = tokens * heads / n_slots, v.nb[2] = n_slots == heads ? per_token : n_slots * per_head;
+        return v;
+    };
+    MulIdArgs args{};
+    args.w = m.w;
+    for (int f = 0; f < 4; ++f)
+        if (args.w.plane[f]) args.w.plane[f] += (m.dim2_offset_x - m.dim2_offset_w) * args.w.nb2[f];
+    args.w.ne2 = m.x.ne[2];
+    args.k_begin = m.k_begin, args.k_end = m.k_end;
+    args.fault = s.fault;
+    Site own = s;
+    own.prepared = Prepared::kNone, own.grouped = false;
+    const i64 most = std::max<i64>(kMostEntries / m.x.ne[2], 1);
+    for (i64 first = 0; first < m.x.ne[1]; first += most) {
+        const i64 tokens = std::min(most, m.x.ne[1] - first);
+        args.x = swapped(m.x, first, tokens), args.y = swapped(m.y, first, tokens);
+        args.ids = View{};
+        args.ids.type = kI32, args.ids.ne[0] = args.y.ne[1], args.ids.ne[1] = args.y.ne[2], args.ids.ne[2] = args.ids.ne[3] = 1;
+        Lowered part;
+        lower_expert_products(own, part, args);
+        out.ok &= part.ok;
+        out.scratch_bytes = std::max(out.scratch_bytes, part.scratch_bytes), out.partial_bytes = std::max(out.partial_bytes, part.partial_bytes);
+        std::move(part.launches.begin(), part.launches.end(), std::back_inserter(out.launches));
+    }
+    out.prepared = Prepared::kOther;
 }
 
 void lower_mul_mat(const Site& s, Lowered& out) {
@@ -206,6 +252,7 @@ void lower_mul_mat(const Site& s, Lowered& out) {
         out.add(fill_launch({s.y, 0.0f}, s.arch), FillArgs{s.y, 0.0f});
         return;
     }
+    if (i32 n_slots; heads_are_experts(args, &n_slots)) return lower_heads(s, out, args, n_slots);
     const bool vec = mul_vec_can(args, s.arch) && (args.x.ne[1] <= few_least(args.w.type).columns || !mul_few_can(args, s.arch));
     QuantizeArgs prepare{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
     if (!vec && mul_tile_can(args, s.arch)) return lower_tiles(s, out, args, prepare, 0);
@@ -313,8 +360,12 @@ void lower_mul_mat_id(const Site& s, Lowered& out) {
     args.k_begin = s.k_begin;
     args.k_end = s.k_end;
     args.fault = s.fault;
+    lower_expert_products(s, out, args);
+}
+void lower_expert_products(const Site& s, Lowered& out, MulIdArgs args) {
     QuantizeArgs prepare{args.x, reinterpret_cast<char*>(s.scratch), nullptr, s.w.k, s.k_begin, s.k_end};
-    const bool vec = mul_vec_id_can(args, s.arch) && (args.y.ne[2] <= few_least(args.w.type).tokens || !mul_few_id_can(args, s.arch));
+    const bool once = !args.ids.data && args.y.ne[1] * args.y.ne[2] == args.w.ne2;  // each matrix has one row
+    const bool vec = mul_vec_id_can(args, s.arch) && (once || args.y.ne[2] <= few_least(args.w.type).tokens || !mul_few_id_can(args, s.arch));
     if (!vec && (mul_tile_id_can(args, s.arch) || halve_experts_can(args, s.arch))) return lower_expert_tiles(s, out, args, prepare);
     if (mul_mat_needs_quantized_x(s.w, vec)) {
         out.ok &= lower_quantize(s, out, prepare);
@@ -482,8 +533,16 @@ void lower_flash_attn(const Site& s, Lowered& out) {
     if (s.inputs[0].kind == Sharding::kSharded) args.head_offset = static_cast<i32>(s.inputs[0].ranges[s.rank].begin);
     if (s.inputs[1].kind == Sharding::kSharded) args.kv_head_offset = static_cast<i32>(s.inputs[1].ranges[s.rank].begin);
     // Quantised keys and values become halves first: one more pass over the cache, and every kernel below takes it.
+    const View values = args.v;
+    const bool of_keys = values.data == args.k.data && values.type == args.k.type && std::equal(values.ne + 1, values.ne + 4, args.k.ne + 1) &&
+                         std::equal(values.nb, values.nb + 4, args.k.nb);  // latent attention: the beginning of each row
     for (View* cache : {&args.k, &args.v}) {
         if (block_elems(cache->type) == 1) continue;
+        if (cache == &args.v && of_keys) {
+            args.v = args.k;
+            args.v.ne[0] = values.ne[0];
+            continue;
+        }
         CopyBlocksArgs to_halves{host_matrix(*cache), {cache->ne[0], cache->ne[1], cache->ne[2], cache->ne[3]}, *cache};
         View& halves = to_halves.y;
         halves.data = reinterpret_cast<char*>(s.partials + static_cast<u64>(out.partial_bytes));
@@ -499,11 +558,16 @@ void lower_flash_attn(const Site& s, Lowered& out) {
         out.add(flash_tile_launch(tile, s.arch), tile);
         return;
     }
-    if (!flash_split_can(args)) {
+    const bool latent = flash_latent_can(args, s.arch);
+    if (!latent && !flash_split_can(args)) {
         out.add(flash_attn_launch(args, s.arch), args);
         return;
     }
-    FlashSplitArgs split = flash_split_args(args, s.arch);
+    FlashSplitArgs split = latent ? flash_latent_args(args, s.arch) : flash_split_args(args, s.arch);
+    if (latent && split.n_splits == 1) {
+        out.add(flash_latent_launch(split, s.arch), split);
+        return;
+    }
     split.acc = reinterpret_cast<float*>(s.partials + static_cast<u64>(out.partial_bytes));
     out.partial_bytes += round_up(flash_split_acc(split) * 4, kScratchAlign);
     split.meta = reinterpret_cast<float*>(s.partials + static_cast<u64>(out.partial_bytes));
@@ -516,7 +580,7 @@ void lower_flash_attn(const Site& s, Lowered& out) {
     combine.acc = split.acc;
     combine.meta = split.meta;
     combine.n_splits = split.n_splits;
-    out.add(flash_split_launch(split, s.arch), split);
+    out.add(latent ? flash_latent_launch(split, s.arch) : flash_split_launch(split, s.arch), split);
     out.add(flash_combine_launch(combine, s.arch), combine);
 }
 void lower_get_rows(const Site& s, Lowered& out) {

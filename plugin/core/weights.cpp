@@ -41,7 +41,11 @@ constexpr Row kRows[] = {
     {"ffn_gate_inp.weight", Role::kWhole},
     {"attn_qkv.weight", Role::kSegments},
     // Latent attention: heads come out of the second of two products, the latent itself is everybody's.
+    {"attn_q_a.weight", Role::kWhole},
+    {"attn_kv_a_mqa.weight", Role::kWhole},
     {"attn_q_b.weight", Role::kColumn},
+    {"attn_k_b.weight", Role::kWhole},
+    {"attn_v_b.weight", Role::kWhole},
     {"attn_kv_b.weight", Role::kColumn},
     {"ffn_gate_up_exps.weight", Role::kSegments},
     // Recurrent layers: what comes in of all heads (or channels), side by side where it is fused, and what goes out.
