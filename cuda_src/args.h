@@ -527,7 +527,7 @@ struct StreamPart {
     float *y, *copy;    // copy: for a later stage of the stream, or null
     const float* bias;  // added to what goes to y and copy, or null
     float* raw;         // what it is added to, for whoever else reads it, or null
-    i64 n, bias_row;    // rows; of experts, elements from one's bias to the next one's
+    i32 n, bias_row;    // rows; of experts, elements from one's bias to the next one's
 };
 enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2 };
 // Up to three products of one quantised type and the same activations. A tile is `rows` rows of one part (glu: half of them of part 0, the
@@ -559,7 +559,8 @@ struct StreamProduct {
     float* glu_copy;  // what glu_y is, for the next product alone: rows of glu_k with the results from glu_begin on, zeros elsewhere; or null
     u64* inbox[16];   // where this rank's sums go on every rank instead of to y: the all_reduce behind this product
     i32 glu_k, glu_begin;
-    i32 lanes, y_stride;             // lanes that share a row of a slot (kExpertsSum); from slot to slot of y and glu_y
+    i32 lanes, y_stride, glu_stride; // lanes that share a row of a slot (kExpertsSum); from slot to slot of y, and of glu_y
+    i32 expert_rows;                 // from an expert's matrix to the next one's: more than a part's, where one has gates and ups
     i32 piece_shift;                 // rows of a tile's piece, of gates and of ups each where there are both: 1 << piece_shift; all of them: one piece
     i32 in_flight, in_flight_early;  // pieces on their way at most (stream.h, kStreamInFlight), of kStreamPieces a tile
     i32 share;                       // elements of a normed input, of which a block writes what others may read of it

@@ -22,7 +22,8 @@ inline const char* mul_vec_id_kernel(i32 type) {
 /// Whether a product of experts is the kind that mul_vec_id computes: repacked, whole 16-byte pieces in each row, few tokens.
 inline bool mul_vec_id_can(const MulIdArgs& a, Arch arch) {
     const WeightFormat* format = find_weight_format(a.w.type);
-    const i64 most = only_pieces(a.w.type, arch) ? 65535 : kVecIdMostTokens;
+    const bool once = !a.ids.data && a.y.ne[1] * a.y.ne[2] == a.w.ne2;  // every matrix is read for one row
+    const i64 most = only_pieces(a.w.type, arch) || once ? 65535 : kVecIdMostTokens;
     if (!format || !mul_vec_id_kernel(a.w.type) || !a.w.repacked || a.y.ne[2] > most || a.y.ne[1] > kVecSlots || a.y.type != kF32 || a.x.type != kF32)
         return false;
     if (a.y.nb[0] != 4 || a.w.ne3 != 1 || a.ids.type != kI32 || a.x.ne[1] < 1 || a.y.ne[1] % a.x.ne[1]) return false;

@@ -339,7 +339,7 @@ TP_OUTLINE void stream_weights() {
                 const int j = (lane + 32 * c) / n_planes, f = lane + 32 * c - j * n_planes;
                 if (j >= slots) continue;
                 copies[c].bytes = (u32)p.row_bytes[f];
-                copies[c].from = p.part[0].plane[f] + (i64)s.experts[j] * n * copies[c].bytes;
+                copies[c].from = p.part[0].plane[f] + (i64)s.experts[j] * p.expert_rows * copies[c].bytes;
                 copies[c].to = (u32)(p.slot_offset[f] + j * step * p.row_bytes[f]);
             }
             for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
@@ -369,7 +369,7 @@ TP_OUTLINE void stream_weights() {
             copy.from = p.part[p.glu ? half : part].plane[f % 4];
             for (; tile < tiles; tile += gridDim.x) {
                 const int j = tiles > tiles_each ? tile / tiles_each : 0, row = (tile - j * tiles_each) * step, rows = n - row < step ? n - row : step;
-                const i64 from_row = p.role == kExpertsEach ? (i64)s.experts[j] * n + row : row;
+                const i64 from_row = p.role == kExpertsEach ? (i64)s.experts[j] * p.expert_rows + row : row;
                 if (whole) {
                     announce_piece(0, kStreamPieces, (u32)rows * row_bytes);
                     const Copy::Ready ready = copy.ready(ring + slot.at * kStreamSlotBytes, full + slot.at * kStreamPieces, 0, from_row, (u32)rows);
@@ -479,12 +479,12 @@ TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out)
     auto next_bias = [&] {
         float bias = 0;
         const i64 at = (i64)ahead.of_slot * half + in_half;
-        if (ahead.tile < n_tiles && part.bias && lane < rows && at < n) bias = part.bias[(p.role ? s.experts[ahead.slot] * part.bias_row : 0) + at];
+        if (ahead.tile < n_tiles && part.bias && lane < rows && at < n) bias = part.bias[(p.role ? s.experts[ahead.slot] * (i64)part.bias_row : 0) + at];
         ahead.next(apart, tiles_each);
         return bias;
     };
     auto store = [&](float added) {
-        const i64 row = (i64)place.of_slot * half, at = row + in_half, to = place.slot * (i64)p.y_stride + at;
+        const i64 row = (i64)place.of_slot * half, at = row + in_half, to = place.slot * (i64)p.y_stride + at, glu_to = place.slot * (i64)p.glu_stride + at;
         const bool inside = lane < rows && at < n;
         float* const copy = p.glu_copy ? p.glu_copy + (i64)place.slot * p.glu_k : nullptr;
         place.next(apart, tiles_each);
@@ -500,7 +500,7 @@ TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out)
         if (halves_y && inside) halves_y[to] = v;
         if (lane < half && inside) {
             const float y = glu_of((GluOp)(kOp < 0 ? p.glu - 1 : kOp), v, up, p.alpha, p.limit);
-            if (glu_y) glu_y[to] = y;
+            if (glu_y) glu_y[glu_to] = y;
             if (copy) copy[p.glu_begin + at] = y;
         }
         if (copy && row == 0) {  // what a cut inside of a block leaves of its row
@@ -512,7 +512,7 @@ TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out)
         if (p.part[0].bias && p.part[1].bias)
             prefetch_biases(n_tiles, 2, lane, [&](int tile, int of) {
                 const int slot = tile / tiles_each;
-                return p.part[of].bias + (p.role ? s.experts[slot] * p.part[of].bias_row : 0) + (tile - slot * tiles_each) * half;
+                return p.part[of].bias + (p.role ? s.experts[slot] * (i64)p.part[of].bias_row : 0) + (tile - slot * tiles_each) * half;
             });
         float added = next_bias();
         while (place.tile < n_tiles) {
@@ -570,8 +570,8 @@ TP_DEVICE void store_sums_and_more(const StreamExperts& experts, Shared& s, Turn
     i64 of_expert[2] = {};
     if (part.bias) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) of_expert[j] = s.weighed_experts[slot[j]] * part.bias_row;
-        prefetch_biases(p.n_tiles, slots, lane, [&](int tile, int of) { return part.bias + s.weighed_experts[of] * part.bias_row + tile * rows; });
+        for (int j = 0; j < 2; ++j) of_expert[j] = s.weighed_experts[slot[j]] * (i64)part.bias_row;
+        prefetch_biases(p.n_tiles, slots, lane, [&](int tile, int of) { return part.bias + s.weighed_experts[of] * (i64)part.bias_row + tile * rows; });
     }
     const int n_tiles = p.n_tiles, apart = (int)gridDim.x;
     auto load_biases = [&](int tile, float(&added)[2]) {

@@ -123,7 +123,7 @@ inline bool stream_fit(StreamProduct& p, i64 blocks) {
         const i64 n = p.part[i].n;
         for (int f = 0; f < p.n_planes; ++f) {
             if ((u64)p.part[i].plane[f] % 16 || step * p.row_bytes[f] % 16 || n % step * p.row_bytes[f] % 16) return false;
-            if (p.role && n * p.row_bytes[f] % 16) return false;  // where the next expert begins
+            if (p.role && (i64)p.expert_rows * p.row_bytes[f] % 16) return false;  // where the next expert begins
         }
         if (p.glu && i > 0) continue;
         p.n_tiles += (i32)((n + step - 1) / step) * (p.role == kExpertsEach ? p.slots : 1);

@@ -204,6 +204,12 @@ def case(name: str, type_: int | None = F32) -> Callable[[Build], Build]:
     return add
 
 
+def of_heads(g: Case, type_: int, k: int, n: int, heads: int, m: int) -> Any:
+    """Each head of a token has a matrix of its own; heads of a token lie side by side, as an attention wants them and leaves them."""
+    weights = g.leaf(type_, k, n, heads, name="blk.0.attn_k_b.weight", scale=k**-0.5)
+    return g.lib.ggml_mul_mat(g.c, weights, g.lib.ggml_permute(g.c, g.leaf(F32, k, heads, m), 0, 2, 1, 3))
+
+
 def three_products(g: Case, type_: int, k: int, m: int) -> Any:
     """Q, K and V of different widths, one after the other, then side by side in one row."""
     x = g.leaf(F32, k, m)
@@ -281,6 +287,7 @@ def feed_forward(g: Case, type_: int, k: int, n: int, m: int, read: bool = False
 
 
 def _mul_mats() -> None:
+    case("mul_mat Q8_0, a matrix for each of 128 heads, 520 tokens: more rows than a grid's second axis")(lambda g: of_heads(g, Q8_0, 32, 16, 128, 520))
     for t in NAMES:
         for m in (1, 2, 3, 8, 11, 17, 70):
             case(f"mul_mat {NAMES[t]} 256x37 m{m}")(lambda g, t=t, m=m: g.lib.ggml_mul_mat(g.c, g.leaf(t, 256, 37, scale=1 / 16), g.leaf(F32, 256, m)))
@@ -297,6 +304,8 @@ def _mul_mats() -> None:
                 case(f"mul_mat {NAMES[t]} {name} {k}x200 m{m}")(
                     lambda g, t=t, m=m, k=k, name=name: g.lib.ggml_mul_mat(g.c, g.leaf(t, k, 200, scale=1 / 18, name=f"blk.0.{name}.weight"), g.leaf(F32, k, m))
                 )
+        for heads, m in ((20, 1), (34, 1), (5, 3), (6, 40)):
+            case(f"mul_mat {NAMES[t]}, a matrix for each of {heads} heads, m{m}")(lambda g, t=t, h=heads, m=m: of_heads(g, t, 256, 70, h, m))
         case(f"mul_mat {NAMES[t]} of a feed-forward network m150")(lambda g, t=t: feed_forward(g, t, 256, 512, 150))
         case(f"mul_mat {NAMES[t]}, three of one input m150")(lambda g, t=t: three_products(g, t, 256, 150))
         case(f"mul_mat {NAMES[t]} 2304x150, k in pieces, m12")(

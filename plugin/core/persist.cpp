@@ -132,7 +132,8 @@ class RankRun {
         if (named(l, "quantize_x")) return add_quantize(args_of<QuantizeArgs>(l));
         if (named(l, "fused_glu_")) return add_glu(l);
         if (named(l, "mul_vec_id_")) return add_experts(args_of<MulVecIdArgs>(l));
-        if (named(l, "mul_vec_f32_")) return add_floats(args_of<MulVecArgs>(l));
+        if (named(l, "mul_vec_f32_")) return add_floats(args_of<MulVecArgs>(l), true);
+        if (is(l, "mul_mat_f32_1") && n_elements(args_of<MulMatArgs>(l).y) == 1) return add_floats(mul_vec_args(args_of<MulMatArgs>(l)), false);
         if (named(l, "mul_vec_") && l.args.size() == sizeof(MulVecArgs)) return add_product(args_of<MulVecArgs>(l));
         if (named(l, "chain")) return add_router(args_of<ChainArgs>(l));
         if (named(l, "flash_columns_")) return add_flash(args_of<FlashSplitArgs>(l));
@@ -144,6 +145,7 @@ class RankRun {
         if (named(l, "unary_")) return add_unary(l);
         if (named(l, "rms_norm")) return add_rms_norm(args_of<NormArgs>(l));
         if (is(l, "copy")) return add_copy(args_of<CopyArgs>(l));
+        if (is(l, "repeat")) return add_repeat(args_of<MoveArgs>(l));
         if (is(l, "concat")) return add_concat(args_of<MoveArgs>(l));
         if (is(l, "ssm_conv")) return add_conv(args_of<BinaryArgs>(l));
         if (is(l, "gated_delta_net")) return add_delta(args_of<RecurrentArgs>(l));
@@ -186,7 +188,8 @@ class RankRun {
             std::vector<Span> results;
             const i64 before = p.role == kExpertsEach ? (p.slots - 1) * p.y_stride : 0;  // of other slots
             for (int i = 0; i < p.n_parts; ++i) results.push_back(span_of(p.part[i].y, (before + p.part[i].n) * 4));
-            if (p.glu) results.push_back(span_of(p.glu_y, (before + p.part[0].n) * 4));
+            const i64 glu_before = p.role == kExpertsEach ? (p.slots - 1) * p.glu_stride : 0;
+            if (p.glu) results.push_back(span_of(p.glu_y, (glu_before + p.part[0].n) * 4));
             for (StreamPart& part : p.part) {
                 if (!part.raw) continue;
                 const Span raw = span_of(part.raw, (before + part.n) * 4);
@@ -293,7 +296,7 @@ class RankRun {
             for (StreamPart& part : p.part) add(part.raw, before + part.n);
             if (p.glu) {
                 for (int part = 0; part < 2; ++part) add(p.part[part].y, before + p.part[part].n);
-                if (p.glu_copy) add(p.glu_y, before + p.part[0].n);
+                if (p.glu_copy) add(p.glu_y, (p.slots - 1) * static_cast<i64>(p.glu_stride) + p.part[0].n);
             }
             if (p.role == kExpertsEach)
                 for (const Result& result : results_of(reinterpret_cast<StreamExperts*>(stages[i].body.data())->route))
@@ -329,7 +332,7 @@ class RankRun {
             add(p.sum, p.k), add(p.norm, p.k);
             const bool slots = p.role == kExpertsEach, dense = !slots || p.y_stride == p.part[0].n;
             for (int i = 0; i < p.n_parts && dense && !p.n_push; ++i) add(p.part[i].y, p.part[i].n * (slots ? p.slots : 1));
-            if (p.glu && dense) add(p.glu_y, p.part[0].n * (slots ? p.slots : 1));
+            if (p.glu && (!slots || p.glu_stride == p.part[0].n)) add(p.glu_y, p.part[0].n * (slots ? p.slots : 1));
             if (slots) {
                 StreamRoute route = d.get<StreamExperts>().route;
                 for (const Result& result : results_of(route)) add(*result.at, result.elems);
@@ -426,8 +429,9 @@ class RankRun {
     }
 
     // ---- experts
-    /// A product of a few rows of floats, of one token: what a router sees. The norm in front of it is its own work.
-    bool add_floats(const MulVecArgs& m) {
+    /// A product of a few rows of floats, of one token: what a router sees, or (of one row) how much of a shared expert counts. The norm in front of it is its
+    /// own work.
+    bool add_floats(const MulVecArgs& m, bool is_router) {
         const Matrix& w = m.part[0].w;
         const i64 n = w.n;
         if (m.n_parts != 1 || m.x.ne[1] != 1 || w.k % 8 || w.k > kStreamMostK || stream_share(w.k, memory_->n_blocks) > kStreamStep || w.row_stride[0] % 16 ||
@@ -469,9 +473,11 @@ class RankRun {
             d.reads.push_back(span_of(f.a, w.k * 4));
         }
         if (meet({span_of(f.y, n * 4)}, d.reads)) return false;
-        f.y_copy = memory_->vectors[kLogits];
-        last_logits_ = {f.y, f.y_copy};
-        d.writes.push_back(span_of(f.y_copy, n * 4));
+        if (is_router) {
+            f.y_copy = memory_->vectors[kLogits];
+            last_logits_ = {f.y, f.y_copy};
+            d.writes.push_back(span_of(f.y_copy, n * 4));
+        }
         Draft out = Draft::of(kStreamFloats, f);
         out.reads = d.reads, out.writes = d.writes;
         stages.push_back(std::move(out));
@@ -570,7 +576,7 @@ class RankRun {
         if (found == recipes_.end() || found->second.used || !stream_can_type(m.part[0].w.type) || slots != route_.n_used || m.ids.ne[1] != 1) return false;
         if (m.ids.data != ids_ || m.ids.nb[0] != 4 || m.x.ne[2] * m.x.ne[3] != 1) return false;
         const bool sums = m.scaled != 0;
-        if (m.n_parts != (sums ? 1 : 2) || m.x.ne[1] != (sums ? slots : 1) || found->second.k != m.k * m.x.ne[1]) return false;
+        if (m.n_parts > (sums ? 1 : 2) || m.x.ne[1] != (sums ? slots : 1) || found->second.k != m.k * m.x.ne[1]) return false;
         StreamExperts e{};
         StreamProduct& p = e.product;
         p.n_parts = m.n_parts, p.type = m.part[0].w.type, p.k = static_cast<i32>(m.k), p.slots = static_cast<i32>(slots);
@@ -583,7 +589,7 @@ class RankRun {
             if (part.y.nb[1] != m.part[0].y.nb[1] || y.nb[1] != part.y.nb[1]) return false;
             for (int f = 0; f < 4; ++f) p.part[i].plane[f] = part.w.plane[f];
             p.part[i].y = reinterpret_cast<float*>(y.data);
-            p.part[i].n = part.w.n;
+            p.part[i].n = static_cast<i32>(part.w.n);
             d.writes.push_back(span_of(y));
             if (y.data != part.y.data) {
                 p.part[i].raw = reinterpret_cast<float*>(part.y.data);
@@ -593,7 +599,7 @@ class RankRun {
             if (!bias.rows) continue;
             if (bias.row_bytes % 4 || written(span_of(bias.rows, (part.w.ne2 - 1) * bias.row_bytes + part.w.n * 4)))
                 return false;  // it is read before the stage
-            p.part[i].bias = reinterpret_cast<const float*>(bias.rows), p.part[i].bias_row = bias.row_bytes / 4;
+            p.part[i].bias = reinterpret_cast<const float*>(bias.rows), p.part[i].bias_row = static_cast<i32>(bias.row_bytes / 4);
         }
         if (!sums) {
             e.route = route_;
@@ -637,6 +643,8 @@ class RankRun {
             if (first) p.row_bytes[f] = static_cast<i32>(w.row_stride[f]);
             if (w.row_stride[f] != p.row_bytes[f] || (p.role && w.nb2[f] != w.n * w.row_stride[f])) return false;
         }
+        if (p.role && !first && p.expert_rows != w.n) return false;
+        p.expert_rows = static_cast<i32>(w.n);
         return format && w.ne3 == 1;
     }
 
@@ -669,10 +677,11 @@ class RankRun {
         if (stages.empty() || stages.back().kind != kStreamProduct) return false;
         StreamProduct p = stages.back().get<StreamProduct>();
         const i64 n = g.glu.y.ne[0], slots = p.role == kExpertsEach ? p.slots : 1;
-        if (!p.role && p.n_parts == 1) split(p, 0, n);
+        if (p.role != kExpertsSum && p.n_parts == 1) split(p, 0, n);
         if (p.n_parts != 2 || p.glu || p.part[0].n != n || p.part[1].n != n) return false;
         if (!p.role && (g.k_begin != 0 || g.k != n || !is_vector(g.glu.y, n))) return false;
-        if (p.role && (!is_slots(g.glu.y, n, slots) || g.glu.y.nb[1] != p.y_stride * i64{4} || g.k * slots > kStreamMostK)) return false;
+        if (p.role && (!is_slots(g.glu.y, n, slots) || g.k * slots > kStreamMostK)) return false;
+        p.glu_stride = static_cast<i32>(g.glu.y.nb[1] / 4);
         if (g.glu.a.data != reinterpret_cast<char*>(p.part[0].y) || g.glu.b.data != reinterpret_cast<char*>(p.part[1].y)) {
             if (g.glu.b.data != reinterpret_cast<char*>(p.part[0].y) || g.glu.a.data != reinterpret_cast<char*>(p.part[1].y)) return false;
             std::swap(p.part[0], p.part[1]);
@@ -703,7 +712,7 @@ class RankRun {
         for (int i = p.n_parts++; i > part + 1; --i) p.part[i] = p.part[i - 1];
         StreamPart& second = p.part[part + 1];
         second = first;
-        first.n = rows, second.n -= rows;
+        first.n = static_cast<i32>(rows), second.n -= static_cast<i32>(rows);
         for (int f = 0; f < 4; ++f)
             if (second.plane[f]) second.plane[f] += rows * p.row_bytes[f];
         second.y += rows;
@@ -725,7 +734,7 @@ class RankRun {
             if (part.y.nb[0] != 4 || part.y.type != kF32 || !set_rows_of(p, part.w, i == 0)) return false;
             for (int f = 0; f < 4; ++f) p.part[i].plane[f] = part.w.plane[f];
             p.part[i].y = reinterpret_cast<float*>(part.y.data);
-            p.part[i].n = part.w.n;
+            p.part[i].n = static_cast<i32>(part.w.n);
         }
         if (!stream_fit(p, memory_->n_blocks)) return false;
         Draft d = Draft::of(kStreamProduct, p);
@@ -1277,6 +1286,22 @@ class RankRun {
         Draft d = Draft::of(kStreamConcat, StreamConcat{m});
         d.reads = {span_of(m.x), span_of(m.b)}, d.writes = {span_of(m.y)};
         if (meet(d.reads, d.writes)) return false;
+        stages.push_back(std::move(d));
+        return true;
+    }
+    /// Of dimensions of one element, many times.
+    bool add_repeat(const MoveArgs& m) {
+        View x = m.x;
+        for (int d = 0; d < 4; ++d) {
+            if (x.ne[d] != m.y.ne[d] && x.ne[d] != 1) return false;
+            if (x.ne[d] == 1) x.nb[d] = 0;
+            x.ne[d] = m.y.ne[d];
+        }
+        if (x.type != kF32 || n_elements(m.y) > kMostElems || meet({span_of(m.x)}, {span_of(m.y)}) || pending) return false;
+        StreamElements e{};
+        e.x = x, e.y = m.y;
+        Draft d = Draft::of(kStreamElements, e);
+        d.reads = {span_of(m.x)}, d.writes = {span_of(m.y)};
         stages.push_back(std::move(d));
         return true;
     }
