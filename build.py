@@ -41,7 +41,11 @@ EMULATED = ["-march=x86-64-v3", "-fno-strict-aliasing", "-DTP_EMULATED", "-Wno-u
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread", *WARNINGS, *INCLUDES]
 SANITIZERS = {
     "none": [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"],
+    # Null pointers and sizes of objects are ASan's to find (stream.cu compiles in 52 s instead of 79, mul_few.cu in 35 instead of 41).
+    "address": [
+        *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=null,object-size,pointer-overflow"),
+        *("-fno-omit-frame-pointer", "-g1"),
+    ],
     "thread": ["-fsanitize=thread", "-fno-omit-frame-pointer", "-g1", "-DTP_TSAN"],
 }
 # The scheduler of the emulated threads tells TSan itself what orders what; see fibers.cpp.
@@ -70,7 +74,7 @@ def gpus_found() -> list[str]:
 
 
 def compile_kernel(source: Path, arch: str, ptx: bool = False, quick: bool = False) -> bytes:
-    """A cubin (or PTX) of one kernel file, by NVRTC; needs no GPU and no driver. Quick: hardly optimised, in a sixth of the time, to see whether it compiles."""
+    """A cubin (or PTX) of one kernel file, by NVRTC; needs no GPU and no driver. Quick: hardly optimised, in a sixth of the time."""
     from cuda.bindings import nvrtc
 
     target = arch.replace("sm_", "compute_") if ptx else FEATURES.get(arch, arch)

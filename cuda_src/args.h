@@ -535,8 +535,9 @@ enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2 };
 // Input: as the stage before left it in shared memory; `a` quantised; or the norm of s = a + b (or a + the norm of b times b_weight) times weight, quantised.
 // Products of experts: a matrix's planes have a matrix behind the other for each expert, and `slots` of them, which the router chose, count.
 // kExpertsEach: tiles are rows of one slot's gate and up, results lie slot behind slot; kExpertsSum: a tile has its rows of every slot, each
-// multiplied by its own [k] of the input.
-enum StreamExpertsRole : i32 { kExpertsNone = 0, kExpertsEach = 1, kExpertsSum = 2 };
+// multiplied by its own [k] of the input. kHeads: as kExpertsSum, but slots are heads, which all count, `slots` of them in a tile and slot_groups of so many,
+// and each one's rows are results.
+enum StreamExpertsRole : i32 { kExpertsNone = 0, kExpertsEach = 1, kExpertsSum = 2, kHeads = 3 };
 struct StreamProduct {
     StreamPart part[3];
     i32 n_parts, type, k, rows;
@@ -559,11 +560,12 @@ struct StreamProduct {
     float* glu_copy;  // what glu_y is, for the next product alone: rows of glu_k with the results from glu_begin on, zeros elsewhere; or null
     u64* inbox[16];   // where this rank's sums go on every rank instead of to y: the all_reduce behind this product
     i32 glu_k, glu_begin;
-    i32 lanes, y_stride, glu_stride; // lanes that share a row of a slot (kExpertsSum); from slot to slot of y, and of glu_y
-    i32 expert_rows;                 // from an expert's matrix to the next one's: more than a part's, where one has gates and ups
-    i32 piece_shift;                 // rows of a tile's piece, of gates and of ups each where there are both: 1 << piece_shift; all of them: one piece
-    i32 in_flight, in_flight_early;  // pieces on their way at most (stream.h, kStreamInFlight), of kStreamPieces a tile
-    i32 share;                       // elements of a normed input, of which a block writes what others may read of it
+    i32 lanes, y_stride, glu_stride;  // lanes that share a row of a slot (kExpertsSum); from slot to slot of y, and of glu_y
+    i32 expert_rows;                  // from an expert's matrix to the next one's: more than a part's, where one has gates and ups
+    i32 slot_groups;                  // kHeads
+    i32 piece_shift;                  // rows of a tile's piece, of gates and of ups each where there are both: 1 << piece_shift; all of them: one piece
+    i32 in_flight, in_flight_early;   // pieces on their way at most (stream.h, kStreamInFlight), of kStreamPieces a tile
+    i32 share;                        // elements of a normed input, of which a block writes what others may read of it
 };
 constexpr i32 kStreamMostExperts = 512;
 // A router's choice, for one token: of the logits (plus logits_bias) a soft max or sigmoids, of which (plus selection_bias) the n_used largest

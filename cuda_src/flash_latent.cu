@@ -83,7 +83,7 @@ TP_DEVICE void flash_latent(const FlashSplitArgs& args) {
         step = next;
         if (!there) continue;  // the first round fetches alone
         const u16* tile = stages + stage * kCells * kStride;
-        float score[kMine / 8][4] = {};
+        float score[kMine / 8][4] = {}, odd[kMine / 8][4] = {};  // sums by turns: each product would wait for the one before
         if (active) {
             const u16* q = queries + (group * 16 + lane % 16) * kStride + lane / 16 * 8;
 #pragma unroll 6
@@ -97,9 +97,13 @@ TP_DEVICE void flash_latent(const FlashSplitArgs& args) {
                     tp_ldmatrix_x4(kf, tile + (part * kMine + j * 8 + lane % 8) * kStride + c * 16 + lane / 8 * 8);
                     const u32 left[2] = {kf[0], kf[1]}, right[2] = {kf[2], kf[3]};
                     tp_mma_f16(score[j], qf[0], left);
-                    tp_mma_f16(score[j], qf[1], right);
+                    tp_mma_f16(odd[j], qf[1], right);
                 }
             }
+#pragma unroll
+            for (int j = 0; j < kMine / 8; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) score[j][e] += odd[j][e];
             if (a.logit_softcap != 0.0f) {
 #pragma unroll
                 for (int j = 0; j < kMine / 8; ++j)
@@ -193,10 +197,10 @@ TP_DEVICE void flash_latent(const FlashSplitArgs& args) {
 
 }  // namespace ggml_tp
 
-#define FLASH_LATENT(shape, n_rows, blocks)                                                               \
-    static_assert(ggml_tp::shape.rows() == n_rows, "");                                                    \
-    TP_KERNEL_RESIDENT(flash_latent_##n_rows, FlashSplitArgs, 32 * ggml_tp::shape.warps(), blocks) {       \
-        ggml_tp::flash_latent<ggml_tp::shape.groups, ggml_tp::shape.parts, ggml_tp::shape.cells>(args);    \
+#define FLASH_LATENT(shape, n_rows, blocks)                                                             \
+    static_assert(ggml_tp::shape.rows() == n_rows, "");                                                 \
+    TP_KERNEL_RESIDENT(flash_latent_##n_rows, FlashSplitArgs, 32 * ggml_tp::shape.warps(), blocks) {    \
+        ggml_tp::flash_latent<ggml_tp::shape.groups, ggml_tp::shape.parts, ggml_tp::shape.cells>(args); \
     }
 
 FLASH_LATENT(kLatentWide, 64, 1)

@@ -5,6 +5,7 @@
 
 namespace ggml_tp {
 
+constexpr i64 kLatentStepCost = 10;                    // of a step of cells, in pieces that flash_combine adds up
 constexpr int kLatentKeys = 576, kLatentValues = 512;  // halves of a cell at most: DeepSeek's; less is filled up with zeros
 
 /// A block: groups * 16 rows (a token of a head each) times steps of `cells` cells, by groups * parts warps.
@@ -19,7 +20,8 @@ struct LatentShape {
     }
 };
 constexpr LatentShape kLatentWide{"flash_latent_64", 4, 2, 32}, kLatentMiddle{"flash_latent_32", 2, 2, 16}, kLatentFew{"flash_latent_16", 1, 4, 32};
-static_assert(kLatentWide.shared_bytes() <= 163 << 10 && kLatentMiddle.shared_bytes() <= 99 << 10 && kLatentFew.shared_bytes() <= 99 << 10, "what a block may have");
+static_assert(kLatentWide.shared_bytes() <= 163 << 10 && kLatentMiddle.shared_bytes() <= 99 << 10 && kLatentFew.shared_bytes() <= 99 << 10,
+              "what a block may have");
 
 inline bool flash_latent_can(const FlashAttnArgs& a, Arch arch) {
     auto pairs = [](const View& v) { return ((u64)v.data | (u64)v.nb[1] | (u64)v.nb[2] | (u64)v.nb[3]) % 8 == 0; };
@@ -32,7 +34,7 @@ inline bool flash_latent_can(const FlashAttnArgs& a, Arch arch) {
 }
 /// Few rows share their scores among more warps. Of more, as many as a multiprocessor's memory has room for, as each block reads all cells.
 inline LatentShape latent_shape(const FlashAttnArgs& a, Arch arch) {
-    if (a.q.ne[1] * a.q.ne[2] <= kLatentFew.rows()) return kLatentFew;
+    if (a.q.ne[1] * a.q.ne[2] <= 2 * kLatentFew.rows()) return kLatentFew;
     return (int)kLatentWide.shared_bytes() <= shared_kb(arch.cc) << 10 ? kLatentWide : kLatentMiddle;
 }
 inline i64 latent_blocks(const FlashAttnArgs& a, const LatentShape& shape) { return (a.q.ne[1] * a.q.ne[2] + shape.rows() - 1) / shape.rows(); }
@@ -48,6 +50,7 @@ inline FlashSplitArgs flash_latent_args(const FlashAttnArgs& a, Arch arch) {
     if (blocks * 4 >= (i64)arch.n_sm * 3) splits = 1;
     splits = splits > steps / 2 ? steps / 2 : splits;  // two steps at least: one would be all set-up
     splits = splits > 64 ? 64 : splits < 1 ? 1 : splits;
+    while (splits * splits > kLatentStepCost * steps) --splits;
     i64 each = (steps + splits - 1) / splits;
     if (each < 1) each = 1;
     s.cells = (i32)(each * shape.cells);

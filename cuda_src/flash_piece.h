@@ -235,7 +235,7 @@ TP_DEVICE float flash_combined(const FlashCombineArgs& args, i64 head, i64 token
         const float keep = piece > -INFINITY ? expf(piece - most) : 0.0f;
         if (mine) sum += args.meta[(at + first + lane) * 2 + 1] * keep;
         const int n = args.n_splits - first < 32 ? args.n_splits - first : 32;
-#pragma unroll 4
+#pragma unroll 8
         for (int s = 0; s < n; ++s) {
             const float share = __shfl_sync(0xffffffffu, keep, s);
             if (inside && share > 0) total += args.acc[(at + first + s) * dv + i] * share;

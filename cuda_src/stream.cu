@@ -324,30 +324,36 @@ TP_OUTLINE void stream_weights() {
                 if (p.weight) tp_prefetch(p.weight + line * 32);
                 if (p.b_weight) tp_prefetch(p.b_weight + line * 32);
             }
-        early = !p.role;
+        early = !p.role || p.role == kHeads;
         most_in_flight = p.in_flight < room ? p.in_flight : room, most_early = p.in_flight_early;
         const int halves = p.glu ? 2 : 1, step = p.rows / halves, n_planes = p.n_planes, n_tiles = p.n_tiles, piece_rows = 1 << p.piece_shift;
         const bool whole =
             piece_rows >= step;  // or in two pieces, unrolled: with a loop over one or two, 8B in Q6_K, two pieces, had 353 tokens/s where it has 391
         u32 row_bytes = 0;       // of all copies
         for (int f = 0; f < n_planes; ++f) row_bytes += (u32)p.row_bytes[f];
-        if (p.role == kExpertsSum) {
+        if (stream_by_slots(p)) {
             const int n = (int)p.part[0].n, slots = p.slots;
+            const bool heads = p.role == kHeads;
             Copy copies[2];
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const int j = (lane + 32 * c) / n_planes, f = lane + 32 * c - j * n_planes;
                 if (j >= slots) continue;
                 copies[c].bytes = (u32)p.row_bytes[f];
-                copies[c].from = p.part[0].plane[f] + (i64)s.experts[j] * p.expert_rows * copies[c].bytes;
+                copies[c].from = p.part[0].plane[f] + (i64)(heads ? j : s.experts[j]) * p.expert_rows * copies[c].bytes;
                 copies[c].to = (u32)(p.slot_offset[f] + j * step * p.row_bytes[f]);
             }
+            const int tiles_each = heads ? (n + step - 1) / step : n_tiles;
+            i64 of_group = 0;  // its first matrix's rows
+            int group_tile = 0;
             for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
-                const int row = tile * step, rows = n - row < step ? n - row : step;
+                while (tile - group_tile >= tiles_each) group_tile += tiles_each, of_group += (i64)slots * p.expert_rows;
+                const int row = (tile - group_tile) * step, rows = n - row < step ? n - row : step;
                 const TpSharedAt to = ring + slot.at * kStreamSlotBytes;
                 const TpBarrierAt there = full + slot.at * kStreamPieces;
                 announce_piece(0, kStreamPieces, (u32)(rows * slots) * row_bytes);
-                const Copy::Ready first = copies[0].ready(to, there, 0, row, (u32)rows), second = copies[1].ready(to, there, 0, row, (u32)rows);
+                const Copy::Ready first = copies[0].ready(to, there, 0, of_group + row, (u32)rows),
+                                  second = copies[1].ready(to, there, 0, of_group + row, (u32)rows);
                 wait_for_way(i, kStreamPieces);
                 first.issue(once), second.issue(once);
                 slot.next(ring_slots);
@@ -616,6 +622,33 @@ TP_DEVICE void store_sums_and_more(const StreamExperts& experts, Shared& s, Turn
         store(tile + apart, next);
     }
 }
+/// Each head's rows.
+TP_OUTLINE Turn<kOuts> store_heads(Turn<kOuts> out) {
+    Shared& s = shared_of();
+    const StreamProduct& p = *(const StreamProduct*)s.stored;
+    const StreamPart& part = p.part[0];
+    const int lane = threadIdx.x % 32, rows = p.rows, slots = p.slots, tiles_each = (part.n + rows - 1) / rows;
+    int group_tile = 0, first = 0;  // of the group: tile, head
+    for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
+        while (tile - group_tile >= tiles_each) group_tile += tiles_each, first += slots;
+        const int row0 = (tile - group_tile) * rows;
+        tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
+        float v[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) v[j] = lane + 32 * j < rows * slots ? s.out[out.at][lane + 32 * j] : 0.0f;
+        tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
+        out.next();
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int slot = (lane + 32 * j) / rows, row = row0 + lane + 32 * j - slot * rows;
+            if (slot >= slots || row >= part.n) continue;
+            const i64 at = (i64)(first + slot) * p.y_stride + row;
+            part.y[at] = v[j];
+            if (part.copy) part.copy[at] = v[j];
+        }
+    }
+    return out;
+}
 TP_OUTLINE Turn<kOuts> store_sums(Turn<kOuts> out) {
     Shared& s = shared_of();
     const StreamExperts& experts = *(const StreamExperts*)s.stored;
@@ -644,6 +677,7 @@ TP_OUTLINE void store_results() {
             continue;
         }
         if (p.role == kExpertsSum) out = store_sums(out);
+        else if (p.role == kHeads) out = store_heads(out);
         else if (p.glu) store_glu(p, s, out);
         else store_rows(p, s, out);
         __syncwarp();
@@ -943,7 +977,7 @@ TP_DEVICE Progress take_input_as(Progress at) {
     const int thread = threadIdx.x;
     const StreamProduct& p = *(const StreamProduct*)stage_at(at.stage % 3).body;
     InputFrom in(p);
-    const int k = p.role == kExpertsSum ? p.k * p.slots : p.k, input = p.input;
+    const int k = stream_input(p), input = p.input;
     if (p.role != kExpertsEach) wait_for_stage(at.stage);
     if (input == kInputNorm) {
         OwnEight own;
@@ -1088,9 +1122,12 @@ TP_OUTLINE Progress multiply_slots(Progress now) {
     TpFloat2 d[kUnits][U::kBlocks] = {};
     constexpr int kOfBlock = U::kWords / U::kBlocks;
     const int first_slot = group >> shift;
-    const bool once = units <= kUnits * lanes && slots <= at_once;
+    const bool heads = p.role == kHeads, once = units <= kUnits * lanes && slots <= at_once && !heads;
+    const int tiles_each = heads ? (p.part[0].n + rows - 1) / rows : n_tiles;
+    int group_tile = 0, of_group = 0;  // of the heads of a tile: their first tile, the first one's input
     bool taken = false;
     for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
+        while (tile - group_tile >= tiles_each) group_tile += tiles_each, of_group += slots * k;
         tp_barrier_wait(TpBarrierAt(s.full) + walk.slot.at * kStreamPieces, walk.slot.parity);
         tp_barrier_wait(TpBarrierAt(s.out_empty) + walk.out.at, walk.out.parity ^ 1);
         const char* tile_at = ring_of() + walk.slot.at * kStreamSlotBytes;
@@ -1115,7 +1152,7 @@ TP_OUTLINE Progress multiply_slots(Progress now) {
                             const bool inside = unit < units;
 #pragma unroll
                             for (int w = 0; w < U::kWords; ++w) {
-                                const int at = slot * k + U::word(inside ? unit : 0, w);
+                                const int at = of_group + slot * k + U::word(inside ? unit : 0, w);
                                 x[j][w] = *(const TpInt4*)(s.x + input_byte(at));
                                 if (w % kOfBlock) continue;
                                 const TpFloat2 of = *(const TpFloat2*)(s.xd + at / 32 * 2);
@@ -1154,7 +1191,7 @@ TP_DEVICE Progress multiply(const StreamProduct& p, Progress now) {
     static_assert(Unit<kType>::kElems == stream_unit(kType), "what stream_fit counts");
     constexpr int kElems = Unit<kType>::kElems, kMostUnits = kStreamMostElems / kElems;
     static_assert(kMostUnits == 2 || kMostUnits == 4);
-    if (p.role == kExpertsSum) {
+    if (stream_by_slots(p)) {
         constexpr int kFew = kMostUnits == 4 ? 3 : 1;  // units, where two rows are taken at a time: gpt-oss's 2,880 weights are three
         const bool four = p.rows >> p.k_shift >= 4 && (kFew == 1 || p.units_each == 1);
         return four ? multiply_slots<kType, 1, 4>(now) : multiply_slots<kType, kFew, 2>(now);

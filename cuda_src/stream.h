@@ -28,12 +28,14 @@ constexpr int kStreamStep = 8 * 32 * kStreamWarps;  // elements of an input that
 inline i32 stream_share(i64 k, i64 blocks) { return (i32)(((k + blocks - 1) / blocks + 7) / 8 * 8); }
 
 constexpr i64 kStreamLongRow = 512;  // elements; norms of such rows are a block's, of shorter ones a warp's
+/// Whether a tile has rows of several slots, each multiplied by an input of its own.
+constexpr bool stream_by_slots(const StreamProduct& p) { return p.role == kExpertsSum || p.role == kHeads; }
 /// Elements of a product's input.
-inline i32 stream_input(const StreamProduct& p) { return p.role == kExpertsSum ? p.k * p.slots : p.k; }
+inline i32 stream_input(const StreamProduct& p) { return p.k * (p.role == kExpertsSum ? p.slots : p.role == kHeads ? p.slots * p.slot_groups : 1); }
 
 /// Of a tile, that arrive one by one.
 constexpr i32 stream_tile_pieces(const StreamProduct& p) {
-    return p.role == kExpertsSum || 1 << p.piece_shift >= (p.glu ? p.rows / 2 : p.rows) ? 1 : kStreamPieces;
+    return stream_by_slots(p) || 1 << p.piece_shift >= (p.glu ? p.rows / 2 : p.rows) ? 1 : kStreamPieces;
 }
 
 // Pieces on their way to a multiprocessor, of half a slot. More would queue the activations' loads and the results' stores behind them: 55 KB of the
@@ -63,7 +65,7 @@ inline bool stream_fit(StreamProduct& p, i64 blocks) {
     const WeightFormat* format = find_weight_format(p.type);
     if (!format || !stream_can_type(p.type) || p.k % format->block_elems || stream_input(p) > kStreamMostK) return false;
     p.n_planes = format->n_fields;
-    const bool sums = p.role == kExpertsSum;
+    const bool sums = stream_by_slots(p);
     const i32 least = p.glu ? 2 : 1, copies = sums ? p.slots : 1;  // of a row in a tile
     p.rows = kStreamMostRows;
     auto fits = [&] {
@@ -126,7 +128,7 @@ inline bool stream_fit(StreamProduct& p, i64 blocks) {
             if (p.role && (i64)p.expert_rows * p.row_bytes[f] % 16) return false;  // where the next expert begins
         }
         if (p.glu && i > 0) continue;
-        p.n_tiles += (i32)((n + step - 1) / step) * (p.role == kExpertsEach ? p.slots : 1);
+        p.n_tiles += (i32)((n + step - 1) / step) * (p.role == kExpertsEach ? p.slots : p.role == kHeads ? p.slot_groups : 1);
         for (int after = i + 1; after < 3; ++after) p.first_tile[after] = p.n_tiles;
     }
     return true;

@@ -385,6 +385,29 @@ def test_an_expert_that_all_tokens_share_in_the_persistent_kernel(workers, model
     assert " glu " in result["program"] and " binary " in result["program"]
 
 
+@pytest.mark.parametrize(
+    ("family", "quant", "ranks", "options"),
+    [("qwen35moe", "Q4_0", 1, {}), ("qwen35moe", "Q8_0", 2, {}), ("qwen3next", "Q8_0", 1, {}), ("qwen2moe", "Q4_0", 2, {}), ("qwen2moe", "Q8_0", 1, {})],
+)  # fmt: skip
+def test_a_gated_expert_that_all_tokens_share_in_one_persistent_kernel(workers, models, family, quant, ranks, options):
+    """How much of it counts is a product of one row of floats, and a sigmoid. Two of these have experts whose gates and ups are one matrix."""
+    result = check(workers, models, family, quant, ranks, arch="sm_90", **options)
+    assert result["counters"].last_kernel_launches == 1, result["program"]
+    assert result["program"].count("  -- floats ") + result["program"].count("     floats ") == 2 * N_LAYER, result["program"]
+
+
+@pytest.mark.parametrize(
+    ("quant", "ranks", "options"), [("Q8_0", 1, {}), ("Q4_0", 1, {"attention__head_count": 20}), ("Q8_0", 2, {"attention__head_count": 20}), ("Q4_0", 3, {})]
+)
+def test_a_matrix_for_each_head_in_the_persistent_kernel(workers, models, quant, ranks, options):
+    """Between two attentions over latents is one launch: queries come to the latent, and values from it, by a product of each head, ten of twenty in a tile."""
+    result = check(workers, models, "deepseek2", quant, ranks, arch="sm_90", **options)
+    program = result["program"]
+    for product in ("q_nope_absorbed-1", "fattn_mla-0", "fattn_mla-1"):
+        assert re.search(rf"^ +(-- )?product {product}", program, re.MULTILINE), program
+    assert "flash_latent_16<" in program and program.count("stream of ") == N_LAYER, program
+
+
 # Heads of linear attention whose states' rows have 128 floats, as real ones: a warp takes four of them at once.
 STATES_OF_128 = {"ssm__inner_size": 512, "ssm__state_size": 128, "ssm__time_step_rank": 4, "ssm__group_count": 2}
 

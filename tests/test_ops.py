@@ -178,11 +178,17 @@ def test_warpgroups_take_what_they_can(workers):
 
 
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_experts_in_the_persistent_kernel(workers, reference, ranks):
+    """What its stages leave for others: results that somebody reads must be there, and only those may be left out."""
+    check(workers, reference, "sm_90", ranks, [name for name in CASES if name.startswith("experts")])
+
+
 @pytest.mark.parametrize(("arch", "ranks"), [("sm_80", 1), ("sm_90", 3)])
 def test_latent_attention(workers, reference, arch, ranks):
     """The shapes that test_ops' architectures have no shared memory for; and which kernel each is."""
     check(workers, reference, arch, ranks, [name for name in CASES if "latent" in name])
-    expected = {"20 heads, 1 tokens, 256 cells": "flash_latent_64<1,", "5 heads, 1 tokens, 1400 cells": "flash_latent_16<1,", "128 heads, 1": "flash_latent_64<2,"}
+    expected = {"20 heads, 9 tokens": "flash_latent_64<3,", "5 heads, 1 tokens": "flash_latent_16<1,", "20 heads, 1 tokens": "flash_latent_16<2,"}
     names = [name for text in expected for name in ALL_CASES if text in name]
     programs = workers.run(jobs.programs, emulated(1, arch), names=names)
     for name, kernel in zip(names, expected.values(), strict=True):

@@ -82,9 +82,14 @@ namespace {
 
 bool apart(const View& a, const View& b) {
     auto element = [](const View& v) { return v.type == kF16 || v.type == kBF16 ? 2 : v.type == kI64 ? 8 : 4; };
-    i64 a_bytes = element(a), b_bytes = element(b);
+    const i64 of_a = element(a), of_b = element(b);
+    i64 a_bytes = of_a, b_bytes = of_b;
     for (int d = 0; d < 4; ++d) a_bytes += (a.ne[d] - 1) * a.nb[d], b_bytes += (b.ne[d] - 1) * b.nb[d];
-    return a.data + a_bytes <= b.data || b.data + b_bytes <= a.data;
+    if (a.data + a_bytes <= b.data || b.data + b_bytes <= a.data) return true;
+    // Parts of the same rows, side by side.
+    const i64 row = a.nb[1], from = b.data - a.data;
+    if (a.nb[0] != of_a || b.nb[0] != of_b || row <= 0 || !std::equal(a.nb + 1, a.nb + 4, b.nb + 1) || a.nb[2] % row || a.nb[3] % row) return false;
+    return from >= 0 ? a.ne[0] * of_a <= from && from + b.ne[0] * of_b <= row : b.ne[0] * of_b <= -from && a.ne[0] * of_a - from <= row;
 }
 bool same_or_apart(const View& a, const View& b) { return same_view(a, b) || apart(a, b); }
 

@@ -36,7 +36,7 @@ i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 
 // StreamMemory::Rank::vectors. A norm reads its residual and what is added to it in every block, while fast blocks store results already,
 // maybe where the host's allocator has put them: over the inputs, which are dead by then. So norms read copies that are nobody else's.
-enum Vector { kSum0, kSum1, kAdded0, kAdded1, kImportA, kImportB, kTurned0, kTurned1, kTurned2, kNormed, kLogits, kGlu, kTables, kVectors };
+enum Vector { kSum0, kSum1, kAdded0, kAdded1, kImportA, kImportB, kTurned0, kTurned1, kTurned2, kNormed, kLogits, kGlu, kPacked, kTables, kVectors };
 constexpr i64 kMostTables = 4, kTableFloats = kStreamMostK / kMostTables;  // kinds of rope in one program
 
 struct Span {
@@ -186,7 +186,7 @@ class RankRun {
             if (d.kind != kStreamProduct) continue;
             StreamProduct p = d.get<StreamProduct>();
             std::vector<Span> results;
-            const i64 before = p.role == kExpertsEach ? (p.slots - 1) * p.y_stride : 0;  // of other slots
+            const i64 before = p.role == kExpertsSum ? 0 : slots_before(p);  // of other slots
             for (int i = 0; i < p.n_parts; ++i) results.push_back(span_of(p.part[i].y, (before + p.part[i].n) * 4));
             const i64 glu_before = p.role == kExpertsEach ? (p.slots - 1) * p.glu_stride : 0;
             if (p.glu) results.push_back(span_of(p.glu_y, (glu_before + p.part[0].n) * 4));
@@ -239,7 +239,8 @@ class RankRun {
                 d.set(e);
                 continue;
             }
-            if (d.kind != kStreamProduct || d.get<StreamProduct>().role == kExpertsNone) continue;
+            if (d.kind != kStreamProduct) continue;
+            if (const i32 role = d.get<StreamProduct>().role; role != kExpertsEach && role != kExpertsSum) continue;
             StreamExperts experts = d.get<StreamExperts>();
             if (experts.product.role == kExpertsEach) {
                 for (const Result& result : results_of(experts.route)) experts.route.visible |= *result.at != nullptr;
@@ -277,6 +278,8 @@ class RankRun {
     }
 
   private:
+    /// Elements of a product's results before the last slot's.
+    static i64 slots_before(const StreamProduct& p) { return p.role ? (p.slots * std::max<i64>(p.slot_groups, 1) - 1) * p.y_stride : 0; }
     /// A pointer within a stage's body to F32 or I32 elements that it writes.
     struct Result {
         void** at;
@@ -291,7 +294,7 @@ class RankRun {
         };
         if (stages[i].kind == kStreamProduct) {
             auto& p = *reinterpret_cast<StreamProduct*>(stages[i].body.data());
-            const i64 before = p.role ? (p.slots - 1) * static_cast<i64>(p.y_stride) : 0;
+            const i64 before = slots_before(p);
             add(p.sum, p.k), add(p.norm, p.k);
             for (StreamPart& part : p.part) add(part.raw, before + part.n);
             if (p.glu) {
@@ -330,8 +333,9 @@ class RankRun {
         if (d.kind == kStreamProduct) {
             const StreamProduct p = d.get<StreamProduct>();
             add(p.sum, p.k), add(p.norm, p.k);
-            const bool slots = p.role == kExpertsEach, dense = !slots || p.y_stride == p.part[0].n;
-            for (int i = 0; i < p.n_parts && dense && !p.n_push; ++i) add(p.part[i].y, p.part[i].n * (slots ? p.slots : 1));
+            const bool slots = p.role == kExpertsEach, dense = (!slots && p.role != kHeads) || p.y_stride == p.part[0].n;
+            const i64 all = slots ? p.slots : p.role == kHeads ? p.slots * p.slot_groups : 1;
+            for (int i = 0; i < p.n_parts && dense && !p.n_push; ++i) add(p.part[i].y, p.part[i].n * all);
             if (p.glu && (!slots || p.glu_stride == p.part[0].n)) add(p.glu_y, p.part[0].n * (slots ? p.slots : 1));
             if (slots) {
                 StreamRoute route = d.get<StreamExperts>().route;
@@ -387,9 +391,24 @@ class RankRun {
         return bind(n.xq, recipe_of(n));
     }
     bool add_quantize(const QuantizeArgs& q) {
-        if (q.k_begin != 0 || q.k_end != q.k || !is_vector(q.x, q.k)) return false;
+        const i64 n = n_elements(q.x);
+        if (q.k_begin != 0 || q.k_end != q.k || q.x.type != kF32 || n > kStreamMostK) return false;
         Recipe r;
-        r.input = kInputPlain, r.a = reinterpret_cast<const float*>(q.x.data), r.k = q.k;
+        r.input = kInputPlain, r.a = reinterpret_cast<const float*>(q.x.data), r.k = n;
+        if (!is_vector(q.x, q.k)) {  // heads' parts, one behind the other
+            if (!is_dense(q.x)) {
+                if (pending) return false;
+                r.a = memory_->vectors[kPacked];
+                StreamElements e{};
+                e.x = e.y = q.x;
+                e.y.data = reinterpret_cast<char*>(memory_->vectors[kPacked]);
+                reshape(e.y, e.x);
+                Draft d = Draft::of(kStreamElements, e);
+                d.reads = {span_of(e.x)}, d.writes = {span_of(e.y)};
+                stages.push_back(std::move(d));
+            }
+            return bind(q.xq, r);
+        }
         if (const std::optional<size_t> at = lone_norm(r.a, r.k)) {  // the product norms for itself, and leaves the result for others
             r = recipe_of(stages[*at].get<StreamNormRows>().norm);
             stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(*at));
@@ -570,7 +589,38 @@ class RankRun {
         pending = true;
         return true;
     }
+    /// Each head's own matrix and input.
+    bool add_heads(const MulVecIdArgs& m) {
+        const auto found = m.xq ? recipes_.find(m.xq) : recipes_.end();
+        const View& y = m.part[0].y;
+        const i64 heads = m.part[0].w.ne2, n = m.part[0].w.n, stride = y.nb[1];
+        if (found == recipes_.end() || found->second.k != m.k * heads || found->second.input != kInputPlain || !stream_can_type(m.part[0].w.type)) return false;
+        if (pending || m.n_parts != 1 || m.scaled || m.bias[0].y.data || m.ids.ne[0] * m.ids.ne[1] != heads || y.nb[0] != 4 || y.ne[0] != n) return false;
+        if (stride % 4 || stride < n * 4 || (y.ne[2] > 1 && y.nb[2] != y.ne[1] * stride)) return false;
+        StreamProduct p{};
+        p.n_parts = 1, p.type = m.part[0].w.type, p.k = static_cast<i32>(m.k), p.role = kHeads, p.y_stride = static_cast<i32>(stride / 4);
+        if (!set_rows_of(p, m.part[0].w, true)) return false;
+        for (int f = 0; f < 4; ++f) p.part[0].plane[f] = m.part[0].w.plane[f];
+        p.part[0].y = reinterpret_cast<float*>(y.data), p.part[0].n = static_cast<i32>(n);
+        bool fits = false;
+        for (i64 slots = std::min<i64>(heads, kVecSlots); slots > 0 && !fits; --slots) {
+            if (heads % slots) continue;
+            p.slots = static_cast<i32>(slots), p.slot_groups = static_cast<i32>(heads / slots);
+            fits = stream_fit(p, memory_->n_blocks);
+        }
+        if (!fits) return false;
+        const Recipe r = found->second;
+        found->second.used = true;
+        Draft d = Draft::of(kStreamProduct, p);
+        d.writes = {span_of(p.part[0].y, (slots_before(p) + n) * 4)};
+        give_input(p, r, d, false);
+        kept_ = nullptr;
+        d.set(p);
+        stages.push_back(std::move(d));
+        return true;
+    }
     bool add_experts(const MulVecIdArgs& m) {
+        if (!m.ids.data) return add_heads(m);
         const auto found = m.xq ? recipes_.find(m.xq) : recipes_.end();
         const i64 slots = m.ids.ne[0];
         if (found == recipes_.end() || found->second.used || !stream_can_type(m.part[0].w.type) || slots != route_.n_used || m.ids.ne[1] != 1) return false;
@@ -636,15 +686,15 @@ class RankRun {
     static bool is_slots(const View& v, i64 n, i64 slots) {
         return v.type == kF32 && v.nb[0] == 4 && v.ne[0] == n && v.ne[1] == slots && v.ne[2] * v.ne[3] == 1 && v.nb[1] % 4 == 0 && v.nb[1] >= n * 4;
     }
-    /// Rows of every part are as far apart as the first one's, and matrices of experts lie one behind the other.
+    /// Rows of every part are as far apart as the first one's, and so are matrices of experts.
     static bool set_rows_of(StreamProduct& p, const Matrix& w, bool first) {
         const WeightFormat* format = find_weight_format(w.type);
         for (int f = 0; format && f < format->n_fields; ++f) {
             if (first) p.row_bytes[f] = static_cast<i32>(w.row_stride[f]);
-            if (w.row_stride[f] != p.row_bytes[f] || (p.role && w.nb2[f] != w.n * w.row_stride[f])) return false;
+            if (w.row_stride[f] != p.row_bytes[f]) return false;
+            if (p.role && first && f == 0) p.expert_rows = static_cast<i32>(w.nb2[f] / w.row_stride[f]);
+            if (p.role && w.nb2[f] != p.expert_rows * w.row_stride[f]) return false;
         }
-        if (p.role && !first && p.expert_rows != w.n) return false;
-        p.expert_rows = static_cast<i32>(w.n);
         return format && w.ne3 == 1;
     }
 
