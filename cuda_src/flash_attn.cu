@@ -1,6 +1,7 @@
 // FLASH_ATTN_EXT. flash_split (before sm_80) or flash_columns, and flash_combine, below, do the usual cache; flash_attn does the rest: a warp
-// per (token, head, stream); each lane scores its own cell of 32, then all lanes gather V over dv.
-// Online soft max in f32; sums run in the order of cells, so results do not depend on the launch. grid: (n_tok, n_head, ns).
+// per (token, head, stream), whose lanes have pairs of neighbours of a cell's K and V; kAtOnce cells' loads go out together. Warps of a block have heads
+// side by side, which often read the same cells. Online soft max in f32; sums run in the order of cells, so results do not depend on the launch.
+// grid: (n_tok, n_head / kFlashRestWarps, ns).
 #include "flash_attn.h"
 
 #include "element.h"
@@ -9,15 +10,16 @@
 #include "index.h"
 #include "quantize_group.h"
 
-constexpr int kMaxHead = 576, kLaneValues = kMaxHead / 32;
+namespace ggml_tp {
 
-TP_KERNEL(flash_attn, FlashAttnArgs, 32) {
-    using namespace ggml_tp;
-    __shared__ float q_shared[kMaxHead];
-    __shared__ float p_shared[32];
-    const int lane = threadIdx.x, d = (int)args.q.ne[0], dv = (int)args.v.ne[0];
-    const i64 token = blockIdx.x, head = blockIdx.y, stream = blockIdx.z, n_kv = args.k.ne[1];
-    const i64 kv_head = (head + args.head_offset) / args.gqa_ratio - args.kv_head_offset;
+constexpr int kMaxHead = 576, kLanePairs = kMaxHead / 64;
+
+/// kHalves: K and V are F16, rows side by side in words; else of any type and strides.
+template <bool kHalves>
+TP_DEVICE void attend_head(const FlashAttnArgs& args, i64 token, i64 head, i64 stream) {
+    constexpr int kAtOnce = 4;
+    const int lane = threadIdx.x % 32, d = (int)args.q.ne[0], dv = (int)args.v.ne[0];
+    const i64 n_kv = args.k.ne[1], kv_head = (head + args.head_offset) / args.gqa_ratio - args.kv_head_offset;
     const char* q = args.q.data + token * args.q.nb[1] + head * args.q.nb[2] + stream * args.q.nb[3];
     const char* k = args.k.data + kv_head * args.k.nb[2] + stream % args.k.ne[3] * args.k.nb[3];
     const char* v = args.v.data + kv_head * args.v.nb[2] + stream % args.v.ne[3] * args.v.nb[3];
@@ -25,39 +27,70 @@ TP_KERNEL(flash_attn, FlashAttnArgs, 32) {
     if (args.has_mask)
         mask += token * args.mask.nb[1] + (head + args.head_offset) % args.mask.ne[2] * args.mask.nb[2] + stream % args.mask.ne[3] * args.mask.nb[3];
     const float slope = alibi_slope(args.max_bias, (i32)head + args.head_offset, args.n_head_global);
-    for (int i = lane; i < d; i += 32) q_shared[i] = *(const float*)(q + i * args.q.nb[0]);
-    __syncwarp();
-    float acc[kLaneValues] = {}, most = -INFINITY, sum = 0;
-    for (i64 first = 0; first < n_kv; first += 32) {
-        const i64 cell = first + lane;
-        float score = -INFINITY;
-        float bias = 0;
-        if (cell < n_kv && args.has_mask) bias = slope * tp_load(args.mask.type, mask + cell * args.mask.nb[0]);
-        if (cell < n_kv && bias > -INFINITY) {
-            float dot = 0;
-            for (int i = 0; i < d; ++i) dot += q_shared[i] * tp_load(args.k.type, k + cell * args.k.nb[1] + i * args.k.nb[0]);
-            dot *= args.scale;
-            if (args.logit_softcap != 0.0f) dot = args.logit_softcap * tanhf(dot);
-            score = dot + bias;
+    // Pair j of a lane: elements 64 j + 2 lane and the next.
+    auto pair_of = [](const View& x, const char* row, int at, int n) -> TpFloat2 {
+        if (at >= n) return {0.0f, 0.0f};
+        if constexpr (kHalves) {
+            const u32 two = *(const u32*)(row + at * 2);
+            return {tp_half_to_float((u16)two), tp_half_to_float((u16)(two >> 16))};
+        } else {
+            return {tp_load(x.type, row + at * x.nb[0]), at + 1 < n ? tp_load(x.type, row + (at + 1) * x.nb[0]) : 0.0f};
         }
-        const float new_most = fmaxf(most, tp_warp_max(score));
-        if (new_most == -INFINITY) continue;  // all 32 are masked, for every lane alike
-        const float p = score > -INFINITY ? expf(score - new_most) : 0.0f, keep = most > -INFINITY ? expf(most - new_most) : 0.0f;
-        sum = sum * keep + tp_warp_sum(p);
-        most = new_most;
-        p_shared[lane] = p;
-        __syncwarp();
-        const int cells = (int)(n_kv - first < 32 ? n_kv - first : 32);
+    };
+    float query[kLanePairs][2], acc[kLanePairs][2] = {}, most = -INFINITY, sum = 0;
 #pragma unroll
-        for (int j = 0; j < kLaneValues; ++j) {
-            const int i = j * 32 + lane;
-            if (i >= dv) break;
-            float a = acc[j] * keep;
-            for (int c = 0; c < cells; ++c)
-                if (p_shared[c] != 0.0f) a += p_shared[c] * tp_load(args.v.type, v + (first + c) * args.v.nb[1] + i * args.v.nb[0]);
-            acc[j] = a;
+    for (int j = 0; j < kLanePairs; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int at = 64 * j + 2 * lane + e;
+            query[j][e] = at < d ? *(const float*)(q + at * args.q.nb[0]) : 0.0f;
         }
-        __syncwarp();
+    for (i64 first = 0; first < n_kv; first += kAtOnce) {
+        float score[kAtOnce], bias[kAtOnce];
+        bool any = false;
+#pragma unroll
+        for (int c = 0; c < kAtOnce; ++c) {
+            const i64 cell = first + c;
+            bias[c] = cell >= n_kv ? -INFINITY : args.has_mask ? slope * tp_load(args.mask.type, mask + cell * args.mask.nb[0]) : 0.0f;
+            any |= bias[c] > -INFINITY;
+        }
+        if (!any) continue;  // all are masked, for every lane alike
+#pragma unroll
+        for (int c = 0; c < kAtOnce; ++c) {
+            const char* row = k + (first + c < n_kv ? first + c : n_kv - 1) * args.k.nb[1];
+            score[c] = 0;
+#pragma unroll
+            for (int j = 0; j < kLanePairs; ++j) {
+                const TpFloat2 two = pair_of(args.k, row, 64 * j + 2 * lane, d);
+                score[c] += query[j][0] * two.x + query[j][1] * two.y;
+            }
+        }
+        float top = most;
+#pragma unroll
+        for (int c = 0; c < kAtOnce; ++c) {
+            score[c] = tp_warp_sum(score[c]) * args.scale;
+            if (args.logit_softcap != 0.0f) score[c] = args.logit_softcap * tanhf(score[c]);
+            score[c] = bias[c] > -INFINITY ? score[c] + bias[c] : -INFINITY;
+            top = fmaxf(top, score[c]);
+        }
+        if (top == -INFINITY) continue;
+        const float keep = most > -INFINITY ? expf(most - top) : 0.0f;
+        most = top;
+        sum *= keep;
+#pragma unroll
+        for (int j = 0; j < kLanePairs; ++j) acc[j][0] *= keep, acc[j][1] *= keep;
+#pragma unroll
+        for (int c = 0; c < kAtOnce; ++c) {
+            const float p = score[c] > -INFINITY ? expf(score[c] - top) : 0.0f;
+            if (p == 0.0f) continue;  // also what a cell that nobody has written may hold
+            sum += p;
+            const char* row = v + (first + c) * args.v.nb[1];
+#pragma unroll
+            for (int j = 0; j < kLanePairs; ++j) {
+                const TpFloat2 two = pair_of(args.v, row, 64 * j + 2 * lane, dv);
+                acc[j][0] += p * two.x, acc[j][1] += p * two.y;
+            }
+        }
     }
     float scale = sum > 0 ? 1.0f / sum : 0.0f;
     if (args.has_sinks) {
@@ -67,9 +100,21 @@ TP_KERNEL(flash_attn, FlashAttnArgs, 32) {
     }
     char* y = args.y.data + head * args.y.nb[1] + token * args.y.nb[2] + stream * args.y.nb[3];
 #pragma unroll
-    for (int j = 0; j < kLaneValues; ++j)
-        if (j * 32 + lane < dv) *(float*)(y + (j * 32 + lane) * args.y.nb[0]) = acc[j] * scale;
+    for (int j = 0; j < kLanePairs; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+            if (const int at = 64 * j + 2 * lane + e; at < dv) *(float*)(y + at * args.y.nb[0]) = acc[j][e] * scale;
 }
+
+}  // namespace ggml_tp
+
+#define FLASH_REST(name, halves)                                                                             \
+    TP_KERNEL(name, FlashAttnArgs, 32 * ggml_tp::kFlashRestWarps) {                                          \
+        const i64 head = (i64)blockIdx.y * ggml_tp::kFlashRestWarps + threadIdx.x / 32;                      \
+        if (head < args.q.ne[2]) ggml_tp::attend_head<halves>(args, (i64)blockIdx.x, head, (i64)blockIdx.z); \
+    }
+FLASH_REST(flash_attn, false)
+FLASH_REST(flash_attn_halves, true)
 
 #if TP_ARCH < 800
 #define FLASH_SPLIT(heads)                                                                                                                      \

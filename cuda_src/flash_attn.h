@@ -6,6 +6,7 @@ namespace ggml_tp {
 
 constexpr int kFlashHeads = 8;                                   // query heads of one KV head that a block takes along
 constexpr int kFlashWarps = 4;                                   // of a block
+constexpr int kFlashRestWarps = 4;                               // of a block of what neither takes, a head each
 constexpr i64 kFlashLeastCells = 32;                             // of a piece: less is all merging
 constexpr i32 kColumnsArch = 800;                                // tensor cores take halves into f32 (flash_columns.h); older cards have flash_split_unit
 constexpr int kColumnsStep = 16;                                 // cells of a step of a warp there
@@ -18,9 +19,14 @@ inline Launch flash_attn_launch(const FlashAttnArgs& a, Arch) {
         (a.has_mask && a.mask.type != kF16 && a.mask.type != kF32))
         return out;
     if (a.q.ne[0] > 576 || a.v.ne[0] > 576 || a.q.ne[2] > 65535 || a.q.ne[3] > 65535) return out;
-    out.kernel = "flash_attn";
-    for (int d = 0; d < 3; ++d) out.grid[d] = (u32)a.q.ne[d + 1];
-    out.block[0] = 32;
+    auto words = [](const View& v) {
+        return v.type == kF16 && v.nb[0] == 2 && v.ne[0] % 2 == 0 && ((u64)v.data | (u64)(v.nb[1] | v.nb[2] | v.nb[3])) % 4 == 0;
+    };
+    out.kernel = words(a.k) && words(a.v) ? "flash_attn_halves" : "flash_attn";
+    out.grid[0] = (u32)a.q.ne[1];
+    out.grid[1] = (u32)((a.q.ne[2] + kFlashRestWarps - 1) / kFlashRestWarps);
+    out.grid[2] = (u32)a.q.ne[3];
+    out.block[0] = 32 * kFlashRestWarps;
     return out;
 }
 
