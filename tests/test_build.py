@@ -21,7 +21,7 @@ _spec.loader.exec_module(build)
 
 
 # Which architectures by default: one of each set of variants (sm_61 adds one instruction) and the newest, not optimised (sm_80's took 183 s beside one worker,
-# quickly 20 or 30); sm_90's, which have most to optimise, as they are built. sm_80 is the one that says whether a kernel from sm_80 on uses what only sm_90 has.
+# quickly 20 or 30); sm_90's, which have most to optimise, as they are built. sm_80 says whether a kernel from sm_80 on uses what only sm_90 has.
 QUICK, AS_BUILT = {"sm_60", "sm_80", "sm_120"}, {"sm_90", "compute_60"}
 
 
