@@ -204,6 +204,14 @@ def case(name: str, type_: int | None = F32) -> Callable[[Build], Build]:
     return add
 
 
+def row_of_results(g: Case, k: int) -> Any:
+    """What several products have come to is a matrix of one row."""
+    lib, x = g.lib, g.leaf(F32, k)
+    for i in range(5):
+        x = lib.ggml_mul_mat(g.c, g.leaf(Q8_0, k, k, scale=k**-0.5, name=f"blk.{i}.attn_q.weight"), x)
+    return lib.ggml_mul_mat(g.c, lib.ggml_add(g.c, x, g.leaf(F32, k)), x)
+
+
 def of_heads(g: Case, type_: int, k: int, n: int, heads: int, m: int) -> Any:
     """Each head of a token has a matrix of its own; heads of a token lie side by side, as an attention wants them and leaves them."""
     weights = g.leaf(type_, k, n, heads, name="blk.0.attn_k_b.weight", scale=k**-0.5)
@@ -287,6 +295,7 @@ def feed_forward(g: Case, type_: int, k: int, n: int, m: int, read: bool = False
 
 
 def _mul_mats() -> None:
+    case("mul_mat Q8_0, then a row that they have come to")(lambda g: row_of_results(g, 1024))
     case("mul_mat Q8_0, a matrix for each of 128 heads, 520 tokens: more rows than a grid's second axis")(lambda g: of_heads(g, Q8_0, 32, 16, 128, 520))
     for t in NAMES:
         for m in (1, 2, 3, 8, 11, 17, 70):

@@ -133,7 +133,7 @@ class RankRun {
         if (named(l, "fused_glu_")) return add_glu(l);
         if (named(l, "mul_vec_id_")) return add_experts(args_of<MulVecIdArgs>(l));
         if (named(l, "mul_vec_f32_")) return add_floats(args_of<MulVecArgs>(l), true);
-        if (is(l, "mul_mat_f32_1") && n_elements(args_of<MulMatArgs>(l).y) == 1) return add_floats(mul_vec_args(args_of<MulMatArgs>(l)), false);
+        if (is(l, "mul_mat_f32_1")) return add_one_row(args_of<MulMatArgs>(l));
         if (named(l, "mul_vec_") && l.args.size() == sizeof(MulVecArgs)) return add_product(args_of<MulVecArgs>(l));
         if (named(l, "chain")) return add_router(args_of<ChainArgs>(l));
         if (named(l, "flash_columns_")) return add_flash(args_of<FlashSplitArgs>(l));
@@ -448,14 +448,18 @@ class RankRun {
     }
 
     // ---- experts
+    bool add_one_row(const MulMatArgs& m) {
+        return n_elements(m.y) == 1 && m.k_begin == 0 && m.k_end == m.w.k && m.x.type == kF32 && add_floats(mul_vec_args(m), false);
+    }
     /// A product of a few rows of floats, of one token: what a router sees, or (of one row) how much of a shared expert counts. The norm in front of it is its
     /// own work.
     bool add_floats(const MulVecArgs& m, bool is_router) {
         const Matrix& w = m.part[0].w;
         const i64 n = w.n;
         if (m.n_parts != 1 || m.x.ne[1] != 1 || w.k % 8 || w.k > kStreamMostK || stream_share(w.k, memory_->n_blocks) > kStreamStep || w.row_stride[0] % 16 ||
-            !is_vector(m.x, w.k) || m.part[0].y.nb[0] != 4)
-            return false;
+            !is_vector(m.x, w.k) || m.part[0].y.nb[0] != 4 || reinterpret_cast<u64>(w.plane[0]) % 16 ||
+            written(span_of(w.plane[0], (n - 1) * w.row_stride[0] + w.k * 4)))
+            return false;  // rows are read before the stage, in sixteens
         StreamFloats f{};
         f.w = reinterpret_cast<const float*>(w.plane[0]), f.row_stride = w.row_stride[0] / 4, f.k = w.k, f.n = n;
         f.y = reinterpret_cast<float*>(m.part[0].y.data);
