@@ -108,7 +108,7 @@ TP_DEVICE void flash_latent(const FlashSplitArgs& args) {
 #pragma unroll
                 for (int j = 0; j < kMine / 8; ++j)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) score[j][e] = a.logit_softcap * kLog2E * (1.0f - __fdividef(2.0f, tp_exp2(2.0f * kLog2E * score[j][e]) + 1.0f));
+                    for (int e = 0; e < 4; ++e) score[j][e] = capped(score[j][e], a.logit_softcap);
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

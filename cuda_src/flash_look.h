@@ -1,4 +1,4 @@
-// Masks, for attention of many rows (flash_tile.cu, flash_latent.cu): which steps of cells a block's tokens see.
+// What attention of many rows (flash_tile.cu, flash_latent.cu) does with scores and masks: which steps of cells a block's tokens see.
 #pragma once
 #include "flash_attn.h"
 
@@ -10,6 +10,9 @@ TP_DEVICE u32 pack(float low, float high) { return (u32)tp_float_to_half(low) | 
 
 constexpr u16 kClosed = 0xfc00;  // -inf: a cell that a token does not see
 constexpr float kLog2E = 1.44269504088896340736f;
+
+/// cap * tanh(score), as a power of 2. tanh(s) is 1 - 2 / (e^2s + 1): off by 1e-7 of the cap, which is what a sum of halves' products is off by.
+TP_DEVICE float capped(float score, float cap) { return cap * kLog2E * (1.0f - __fdividef(2.0f, tp_exp2(2.0f * kLog2E * score) + 1.0f)); }
 
 /// Of cells `cell` and `cell + 1`, an even one and the next: 0 without a mask, kClosed beyond the last of n_kv.
 TP_DEVICE u32 mask_of_two(const char* row, int cell, int n_kv) {

@@ -95,11 +95,10 @@ TP_DEVICE void flash_tile(const FlashTileArgs& args) {
             }
         }
         if (a.logit_softcap != 0.0f) {
-            // tanh(s) is 1 - 2 / (e^2s + 1): off by 1e-7 of the cap, which is what a sum of halves' products is off by.
 #pragma unroll
             for (int j = 0; j < kCells / 8; ++j)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) score[j][e] = a.logit_softcap * kLog2E * (1.0f - __fdividef(2.0f, tp_exp2(2.0f * kLog2E * score[j][e]) + 1.0f));
+                for (int e = 0; e < 4; ++e) score[j][e] = capped(score[j][e], a.logit_softcap);
         }
         if (masked) {
 #pragma unroll

@@ -280,7 +280,7 @@ def _write_header(path: Path, name: str, shape: Shape, all_tensors: list[Tensor]
         writer.add_kv_lora_rank(latent)
         writer.add_key_length_mla(plain + turned)
         writer.add_value_length_mla(value)
-        writer.add_expert_weights_scale(1.8)
+        writer.add_expert_weights_scale(2.5 if shape.groups[0] else 1.8)
         if shape.groups[0]:
             writer.add_expert_group_count(shape.groups[0])
             writer.add_expert_group_used_count(shape.groups[1])

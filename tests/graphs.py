@@ -204,6 +204,16 @@ def case(name: str, type_: int | None = F32) -> Callable[[Build], Build]:
     return add
 
 
+def heads_of_results(g: Case, type_: int, n: int, heads: int) -> Any:
+    """What several products have come to is what each head's matrix multiplies: of a head 256 elements, beside others."""
+    lib, k = g.lib, heads * 320
+    x = g.leaf(F32, 1024)
+    for i, rows in enumerate((1024, 1024, 1024, k)):
+        x = lib.ggml_mul_mat(g.c, g.leaf(Q8_0, 1024, rows, scale=1 / 32, name=f"blk.{i}.attn_q.weight"), x)
+    part = lib.ggml_view_4d(g.c, x, 256, 1, heads, 1, 320 * heads * 4, 320 * 4, 320 * heads * 4, 0)
+    return lib.ggml_mul_mat(g.c, g.leaf(type_, 256, n, heads, scale=1 / 16, name="blk.0.attn_k_b.weight"), part)
+
+
 def row_of_results(g: Case, k: int) -> Any:
     """What several products have come to is a matrix of one row."""
     lib, x = g.lib, g.leaf(F32, k)
@@ -295,6 +305,11 @@ def feed_forward(g: Case, type_: int, k: int, n: int, m: int, read: bool = False
 
 
 def _mul_mats() -> None:
+    for type_ in (Q4_0, Q8_0, Q4_K, Q6_K):
+        for n, heads in ((76, 20), (64, 7), (40, 34)):  # groups of ten heads; all in one; of two, and rows that end within a tile
+            if type_ == Q6_K and heads == 20:
+                continue  # four rows of its scales are no multiple of 16 bytes
+            case(f"mul_mat {NAMES[type_]}, then each of {heads} heads {n}")(lambda g, t=type_, n=n, h=heads: heads_of_results(g, t, n, h))
     case("mul_mat Q8_0, then a row that they have come to")(lambda g: row_of_results(g, 1024))
     case("mul_mat Q8_0, a matrix for each of 128 heads, 520 tokens: more rows than a grid's second axis")(lambda g: of_heads(g, Q8_0, 32, 16, 128, 520))
     for t in NAMES:

@@ -181,7 +181,13 @@ def test_warpgroups_take_what_they_can(workers):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_experts_in_the_persistent_kernel(workers, reference, ranks):
     """What its stages leave for others: results that somebody reads must be there, and only those may be left out. A row that stages compute is no weight."""
-    check(workers, reference, "sm_90", ranks, [name for name in CASES if name.startswith(("experts", "mul_mat Q8_0, then"))])
+    behind = [name for name in CASES if name.startswith("mul_mat") and ", then " in name]
+    check(workers, reference, "sm_90", ranks, [name for name in CASES if name.startswith("experts")] + behind)
+    if ranks > 1:
+        return  # these products' columns are gathered there, which ends the run
+    of_heads = [name for name in behind if " heads " in name]
+    for name, program in workers.run(jobs.programs, emulated(ranks, "sm_90"), names=of_heads).items():
+        assert len(re.findall(r"^(  -- |     )product node_", program, re.MULTILINE)) >= 5, f"{name}: {program}"
 
 
 @pytest.mark.parametrize(("arch", "ranks"), [("sm_80", 1), ("sm_90", 3)])

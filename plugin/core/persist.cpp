@@ -897,7 +897,7 @@ class RankRun {
                 for (int j = 0; j < p.n_parts && !p.role && !p.glu && !p.n_push; ++j)
                     if (p.part[j].y == y && p.part[j].n > n && !p.part[j].copy) split(p, j, n);
                 for (StreamPart& part : p.part) {
-                    if (part.y != y || part.n != n || part.copy || p.n_push || p.glu) continue;
+                    if (part.y != y || part.n != n || part.copy || p.n_push || p.glu || p.role == kHeads) continue;
                     part.copy = copy;
                     made = true;
                 }
