@@ -598,11 +598,12 @@ def test_without_peers_or_persistent_kernel(workers, models, off, by_nccl, kerne
     assert nmse(parts["prompt_logits"], whole["prompt_logits"]) < 1e-9
 
 
-@pytest.mark.parametrize(("family", "quant"), [("llama", "Q4_0"), ("gpt-oss", "Q8_0")])
+@pytest.mark.parametrize(("family", "quant"), [("llama", "Q4_0"), ("gpt-oss", "Q8_0"), ("deepseek2-no-mla", "Q8_0")])
 def test_persistent_runs_are_bit_identical(workers, models, family, quant):
+    """Of a model with two norms of one product's results (deepseek2-no-mla) fast blocks once stored where slow ones still read."""
     arguments = {"model": models(family, quant), "prompt": PROMPT, "n": 6}
-    a, b = (workers.run(jobs.run_model, emulated(3, "sm_90"), on_device=True, **arguments) for _ in range(2))
-    assert np.array_equal(a["logits"], b["logits"])
+    first, *others = (workers.run(jobs.run_model, emulated(2 if family == "deepseek2-no-mla" else 3, "sm_90"), on_device=True, **arguments) for _ in range(4))
+    assert all(np.array_equal(first["logits"], other["logits"]) for other in others)
 
 
 @pytest.mark.skipif("TEST_GPUS" in os.environ, reason="the emulator's bridge is the one that can be broken")

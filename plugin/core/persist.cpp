@@ -36,7 +36,7 @@ i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 
 // StreamMemory::Rank::vectors. A norm reads its residual and what is added to it in every block, while fast blocks store results already,
 // maybe where the host's allocator has put them: over the inputs, which are dead by then. So norms read copies that are nobody else's.
-enum Vector { kSum0, kSum1, kAdded0, kAdded1, kImportA, kImportB, kTurned0, kTurned1, kTurned2, kNormed, kLogits, kGlu, kPacked, kTables, kVectors };
+enum Vector { kSum0, kSum1, kAdded0, kAdded1, kAdded2, kImportA, kImportB, kTurned0, kTurned1, kTurned2, kNormed, kLogits, kGlu, kPacked, kTables, kVectors };
 constexpr i64 kMostTables = 4, kTableFloats = kStreamMostK / kMostTables;  // kinds of rope in one program
 
 struct Span {
@@ -874,18 +874,31 @@ class RankRun {
     /// Reads the copy of a residual or of a product's result instead, where there is one. Hosts add them in either order.
     bool take_copy(const float*& from, i64 k) {
         if (!from) return false;
-        const float* copy = still(last_sum_, from, k) ? last_sum_.copy : copy_of_output(from, k, next_added_, kAdded0, 2);
+        const float* copy = still(last_sum_, from, k) ? last_sum_.copy : copy_of_output(from, k, next_added_, kAdded0, 3);
         if (copy) from = copy;
         return copy != nullptr;
     }
+    /// One of n_vectors, from `turn` on, that nobody has read or written since stage i began: that stage's slow blocks may still read their input where its
+    /// fast ones store. Null: there is none.
+    float* free_vector(size_t i, i64 n, int turn, int vectors, int n_vectors) const {
+        for (int k = 0; k < n_vectors; ++k) {
+            float* const vector = memory_->vectors[vectors + (turn + k) % n_vectors];
+            const std::vector<Span> span = {span_of(vector, n * 4)};
+            if (std::none_of(stages.begin() + static_cast<std::ptrdiff_t>(i), stages.end(),
+                             [&](const Draft& d) { return meet(span, d.reads) || meet(span, d.writes); }))
+                return vector;
+        }
+        return nullptr;
+    }
     /// A copy of what the last product or all_reduce before stage `end` wrote to y, made by its stage in one of n_vectors by turns; null when
-    /// some other stage wrote it.
+    /// some other stage wrote it, or all of them are in use.
     float* copy_of_output(const float* y, i64 n, int& turn, int vectors, int n_vectors, size_t end = SIZE_MAX) {
         const Span wanted = span_of(y, n * 4);
-        float* copy = memory_->vectors[vectors + turn];
         for (size_t i = std::min(end, stages.size()); i-- > 0;) {
             Draft& d = stages[i];
             if (!meet({wanted}, d.writes)) continue;
+            float* const copy = free_vector(i, n, turn, vectors, n_vectors);
+            if (!copy) return nullptr;
             bool made = false;
             if (d.kind == kStreamProduct) {
                 StreamProduct p = d.get<StreamProduct>();
