@@ -592,11 +592,16 @@ struct StreamSums {
     float* sum[kVecSlots - 2];
     i64 visible;  // any of them is wanted
 };
+// What becomes of one part's result where experts have no role in it: times the sigmoid of *gate (null: of nothing), added to what an earlier stage has left.
+struct StreamOnto {
+    const float *gate, *added;  // added: null: nothing of this
+};
 struct alignas(16) StreamExperts {
     StreamProduct product;  // first: whoever looks for a product finds it
     union {
         StreamRoute route;  // kExpertsEach
         StreamSums sums;    // kExpertsSum
+        StreamOnto onto;    // kExpertsNone
     };
 };
 // y[i] = sum of w[:, i] * x, rows of floats, where x is `a`, or the norm of s = a + b times weight. sum, sum_copy, norm, norm_copy: for others.
@@ -606,6 +611,8 @@ struct StreamFloats {
     i64 k, n, row_stride;  // elements
     float eps;
     i32 has_norm, share;  // share: as a product's
+    const float* more_w;  // a row behind the others that lies elsewhere, as its result does; null: there is none
+    float* more_y;
 };
 // y[i] = sum over ranks of inbox[rank][i], in rank order: the same bits on every rank. An inbox has words {sum, number of the push}, which
 // are stored and read whole: whoever finds the number that it waits for has the sum too, and no fence and no counter is between them. There
@@ -666,6 +673,56 @@ struct StreamConcat {
 };
 struct StreamDelta {
     RecurrentArgs args;  // recurrent.h, delta_in_fours
+};
+// Channels of a window over tokens: of the last taps - 1 of them, which a row of a cache has, and of this one.
+struct StreamWindow {
+    const float *x, *w;  // [channels]; [taps, channels]
+    const char* old;     // [taps - 1, channels] of the cache's row 0
+    float* to;           // where the same goes for the next token; maybe the row that it is read from
+    i64 n_channels;
+};
+struct StreamWindowRow {  // the cache's row of this token's sequence
+    const i32* row;
+    i64 row_bytes;
+    i32 n_rows, taps;
+};
+constexpr i32 kStreamMostTaps = 4;
+// An op on a float of each head: a UnaryOp (stream.h, stream_head_op), or kStreamWithOther + kAdd or kMul of it and b[head].
+struct StreamHeadStep {
+    const float* b;
+    i32 op, pad;
+};
+constexpr int kStreamHeadSteps = 4;
+struct StreamHeadFloat {
+    const float* x;  // of head h at x[h / inner * outer + h % inner * stride]
+    StreamHeadStep step[kStreamHeadSteps];
+    i32 n_steps, inner, outer, stride;
+};
+// Whose row of Q or K a head has: head / repeat % groups, counted from `first` on.
+struct StreamHeadGroup {
+    i32 repeat, groups, first;
+    float eps, factor;  // of the row's norm, which has no weights
+};
+// All that a token does in linear attention (GATED_DELTA_NET) between its products, a block a head: y = the norm of what its state [n, rows] answers, times
+// weight, times z after an op. The state of one sequence is read from a row of a cache and written to one. Q, K and V come out of windows, which other blocks
+// read too: so another stage, behind a wait, brings the window of an earlier one up to date (shift), where there is one.
+struct StreamHeads {
+    StreamWindow window[3];  // of Q, K and V
+    StreamWindow shift[3];
+    StreamWindowRow row, shift_row;
+    StreamHeadGroup group[2];  // of Q and K
+    StreamHeadFloat gate, beta;
+    const float *z, *weight;
+    float* y;
+    const char* state;
+    float* state_to;
+    const i32* state_row;
+    i64 state_row_bytes;
+    u32* fault;
+    i32 n_state_rows, n_shift;
+    i32 n_head, head_begin, n, rows;  // n_head: this rank's; 0: shifts alone
+    i32 z_op, z_stride;               // a UnaryOp; elements from head to head
+    float eps, scale;
 };
 struct StreamCombine {
     FlashCombineArgs args;
@@ -730,6 +787,7 @@ enum StreamKind : i32 {
     kStreamElements,
     kStreamConcat,
     kStreamDelta,
+    kStreamHeads,
 };
 struct StreamStage {
     i32 kind;

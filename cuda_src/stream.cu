@@ -450,6 +450,28 @@ TP_DEVICE void store_rows(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
         if (inside) to.put(s, at, v + added);
     }
 }
+/// One product's rows and what an earlier stage has left: of an expert that all tokens share, and the others. What is added comes when the first tile is there,
+/// as then other blocks' results are.
+TP_DEVICE void store_onto(const StreamExperts& experts, Shared& s, Turn<kOuts>& out) {
+    const StreamProduct& p = experts.product;
+    const StreamOnto& onto = experts.onto;
+    const int lane = threadIdx.x % 32, rows = p.rows, groups = 1 << p.k_shift;
+    const StreamPart& part = p.part[0];
+    const Destination to(p, part);
+    for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
+        const i64 at = (i64)tile * rows + lane;
+        const bool inside = lane < rows && at < part.n;
+        tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
+        const float added = inside ? onto.added[at] : 0.0f, gate = onto.gate ? *onto.gate : 0.0f;
+        float v = 0;
+        if (lane < rows)
+            for (int g = 0; g < groups; ++g) v += s.out[out.at][g * rows + lane];
+        tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
+        out.next();
+        if (onto.gate) v = tp_mul_rounded(v, sigmoid(gate));
+        if (inside) to.put(s, at, added + v);
+    }
+}
 // Code that runs once a layer comes from the L2 each time, so what few models have is not in the way of the others: biases (kBiased: a bias, or a product
 // that somebody reads without its bias) and GLUs have copies of these loops of their own.
 constexpr bool is_biased(const StreamPart& part) { return part.bias || part.raw; }
@@ -679,6 +701,7 @@ TP_OUTLINE void store_results() {
         if (p.role == kExpertsSum) out = store_sums(out);
         else if (p.role == kHeads) out = store_heads(out);
         else if (p.glu) store_glu(p, s, out);
+        else if (experts.onto.added) store_onto(experts, s, out);
         else store_rows(p, s, out);
         __syncwarp();
         if (lane == 0) arrive();
@@ -1232,7 +1255,8 @@ template <int kRows>
 TP_OUTLINE void multiply_floats(int at) {
     const StreamFloats& f = *(const StreamFloats*)stage_at(at).body;
     float* met = (float*)shared_of().x;  // [kRows + 1][kStreamWarps]
-    const int thread = threadIdx.x, k = (int)f.k, from = (int)blockIdx.x * f.share, n = (int)f.n, blocks = (int)gridDim.x;
+    const int thread = threadIdx.x, k = (int)f.k, from = (int)blockIdx.x * f.share, n = (int)f.n + (f.more_w ? 1 : 0), blocks = (int)gridDim.x;
+    auto row_of = [&](int i) { return i == (int)f.n ? f.more_w : f.w + i * f.row_stride; };
     OwnEight own;
     for (int row = blockIdx.x, round = 0; row < n || !round; row += blocks * kRows, ++round) {
         float squares = 0, sum[kRows] = {};
@@ -1242,7 +1266,7 @@ TP_OUTLINE void multiply_floats(int at) {
             if (f.b) load_eight(f.b + i, more);
             if (f.weight) load_eight(f.weight + i, weight);
 #pragma unroll
-            for (int r = 0; r < kRows; ++r) load_eight(f.w + (row + r * blocks) * f.row_stride + i, row + r * blocks < n, w[r]);
+            for (int r = 0; r < kRows; ++r) load_eight(row_of(row + r * blocks) + i, row + r * blocks < n, w[r]);
             if (f.b)
                 for (int e = 0; e < 8; ++e) v[e] += more[e];
             const bool mine = !round && i >= from && i < from + f.share;
@@ -1277,8 +1301,9 @@ TP_OUTLINE void multiply_floats(int at) {
         if (writes) {
             float y = 0;
             for (int w = 0; w < kStreamWarps; ++w) y += met[(thread + 1) * kStreamWarps + w];
-            if (f.y) f.y[mine] = y * scale;
-            if (f.y_copy) f.y_copy[mine] = y * scale;
+            if (mine == (int)f.n) *f.more_y = y * scale;
+            else if (f.y) f.y[mine] = y * scale;
+            if (f.y_copy && mine < (int)f.n) f.y_copy[mine] = y * scale;
         }
         if (!round && own.at >= 0 && f.has_norm) {
             own.scale(scale);
@@ -1745,8 +1770,8 @@ TP_DEVICE float sum_of(const u64* word, u32 push, Shared& s) {
 /// What a stage reads that no stage writes goes into the L2 while its block still waits: here a router's weights.
 TP_DEVICE void fetch_ahead(const StreamFloats& f) {
     const int thread = threadIdx.x, lines = (int)f.k / 32;
-    for (i64 row = blockIdx.x; row < f.n; row += gridDim.x)  // the first warp's other lanes would hold up the one that waits
-        for (int i = thread - 32; i >= 0 && i < lines; i += kMultiply - 32) tp_prefetch(f.w + row * f.row_stride + i * 32);
+    for (i64 row = blockIdx.x; row < f.n + (f.more_w ? 1 : 0); row += gridDim.x)  // the first warp's other lanes would hold up the one that waits
+        for (int i = thread - 32; i >= 0 && i < lines; i += kMultiply - 32) tp_prefetch((row == f.n ? f.more_w : f.w + row * f.row_stride) + i * 32);
 }
 
 // ---- what only some models have. Functions lie in the order of their mangled names, which begin with their lengths: nine letters put these behind the products,
@@ -1851,6 +1876,171 @@ TP_OUTLINE void run_delta(const RecurrentArgs& args, i64 first, i64 step) {
         const u32 head = (u32)i / rows, row = (u32)i - head * rows;
         gated_delta_rows(args, (int)row * kDeltaRows, (int)head);
     }
+}
+/// The windows of an earlier stage, which all blocks have read, take in their token: a thread a channel, as old and new may be the same row.
+TP_OUTLINE void shift_all(const StreamHeads& a, i64 first, i64 step) {
+    const int rest = a.shift_row.taps - 1;
+    const i64 row = *a.shift_row.row;
+    if (row < 0 || row >= a.shift_row.n_rows) return;  // whose token it was has said so
+    for (int i = 0; i < a.n_shift; ++i) {
+        const StreamWindow& w = a.shift[i];
+        for (i64 channel = first; channel < w.n_channels; channel += step) {
+            const float* const old = (const float*)(w.old + row * a.shift_row.row_bytes) + channel * rest;
+            float v[kStreamMostTaps - 1];
+#pragma unroll
+            for (int t = 0; t < kStreamMostTaps - 1; ++t)
+                if (t < rest) v[t] = t + 1 < rest ? old[t + 1] : w.x[channel];
+#pragma unroll
+            for (int t = 0; t < kStreamMostTaps - 1; ++t)
+                if (t < rest) w.to[channel * rest + t] = v[t];
+        }
+    }
+}
+/// What a channel's window sums up, but for this token's element.
+struct WindowSum {
+    float old[kStreamMostTaps - 1] = {}, w[kStreamMostTaps] = {};
+    TP_MEMBER void fetch(const StreamWindow& window, i64 channel, int taps, i64 row) {  // row: bytes from the cache's first
+#pragma unroll
+        for (int t = 0; t < kStreamMostTaps; ++t) {
+            if (t < taps) w[t] = window.w[channel * taps + t];
+            if (t + 1 < taps) old[t] = ((const float*)(window.old + row))[channel * (taps - 1) + t];
+        }
+    }
+    TP_MEMBER float of(float x, int taps) const {
+        float sum = 0;
+#pragma unroll
+        for (int t = 0; t < kStreamMostTaps; ++t)
+            if (t < taps) sum += (t + 1 < taps ? old[t < kStreamMostTaps - 1 ? t : 0] : x) * w[t];
+        return sum;
+    }
+};
+TP_DEVICE float head_op(i32 op, float x) {
+    if ((UnaryOp)op == UnaryOp::kSoftplus) return softplus(x);
+    const float s = sigmoid(x);
+    return (UnaryOp)op == UnaryOp::kSilu ? x * s : s;
+}
+TP_DEVICE float head_float(const StreamHeadFloat& f, int head) {
+    float v = f.x[head / f.inner * f.outer + head % f.inner * f.stride];
+#pragma unroll 1
+    for (int i = 0; i < f.n_steps; ++i) {
+        const StreamHeadStep& step = f.step[i];
+        if (!step.b) v = head_op(step.op, v);
+        else v = step.op == kStreamWithOther + (i32)BinaryOp::kAdd ? v + step.b[head] : v * step.b[head];
+    }
+    return v;
+}
+TP_DEVICE int row_of_head(const StreamHeadGroup& g, int head) { return head / g.repeat % g.groups - g.first; }
+
+/// A block a head. What no stage of the launch writes, its state above all, comes while the block still waits: sixteen rows a warp, four neighbours a lane. Eight
+/// rows at a time: the code, which comes from the L2 once a layer, is half as long, and the second half finds it.
+TP_OUTLINE Progress run_heads(Progress now) {
+    constexpr int kMost = 128, kRows = kMost / kStreamWarps / 2;  // of a half
+    struct Meet {
+        float qk[2][kMost], v[kMost], y[kMost];
+        float sums[2][kStreamWarps / 2], squares[kStreamWarps];
+    };
+    static_assert(sizeof(Meet) <= kStreamMostK, "where inputs lie");
+    Shared& s = shared_of();
+    Meet& meet = *(Meet*)s.x;
+    const StreamStage& stage = stage_at(now.stage % 3);
+    const StreamHeads& a = *(const StreamHeads*)stage.body;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, blocks = (int)gridDim.x;
+    const int turned = (int)blockIdx.x + stage.turn, block_here = turned < blocks ? turned : turned - blocks;
+    if (a.n_shift) shift_all(a, (i64)block_here * kMultiply + thread, (i64)blocks * kMultiply);
+    const int of_k = thread >= kMost, channel = thread % kMost;  // whose of Q and K this thread has
+    const int taps = a.row.taps, rows_each = a.rows / kStreamWarps;
+    bool begun = false;
+    for (int head = block_here; head < a.n_head; head += blocks) {
+        const i64 window_row = *a.row.row, state_row = *a.state_row;
+        if (window_row < 0 || window_row >= a.row.n_rows || state_row < 0 || state_row >= a.n_state_rows) {
+            if (thread == 0) atomicExch(a.fault, (u32)kFaultRowIndex);
+            break;
+        }
+        const i64 window_at = window_row * a.row.row_bytes;
+        const i64 at_state = ((i64)head * a.rows + warp * rows_each) * a.n + 4 * lane;
+        const char* const from = a.state + state_row * a.state_row_bytes + at_state * 4;
+        const bool inside = 4 * lane < a.n, has_row = thread < a.rows, has_channel = channel < a.n;
+        float state[kRows][4] = {}, second[kRows][4] = {};
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            if (inside && r < rows_each) load_four(from + (i64)r * a.n * 4, state[r]);
+            if (inside && r + kRows < rows_each) load_four(from + (i64)(r + kRows) * a.n * 4, second[r]);
+        }
+        const i64 at_qk = (i64)row_of_head(a.group[of_k], a.head_begin + head) * a.n + channel, at_v = (i64)head * a.rows + thread;
+        WindowSum of_qk, of_v;
+        if (has_channel) of_qk.fetch(a.window[of_k], at_qk, taps, window_at);
+        if (has_row) of_v.fetch(a.window[2], at_v, taps, window_at);
+        const float weight = has_row ? a.weight[thread] : 0.0f;
+        if (!begun) begin_stage(now.stage);
+        else sync_multiplying();  // before meet is written again
+        begun = true;
+        const float x_qk = has_channel ? a.window[of_k].x[at_qk] : 0.0f, x_v = has_row ? a.window[2].x[at_v] : 0.0f;
+        const float z = has_row ? a.z[(i64)head * a.z_stride + thread] : 0.0f;
+        const float decay = expf(head_float(a.gate, head)), beta = head_float(a.beta, head);
+        const float own = has_channel ? silu(of_qk.of(x_qk, taps)) : 0.0f;
+        meet.qk[of_k][channel] = own;
+        if (thread < kMost) meet.v[thread] = has_row ? silu(of_v.of(x_v, taps)) : 0.0f;
+        const float squares = tp_warp_sum(own * own);
+        if (lane == 0) meet.sums[of_k][warp % (kStreamWarps / 2)] = squares;
+        sync_multiplying();
+        float k[4] = {}, q[4] = {}, scale[2];
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i) {
+            const float* const sums = meet.sums[i];
+            const float of_all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+            const float here = tp_quotient(a.group[i].factor, sqrtf(tp_quotient(of_all, (float)a.n) + a.group[i].eps));
+            scale[0] = i ? scale[0] : here, scale[1] = here;
+        }
+        for (int i = 0; i < 4; ++i) q[i] = meet.qk[0][4 * lane + i] * scale[0], k[i] = meet.qk[1][4 * lane + i] * scale[1];
+        // A lane gets the sum of row 4 * j + lane / 8.
+        auto sums_of = [&](const float(&v)[kRows], float(&to)[kRows / 4]) {
+#pragma unroll
+            for (int j = 0; j < kRows / 4; ++j) {
+                const float four[4] = {v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]};
+                to[j] = sum_of_lanes<4>(four, 32);
+            }
+        };
+        float y_squares = 0;
+#pragma unroll 1
+        for (int first = 0; first < rows_each; first += kRows) {
+            float sums[kRows], delta[kRows / 4], y[kRows / 4];
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                sums[r] = 0;
+                for (int i = 0; i < 4; ++i) state[r][i] *= decay, sums[r] += state[r][i] * k[i];
+            }
+            sums_of(sums, delta);
+            const int row = warp * rows_each + first + lane / 8;  // and four further on
+#pragma unroll
+            for (int j = 0; j < kRows / 4; ++j) delta[j] = first + 4 * j < rows_each ? (meet.v[row + 4 * j] - delta[j]) * beta : 0.0f;
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                const float d = __shfl_sync(0xffffffffu, delta[r / 4], r % 4 * 8);
+                sums[r] = 0;
+                for (int i = 0; i < 4; ++i) state[r][i] += k[i] * d, sums[r] += state[r][i] * q[i];
+                if (inside && first + r < rows_each) store_four((char*)(a.state_to + at_state + (first + r) * a.n), state[r]);
+            }
+            sums_of(sums, y);
+#pragma unroll
+            for (int j = 0; j < kRows / 4; ++j)
+                if (lane % 8 == 0 && first + 4 * j < rows_each) {
+                    y[j] *= a.scale;
+                    meet.y[row + 4 * j] = y[j], y_squares += y[j] * y[j];
+                }
+#pragma unroll
+            for (int r = 0; r < kRows; ++r)
+                for (int i = 0; i < 4; ++i) state[r][i] = second[r][i];
+        }
+        y_squares = tp_warp_sum(y_squares);
+        if (lane == 0) meet.squares[warp] = y_squares;
+        sync_multiplying();
+        float total = 0;
+        for (int w = 0; w < kStreamWarps; ++w) total += meet.squares[w];
+        const float norm = tp_quotient(1.0f, sqrtf(tp_quotient(total, (float)a.rows) + a.eps));
+        if (has_row) a.y[(i64)head * a.rows + thread] = meet.y[thread] * norm * weight * head_op(a.z_op, z);
+    }
+    if (!begun) begin_stage(now.stage);
+    return now;
 }
 TP_OUTLINE void glu_elems(const StreamGlu& g, i64 first, i64 step) {
     for (i64 i = first; i < tp_elems(g.args.y); i += step) {
@@ -1990,7 +2180,7 @@ TP_OUTLINE Progress do_stage(Progress now) {
             break;
         }
         case kStreamFloats:
-            if (((const StreamFloats*)body)->n <= gridDim.x) multiply_floats<1>(now.stage % 3);
+            if (((const StreamFloats*)body)->n + (((const StreamFloats*)body)->more_w != nullptr) <= gridDim.x) multiply_floats<1>(now.stage % 3);
             else multiply_floats<kFloatRows>(now.stage % 3);
             break;
         case kStreamElements: map_elems(*(const StreamElements*)body, first, step); break;
@@ -2041,7 +2231,7 @@ TP_DEVICE void do_stages() {
                 if (threadIdx.x == 0) mark_stage(now.stage, kTimeInput), mark_stage(now.stage, kTimeDone);
             }
         } else {
-            now = do_stage(now);
+            now = stage.kind == kStreamHeads ? run_heads(now) : do_stage(now);
             sync_multiplying();
             if (threadIdx.x == 0) mark_stage(now.stage, kTimeInput), mark_stage(now.stage, kTimeDone);
         }

@@ -1,5 +1,6 @@
 // The persistent decode kernel of sm_90 and later (stream.cu): its shape, and which products fit it. Host side and device side.
 #pragma once
+#include "elementwise.h"
 #include "flash_attn.h"
 #include "launch.h"
 #include "weight_format.h"
@@ -193,6 +194,9 @@ inline bool stream_cells_fit(StreamFlash& f, i64 blocks) {
     }
     return false;
 }
+
+/// What linear attention does with a float of each head, or with z. (All of UnaryOp, six times: 87 KB of code, which comes at five cycles an instruction.)
+constexpr bool stream_head_op(UnaryOp op) { return op == UnaryOp::kSilu || op == UnaryOp::kSigmoid || op == UnaryOp::kSoftplus; }
 
 /// blocks: at most one per multiprocessor, fewer where ranks share a device.
 inline Launch stream_launch(u32 blocks) {

@@ -398,6 +398,24 @@ def sequences(model: str, on_device: bool, unified: bool = False) -> np.ndarray:
     return np.concatenate(rows)
 
 
+def alternated(model: str) -> tuple[np.ndarray, str]:
+    """Three sequences that go on by turns, a token at a time, and a batch of two of them in between: logits, and the program of single tokens."""
+    host = _with_plugin()
+    loaded = host.model(model, "TP0")
+    context = loaded.context(n_ctx=768, n_seq_max=3)
+    positions, logits, program = [0, 0, 0], [], ""
+    for i in range(14):
+        batch = [i * i % 3] if i != 9 else [0, 1]
+        if len(batch) > 1:
+            program = Inspection().text("program")
+        logits.append(context.decode_batch([((31 * i + seq) % 300, positions[seq], seq) for seq in batch], all_logits=True))
+        for seq in batch:
+            positions[seq] += 1
+    context.close()
+    loaded.close()
+    return np.concatenate(logits), program
+
+
 def perplexity(model: str, text: str, on_device: bool) -> float:
     """Over non-overlapping windows of 256 tokens."""
     host = _with_plugin() if on_device else _host()

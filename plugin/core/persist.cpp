@@ -8,6 +8,8 @@
 #include <set>
 
 #include "chain.h"
+#include "delta_heads.h"
+#include "draft.h"
 #include "elementwise.h"
 #include "flash_attn.h"
 #include "mul_vec.h"
@@ -15,6 +17,7 @@
 #include "norm.h"
 #include "recurrent.h"
 #include "rope.h"
+#include "shared_expert.h"
 
 namespace ggml_tp {
 namespace {
@@ -36,49 +39,30 @@ i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 
 // StreamMemory::Rank::vectors. A norm reads its residual and what is added to it in every block, while fast blocks store results already,
 // maybe where the host's allocator has put them: over the inputs, which are dead by then. So norms read copies that are nobody else's.
-enum Vector { kSum0, kSum1, kAdded0, kAdded1, kAdded2, kImportA, kImportB, kTurned0, kTurned1, kTurned2, kNormed, kLogits, kGlu, kPacked, kTables, kVectors };
+enum Vector {
+    kSum0,
+    kSum1,
+    kAdded0,
+    kAdded1,
+    kAdded2,
+    kImportA,
+    kImportB,
+    kTurned0,
+    kTurned1,
+    kTurned2,
+    kNormed,
+    kLogits,
+    kGlu,
+    kPacked,
+    kWindow0,
+    kWindow1,
+    kAttended,
+    kShared,
+    kTables,
+    kVectors
+};
 constexpr i64 kMostTables = 4, kTableFloats = kStreamMostK / kMostTables;  // kinds of rope in one program
 
-struct Span {
-    u64 begin, end;
-    bool meets(const Span& o) const { return begin < o.end && o.begin < end; }
-};
-Span span_of(const void* data, i64 bytes) { return {reinterpret_cast<u64>(data), reinterpret_cast<u64>(data) + static_cast<u64>(bytes)}; }
-Span span_of(const View& v) {
-    i64 bytes = v.type == kF16 || v.type == kBF16 ? 2 : v.type == kI64 ? 8 : 4;
-    for (int d = 0; d < 4; ++d) bytes += (v.ne[d] - 1) * v.nb[d];
-    return span_of(v.data, bytes);
-}
-bool meet(const std::vector<Span>& a, const std::vector<Span>& b) {
-    return std::any_of(a.begin(), a.end(), [&](const Span& x) { return std::any_of(b.begin(), b.end(), [&](const Span& y) { return x.meets(y); }); });
-}
-
-/// One stage of one rank while the table is being made.
-struct Draft {
-    i32 kind = kStreamProduct, count = 0;
-    std::vector<char> body;
-    std::vector<Span> reads, writes;
-
-    template <class T>
-    static Draft of(i32 kind, const T& body) {
-        static_assert(sizeof(T) <= sizeof(StreamStage::body));
-        Draft d;
-        d.kind = kind;
-        d.body.resize(sizeof body);
-        std::memcpy(d.body.data(), &body, sizeof body);
-        return d;
-    }
-    template <class T>
-    T get() const {
-        T out;
-        std::memcpy(&out, body.data(), sizeof out);
-        return out;
-    }
-    template <class T>
-    void set(const T& value) {
-        std::memcpy(body.data(), &value, sizeof value);
-    }
-};
 struct Stage {
     std::string label;
     bool reduces = false;  // waits for what peers push
@@ -95,26 +79,9 @@ struct Recipe {
     bool used = false;  // a second reader finds the int8 in shared memory, or runs as a launch of its own
 };
 
-bool is_vector(const View& v, i64 n) {
-    return v.type == kF32 && v.ne[0] == n && v.ne[1] * v.ne[2] * v.ne[3] == 1 && v.nb[0] == 4 && reinterpret_cast<u64>(v.data) % 16 == 0;
-}
-/// n elements side by side, whatever the dimensions.
-bool is_packed(const View& v, i64 n) {
-    return v.type == kF32 && v.nb[0] == 4 && v.ne[0] * v.ne[1] == n && v.ne[2] * v.ne[3] == 1 && (v.ne[1] == 1 || v.nb[1] == v.ne[0] * 4);
-}
 bool named(const RankLaunch& l, const char* prefix) { return l.launch.kernel && std::strncmp(l.launch.kernel, prefix, std::strlen(prefix)) == 0; }
 
 bool is(const RankLaunch& l, const char* kernel) { return l.launch.kernel && std::strcmp(l.launch.kernel, kernel) == 0; }
-/// All elements of F32 side by side, in the order of their indices.
-bool is_dense(const View& v) {
-    i64 next = 4;
-    for (int d = 0; d < 4; ++d) {
-        if (v.ne[d] > 1 && v.nb[d] != next) return false;
-        next *= v.ne[d];
-    }
-    return v.type == kF32;
-}
-
 /// One rank's reading of a run of steps. add() is called with the steps in order; false: this step ends the run (and this object is of no
 /// more use: the run is read again up to here).
 class RankRun {
@@ -199,6 +166,18 @@ class RankRun {
             for (float** written : {&p.sum, &p.norm})
                 if (*written && meet({span_of(*written, static_cast<i64>(p.k) * 4)}, results)) *written = nullptr;
             d.set(p);
+            if (p.role == kExpertsSum) {
+                StreamExperts experts = d.get<StreamExperts>();
+                Span after = span_of(p.part[0].y, p.part[0].n * 4);
+                for (size_t i = std::size(experts.sums.sum); i-- > 0;) {
+                    float*& sum = experts.sums.sum[i];
+                    if (!sum) continue;
+                    const Span here = span_of(sum, p.part[0].n * 4);
+                    if (here.meets(after)) sum = nullptr;
+                    else after = here;
+                }
+                d.set(experts);
+            }
             if (p.role == kExpertsEach) {
                 StreamExperts experts = d.get<StreamExperts>();
                 std::vector<Result> routed = results_of(experts.route);
@@ -228,6 +207,27 @@ class RankRun {
             }
         }
     }
+    /// Whether what a join's stages no longer write was theirs alone: it is all written over later, and not read before.
+    bool is_own(const Join& join) const {
+        return std::all_of(join.left.begin(), join.left.end(), [&](const std::pair<size_t, Span>& result) {
+            std::vector<Span> rest = {result.second};
+            for (size_t i = result.first + 1; i < stages.size() && !rest.empty(); ++i) {
+                if (join.takes(i)) continue;
+                const Draft* const change = join.change_of(i);
+                if (!change && meet(rest, stages[i].reads)) return false;
+                for (const Span& written : written_whole(change ? *change : stages[i])) rest = without(rest, written);
+            }
+            return rest.empty();
+        });
+    }
+    void apply(const Join& join) {
+        for (const auto& [i, draft] : join.changed) stages[i] = draft;
+        for (size_t j = join.taken.size(); j-- > 0;) stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(join.taken[j]));
+    }
+    std::optional<DeltaHeads> heads_of(size_t delta, int turn) const {
+        return delta_heads(stages, delta, memory_->vectors[kWindow0 + turn], memory_->vectors[kAttended]);
+    }
+    std::optional<Join> shared_expert_of(size_t i) const { return shared_expert(stages, i, memory_->vectors[kShared], memory_->n_blocks); }
     /// When all that is left out is left out.
     void mark_visible() {
         for (Draft& d : stages) {
@@ -330,6 +330,9 @@ class RankRun {
         auto add = [&](const void* p, i64 elems) {
             if (p) out.push_back(span_of(p, elems * 4));
         };
+        auto add_view = [&](const View& y) {
+            if (is_dense(y)) add(y.data, n_elements(y));
+        };
         if (d.kind == kStreamProduct) {
             const StreamProduct p = d.get<StreamProduct>();
             add(p.sum, p.k), add(p.norm, p.k);
@@ -353,10 +356,44 @@ class RankRun {
             add(r.y, r.n);
         } else if (d.kind == kStreamFloats) {
             const StreamFloats f = d.get<StreamFloats>();
-            add(f.sum, f.k), add(f.norm, f.k), add(f.y, f.n);
+            add(f.sum, f.k), add(f.norm, f.k), add(f.y, f.n), add(f.more_y, 1);
         } else if (d.kind == kStreamFlash) {
             const StreamFlash f = d.get<StreamFlash>();
             if (f.y.data && is_packed(f.y, f.y.ne[0] * f.y.ne[1])) add(f.y.data, f.y.ne[0] * f.y.ne[1]);
+        } else if (d.kind == kStreamCombine) {
+            add_view(d.get<StreamCombine>().args.y);
+        } else if (d.kind == kStreamCopy) {
+            const StreamCopy c = d.get<StreamCopy>();
+            add(c.to, c.n);
+        } else if (d.kind == kStreamNormRows) {
+            add_view(d.get<StreamNormRows>().norm.y);
+        } else if (d.kind == kStreamBinary) {
+            const StreamBinary b = d.get<StreamBinary>();
+            if (!b.n_push) add_view(b.args.y);
+        } else if (d.kind == kStreamGlu) {
+            add_view(d.get<StreamGlu>().args.y);
+        } else if (d.kind == kStreamGetRows && d.count) {
+            add_view(d.get<GetRowsArgs>().y);
+        } else if (d.kind == kStreamElements) {
+            add_view(d.get<StreamElements>().y);
+        } else if (d.kind == kStreamConcat) {
+            add_view(d.get<StreamConcat>().args.y);
+        } else if (d.kind == kStreamDelta) {
+            const RecurrentArgs r = d.get<StreamDelta>().args;
+            add(r.y, r.rows * r.n_head);
+            if (r.snapshots > 0) add(r.state, r.rows * r.n * r.n_head);
+        }
+        return out;
+    }
+    static std::vector<Span> without(const std::vector<Span>& spans, const Span& cut) {
+        std::vector<Span> out;
+        for (const Span& s : spans) {
+            if (!s.meets(cut)) {
+                out.push_back(s);
+                continue;
+            }
+            if (s.begin < cut.begin) out.push_back({s.begin, cut.begin});
+            if (cut.end < s.end) out.push_back({cut.end, s.end});
         }
         return out;
     }
@@ -1523,6 +1560,74 @@ Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMe
     return run;
 }
 
+/// The same joins on all ranks, or none: find(rank) is a Join, or has one, that is nobody else's.
+template <class Find>
+auto join_all(Run& run, const Find& find) {
+    std::vector<std::decay_t<decltype(*find(run.ranks[0]))>> out;
+    for (const RankRun& rank : run.ranks) {
+        auto found = find(rank);
+        if (!found) break;
+        const Join& join = *found;
+        if (!rank.is_own(join) || (!out.empty() && !join.is_like(out[0]))) break;
+        out.push_back(std::move(*found));
+    }
+    if (out.size() < run.ranks.size()) {
+        out.clear();
+        return out;
+    }
+    const Join& join = out[0];
+    for (size_t r = 0; r < run.ranks.size(); ++r) run.ranks[r].apply(out[r]);
+    // What goes is named by the next stage that stays.
+    std::string before;
+    std::vector<Stage> stages;
+    for (size_t i = 0; i < run.stages.size(); ++i) {
+        Stage& stage = run.stages[i];
+        if (join.takes(i)) {
+            before += stage.label + ", ";
+            continue;
+        }
+        if (join.change_of(i) || i + 1 == run.stages.size()) stage.label = std::exchange(before, "") + stage.label;
+        stages.push_back(std::move(stage));
+    }
+    run.stages = std::move(stages);
+    return out;
+}
+/// Linear attention's stages become one for each layer. From the last layer on: what one leaves out, a later one that was not joined writes over, so the last
+/// one never is, as whoever comes behind the run may read what it leaves.
+void join_heads(Run& run) {
+    int turn = 0;
+    for (size_t i = run.stages.size(); i-- > 0;) {
+        if (run.ranks[0].stages[i].kind != kStreamDelta) continue;
+        const std::vector<DeltaHeads> found = join_all(run, [&](const RankRun& rank) { return rank.heads_of(i, turn); });
+        if (found.empty()) continue;
+        turn ^= 1;
+        // Its windows are brought up to date by the next such stage, if the row is still there, or by one of their own behind the product.
+        size_t updates = found[0].place - found[0].taken.size() + 1;
+        while (run.ranks[0].stages[updates].kind != kStreamProduct) ++updates;
+        size_t behind = ++updates;
+        while (behind < run.stages.size() && run.stages[behind].reduces) ++behind;
+        const auto kept = [&](size_t stage) {
+            for (size_t r = 0; r < run.ranks.size(); ++r)
+                if (meet({span_of(found[r].shift.shift_row.row, 4)}, run.ranks[r].stages[stage].writes)) return false;
+            return true;
+        };
+        while (updates < run.stages.size() && run.ranks[0].stages[updates].kind != kStreamHeads && kept(updates)) ++updates;
+        const bool alone = updates == run.stages.size() || run.ranks[0].stages[updates].kind != kStreamHeads;
+        if (alone) updates = behind, run.stages.insert(run.stages.begin() + static_cast<std::ptrdiff_t>(updates), {"windows", false});
+        for (size_t r = 0; r < run.ranks.size(); ++r) {
+            std::vector<Draft>& stages = run.ranks[r].stages;
+            const auto at = stages.begin() + static_cast<std::ptrdiff_t>(updates);
+            if (alone) stages.insert(at, Draft::of(kStreamHeads, StreamHeads{}));
+            found[r].shift_in(stages[updates]);
+        }
+    }
+}
+/// What an expert that all tokens share takes beside the others, stage by stage from the last on.
+void join_shared_experts(Run& run) {
+    for (size_t i = run.stages.size(); i-- > 0;)
+        while (i < run.stages.size() && !join_all(run, [&](const RankRun& rank) { return rank.shared_expert_of(i); }).empty()) {}
+}
+
 /// The first step of the run whose int8 activations are read by a launch behind the run, or its end: such a step must run itself.
 size_t end_of_kept_inputs(const std::vector<ProgramStep>& steps, size_t begin, size_t end) {
     std::vector<const char*> written_over;
@@ -1587,8 +1692,8 @@ std::vector<bool> waits_of(const Run& run) {
     return waits;
 }
 
-constexpr const char* kKindNames[] = {"product",  "reduce",    "copy",    "norm rows", "binary", "turns",    "rope and store", "set_rows",
-                                      "get_rows", "attention", "combine", "floats",    "glu",    "elements", "concat",         "delta net"};
+constexpr const char* kKindNames[] = {"product",   "reduce",  "copy",   "norm rows", "binary",   "turns",  "rope and store", "set_rows",        "get_rows",
+                                      "attention", "combine", "floats", "glu",       "elements", "concat", "delta net",      "linear attention"};
 std::string name_of(const Draft& d) {
     const bool streamed = d.kind == kStreamFlash && d.get<StreamFlash>().cells.groups;
     return std::string(streamed ? "streamed " : "") + kKindNames[d.kind];
@@ -1660,6 +1765,8 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
             while (i < end) out.push_back(std::move(program.steps[i++]));
             continue;
         }
+        join_heads(run);
+        join_shared_experts(run);
         ProgramStep step;
         step.kind = ProgramStep::kLaunch;
         step.label = "stream of " + std::to_string(run.stages.size()) + " stages";
