@@ -452,7 +452,9 @@ TP_DEVICE void store_rows(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
 }
 /// One product's rows and what an earlier stage has left: of an expert that all tokens share, and the others. What is added comes when the first tile is there,
 /// as then other blocks' results are.
-TP_DEVICE void store_onto(const StreamExperts& experts, Shared& s, Turn<kOuts>& out) {
+TP_OUTLINE Turn<kOuts> store_onto(Turn<kOuts> out) {
+    Shared& s = shared_of();
+    const StreamExperts& experts = *(const StreamExperts*)s.stored;
     const StreamProduct& p = experts.product;
     const StreamOnto& onto = experts.onto;
     const int lane = threadIdx.x % 32, rows = p.rows, groups = 1 << p.k_shift;
@@ -471,6 +473,7 @@ TP_DEVICE void store_onto(const StreamExperts& experts, Shared& s, Turn<kOuts>& 
         if (onto.gate) v = tp_mul_rounded(v, sigmoid(gate));
         if (inside) to.put(s, at, added + v);
     }
+    return out;
 }
 // Code that runs once a layer comes from the L2 each time, so what few models have is not in the way of the others: biases (kBiased: a bias, or a product
 // that somebody reads without its bias) and GLUs have copies of these loops of their own.
@@ -701,7 +704,7 @@ TP_OUTLINE void store_results() {
         if (p.role == kExpertsSum) out = store_sums(out);
         else if (p.role == kHeads) out = store_heads(out);
         else if (p.glu) store_glu(p, s, out);
-        else if (experts.onto.added) store_onto(experts, s, out);
+        else if (experts.onto.added) out = store_onto(out);
         else store_rows(p, s, out);
         __syncwarp();
         if (lane == 0) arrive();
@@ -1983,7 +1986,7 @@ TP_OUTLINE Progress run_heads(Progress now) {
         const float squares = tp_warp_sum(own * own);
         if (lane == 0) meet.sums[of_k][warp % (kStreamWarps / 2)] = squares;
         sync_multiplying();
-        float k[4] = {}, q[4] = {}, scale[2];
+        float k[4], q[4], scale[2] = {};
 #pragma unroll 1
         for (int i = 0; i < 2; ++i) {
             const float* const sums = meet.sums[i];
