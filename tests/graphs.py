@@ -222,6 +222,16 @@ def row_of_results(g: Case, k: int) -> Any:
     return lib.ggml_mul_mat(g.c, lib.ggml_add(g.c, x, g.leaf(F32, k)), x)
 
 
+def residuals_of_one_product(g: Case, k: int) -> Any:
+    """What a product's result is added to is what its norm has summed up."""
+    lib, x = g.lib, g.leaf(F32, k)
+    for i in range(8):
+        residual = lib.ggml_add(g.c, x, g.leaf(F32, k))
+        normed = lib.ggml_rms_norm(g.c, residual, 1e-5)
+        x = lib.ggml_add(g.c, lib.ggml_mul_mat(g.c, g.leaf(Q8_0, k, k, scale=k**-0.5, name=f"blk.{i}.attn_q.weight"), normed), residual)
+    return x
+
+
 def of_heads(g: Case, type_: int, k: int, n: int, heads: int, m: int) -> Any:
     """Each head of a token has a matrix of its own; heads of a token lie side by side, as an attention wants them and leaves them."""
     weights = g.leaf(type_, k, n, heads, name="blk.0.attn_k_b.weight", scale=k**-0.5)
@@ -311,6 +321,7 @@ def _mul_mats() -> None:
                 continue  # four rows of its scales are no multiple of 16 bytes
             case(f"mul_mat {NAMES[type_]}, then each of {heads} heads {n}")(lambda g, t=type_, n=n, h=heads: heads_of_results(g, t, n, h))
     case("mul_mat Q8_0, then a row that they have come to")(lambda g: row_of_results(g, 1024))
+    case("mul_mat Q8_0, then what its norm has summed up")(lambda g: residuals_of_one_product(g, 1024))
     case("mul_mat Q8_0, a matrix for each of 128 heads, 520 tokens: more rows than a grid's second axis")(lambda g: of_heads(g, Q8_0, 32, 16, 128, 520))
     for t in NAMES:
         for m in (1, 2, 3, 8, 11, 17, 70):

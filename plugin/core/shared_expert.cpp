@@ -28,7 +28,7 @@ std::optional<Join> glu_join(const std::vector<Draft>& stages, size_t i, float* 
     if (!p || p->role || p->glu || p->n_push || p->n_parts != 2 || writer(stages, span_of(g.args.b), i) != at) return std::nullopt;
     const auto *gate = reinterpret_cast<const float*>(g.args.a.data), *up = reinterpret_cast<const float*>(g.args.b.data);
     if (p->part[0].y == up) std::swap(p->part[0], p->part[1]);
-    if (p->part[0].y != gate || p->part[1].y != up || p->part[0].n != n || p->part[1].n != n) return std::nullopt;
+    if (p->part[0].y != gate || p->part[1].y != up || p->part[0].n != n || p->part[1].n != n || p->part[0].copy || p->part[1].copy) return std::nullopt;
     const auto* const y = reinterpret_cast<const float*>(g.args.y.data);
     size_t reader = i + 1;
     while (reader < stages.size() && !meet({span_of(y, n * 4)}, stages[reader].reads)) ++reader;
@@ -97,8 +97,10 @@ std::optional<Join> sum_join(const std::vector<Draft>& stages, size_t i) {
     part.y = reinterpret_cast<float*>(a.y.data), part.copy = sum->copy;
     p.n_push = sum->n_push, p.push = sum->push;
     std::copy(std::begin(sum->inbox), std::end(sum->inbox), p.inbox);
-    // Where it is written, blocks still read their input; of what is added a block reads what it writes.
-    std::vector<Span> input = stages[i].reads;
+    // Where it is written, blocks still read their input; of what is added a block reads what it writes, and nothing that this stage writes elsewhere.
+    std::vector<Span> input = stages[i].reads, own = {span_of(other)};
+    if (onto.gate) own.push_back(span_of(onto.gate, 4));
+    if (meet(own, stages[i].writes)) return std::nullopt;
     if (meet(stages[at].writes, input) || (part.y != onto.added && meet({span_of(a.y)}, {span_of(other)}))) return std::nullopt;
     writes.insert(writes.end(), stages[at].writes.begin(), stages[at].writes.end());
     e.product = p;
