@@ -88,7 +88,7 @@ class Finder {
         if (!rows || !stages_[from].count || !one_row(*rows) || rows->y.data != r.src[5].data) return false;
         const i64 elems = r.n * r.rows * r.n_head;
         const size_t to = next<StreamCopy>(delta_, kStreamCopy, [&](const StreamCopy& c) { return c.from == r.state && c.n == elems; });
-        if (to == stages_.size() || n_elements(rows->y) != elems) return false;
+        if (to == stages_.size() || writer(reinterpret_cast<const char*>(r.state), to) != delta_ || n_elements(rows->y) != elems) return false;
         out.state = rows->w_view.data, out.state_row = reinterpret_cast<const i32*>(rows->idx.data), out.state_row_bytes = rows->w_view.nb[1];
         out.n_state_rows = static_cast<i32>(rows->w.n), out.fault = rows->fault;
         out.state_to = stage<StreamCopy>(to, kStreamCopy)->to;
@@ -107,12 +107,15 @@ class Finder {
             return reinterpret_cast<const float*>(s.norm.a.data) == r.y && dense(s.norm.a) && dense(s.norm.y);
         });
         const auto norm = stage<StreamNormRows>(at_norm, kStreamNormRows);
-        if (!norm || norm->factor != 1.0f || norm->norm.has_b || !norm->norm.has_weight || !is_vector(norm->norm.weight, r.rows)) return false;
+        if (!norm || writer(reinterpret_cast<const char*>(r.y), at_norm) != delta_ || norm->factor != 1.0f || norm->norm.has_b || !norm->norm.has_weight ||
+            !is_vector(norm->norm.weight, r.rows))
+            return false;
         const char* const normed = norm->norm.y.data;
         const size_t at_product =
             next<StreamBinary>(at_norm, kStreamBinary, [&](const StreamBinary& b) { return b.args.a.data == normed || b.args.b.data == normed; });
         const auto product = stage<StreamBinary>(at_product, kStreamBinary);
-        if (!product || product->op != static_cast<i32>(BinaryOp::kMul) || product->copy || product->n_push) return false;
+        if (!product || writer(normed, at_product) != at_norm || product->op != static_cast<i32>(BinaryOp::kMul) || product->copy || product->n_push)
+            return false;
         const BinaryArgs& m = product->args;
         if (!dense(m.a) || !dense(m.b) || !dense(m.y)) return false;
         const View& of_z = m.a.data == normed ? m.b : m.a;
@@ -198,7 +201,7 @@ class Finder {
                    e.x.ne[1] == channels && e.y.ne[0] == taps - 1 && e.y.ne[1] == channels && is_dense(e.y) && n_elements(e.y) == (taps - 1) * channels;
         };
         const size_t to = next<StreamElements>(at_concat, kStreamElements, leaves);
-        if (to >= place_) return false;
+        if (to >= place_ || writer(c.y.data, to) != at_concat) return false;
         const StreamWindowRow row{reinterpret_cast<const i32*>(old->idx.data), old->w_view.nb[1], static_cast<i32>(old->w.n), static_cast<i32>(taps)};
         if (which && (row.row != out.row.row || row.row_bytes != out.row.row_bytes || row.n_rows != out.row.n_rows || row.taps != out.row.taps)) return false;
         out.row = row;

@@ -33,7 +33,8 @@ std::optional<Join> glu_join(const std::vector<Draft>& stages, size_t i, float* 
     size_t reader = i + 1;
     while (reader < stages.size() && !meet({span_of(y, n * 4)}, stages[reader].reads)) ++reader;
     auto taker = body<StreamProduct>(stages, reader, kStreamProduct);
-    if (!taker || taker->a != y || taker->b || taker->input != kInputPlain || stream_input(*taker) != n) return std::nullopt;
+    if (!taker || writer(stages, span_of(y, n * 4), reader) != i || taker->a != y || taker->b || taker->input != kInputPlain || stream_input(*taker) != n)
+        return std::nullopt;
     // The vector is one for all layers: from the product that fills it to the one that takes it nobody else may have to do with it.
     const Span own = span_of(shared, kStreamMostK * 4);
     for (size_t j = at; j <= reader; ++j)
