@@ -529,10 +529,11 @@ struct StreamPart {
     float* raw;         // what it is added to, for whoever else reads it, or null
     i32 n, bias_row;    // rows; of experts, elements from one's bias to the next one's
 };
-enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2 };
+enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2, kInputHeads = 3 };
 // Up to three products of one quantised type and the same activations. A tile is `rows` rows of one part (glu: half of them of part 0, the
 // gate, half of part 1, at the same place) in one slot of the ring: plane f at slot_offset[f], row_bytes[f] a row.
-// Input: as the stage before left it in shared memory; `a` quantised; or the norm of s = a + b (or a + the norm of b times b_weight) times weight, quantised.
+// Input: as the stage before left it in shared memory; `a` quantised; or the norm of s = a + b (or a + the norm of b times b_weight) times weight, quantised;
+// or (kInputHeads) heads' k elements each, at multiples of a_stride from `a` on, quantised.
 // Products of experts: a matrix's planes have a matrix behind the other for each expert, and `slots` of them, which the router chose, count.
 // kExpertsEach: tiles are rows of one slot's gate and up, results lie slot behind slot; kExpertsSum: a tile has its rows of every slot, each
 // multiplied by its own [k] of the input. kHeads: as kExpertsSum, but slots are heads, which all count, `slots` of them in a tile and slot_groups of so many,
@@ -566,6 +567,8 @@ struct StreamProduct {
     i32 piece_shift;                  // rows of a tile's piece, of gates and of ups each where there are both: 1 << piece_shift; all of them: one piece
     i32 in_flight, in_flight_early;   // pieces on their way at most (stream.h, kStreamInFlight), of kStreamPieces a tile
     i32 share;                        // elements of a normed input, of which a block writes what others may read of it
+    i32 a_stride;                     // kInputHeads
+    u32 heads_inverse;                // 2^16 / (k / 8), rounded up
 };
 constexpr i32 kStreamMostExperts = 512;
 // A router's choice, for one token: of the logits (plus logits_bias) a soft max or sigmoids, of which (plus selection_bias) the n_used largest
@@ -753,19 +756,32 @@ struct StreamOwnToken {
 // unit's KV heads, their K in one slot, V in the next, a row of either at multiples of k_stride, v_stride bytes there. Groups whose cells are all masked
 // are not brought. The token's own cell comes otherwise (StreamOwnToken): it is written while tiles are on their way already.
 struct StreamCells {
-    const char *k, *v;                                     // of cell 0 and KV head 0 here; heads side by side
+    const char *k, *v;                                     // of cell 0 and KV head 0 here; heads side by side; v null: units share the one row of a cell
     const char* mask;                                      // F16 of each cell; null: every cell counts
     i64 k_row, v_row;                                      // bytes from cell to cell
     i32 n_cells, n_heads, unit_heads, head_bytes;          // n_cells a multiple of 16; KV heads here, of a unit at most
     i32 n_units, n_splits, split_cells;                    // unit u of piece s is number s * n_units + u
-    i32 groups, k_stride, v_stride;                        // groups: a power of two, or 0: not streamed
+    i32 groups, k_stride, v_stride;                        // groups: a power of two, or 0: not streamed; without v: k_stride is four rows'
     i32 most_in_flight;                                    // pieces of tiles
     u32 units_inverse, sets_inverse, head_groups_inverse;  // 2^16 / n_units, warps of a group, args.head_groups, rounded up
+};
+// Latent attention (kStreamLatentHeads heads a unit, whose cells are one row each for all of them, and come through the ring): where queries and the token's own
+// cell come from. Without `table` both are in memory whole (cache.row null: no stage writes a cell); else a query is n_plain elements that a product has left and
+// then those that this stage turns, and the own cell is the norm of kv times weight and then k_pe turned, which a block of the first heads writes into the cache.
+struct StreamLatent {
+    const float *q, *q_pe, *kv, *k_pe, *weight, *table;
+    StreamOwnToken::Cache cache;
+    u32* fault;                          // a row outside of the cache
+    i32 n_plain, q_stride, q_pe_stride;  // elements; strides from head to head
+    i32 n_turned, neox;
+    float eps;
+    i32 used;  // 0: this is no latent attention
 };
 struct StreamFlash {
     StreamCells cells;  // first: all that the streaming warp looks at
     FlashSplitArgs args;
     StreamOwnToken own;
+    StreamLatent latent;
     View y;  // where one piece is all cells (args.n_splits = 1): F32 [d, n_head], and no combination follows; else no data
     i32 n_units;
     float q_factor;  // of own.q_y; of the queries the attention's scale has it

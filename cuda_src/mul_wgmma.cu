@@ -129,7 +129,7 @@ TP_DEVICE void mul_wgmma(const Matrix& w, const char* xh, i64 row_bytes, u32 n_i
                     }
                 }
                 // It waits for loads too, so the next ones begin behind it: they have a step's time.
-                tp_wgmma_stored();
+                tp_async_fence();
                 __syncwarp();
                 if (lane == 0) tp_barrier_arrive(full + stage);
                 if (kOneItem) load(i);

@@ -12,6 +12,8 @@
 
 #include "activation.h"
 #include "flash_columns.h"
+#include "flash_latent.h"
+#include "flash_look.h"
 #include "get_row.h"
 #include "quantize_group.h"
 #include "rope_pair.h"
@@ -220,7 +222,7 @@ TP_DEVICE int divided(int a, u32 inverse) { return (int)((u32)a * inverse >> 16)
 struct CellsUnit {
     int split, begin, end, first, n;
     TP_MEMBER CellsUnit(const StreamCells& c, int unit)
-        : split(divided(unit, c.units_inverse)), begin(split * c.split_cells), first((unit - split * c.n_units) * c.unit_heads) {
+        : split(divided(unit, c.units_inverse)), begin(split * c.split_cells), first(c.v ? (unit - split * c.n_units) * c.unit_heads : 0) {
         end = begin + c.split_cells < c.n_cells ? begin + c.split_cells : c.n_cells;
         n = c.n_heads - first < c.unit_heads ? c.n_heads - first : c.unit_heads;
     }
@@ -284,7 +286,7 @@ TP_OUTLINE void stream_weights() {
         const StreamExperts& experts = fetch_product(args.stages[i], s.streamed, next, kind);
         if (kind == kStreamFlash) {
             const StreamCells& c = *(const StreamCells*)&experts;
-            early = true, most_in_flight = c.most_in_flight < room ? c.most_in_flight : room, most_early = kStreamInFlightEarly;
+            early = true, most_in_flight = c.most_in_flight < room ? c.most_in_flight : room, most_early = kStreamInFlightEarly * (c.v ? 1 : kStreamPieces);
             const int groups = c.groups, half = groups * kColumnsStep / 2, together = half < kColumnsStep ? half : kColumnsStep;  // rows of one group
             for (int unit = blockIdx.x; unit < c.n_units * c.n_splits; unit += gridDim.x) {
                 const CellsUnit of(c, unit);
@@ -294,6 +296,16 @@ TP_OUTLINE void stream_weights() {
                     for (int cell = base; open; cell += 2 * half, open >>= groups) {
                         const u32 bits = open & ((1u << groups) - 1);
                         if (!bits) continue;
+                        if (!c.v) {  // four rows one behind the other, where the cache has them so
+                            const int run = c.k_row == c.head_bytes ? 4 : 1, at = lane * run;
+                            const TpSharedAt to = ring + (slot.at * kStreamSlotBytes + at / 4 * c.k_stride + at % 4 * c.head_bytes);
+                            const char* const from = c.k + (cell + at) * c.k_row;
+                            announce_piece(0, kStreamPieces, kColumnsStep * row_bytes);
+                            wait_for_way(i, kStreamPieces);
+                            if (at < kColumnsStep) tp_bulk_load_once(to, from, (u32)run * row_bytes, full + slot.at * kStreamPieces, once);
+                            slot.next(ring_slots);
+                            continue;
+                        }
 #pragma unroll 1
                         for (int of_v = 0; of_v < 2; ++of_v) {
                             const char* const from = (of_v ? c.v : c.k) + (i64)of.first * c.head_bytes + cell * (of_v ? c.v_row : c.k_row);
@@ -876,10 +888,15 @@ struct InputFrom {
         const int at = 8 * (int)threadIdx.x;
         a = p.a + at, b = p.input == kInputNorm && p.b ? p.b + at : nullptr, weight = p.input == kInputNorm && p.weight ? p.weight + at : nullptr;
     }
+    /// kInputHeads: eight elements from `at` on, counted through all heads.
+    TP_MEMBER const float* of_heads(const StreamProduct& p, int at) const {
+        const int head = divided(at / 8, p.heads_inverse);
+        return p.a + head * p.a_stride + (at - head * p.k);
+    }
 };
 /// Elements [first, first + kSteps * kStep) of a product's input, of which only the last may end early; all loads go out before any is used, and what needs
 /// other lanes or a reciprocal is done for all steps at a time. Of what is written for others every block writes its share. Returns this thread's sum of squares.
-template <int kSteps, bool kNorm, bool kNormedB>
+template <int kSteps, bool kNorm, bool kNormedB, bool kHeads>
 TP_DEVICE float take_steps(const StreamProduct& p, const InputFrom& in, Shared& s, int k, int first, OwnEight& own) {
     const int thread = threadIdx.x, from = (int)blockIdx.x * p.share;
     auto inside = [&](int j) { return j + 1 < kSteps || first + j * kStep + thread * 8 < k; };
@@ -888,7 +905,8 @@ TP_DEVICE float take_steps(const StreamProduct& p, const InputFrom& in, Shared& 
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
         const int here = inside(j) ? first + j * kStep : -8 * thread;
-        load_eight(in.a + here, v[j]);
+        if constexpr (kHeads) load_eight(in.of_heads(p, here + 8 * thread), v[j]);
+        else load_eight(in.a + here, v[j]);
         if constexpr (kNorm) {
             if (in.b) load_eight(in.b + here, more[j]);
             if constexpr (kNormedB) {
@@ -951,16 +969,16 @@ TP_DEVICE float take_steps(const StreamProduct& p, const InputFrom& in, Shared& 
     return squares;
 }
 /// All of an input, kMost steps at a time: registers hold four without a norm, two with one (its weights, and what it adds).
-template <int kMost, bool kNorm, bool kNormedB = false>
+template <int kMost, bool kNorm, bool kNormedB = false, bool kHeads = false>
 TP_DEVICE float take_all(const StreamProduct& p, const InputFrom& in, Shared& s, int k, OwnEight& own) {
     float squares = 0;
 #pragma unroll 1
     for (int first = 0; first < k; first += kMost * kStep) {
         const int left = k - first;
-        if (kMost > 3 && left > 3 * kStep) squares += take_steps<4, kNorm, kNormedB>(p, in, s, k, first, own);
-        else if (kMost > 2 && left > 2 * kStep) squares += take_steps<3, kNorm, kNormedB>(p, in, s, k, first, own);
-        else if (left > kStep) squares += take_steps<2, kNorm, kNormedB>(p, in, s, k, first, own);
-        else squares += take_steps<1, kNorm, kNormedB>(p, in, s, k, first, own);
+        if (kMost > 3 && left > 3 * kStep) squares += take_steps<4, kNorm, kNormedB, kHeads>(p, in, s, k, first, own);
+        else if (kMost > 2 && left > 2 * kStep) squares += take_steps<3, kNorm, kNormedB, kHeads>(p, in, s, k, first, own);
+        else if (left > kStep) squares += take_steps<2, kNorm, kNormedB, kHeads>(p, in, s, k, first, own);
+        else squares += take_steps<1, kNorm, kNormedB, kHeads>(p, in, s, k, first, own);
     }
     return squares;
 }
@@ -995,12 +1013,16 @@ TP_DEVICE float scale_of_b(const StreamProduct& p, const InputFrom& in, Shared& 
     sync_multiplying();  // the sums of the second norm meet where these did
     return scale;
 }
+TP_DEVICE void input_taken(int stage) {
+    if (threadIdx.x) return;
+    tp_poke(&shared_of().stage_now, (u32)stage);  // not before: tiles at full speed would hold up the input
+    mark_stage(stage, kTimeInput);
+}
 /// Begins a product (experts' first ones: choose_experts has) and takes its input, as int8 in shared memory, without the norm's 1 / root mean square: that
 /// scales the results.
 template <bool kNormedB>
 TP_DEVICE Progress take_input_as(Progress at) {
     Shared& s = shared_of();
-    const int thread = threadIdx.x;
     const StreamProduct& p = *(const StreamProduct*)stage_at(at.stage % 3).body;
     InputFrom in(p);
     const int k = stream_input(p), input = p.input;
@@ -1021,16 +1043,28 @@ TP_DEVICE Progress take_input_as(Progress at) {
         }
         fetch_stage(at.stage + 2);
     }
-    if (thread == 0) {
-        tp_poke(&s.stage_now, (u32)at.stage);  // not before: tiles at full speed would hold up the input
-        mark_stage(at.stage, kTimeInput);
-    }
+    input_taken(at.stage);
     return at;
+}
+/// The same of an input of heads that lie apart.
+TP_OUTLINE Progress take_rows(Progress at) {
+    Shared& s = shared_of();
+    const StreamProduct& p = *(const StreamProduct*)stage_at(at.stage % 3).body;
+    const InputFrom in(p);
+    OwnEight nothing;
+    wait_for_stage(at.stage);
+    take_all<4, false, false, true>(p, in, s, stream_input(p), nothing);
+    sync_multiplying();
+    fetch_stage(at.stage + 2);
+    input_taken(at.stage);
+    return {at.stage, at.walk, 1.0f};
 }
 // Models of two norms in a row have code of their own: the other one's registers are full.
 TP_OUTLINE Progress take_both(Progress at) { return take_input_as<true>(at); }
 TP_OUTLINE Progress take_input(Progress at) {
-    if (((const StreamProduct*)stage_at(at.stage % 3).body)->b_weight) return take_both(at);
+    const StreamProduct& p = *(const StreamProduct*)stage_at(at.stage % 3).body;
+    if (p.b_weight) return take_both(at);
+    if (p.input == kInputHeads) return take_rows(at);
     return take_input_as<false>(at);
 }
 
@@ -1719,47 +1753,351 @@ TP_OUTLINE Progress attend_streamed(Progress now) {
     return now;
 }
 
-/// The sum of every head's pieces: a block has 32 elements of a head, which come in one trip to the L2, its warps every eighth piece of them.
+// ---- latent attention of one token: one row of keys a cell for all heads, whose beginning is its values. 16 heads are a unit, the rows of both products, and a
+// step is two tiles of 16 cells that the ring brings. For Q·K a warp has eight of the cells and half of their elements, for P·V 64 elements of all of them (16
+// times 512 sums are more than one warp's registers), and in between the soft max of two heads: what goes from one to the next goes through shared memory. (With
+// all heads' soft maxes in every warp a step was 780 instructions and 4,100 cycles.)
+// Which cell is which column of Q·K and which step of P·V is chosen by where rows lie (stream_latent_fit), so that lanes that read together find different banks:
+// lane 4 * g + t has 16 bytes of a cell from element 8 * t of each 32 on, and of cells 4t to 4t + 3 of a tile those from element 8 * g on.
+struct LatentShared {
+    static constexpr int kQuery = kLatentKeys + 32, kScores = kStreamLatentCells + 16,
+                         kWeights = kStreamLatentCells + 8;  // between rows: lanes meet in no bank
+    u16 queries[kStreamLatentHeads][kQuery];
+    u16 own[kLatentKeys];                          // the token's own cell
+    u16 weights[2][kStreamLatentHeads][kWeights];  // a step's probabilities, as two halves that add up to them (flash_columns.h, ColumnWeights)
+    float scores[2][kStreamLatentHeads][kScores];  // its scores, by halves of the elements
+    float keep[kStreamLatentHeads];                // what becomes of earlier steps' sums
+    float counts[kStreamLatentHeads][2];           // the topmost score of all steps, and the sum
+};
+static_assert(sizeof(LatentShared) <= kStreamInputBytes && kLatentValues == 64 * kStreamWarps && kLatentValues == 2 * kMultiply, "");
+
+/// Where the two elements of pair `i` of what turns are, and how: of one thread for each pair, none for others.
+struct LatentPair {
+    int low, high;
+    bool turns;
+    float first = 0, second = 0;
+    TpFloat2 turn{1.0f, 0.0f};
+    TP_MEMBER LatentPair(const StreamLatent& l, int i, bool there) {
+        const int half = l.n_turned / 2;
+        turns = l.table && there && i < half;
+        low = l.neox ? i : 2 * i, high = l.neox ? i + half : 2 * i + 1;
+    }
+    TP_MEMBER void load(const StreamLatent& l, const float* from, int i) {
+        if (turns) first = from[low], second = from[high], turn = ((const TpFloat2*)l.table)[i];
+    }
+    TP_MEMBER void put(u16* to, u16* copy) const {
+        if (!turns) return;
+        const u16 halves[2] = {tp_float_to_half(first * turn.x - second * turn.y), tp_float_to_half(first * turn.y + second * turn.x)};
+        to[low] = halves[0], to[high] = halves[1];
+        if (copy) copy[low] = halves[0], copy[high] = halves[1];
+    }
+};
+/// The queries of 16 heads from `first_head` on, a warp two of them, and the token's own cell, if `has_own`, two neighbours a thread: all that memory has of them
+/// comes in one trip. kept: the own cell's row of the cache, which this unit writes, or null.
+TP_DEVICE void take_latent(const StreamFlash& f, int first_head, bool has_own, int own_row, u16* kept) {
+    LatentShared& to = *(LatentShared*)shared_of().x;
+    const StreamLatent& l = f.latent;
+    const int thread = threadIdx.x, lane = thread % 32, row = thread / 32 * 2, head = first_head + row, n_heads = (int)f.args.a.q.ne[2], n = l.n_plain;
+    const bool there[2] = {head < n_heads, head + 1 < n_heads}, makes = has_own && l.table, inside = makes && 2 * thread < n;
+    TpFloat2 x{}, weight{};
+    if (inside) x = *(const TpFloat2*)(l.kv + 2 * thread), weight = *(const TpFloat2*)(l.weight + 2 * thread);
+    LatentPair own(l, thread, makes), pairs[2] = {LatentPair(l, lane, there[0]), LatentPair(l, lane, there[1])};
+    own.load(l, l.k_pe, thread);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) pairs[r].load(l, l.q_pe + (head + r) * l.q_pe_stride, lane);
+#pragma unroll 1
+    for (int base = 0; base < kLatentKeys; base += 512) {
+        if (base >= n && (int)f.args.a.q.ne[0] == kLatentKeys) break;  // else what lies behind the last element is 0
+        float v[2][2][8];
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int at = base + (i * 32 + lane) * 8;
+                load_eight(l.q + (head + r) * l.q_stride + at, there[r] && at < n, v[r][i]);
+            }
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int at = base + (i * 32 + lane) * 8;
+                const float(&e)[8] = v[r][i];
+                if (at < kLatentKeys)
+                    *(TpInt4*)(to.queries[row + r] + at) = {(int)half2_of(e[0], e[1]), (int)half2_of(e[2], e[3]), (int)half2_of(e[4], e[5]),
+                                                            (int)half2_of(e[6], e[7])};
+            }
+    }
+    __syncwarp();  // zeros of other lanes may lie where these go
+#pragma unroll
+    for (int r = 0; r < 2; ++r) pairs[r].put(to.queries[row + r] + n, nullptr);
+    if (makes) {
+        const float scale = norm_scale(shared_of(), x.x * x.x + x.y * x.y, n, l.eps);
+        const u32 two = half2_of(x.x * scale * weight.x, x.y * scale * weight.y);
+        if (inside) *(u32*)(to.own + 2 * thread) = two;
+        if (inside && kept) *(u32*)(kept + 2 * thread) = two;
+        own.put(to.own + n, kept ? kept + n : nullptr);
+    } else if (has_own && thread * 8 < (int)f.args.a.q.ne[0]) {  // an earlier stage has written it
+        *(TpInt4*)(to.own + thread * 8) = *(const TpInt4*)(l.cache.data + own_row * l.cache.row_bytes + thread * 16);
+    }
+    sync_multiplying();
+}
+
+TP_OUTLINE Progress do_latent(Progress now) {
+    constexpr int kChunks = kLatentKeys / 32 / 2, kBlocks = 8, kTiles = kStreamLatentCells / kColumnsStep;
+    static_assert(kTiles == 2 && 2 * kStreamWarps == kStreamLatentHeads, "half a warp a head, two cells a lane");
+    const StreamFlash& f = *(const StreamFlash*)stage_at(now.stage % 3).body;
+    const StreamLatent& l = f.latent;
+    const StreamCells& c = f.cells;
+    Shared& s = shared_of();
+    LatentShared& met = *(LatentShared*)s.x;
+    const char* const ring = ring_of();
+    const TpBarrierAt full(s.full), empty(s.empty);
+    Walk walk = Walk::of(now.walk);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int half = warp / 4, of_tile = warp % 4 / 2, fours = warp % 2;  // of Q·K; its column g is row g / 2 of the tile's fours `fours` + g % 2 * 2
+    const int key_at = (fours + g % 2 * 2) * c.k_stride + g / 2 * c.head_bytes + half * kChunks * 64 + t * 16;
+    const int n_chunks = c.head_bytes / 64 - half * kChunks, dv = (int)f.args.a.v.ne[0], n_units = c.n_units * c.n_splits;
+    const int value_at = t * c.k_stride + 2 * (64 * warp + 8 * g < dv ? 64 * warp + 8 * g : 0);  // beyond the last: not stored
+    const int row = 2 * warp + lane / 16, of_row = lane % 16;                                    // of the soft max: a cell of each tile
+    const int step_of_row = of_row / 4 * 2 + of_row % 2 + of_row % 4 / 2 * 8;                    // of P·V, where that is a lane's four
+    const float scale = f.args.a.scale * kLog2E;                                                 // scores are powers of 2
+    if ((int)blockIdx.x >= n_units) begin_stage(now.stage);
+#pragma unroll 1
+    for (int unit = blockIdx.x; unit < n_units; unit += gridDim.x) {
+        const CellsUnit of(c, unit);
+        const int group = unit - of.split * c.n_units, first_head = group * kStreamLatentHeads;
+        int own_row = -1;
+        if (l.cache.row) {
+            own_row = tp_load_word_in_order(l.cache.row, true);
+            if (tp_load_word_in_order(l.cache.row + 4, l.cache.row_type == kI64) || own_row < 0 || own_row >= (int)l.cache.n_rows) {
+                own_row = -1;
+                if (threadIdx.x == 0) atomicExch(l.fault, (u32)kFaultKvCell);
+            }
+        }
+        u32 open = open_groups(c.mask, of.begin, of.end);
+        if (unit == (int)blockIdx.x) wait_for_stage(now.stage);
+        int own_cell = own_row < 0 ? -1 : own_row - (int)l.cache.first;
+        // A piece has its cell; one that the attention does not see is the first piece's.
+        const bool seen = own_row >= 0 && own_cell >= of.begin && own_cell < of.end;
+        const bool has_own = seen || (own_row >= 0 && of.split == 0 && (own_cell < 0 || own_cell >= c.n_cells));
+        if (!seen) own_cell = -kStreamLatentCells;
+        take_latent(f, first_head, has_own, own_row, group == 0 ? (u16*)(l.cache.data + own_row * l.cache.row_bytes) : nullptr);
+        if (unit == (int)blockIdx.x) {
+            fetch_stage(now.stage + 2);
+            input_taken(now.stage);
+        }
+        TpInt4 q[kChunks][2];
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) q[i][h] = *(const TpInt4*)(met.queries[g + 8 * h] + (half * kChunks + i) * 32 + t * 8);
+        float out[kBlocks][4] = {}, most = -INFINITY, sum = 0;
+#pragma unroll 1
+        for (int base = of.begin; base < of.end; base += kStreamedStep) {
+            if (base != of.begin) open = open_groups(c.mask, base, of.end);
+#pragma unroll 1
+            while (open) {
+                const int first = base + (__ffs((int)open) - 1) * kColumnsStep;
+                open &= open - 1;
+                const bool both = open;
+                const int second = both ? base + (__ffs((int)open) - 1) * kColumnsStep : first;
+                open &= open - 1;
+                u16 masks[kTiles] = {0, 0};  // halves until they are wanted, so that both are on their way meanwhile
+                if (c.mask) masks[0] = *(const u16*)(c.mask + (i64)(first + of_row) * 2), masks[1] = *(const u16*)(c.mask + (i64)(second + of_row) * 2);
+                if (!both) masks[1] = kClosed;
+                // Every warp waits for what it does not read too: a parity says nothing about the phase after the next.
+                AnyTurn slot = walk.slot;
+                if (both) slot.next(s.args.slots);
+                const char *const tile = ring + walk.slot.at * kStreamSlotBytes, *const next_tile = ring + slot.at * kStreamSlotBytes;
+#pragma unroll
+                for (int piece = 0; piece < kStreamPieces; ++piece) {
+                    tp_barrier_wait(full + (walk.slot.at * kStreamPieces + piece), walk.slot.parity);
+                    if (both) tp_barrier_wait(full + (slot.at * kStreamPieces + piece), slot.parity);
+                }
+                // The token's own cell takes the place of what the cache had there.
+                if ((u32)(own_cell - first) < (u32)kColumnsStep || (u32)(own_cell - second) < (u32)kColumnsStep) {
+                    const bool in_first = (u32)(own_cell - first) < (u32)kColumnsStep;
+                    const int r = own_cell - (in_first ? first : second), at = (int)threadIdx.x * 16;
+                    char* const to = (char*)(in_first ? tile : next_tile) + r / 4 * c.k_stride + r % 4 * c.head_bytes;
+                    if (at < c.head_bytes) *(TpInt4*)(to + at) = *(const TpInt4*)((const char*)met.own + at);
+                    tp_async_fence();  // before the slot is filled again
+                    sync_multiplying();
+                }
+                {
+                    float even[4] = {}, odd[4] = {};  // sums by turns: each product would wait for the one before
+                    const char* const from = (of_tile ? next_tile : tile) + key_at;
+                    auto add = [&](int i, const TpInt4& k) {
+                        const u32 first_k[2] = {(u32)k.x, (u32)k.y}, second_k[2] = {(u32)k.z, (u32)k.w};
+                        const TpInt4 &low = q[i][0], &high = q[i][1];
+                        const u32 a[4] = {(u32)low.x, (u32)high.x, (u32)low.y, (u32)high.y}, b[4] = {(u32)low.z, (u32)high.z, (u32)low.w, (u32)high.w};
+                        tp_mma_f16(even, a, first_k);
+                        tp_mma_f16(odd, b, second_k);
+                    };
+                    if (n_chunks >= kChunks) {
+#pragma unroll
+                        for (int i = 0; i < kChunks; ++i) add(i, *(const TpInt4*)(from + i * 64));
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < kChunks; ++i)
+                            if (i < n_chunks) add(i, *(const TpInt4*)(from + i * 64));
+                    }
+#pragma unroll
+                    for (int h = 0; h < 2; ++h)
+#pragma unroll
+                        for (int n = 0; n < 2; ++n) met.scores[half][g + 8 * h][16 * of_tile + 4 * (fours + 2 * n) + t] = even[2 * h + n] + odd[2 * h + n];
+                }
+                sync_multiplying();
+                {
+                    float score[kTiles];
+#pragma unroll
+                    for (int i = 0; i < kTiles; ++i)
+                        score[i] = (met.scores[0][row][16 * i + of_row] + met.scores[1][row][16 * i + of_row]) * scale + kLog2E * tp_half_to_float(masks[i]);
+                    float top = fmaxf(most, fmaxf(score[0], score[1]));
+#pragma unroll
+                    for (int o = 8; o; o /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
+                    const float floor = top == -INFINITY ? 0.0f : top, keep = most == -INFINITY ? 1.0f : tp_exp2(most - floor);
+                    most = top, sum *= keep;
+#pragma unroll
+                    for (int i = 0; i < kTiles; ++i) {
+                        const float p = tp_exp2(score[i] - floor);
+                        sum += p;
+                        const u16 most_of_it = tp_float_to_half(p);
+                        met.weights[0][row][16 * i + step_of_row] = most_of_it;
+                        met.weights[1][row][16 * i + step_of_row] = tp_float_to_half(p - tp_half_to_float(most_of_it));
+                    }
+                    if (of_row == 0) met.keep[row] = keep;
+                }
+                sync_multiplying();
+                const float keep[2] = {met.keep[g], met.keep[g + 8]};
+                if (__ballot_sync(0xffffffffu, keep[0] != 1.0f || keep[1] != 1.0f))
+#pragma unroll
+                    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) out[b][i] *= keep[i / 2];
+                auto add_values = [&](int i, const char* from) {
+                    u32 p[2][4];
+#pragma unroll
+                    for (int part = 0; part < 2; ++part) tp_ldmatrix_x4(p[part], met.weights[part][lane % 16] + 16 * i + lane / 16 * 8);
+                    int words[4][4];
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        const TpInt4 v = *(const TpInt4*)(from + j * c.head_bytes);
+                        words[j][0] = v.x, words[j][1] = v.y, words[j][2] = v.z, words[j][3] = v.w;
+                    }
+#pragma unroll
+                    for (int b = 0; b < kBlocks; ++b) {
+                        const u32 which = b % 2 ? 0x7632 : 0x5410;
+                        const u32 two[2] = {tp_byte_perm((u32)words[0][b / 2], (u32)words[1][b / 2], which),
+                                            tp_byte_perm((u32)words[2][b / 2], (u32)words[3][b / 2], which)};
+                        tp_mma_f16(out[b], p[0], two);
+                        tp_mma_f16(out[b], p[1], two);
+                    }
+                };
+                add_values(0, tile + value_at);
+                if (both) add_values(1, next_tile + value_at);
+                tp_barrier_arrive(empty + walk.slot.at);
+                if (both) tp_barrier_arrive(empty + slot.at);
+                walk.slot = slot;
+                walk.slot.next(s.args.slots);
+            }
+        }
+#pragma unroll
+        for (int o = 8; o; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+        if (of_row == 0) met.counts[row][0] = most, met.counts[row][1] = sum;
+        sync_multiplying();
+        const StreamPieces pieces{f.args.acc, f.args.meta, c.n_splits, of.split, dv};
+        const bool whole = f.y.data;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int head = first_head + g + 8 * h;
+            if (head >= (int)f.args.a.q.ne[2]) continue;
+            const float total = met.counts[g + 8 * h][1];
+            float* const y = whole ? (float*)(f.y.data + head * f.y.nb[1]) : pieces.acc_of(head);
+            const float by = !whole ? 1.0f : total > 0 ? tp_quotient(1.0f, total) : 0.0f;
+            if (!whole && warp == 0 && t == 0) pieces.put_counts(head, met.counts[g + 8 * h][0] / kLog2E, total);  // e to the first, as a combination wants it
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int at = 64 * warp + 8 * (2 * t + i);
+                float eight[8];
+#pragma unroll
+                for (int b = 0; b < kBlocks; ++b) eight[b] = out[b][2 * h + i] * by;
+                if (at < dv) store_eight(y + at, eight);
+            }
+        }
+        sync_multiplying();  // the next unit writes there
+    }
+    now.walk = walk.packed();
+    return now;
+}
+
+/// The sum of every head's pieces: a block has 32 elements of a head, and as many of such chunks at once as come in one trip to the L2; its warps have every
+/// eighth piece of them.
 TP_OUTLINE void combine_pieces(const StreamCombine& stage) {
     const FlashCombineArgs& c = stage.args;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, n = c.n_splits, d = (int)c.y.ne[0], chunks = (d + 31) / 32;
-    float* const acc = (float*)shared_of().x;  // [n][32]
-    TpFloat2* const counts = (TpFloat2*)(acc + n * 32);
-    float* const met = (float*)(counts + n);  // [kStreamWarps][32], and the sums of the warps
+    const int n_chunks = chunks * (int)c.y.ne[1], floats = (int)(stream_combine_bytes(n) + 15) / 16 * 4, room = kStreamInputBytes / 4 / floats;
+    const int batch = room < kStreamWarps ? room : kStreamWarps;
+    struct Chunk {
+        float* acc;        // [n][32]
+        TpFloat2* counts;  // [n]
+        float* met;        // [kStreamWarps][32], and the sums of the warps
+        int head, begin;
+    };
+    auto chunk_of = [&](int first, int i) {
+        const int chunk = first + i * (int)gridDim.x, head = divided(chunk, stage.chunks_inverse);
+        float* const acc = (float*)shared_of().x + i * floats;
+        return Chunk{acc, (TpFloat2*)(acc + n * 32), acc + n * 34, head, (chunk - head * chunks) * 32};
+    };
+    auto sink_of = [&](int head) { return c.has_sinks ? *(const float*)(c.sinks.data + (head + c.head_offset) * c.sinks.nb[0]) : -INFINITY; };
+    auto most_of = [&](const Chunk& of) {
+        float most = sink_of(of.head);
 #pragma unroll 1
-    for (int chunk = blockIdx.x; chunk < chunks * (int)c.y.ne[1]; chunk += gridDim.x) {
-        const int head = divided(chunk, stage.chunks_inverse), begin = (chunk - head * chunks) * 32;
-        const float* const from = c.acc + (i64)head * n * d + begin;
-        const TpFloat2* const meta = (const TpFloat2*)c.meta + (i64)head * n;
+        for (int i = lane; i < n; i += 32) most = fmaxf(most, of.counts[i].x);
+        most = tp_warp_max(most);
+        return most > -INFINITY ? most : 0.0f;
+    };
 #pragma unroll 1
-        for (int i = thread; i < n * 8; i += kMultiply)
-            if (begin + i % 8 * 4 < d) tp_copy_async(acc + i * 4, from + i / 8 * d + i % 8 * 4);
+    for (int first = blockIdx.x; first < n_chunks; first += batch * (int)gridDim.x) {
+        const int left = (n_chunks - first + (int)gridDim.x - 1) / (int)gridDim.x, here = left < batch ? left : batch;
 #pragma unroll 1
-        for (int i = thread; i < n; i += kMultiply) counts[i] = meta[i];
-        float most = c.has_sinks ? *(const float*)(c.sinks.data + (head + c.head_offset) * c.sinks.nb[0]) : -INFINITY;
-        const float sink = most;
+        for (int b = 0; b < here; ++b) {
+            const Chunk of = chunk_of(first, b);
+            const float* const from = c.acc + (i64)of.head * n * d + of.begin;
+#pragma unroll 1
+            for (int i = thread; i < n * 8; i += kMultiply)
+                if (of.begin + i % 8 * 4 < d) tp_copy_async(of.acc + i * 4, from + i / 8 * d + i % 8 * 4);
+        }
+        if (warp < here) {
+            const Chunk of = chunk_of(first, warp);
+            const TpFloat2* const meta = (const TpFloat2*)c.meta + (i64)of.head * n;
+#pragma unroll 1
+            for (int i = lane; i < n; i += 32) of.counts[i] = meta[i];
+        }
         tp_copy_wait();
         sync_multiplying();
 #pragma unroll 1
-        for (int i = lane; i < n; i += 32) most = fmaxf(most, counts[i].x);
-        most = tp_warp_max(most);
-        float sum = 0, total = 0;
-        const float base = most > -INFINITY ? most : 0.0f;
+        for (int b = 0; b < here; ++b) {
+            const Chunk of = chunk_of(first, b);
+            const float base = most_of(of);
+            float sum = 0, total = 0;
 #pragma unroll 1
-        for (int i = warp; i < n; i += kStreamWarps) {
-            const float share = expf(counts[i].x - base);
-            sum += counts[i].y * share;
-            if (share > 0) total += acc[i * 32 + lane] * share;
+            for (int i = warp; i < n; i += kStreamWarps) {
+                const float share = expf(of.counts[i].x - base);
+                sum += of.counts[i].y * share;
+                if (share > 0) total += of.acc[i * 32 + lane] * share;
+            }
+            of.met[warp * 32 + lane] = total;
+            if (lane == 0) of.met[kStreamWarps * 32 + warp] = sum;
         }
-        met[warp * 32 + lane] = total;
-        if (lane == 0) met[kStreamWarps * 32 + warp] = sum;
         sync_multiplying();
-        if (warp == 0) {
-            float all = 0, all_sum = c.has_sinks ? expf(sink - base) : 0.0f;
+        if (warp < here) {
+            const Chunk of = chunk_of(first, warp);
+            float all = 0, all_sum = c.has_sinks ? expf(sink_of(of.head) - most_of(of)) : 0.0f;
 #pragma unroll 1
-            for (int w = 0; w < kStreamWarps; ++w) all += met[w * 32 + lane], all_sum += met[kStreamWarps * 32 + w];
-            if (begin + lane < d) *(float*)(c.y.data + (begin + lane) * 4 + head * c.y.nb[1]) = all_sum > 0 ? all / all_sum : 0.0f;
+            for (int w = 0; w < kStreamWarps; ++w) all += of.met[w * 32 + lane], all_sum += of.met[kStreamWarps * 32 + w];
+            if (of.begin + lane < d) *(float*)(c.y.data + (of.begin + lane) * 4 + of.head * c.y.nb[1]) = all_sum > 0 ? all / all_sum : 0.0f;
         }
+        sync_multiplying();  // the next chunks come to lie there
     }
 }
 
@@ -2224,7 +2562,10 @@ TP_DEVICE void do_stages() {
         if (stage.kind == kStreamFlash) {  // begins by itself
             const StreamFlash& f = *(const StreamFlash*)stage.body;
             const int d = (int)f.args.a.q.ne[0];
-            if (f.cells.groups) {
+            if (f.latent.used) {
+                now = do_latent(now);
+                if (threadIdx.x == 0) mark_stage(now.stage, kTimeDone);
+            } else if (f.cells.groups) {
                 if (d <= 64) now = attend_streamed<64>(now);
                 else if (d <= 128) now = attend_streamed<128>(now);
                 else now = attend_streamed<256>(now);

@@ -18,6 +18,10 @@ constexpr int kStreamMostSums = 64;                             // of a tile of 
 constexpr u32 kStreamShared = kStreamSlots * kStreamSlotBytes + kStreamInputBytes + 3 * kStreamStageBytes + 2944;
 static_assert(kStreamShared <= 227 * 1024, "what a block of sm_90 may have");
 
+constexpr int kStreamLatentHeads = 16;   // of a unit of latent attention: the rows of a product of tensor cores
+constexpr int kStreamLatentCells = 32;   // of a step of it
+constexpr i64 kStreamLatentWhole = 256;  // cells up to which it is one piece: a combination is a stage more, and 256 are what hosts begin with
+
 /// Whether the kernel has this type's pieces.
 constexpr bool stream_can_type(i32 type) { return has_pieces(type); }
 
@@ -193,6 +197,28 @@ inline bool stream_cells_fit(StreamFlash& f, i64 blocks) {
         return true;
     }
     return false;
+}
+
+/// How the cells of a latent attention come through the ring, in pieces of so many steps of kStreamLatentCells: fills in f.cells and the pieces of f.args. False:
+/// they cannot. A tile is 16 rows in one slot, four and four one behind the other, which most caches have so: then each four are one copy, and lanes that read of
+/// different fours find different banks. (A copy for each row: a step of 32 cells took 4,800 cycles.)
+inline bool stream_latent_fit(StreamFlash& f, i64 most_splits) {
+    const FlashAttnArgs& a = f.args.a;
+    const i64 cells = a.k.ne[1], row = a.q.ne[0] * 2, units = (a.q.ne[2] + kStreamLatentHeads - 1) / kStreamLatentHeads;
+    const i64 steps = (cells + kStreamLatentCells - 1) / kStreamLatentCells, most = most_splits < steps ? most_splits : steps, splits = most < 1 ? 1 : most;
+    StreamCells c{};
+    c.k = a.k.data, c.mask = a.has_mask ? a.mask.data : nullptr;
+    c.k_row = a.k.nb[1], c.n_cells = (i32)cells, c.n_heads = c.unit_heads = 1, c.head_bytes = (i32)row, c.n_units = (i32)units;
+    c.groups = 1, c.k_stride = (i32)(4 * row + (32 - 4 * row % 128 + 128) % 128);
+    c.split_cells = (i32)((steps + splits - 1) / splits * kStreamLatentCells);
+    c.n_splits = (i32)((cells + c.split_cells - 1) / c.split_cells);
+    c.most_in_flight = stream_in_flight(kColumnsStep / kStreamPieces * row, kStreamPieces), c.units_inverse = stream_inverse(units);
+    if (row % 64 || cells <= 0 || cells % kColumnsStep || cells > 1 << 30 || (u64)a.k.data % 16 || (u64)c.mask % 16 || c.k_row % 16 ||
+        c.k_stride * kColumnsStep / 4 > kStreamSlotBytes || units * units * c.n_splits >= 1 << 16 || stream_combine_bytes(c.n_splits) > kStreamInputBytes)
+        return false;
+    f.args.cells = c.split_cells, f.args.n_splits = c.n_splits, f.n_units = c.n_units;
+    f.cells = c;
+    return true;
 }
 
 /// What linear attention does with a float of each head, or with z. (All of UnaryOp, six times: 87 KB of code, which comes at five cycles an instruction.)

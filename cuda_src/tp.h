@@ -292,6 +292,8 @@ struct TpBarrierAt {
 };
 TP_DEVICE void tp_barrier_init(TpBarrierAt b, int count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(b.address), "r"(count) : "memory"); }
 /// After the last init, before the block's first barrier.
+/// What this thread stored into shared memory comes before other threads' wgmma and bulk copies, once they have waited for it.
+TP_DEVICE void tp_async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 TP_DEVICE void tp_barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 TP_DEVICE void tp_barrier_arrive(TpBarrierAt b) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(b.address) : "memory"); }
 TP_DEVICE void tp_barrier_expect(TpBarrierAt b, u32 bytes) {
@@ -413,8 +415,6 @@ TP_DEVICE char* tp_align_tile(char* p) { return p + ((0u - tp_shared_address(p))
 TP_DEVICE u64 tp_wgmma_tile(const char* p) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (tp_shared_address(p) >> 4 & 0x3fffu); }
 /// The tile that lies so many bytes behind.
 TP_DEVICE u64 tp_wgmma_behind(u64 tile, u32 bytes) { return (tile & ~0xffffffffull) | ((u32)tile + (bytes >> 4)); }
-/// What this thread stored into shared memory is seen by other threads' wgmma, once they have waited for it.
-TP_DEVICE void tp_wgmma_stored() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 /// Before the first product of a group: registers are as they should be.
 TP_DEVICE void tp_wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 TP_DEVICE void tp_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -342,7 +342,7 @@ inline void wgmma_lane(float* d, const char* a, const char* b, int thread) {
 static inline char* tp_align_tile(char* p) { return p + (0 - reinterpret_cast<u64>(p)) % 1024; }
 static inline u64 tp_wgmma_tile(const char* p) { return reinterpret_cast<u64>(p); }
 static inline u64 tp_wgmma_behind(u64 tile, u32 bytes) { return tile + bytes; }
-static inline void tp_wgmma_stored() {}
+static inline void tp_async_fence() {}
 static inline void tp_wgmma_fence() {}
 static inline void tp_wgmma_commit() { tp_emulator::product_commit(); }
 template <int kLeft>

@@ -9,23 +9,10 @@
 namespace ggml_tp {
 namespace {
 
-using Rows = std::vector<const char*>;  // of each head
-
-/// Element i1, i2, i3 = `row` of dims 1..3, counted through.
-const char* row_at(const View& v, i64 row) {
-    return v.data + row % v.ne[1] * v.nb[1] + row / v.ne[1] % v.ne[2] * v.nb[2] + row / (v.ne[1] * v.ne[2]) * v.nb[3];
-}
 std::optional<i64> row_of(const View& v, const char* at) {
     for (i64 row = 0; row < n_rows(v); ++row)
         if (row_at(v, row) == at) return row;
     return std::nullopt;
-}
-/// Bytes from each to the next, of one or none 0.
-std::optional<i64> step_of(const Rows& rows) {
-    const i64 step = rows.size() > 1 ? rows[1] - rows[0] : 0;
-    for (size_t h = 1; h < rows.size(); ++h)
-        if (rows[h] - rows[h - 1] != step) return std::nullopt;
-    return step;
 }
 bool is_head_op(const StreamElements::Step& step) { return step.op < kStreamWithOther && stream_head_op(static_cast<UnaryOp>(step.op)); }
 bool one_row(const GetRowsArgs& g) { return g.idx.type == kI32 && g.y.ne[1] == 1 && g.w.n < i64{1} << 31; }
@@ -53,13 +40,7 @@ class Finder {
     }
 
   private:
-    /// The last stage before `end` that wrote there; none: stages_.size().
-    size_t writer(const char* at, size_t end) const {
-        const std::vector<Span> wanted = {span_of(at, 4)};
-        for (size_t i = end; i-- > 0;)
-            if (meet(wanted, stages_[i].writes)) return i;
-        return stages_.size();
-    }
+    size_t writer(const char* at, size_t end) const { return writer_of(stages_, span_of(at, 4), end); }
     /// The same of all rows.
     size_t writer(const Rows& rows, size_t end) const {
         const size_t out = writer(rows[0], end);
@@ -69,7 +50,7 @@ class Finder {
     }
     template <class T>
     std::optional<T> stage(size_t i, i32 kind) const {
-        return i < stages_.size() && stages_[i].kind == kind ? std::optional(stages_[i].get<T>()) : std::nullopt;
+        return body_of<T>(stages_, i, kind);
     }
     void take(size_t i) { taken_.insert(i); }
     /// The first stage behind `begin` of which `fits` is true of its body.

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -68,6 +69,31 @@ struct Join {
     }
 };
 
+/// The last stage before `end` that writes any of it; none: stages.size().
+inline size_t writer_of(const std::vector<Draft>& stages, const Span& span, size_t end) {
+    while (end-- > 0)
+        if (meet({span}, stages[end].writes)) return end;
+    return stages.size();
+}
+/// The body of stages[i], if there is one of that kind.
+template <class T>
+std::optional<T> body_of(const std::vector<Draft>& stages, size_t i, i32 kind) {
+    return i < stages.size() && stages[i].kind == kind ? std::optional(stages[i].get<T>()) : std::nullopt;
+}
+
+using Rows = std::vector<const char*>;  // of each head
+/// Element i1, i2, i3 = `row` of dims 1..3, counted through.
+inline const char* row_at(const View& v, i64 row) {
+    return v.data + row % v.ne[1] * v.nb[1] + row / v.ne[1] % v.ne[2] * v.nb[2] + row / (v.ne[1] * v.ne[2]) * v.nb[3];
+}
+/// Bytes from each to the next, of one or none 0.
+inline std::optional<i64> step_of(const Rows& rows) {
+    const i64 step = rows.size() > 1 ? rows[1] - rows[0] : 0;
+    for (size_t h = 1; h < rows.size(); ++h)
+        if (rows[h] - rows[h - 1] != step) return std::nullopt;
+    return step;
+}
+
 inline bool is_vector(const View& v, i64 n) {
     return v.type == kF32 && v.ne[0] == n && v.ne[1] * v.ne[2] * v.ne[3] == 1 && v.nb[0] == 4 && reinterpret_cast<u64>(v.data) % 16 == 0;
 }
@@ -83,6 +109,18 @@ inline bool is_dense(const View& v) {
         next *= v.ne[d];
     }
     return v.type == kF32;
+}
+
+/// What a store of one row writes, as an attention sees it: whether these are rows of its K or V.
+inline bool cache_of(const SetRowsArgs& store, const View& seen, StreamOwnToken::Cache& to) {
+    const View& y = store.y;
+    const i64 from = seen.data - y.data, d = seen.ne[0], heads = seen.ne[2];
+    if (y.type != kF16 || y.nb[0] != 2 || store.row_period || y.ne[0] != d * heads || (heads > 1 && seen.nb[2] != d * 2) || seen.nb[1] != y.nb[1] ||
+        y.nb[1] <= 0 || from % y.nb[1])
+        return false;
+    if ((store.idx.type != kI64 && store.idx.type != kI32) || store.n_rows >= i64{1} << 31) return false;
+    to = {y.data, store.idx.data, y.nb[1], store.n_rows, from / y.nb[1], store.idx.type, 0};
+    return true;
 }
 
 }  // namespace ggml_tp

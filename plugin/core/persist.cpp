@@ -12,6 +12,7 @@
 #include "draft.h"
 #include "elementwise.h"
 #include "flash_attn.h"
+#include "latent_heads.h"
 #include "mul_vec.h"
 #include "mul_vec_id.h"
 #include "norm.h"
@@ -104,6 +105,7 @@ class RankRun {
         if (named(l, "mul_vec_") && l.args.size() == sizeof(MulVecArgs)) return add_product(args_of<MulVecArgs>(l));
         if (named(l, "chain")) return add_router(args_of<ChainArgs>(l));
         if (named(l, "flash_columns_")) return add_flash(args_of<FlashSplitArgs>(l));
+        if (named(l, "flash_latent_")) return add_latent(args_of<FlashSplitArgs>(l));
         if (named(l, "flash_combine")) return add_combine(args_of<FlashCombineArgs>(l));
         if (named(l, "rope_")) return add_rope(l);
         if (named(l, "set_rows")) return add_set_rows(args_of<SetRowsArgs>(l));
@@ -227,6 +229,7 @@ class RankRun {
     std::optional<DeltaHeads> heads_of(size_t delta, int turn) const {
         return delta_heads(stages, delta, memory_->vectors[kWindow0 + turn], memory_->vectors[kAttended]);
     }
+    std::optional<Join> latent_heads_of(size_t i) const { return latent_heads(stages, i, memory_->vectors[kPacked], memory_->vectors[kAttended]); }
     std::optional<Join> shared_expert_of(size_t i) const { return shared_expert(stages, i, memory_->vectors[kShared], memory_->n_blocks); }
     /// When all that is left out is left out.
     void mark_visible() {
@@ -367,6 +370,9 @@ class RankRun {
             add(c.to, c.n);
         } else if (d.kind == kStreamNormRows) {
             add_view(d.get<StreamNormRows>().norm.y);
+        } else if (d.kind == kStreamRopeStore) {
+            const RopeStoreArgs r = d.get<StreamRope>().args;
+            for (int i = 0; i < r.n_ropes; ++i) add_view(r.rope[i].y);
         } else if (d.kind == kStreamBinary) {
             const StreamBinary b = d.get<StreamBinary>();
             if (!b.n_push) add_view(b.args.y);
@@ -1002,30 +1008,61 @@ class RankRun {
             if (cache.row && written(span_of(cache.row, 8))) return false;
         if (known) stream_cells_fit(stage, memory_->n_blocks);
         if (!stage.cells.groups && !stage.own.table) stage.own = {};
-        // Offsets for now; a later attention of the run uses the same scratch.
-        const i64 acc_bytes = round_up(flash_split_acc(stage.args) * 4, kAlign), meta_bytes = round_up(flash_split_meta(stage.args) * 4, kAlign);
-        stage.args.acc = nullptr;
-        stage.args.meta = reinterpret_cast<float*>(acc_bytes);
-        scratch_bytes = std::max(scratch_bytes, acc_bytes + meta_bytes);
         out.set(stage);
-        stages.push_back(std::move(out));
+        push_attention(std::move(out));
         pending = true;
+        return true;
+    }
+    void push_attention(Draft d) {
+        // Offsets for now; a later attention of the run uses the same scratch.
+        StreamFlash f = d.get<StreamFlash>();
+        const i64 acc_bytes = round_up(flash_split_acc(f.args) * 4, kAlign), meta_bytes = round_up(flash_split_meta(f.args) * 4, kAlign);
+        f.args.acc = nullptr;
+        f.args.meta = reinterpret_cast<float*>(acc_bytes);
+        scratch_bytes = std::max(scratch_bytes, acc_bytes + meta_bytes);
+        d.set(f);
+        stages.push_back(std::move(d));
         kept_ = nullptr;  // its warps meet in the same shared memory
+    }
+    /// Latent attention of queries and a cache that are in memory; latent_heads() may take what makes them into it.
+    bool add_latent(const FlashSplitArgs& f) {
+        const FlashAttnArgs& a = f.a;
+        const i64 cells = a.k.ne[1], heads = a.q.ne[2], units = std::max<i64>((heads + kStreamLatentHeads - 1) / kStreamLatentHeads, 1);
+        auto sixteens = [](const View& v) { return reinterpret_cast<u64>(v.data) % 16 == 0 && v.nb[1] % 16 == 0 && v.nb[2] % 16 == 0; };
+        if (a.q.ne[1] != 1 || a.q.ne[3] != 1 || a.k.ne[3] != 1 || a.max_bias != 0 || a.logit_softcap != 0 || heads * a.q.nb[2] >= i64{1} << 31) return false;
+        if (pending || !sixteens(a.q) || (a.has_mask && written(span_of(a.mask)))) return false;
+        const bool alone = f.n_splits == 1;  // no combination follows
+        StreamFlash stage{};
+        stage.args = f;
+        if (!stream_latent_fit(stage, alone || cells <= kStreamLatentWhole ? 1 : memory_->n_blocks / units)) return false;
+        StreamLatent& l = stage.latent;
+        l.used = 1;
+        l.q = reinterpret_cast<const float*>(a.q.data), l.q_stride = static_cast<i32>(a.q.nb[2] / 4), l.n_plain = static_cast<i32>(a.q.ne[0]);
+        for (const Draft& d : stages) {  // the token's own cell is on its way before it is written: its row comes otherwise
+            if (!meet({span_of(a.k)}, d.writes)) continue;
+            const bool latent = d.kind == kStreamFlash && d.get<StreamFlash>().latent.used;
+            if (latent || d.kind != kStreamSetRows || l.cache.row) return false;
+            const SetRowsArgs store = d.get<SetRowsArgs>();
+            if (n_elements(store.idx) != 1 || !cache_of(store, a.k, l.cache)) return false;
+            l.fault = store.fault;
+        }
+        if (l.cache.row && written(span_of(l.cache.row, 8))) return false;
+        Draft d = Draft::of(kStreamFlash, stage);
+        d.reads = {span_of(a.q), span_of(a.k)};
+        if (l.cache.row) d.reads.push_back(span_of(l.cache.row, l.cache.row_type == kI64 ? 8 : 4));
+        if (a.has_mask) d.reads.push_back(span_of(a.mask));
+        if (alone) {
+            if (meet({span_of(a.y)}, d.reads) || !sixteens(a.y)) return false;
+            stage.y = a.y;
+            d.set(stage);
+            d.writes = {span_of(a.y)};
+        }
+        push_attention(std::move(d));
+        pending = !alone;
         return true;
     }
     bool written(const Span& span) const {
         return std::any_of(stages.begin(), stages.end(), [&](const Draft& d) { return meet({span}, d.writes); });
-    }
-    /// What a store of one row writes, as an attention sees it: whether these are rows of its K or V.
-    static bool cache_of(const SetRowsArgs& store, const View& seen, StreamOwnToken::Cache& to) {
-        const View& y = store.y;
-        const i64 from = seen.data - y.data, d = seen.ne[0], heads = seen.ne[2];
-        if (y.type != kF16 || y.nb[0] != 2 || store.row_period || y.ne[0] != d * heads || (heads > 1 && seen.nb[2] != d * 2) || seen.nb[1] != y.nb[1] ||
-            y.nb[1] <= 0 || from % y.nb[1])
-            return false;
-        if ((store.idx.type != kI64 && store.idx.type != kI32) || store.n_rows >= i64{1} << 31) return false;
-        to = {y.data, store.idx.data, y.nb[1], store.n_rows, from / y.nb[1], store.idx.type, 0};
-        return true;
     }
     /// Whether what this launch writes of an attention's K and V is known: one cell of each, or nothing. Then f.own says where it is.
     bool own_cells(StreamFlash& f) const {
@@ -1157,7 +1194,8 @@ class RankRun {
         Draft& flash = stages.back();
         StreamFlash whole = flash.get<StreamFlash>();
         // One piece is the result, unless that lies where another block may still read what it needs. Of streamed cells there are pieces on each rank.
-        if (!cautious && f.n_splits == 1 && f.a.k.ne[1] <= kStreamedCells && !meet({span_of(c.y)}, flash.reads)) {
+        if (!cautious && f.n_splits == 1 && f.a.k.ne[1] <= kStreamedCells && !meet({span_of(c.y)}, flash.reads) &&
+            (!whole.latent.used || (reinterpret_cast<u64>(c.y.data) | static_cast<u64>(c.y.nb[1])) % 16 == 0)) {
             whole.y = c.y;
             // The host's allocator gives it what nobody reads any more: the turned keys, once they are in the cache.
             const i64 d = f.a.q.ne[0];
@@ -1622,10 +1660,11 @@ void join_heads(Run& run) {
         }
     }
 }
-/// What an expert that all tokens share takes beside the others, stage by stage from the last on.
-void join_shared_experts(Run& run) {
+/// Stage by stage, from the last on, what `find` finds there as often as it does.
+template <class Find>
+void join_each(Run& run, const Find& find) {
     for (size_t i = run.stages.size(); i-- > 0;)
-        while (i < run.stages.size() && !join_all(run, [&](const RankRun& rank) { return rank.shared_expert_of(i); }).empty()) {}
+        while (i < run.stages.size() && !join_all(run, [&](const RankRun& rank) { return find(rank, i); }).empty()) {}
 }
 
 /// The first step of the run whose int8 activations are read by a launch behind the run, or its end: such a step must run itself.
@@ -1696,7 +1735,8 @@ constexpr const char* kKindNames[] = {"product",   "reduce",  "copy",   "norm ro
                                       "attention", "combine", "floats", "glu",       "elements", "concat", "delta net",      "linear attention"};
 std::string name_of(const Draft& d) {
     const bool streamed = d.kind == kStreamFlash && d.get<StreamFlash>().cells.groups;
-    return std::string(streamed ? "streamed " : "") + kKindNames[d.kind];
+    const bool latent = d.kind == kStreamFlash && d.get<StreamFlash>().latent.used;
+    return std::string(latent ? "latent " : streamed ? "streamed " : "") + kKindNames[d.kind];
 }
 /// How a product's tiles come and, of experts' last products, which of the kernel's loops stores them: what a stage's time, or a test, is to be read by.
 std::string tiles_of(const Draft& d) {
@@ -1766,7 +1806,8 @@ void persist(Program& program, std::vector<std::unique_ptr<Device>>& devices, co
             continue;
         }
         join_heads(run);
-        join_shared_experts(run);
+        join_each(run, [](const RankRun& rank, size_t i) { return rank.latent_heads_of(i); });
+        join_each(run, [](const RankRun& rank, size_t i) { return rank.shared_expert_of(i); });
         ProgramStep step;
         step.kind = ProgramStep::kLaunch;
         step.label = "stream of " + std::to_string(run.stages.size()) + " stages";

@@ -248,6 +248,12 @@ void lower_mul_mat(const Site& s, Lowered& out) {
     if (s.inputs[1].kind == Sharding::kSharded && s.inputs[1].axis == 2) args.dim2_offset_x = s.inputs[1].ranges[s.rank].begin;
     if (s.inputs[0].kind == Sharding::kSharded && s.inputs[0].axis == 2) args.dim2_offset_w = s.inputs[0].ranges[s.rank].begin;
     if (is_empty(s.y)) return;
+    if (args.x.ne[2] == 1) {  // of several matrices, as a rank's only head has: kernels of one matrix take the first
+        const i64 of_all = args.dim2_offset_x / args.ratio2 - args.dim2_offset_w;
+        for (int f = 0; f < 4; ++f)
+            if (args.w.plane[f]) args.w.plane[f] += of_all * args.w.nb2[f];
+        args.w.ne2 = 1, args.ratio2 = 1, args.dim2_offset_x = args.dim2_offset_w = 0;
+    }
     if (s.k_end == s.k_begin) {  // this rank has no part of the sum: its Partial is zero
         out.add(fill_launch({s.y, 0.0f}, s.arch), FillArgs{s.y, 0.0f});
         return;

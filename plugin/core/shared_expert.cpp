@@ -6,16 +6,6 @@
 namespace ggml_tp {
 namespace {
 
-template <class T>
-std::optional<T> body(const std::vector<Draft>& stages, size_t i, i32 kind) {
-    return i < stages.size() && stages[i].kind == kind ? std::optional(stages[i].get<T>()) : std::nullopt;
-}
-/// The last stage before `end` that writes there.
-size_t writer(const std::vector<Draft>& stages, const Span& span, size_t end) {
-    while (end-- > 0)
-        if (meet({span}, stages[end].writes)) return end;
-    return stages.size();
-}
 /// An F32 vector, however its one row is called.
 bool is_row(const View& v, i64 n) { return v.type == kF32 && v.ne[0] == n && n_elements(v) == n && v.nb[0] == 4; }
 
@@ -23,17 +13,17 @@ std::optional<Join> glu_join(const std::vector<Draft>& stages, size_t i, float* 
     const StreamGlu g = stages[i].get<StreamGlu>();
     const i64 n = g.args.y.ne[0];
     if (!is_row(g.args.a, n) || !is_row(g.args.b, n) || !is_row(g.args.y, n) || n > kStreamMostK) return std::nullopt;
-    const size_t at = writer(stages, span_of(g.args.a), i);
-    auto p = body<StreamProduct>(stages, at, kStreamProduct);
-    if (!p || p->role || p->glu || p->n_push || p->n_parts != 2 || writer(stages, span_of(g.args.b), i) != at) return std::nullopt;
+    const size_t at = writer_of(stages, span_of(g.args.a), i);
+    auto p = body_of<StreamProduct>(stages, at, kStreamProduct);
+    if (!p || p->role || p->glu || p->n_push || p->n_parts != 2 || writer_of(stages, span_of(g.args.b), i) != at) return std::nullopt;
     const auto *gate = reinterpret_cast<const float*>(g.args.a.data), *up = reinterpret_cast<const float*>(g.args.b.data);
     if (p->part[0].y == up) std::swap(p->part[0], p->part[1]);
     if (p->part[0].y != gate || p->part[1].y != up || p->part[0].n != n || p->part[1].n != n || p->part[0].copy || p->part[1].copy) return std::nullopt;
     const auto* const y = reinterpret_cast<const float*>(g.args.y.data);
     size_t reader = i + 1;
     while (reader < stages.size() && !meet({span_of(y, n * 4)}, stages[reader].reads)) ++reader;
-    auto taker = body<StreamProduct>(stages, reader, kStreamProduct);
-    if (!taker || writer(stages, span_of(y, n * 4), reader) != i || taker->a != y || taker->b || taker->input != kInputPlain || stream_input(*taker) != n)
+    auto taker = body_of<StreamProduct>(stages, reader, kStreamProduct);
+    if (!taker || writer_of(stages, span_of(y, n * 4), reader) != i || taker->a != y || taker->b || taker->input != kInputPlain || stream_input(*taker) != n)
         return std::nullopt;
     // The vector is one for all layers: from the product that fills it to the one that takes it nobody else may have to do with it.
     const Span own = span_of(shared, kStreamMostK * 4);
@@ -71,8 +61,8 @@ std::optional<Join> sum_join(const std::vector<Draft>& stages, size_t i) {
     onto = {};
     std::vector<Span> reads = stages[i].reads, writes = stages[i].writes;
     // The sigmoid of one number, and the product with it.
-    if (const auto s = body<StreamElements>(stages, at, kStreamElements)) {
-        const auto m = body<StreamBinary>(stages, at + 1, kStreamBinary);
+    if (const auto s = body_of<StreamElements>(stages, at, kStreamElements)) {
+        const auto m = body_of<StreamBinary>(stages, at + 1, kStreamBinary);
         if (!m || s->w.data || s->n_steps != 1 || s->step[0].op != static_cast<i32>(UnaryOp::kSigmoid) || !is_row(s->x, 1) || !is_row(s->y, 1))
             return std::nullopt;
         const BinaryArgs& a = m->args;
@@ -86,7 +76,7 @@ std::optional<Join> sum_join(const std::vector<Draft>& stages, size_t i) {
         from = a.y.data;
         at += 2;
     }
-    const auto sum = body<StreamBinary>(stages, at, kStreamBinary);
+    const auto sum = body_of<StreamBinary>(stages, at, kStreamBinary);
     if (!sum || sum->op != static_cast<i32>(BinaryOp::kAdd)) return std::nullopt;
     const BinaryArgs& a = sum->args;
     const View& other = a.a.data == from ? a.b : a.a;
@@ -114,7 +104,7 @@ std::optional<Join> sum_join(const std::vector<Draft>& stages, size_t i) {
 
 std::optional<Join> row_join(const std::vector<Draft>& stages, size_t i) {
     StreamFloats f = stages[i].get<StreamFloats>();
-    const auto more = body<StreamFloats>(stages, i + 1, kStreamFloats);
+    const auto more = body_of<StreamFloats>(stages, i + 1, kStreamFloats);
     if (!more || f.more_w || more->more_w || more->n != 1 || more->k != f.k || more->has_norm || more->b || more->weight || !f.y_copy || more->y_copy)
         return std::nullopt;
     const float* const input = f.has_norm ? f.norm_copy : f.a;
