@@ -108,7 +108,7 @@ class RankRun {
         if (named(l, "flash_latent_")) return add_latent(args_of<FlashSplitArgs>(l));
         if (named(l, "flash_combine")) return add_combine(args_of<FlashCombineArgs>(l));
         if (named(l, "rope_")) return add_rope(l);
-        if (named(l, "set_rows")) return add_set_rows(args_of<SetRowsArgs>(l));
+        if (is(l, "set_rows")) return add_set_rows(args_of<SetRowsArgs>(l));
         if (named(l, "get_rows") && !named(l, "get_rows_i32")) return add_get_rows(args_of<GetRowsArgs>(l));
         if (named(l, "binary_")) return add_binary(l);
         if (named(l, "unary_")) return add_unary(l);
