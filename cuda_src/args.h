@@ -60,17 +60,17 @@ struct View {
 static_assert(sizeof(View) == 80, "View crosses the host/device boundary");
 
 // A weight matrix [ne0 = k, ne1 = n, ne2, ne3] of any type, as up to four planes of fields (see weight_format.h):
-// field f of block b of row r of matrix (i2, i3) starts at plane[f] + b*block_stride[f] + r*row_stride[f] + i2*nb2[f] + i3*nb3[f].
+// field f of block b of row r of matrix (i2, i3) starts at plane[f] + b*block_stride[f] + r*row_stride + i2*nb2 + i3*nb3.
 // Unquantised types are one plane with a "block" of one element. The host's own block layout is the same struct with
-// block_stride = type size in every field; the repacked layout has block_stride = field size, 16-byte aligned planes.
+// block_stride = type size in every field; the repacked layout has block_stride = field size, and a row's planes side by side, each from a multiple of 16
+// bytes on.
 struct Matrix {
     const char* plane[4];
-    i64 row_stride[4];
-    i64 nb2[4], nb3[4];
+    i64 row_stride, nb2, nb3;
     i32 block_stride[4];
     i64 k, n, ne2, ne3;  // k counts elements, rounded out to whole blocks
     i32 type;
-    i32 repacked;  // 1: planes are 16-byte aligned and dense
+    i32 repacked;  // 1: a row's planes are dense, and 16-byte aligned
 };
 
 // y[n, m, i2, i3] = sum_k w[k, n, i2/r2, i3/r3] * x[k, m, i2, i3]   (ggml_mul_mat), f32 accumulation, y is F32.
@@ -389,7 +389,7 @@ struct RepackArgs {
     i64 row_begin, row_end;      // this shard's rows (rows of all matrices counted through, per matrix n_rows)
     i64 n_rows;                  // rows of one matrix of the whole tensor
     char* plane[4];
-    i64 row_stride[4], matrix_stride[4];
+    i64 row_stride, matrix_stride;
     i32 field_offset[4], field_bytes[4];
     i32 n_fields, block_bytes;
     i32 to_host;  // 0: staging -> planes, 1: planes -> staging
@@ -523,7 +523,7 @@ constexpr int kStreamMostK = 32768;
 constexpr int kStreamStageBytes = 1408;
 
 struct StreamPart {
-    const char* plane[4];
+    const char* w;      // row 0
     float *y, *copy;    // copy: for a later stage of the stream, or null
     const float* bias;  // added to what goes to y and copy, or null
     float* raw;         // what it is added to, for whoever else reads it, or null
@@ -531,10 +531,10 @@ struct StreamPart {
 };
 enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2, kInputHeads = 3 };
 // Up to three products of one quantised type and the same activations. A tile is `rows` rows of one part (glu: half of them of part 0, the
-// gate, half of part 1, at the same place) in one slot of the ring: plane f at slot_offset[f], row_bytes[f] a row.
+// gate, half of part 1, at the same place) in one slot of the ring, one behind the other as in memory: plane f at plane_at[f] of each.
 // Input: as the stage before left it in shared memory; `a` quantised; or the norm of s = a + b (or a + the norm of b times b_weight) times weight, quantised;
 // or (kInputHeads) heads' k elements each, at multiples of a_stride from `a` on, quantised.
-// Products of experts: a matrix's planes have a matrix behind the other for each expert, and `slots` of them, which the router chose, count.
+// Products of experts: one matrix lies behind the other for each expert, and `slots` of them, which the router chose, count.
 // kExpertsEach: tiles are rows of one slot's gate and up, results lie slot behind slot; kExpertsSum: a tile has its rows of every slot, each
 // multiplied by its own [k] of the input. kHeads: as kExpertsSum, but slots are heads, which all count, `slots` of them in a tile and slot_groups of so many,
 // and each one's rows are results.
@@ -545,9 +545,9 @@ struct StreamProduct {
     // The warps are (1 << k_shift) groups along k x row groups: a lane holds units_each units (32 elements or 64) of the input. kExpertsSum: 1 << k_shift groups
     // of `lanes` lanes share a slot's rows, and a lane has units_each units of that slot's input.
     i32 k_shift, units_each;
-    i32 n_tiles, n_planes;
+    i32 n_tiles, row_bytes;
     i32 first_tile[3];  // of each part; beyond the last: n_tiles
-    i32 row_bytes[4], slot_offset[4];
+    i32 plane_at[4];
     i32 glu, input;      // glu: 1 + GluOp, or 0
     float alpha, limit;  // of the glu
     float eps;

@@ -35,7 +35,7 @@ struct WeightRow {
 TP_DEVICE WeightRow tp_weight_row(const Matrix& m, i64 row, i64 i2, i64 i3) {
     WeightRow out;
     for (int f = 0; f < 4; ++f) {
-        out.plane[f] = m.plane[f] + row * m.row_stride[f] + i2 * m.nb2[f] + i3 * m.nb3[f];
+        out.plane[f] = m.plane[f] + row * m.row_stride + i2 * m.nb2 + i3 * m.nb3;
         out.block_stride[f] = m.block_stride[f];
     }
     return out;

@@ -19,9 +19,9 @@ inline i64 halved_rows(const Matrix& w) {
 inline Matrix halved(const Matrix& w, const char* halves, i64 rows) {
     Matrix out{};
     out.plane[0] = halves;
-    out.row_stride[0] = w.k * 2;
-    out.nb2[0] = rows * w.k * 2;
-    out.nb3[0] = out.nb2[0] * w.ne2;
+    out.row_stride = w.k * 2;
+    out.nb2 = rows * w.k * 2;
+    out.nb3 = out.nb2 * w.ne2;
     out.block_stride[0] = 2;
     out.k = w.k;
     out.n = rows;

@@ -48,7 +48,7 @@ struct FewPlane {
     int rows;  // that there are, from this thread's first one on
     u32 at;    // where the unit lies
     TP_MEMBER FewPlane(const Matrix& w, int f, i64 matrix, i64 row0, int thread)
-        : from(w.plane[f] + matrix * w.nb2[f] + (row0 + thread / kUnits) * w.row_stride[f] + thread % kUnits * kUnitBytes), stride(w.row_stride[f]) {
+        : from(w.plane[f] + matrix * w.nb2 + (row0 + thread / kUnits) * w.row_stride + thread % kUnits * kUnitBytes), stride(w.row_stride) {
         const int row = thread / kUnits;
         const i64 end = w.n - row0 < kRows ? w.n - row0 : kRows;
         rows = row < kRows ? (int)end - row : 0;
@@ -223,7 +223,7 @@ struct FewField {
     TP_MEMBER FewField(const Matrix& w, int f, i64 matrix, i64 row0, int thread)
         : plane(w, f, matrix, row0, thread),
           w(w),
-          row0(w.plane[f] + matrix * w.nb2[f] + row0 * w.row_stride[f]),
+          row0(w.plane[f] + matrix * w.nb2 + row0 * w.row_stride),
           n_rows(w.n - row0 < kRows ? (int)(w.n - row0) : kRows) {}
     TP_MEMBER void bring(char* to, TpSharedAt at, u32 of_256, int thread) const {
         if (plane.stride % kCopyBytes == 0) return plane.bring(at, (i64)of_256 * Plane::kRowBytes, ((i64)of_256 * 8 + thread % kUnits * kOfCopy) * 32 < w.k);
@@ -397,7 +397,7 @@ struct FewHalf {
     u32 stride;
     int n_rows;
     TP_MEMBER FewHalf(const Matrix& w, int f, i64 matrix, i64 row0)
-        : first(w.plane[f] + matrix * w.nb2[f] + row0 * w.row_stride[f]), stride((u32)w.row_stride[f]), n_rows(w.n - row0 < kRows ? (int)(w.n - row0) : kRows) {
+        : first(w.plane[f] + matrix * w.nb2 + row0 * w.row_stride), stride((u32)w.row_stride), n_rows(w.n - row0 < kRows ? (int)(w.n - row0) : kRows) {
         static_assert(kRows <= kThreads);
     }
     TP_MEMBER void bring(TpSharedAt at, u32 block, int thread) const {

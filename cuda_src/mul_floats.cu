@@ -22,7 +22,7 @@ TP_DEVICE void mul_floats(const MulMatArgs& a) {
     const i64 w2 = (i2 + a.dim2_offset_x) / a.ratio2 - a.dim2_offset_w, w3 = i3 / a.ratio3;
     constexpr int kApart = kFloatsThreads / kFloatsStep;  // between the rows, or columns, that a thread fetches
     const int first = thread / kFloatsStep;
-    const i64 w_apart = kApart * a.w.row_stride[0], x_apart = kApart * a.x.nb[1];
+    const i64 w_apart = kApart * a.w.row_stride, x_apart = kApart * a.x.nb[1];
     const WeightRow w_row = tp_weight_row(a.w, row0 + first, w2, w3);
     const char *w_at = w_row.plane[0] + (a.k_begin + thread % kFloatsStep) * w_row.block_stride[0],
                *x_at = a.x.data + i2 * a.x.nb[2] + i3 * a.x.nb[3] + (column0 + first) * a.x.nb[1] + thread % kFloatsStep * a.x.nb[0];

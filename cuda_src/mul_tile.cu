@@ -38,7 +38,7 @@ TP_DEVICE void mul_tile(const Args& a, i64 matrix, const Columns& columns) {
             if (kHalfThreads && i >= kRows * 2) break;
             const i64 row = row0 + i / 2 < a.w.n ? row0 + i / 2 : a.w.n - 1;
             const char* plane[4];
-            for (int f = 0; f < 4; ++f) plane[f] = a.w.plane[f] + matrix * a.w.nb2[f] + row * a.w.row_stride[f];
+            for (int f = 0; f < 4; ++f) plane[f] = a.w.plane[f] + matrix * a.w.nb2 + row * a.w.row_stride;
             load_strip<kType>(strip[s], plane, step, i % 2, a.k);
         }
 #pragma unroll

@@ -20,7 +20,7 @@ constexpr u32 mul_tile_shared(int rows, int columns) { return 2u * (u32)(rows + 
 inline bool mul_tile_can(const MulMatArgs& a, Arch arch) {
     const bool plain = a.w.type == kF16 || a.w.type == kBF16, blocks = has_pieces(a.w.type);
     if (arch.cc < kTileArch || (!plain && !blocks) || !a.w.repacked || a.x.ne[2] * a.x.ne[3] != 1 || a.y.type != kF32 || a.x.type != kF32) return false;
-    return blocks || (a.w.row_stride[0] % 16 == 0 && a.w.k % 8 == 0);
+    return blocks || (a.w.row_stride % 16 == 0 && a.w.k % 8 == 0);
 }
 
 inline Launch mul_tile_launch(const MulTileArgs& a, Arch) {

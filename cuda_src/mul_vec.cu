@@ -54,7 +54,7 @@ TP_DEVICE void mul_vec_quantized(const MulVecArgs& a) {
     for (int r = 0; r < kVecRows; ++r) {
         const i64 at = row + r < n ? row + r : n - 1;  // a row beyond the end reads the last one and stores nothing
 #pragma unroll
-        for (int f = 0; f < 4; ++f) plane[r][f] = part.w.plane[f] + at * part.w.row_stride[f];
+        for (int f = 0; f < 4; ++f) plane[r][f] = part.w.plane[f] + at * part.w.row_stride;
     }
     const i64 column0 = (i64)blockIdx.y * kCols;
     float acc[kVecRows][kCols] = {};
@@ -90,7 +90,7 @@ TP_DEVICE void mul_vec_float(const MulVecArgs& a) {
     const i64 n = part.w.n;
     const char* base[kVecRows];
 #pragma unroll
-    for (int r = 0; r < kVecRows; ++r) base[r] = part.w.plane[0] + (row + r < n ? row + r : n - 1) * part.w.row_stride[0];
+    for (int r = 0; r < kVecRows; ++r) base[r] = part.w.plane[0] + (row + r < n ? row + r : n - 1) * part.w.row_stride;
     const i64 column0 = (i64)blockIdx.y * kCols, columns = a.x.ne[1];
     float acc[kVecRows][kCols] = {};
     TpInt4 w[kVecRows];

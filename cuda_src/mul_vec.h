@@ -20,7 +20,7 @@ inline bool mul_vec_can(const MulMatArgs& a, Arch arch) {
     const bool plain = format && format->block_elems == 1, blocks = has_pieces(a.w.type);
     const i64 most = a.w.type == kF32 && a.w.n <= kVecFloatRows ? kVecFloatColumns : only_pieces(a.w.type, arch) ? kVecAllColumns : kVecMaxColumns;
     if ((!plain && !blocks) || !a.w.repacked || a.x.ne[1] > most || a.x.ne[2] * a.x.ne[3] != 1 || a.y.type != kF32 || a.x.type != kF32) return false;
-    if (plain) return a.w.row_stride[0] % 16 == 0 && a.x.nb[0] == 4 && a.x.nb[1] % 16 == 0 && (u64)a.x.data % 16 == 0 && a.k_begin == 0;
+    if (plain) return a.w.row_stride % 16 == 0 && a.x.nb[0] == 4 && a.x.nb[1] % 16 == 0 && (u64)a.x.data % 16 == 0 && a.k_begin == 0;
     return true;
 }
 

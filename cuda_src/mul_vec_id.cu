@@ -66,7 +66,7 @@ TP_DEVICE void mul_vec_id(const MulVecIdArgs& a) {
         for (int r = 0; r < kVecRows; ++r) {
             const i64 at = row + r < n ? row + r : n - 1;  // a row beyond the end reads the last one and stores nothing
 #pragma unroll
-            for (int f = 0; f < 4; ++f) plane[r][f] = part.w.plane[f] + at * part.w.row_stride[f] + expert * part.w.nb2[f];
+            for (int f = 0; f < 4; ++f) plane[r][f] = part.w.plane[f] + at * part.w.row_stride + expert * part.w.nb2;
         }
         vec_id_dot<kType>(a, plane, slot, token, acc);
     }

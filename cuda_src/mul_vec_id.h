@@ -28,7 +28,7 @@ inline bool mul_vec_id_can(const MulIdArgs& a, Arch arch) {
         return false;
     if (a.y.nb[0] != 4 || a.w.ne3 != 1 || a.ids.type != kI32 || a.x.ne[1] < 1 || a.y.ne[1] % a.x.ne[1]) return false;
     if (format->block_elems > 1) return true;
-    return a.w.row_stride[0] % 16 == 0 && a.x.nb[0] == 4 && a.x.nb[1] % 16 == 0 && a.x.nb[2] % 16 == 0 && (u64)a.x.data % 16 == 0 && a.k_begin == 0;
+    return a.w.row_stride % 16 == 0 && a.x.nb[0] == 4 && a.x.nb[1] % 16 == 0 && a.x.nb[2] % 16 == 0 && (u64)a.x.data % 16 == 0 && a.k_begin == 0;
 }
 
 inline MulVecIdArgs mul_vec_id_args(const MulIdArgs& a) {

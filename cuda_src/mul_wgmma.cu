@@ -55,7 +55,7 @@ TP_DEVICE void mul_wgmma(const Matrix& w, const char* xh, i64 row_bytes, u32 n_i
             const auto at = items(item);
             for (int s = 0; s < kStrips; ++s) {
                 const i64 row = at.row0 + s * 64 + t / 2 < w.n ? at.row0 + s * 64 + t / 2 : w.n - 1;
-                for (int f = 0; f < 4; ++f) plane[s][f] = w.plane[f] + at.matrix * w.nb2[f] + row * w.row_stride[f];
+                for (int f = 0; f < 4; ++f) plane[s][f] = w.plane[f] + at.matrix * w.nb2 + row * w.row_stride;
             }
         };
         const char* x;

@@ -105,14 +105,16 @@ TP_DEVICE const StreamExperts& fetch_product(const StreamStage& stage, char* to,
 // ---- a router's choice. Each block makes it for itself, which is cheaper than asking another. The multiplying warps choose, as the weights that they will
 // multiply are those of who is chosen (one warp took 3,600 cycles); experts' weights are the storing warp's work, until the first tile is there.
 
+template <bool kPlain>
 TP_DEVICE float logit_of(const StreamRoute& r, const float* logits, int e, bool inside) {
     const float x = __int_as_float(tp_load_word_in_order(logits + e, inside));
-    return r.logits_bias ? x + __int_as_float(tp_load_word_in_order(r.logits_bias + e, inside)) : x;
+    return !kPlain && r.logits_bias ? x + __int_as_float(tp_load_word_in_order(r.logits_bias + e, inside)) : x;
 }
 /// An expert's logit, or its sigmoid.
+template <bool kPlain>
 TP_DEVICE float gate_of(const StreamRoute& r, const float* logits, int e, bool inside) {
-    const float x = logit_of(r, logits, e, inside);
-    return r.gating == kGatingSigmoid ? sigmoid(x) : x;
+    const float x = logit_of<kPlain>(r, logits, e, inside);
+    return !kPlain && r.gating == kGatingSigmoid ? sigmoid(x) : x;
 }
 /// The soft max of a router's logits, times scale_before: their largest and their sum. A lane takes every 32nd.
 struct SoftMax {
@@ -120,19 +122,20 @@ struct SoftMax {
     TP_MEMBER float power(float v) const { return most == -INFINITY ? 0.0f : expf(v * scale - most); }
     TP_MEMBER float of(float v) const { return power(v) * inverse; }
 };
+template <bool kPlain>
 TP_DEVICE SoftMax soft_max_of_gates(const StreamRoute& r, const float* logits) {
     const int lane = threadIdx.x % 32, n = r.n_expert;
     SoftMax out{r.scale_before};
     float sum = 0;
 #pragma unroll 4
     for (int e = lane; e - lane < n; e += 32) {
-        const float v = logit_of(r, logits, e, e < n);
+        const float v = logit_of<kPlain>(r, logits, e, e < n);
         if (e < n) out.most = fmaxf(out.most, v * out.scale);
     }
     out.most = tp_warp_max(out.most);
 #pragma unroll 4
     for (int e = lane; e - lane < n; e += 32) {
-        const float v = logit_of(r, logits, e, e < n);
+        const float v = logit_of<kPlain>(r, logits, e, e < n);
         if (e < n) sum += out.power(v);
     }
     sum = tp_warp_sum(sum);
@@ -142,52 +145,59 @@ TP_DEVICE SoftMax soft_max_of_gates(const StreamRoute& r, const float* logits) {
 
 /// Their weights, into shared memory; arithmetic and order are those of chain.cu. And all that others may read. Of other numbers than the router's logits:
 /// nothing but the time that the instructions take to come.
+/// kPlain: a soft max of the logits, whose weights are divided by their sum, and nobody else reads anything of it. Code that runs once a layer comes from the L2
+/// each time, so what few models have is not in the way of the others.
+constexpr bool is_plain(const StreamRoute& r) { return r.gating == kGatingSoftMax && !r.logits_bias && !r.visible && (r.steps & ~kRouteClamp) == kRouteDivide; }
+template <bool kPlain>
 TP_OUTLINE void weigh_experts(const float* logits) {
     Shared& s = shared_of();
     const StreamExperts& experts = *(const StreamExperts*)s.stored;
     const StreamRoute& r = experts.route;
+    const auto has = [&](StreamRouteSteps step) { return kPlain ? step == kRouteDivide || (step == kRouteClamp && r.steps & step) : (r.steps & step) != 0; };
+    const bool visible = !kPlain && r.visible, soft_max = kPlain || r.gating == kGatingSoftMax;
     const StreamProduct& p = experts.product;
     const int lane = threadIdx.x % 32, n = r.n_expert, n_used = r.n_used, n_writers = p.n_tiles < (int)gridDim.x ? p.n_tiles : (int)gridDim.x;
-    const bool used = lane < n_used, chosen = logits == r.logits, writes = chosen && (int)blockIdx.x == n_writers - 1;  // that block has the fewest tiles
-    const float gate = gate_of(r, logits, used && chosen ? s.experts[lane] : lane, used);
-    const SoftMax gates = r.gating == kGatingSoftMax ? soft_max_of_gates(r, logits) : SoftMax{};
-    auto gated_as = [&](float of) { return r.gating == kGatingSoftMax ? gates.of(of) : of; };
-    auto gated = [&](int e) { return gated_as(gate_of(r, r.logits, e, true)); };
+    const bool used = lane < n_used, chosen = logits == r.logits,
+               writes = visible && chosen && (int)blockIdx.x == n_writers - 1;  // that block has the fewest tiles
+    const float gate = gate_of<kPlain>(r, logits, used && chosen ? s.experts[lane] : lane, used);
+    const SoftMax gates = soft_max ? soft_max_of_gates<kPlain>(r, logits) : SoftMax{};
+    auto gated_as = [&](float of) { return soft_max ? gates.of(of) : of; };
+    auto gated = [&](int e) { return gated_as(gate_of<kPlain>(r, r.logits, e, true)); };
     float weight = used ? gated_as(gate) : 0.0f;
     auto give = [&](float* to, float v) {
         if (writes && to && used) to[lane] = v;
     };
     give(r.chosen, weight);
-    if (r.steps & kRouteSoftMax) {
+    if (has(kRouteSoftMax)) {
         SoftMax after{r.scale_after, tp_warp_max(used ? weight * r.scale_after : -INFINITY)};
         const float sum = tp_warp_sum(used ? after.power(weight) : 0.0f);
         after.inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
         weight = used ? after.of(weight) : 0.0f;
         give(r.after, weight);
     }
-    if (r.steps & kRouteDivide) {
+    if (has(kRouteDivide)) {
         float sum = tp_warp_sum(weight);
         if (writes && r.sum && lane == 0) *r.sum = sum;
-        if (r.steps & kRouteClamp) sum = sum < r.least ? r.least : sum > r.most ? r.most : sum;
+        if (has(kRouteClamp)) sum = sum < r.least ? r.least : sum > r.most ? r.most : sum;
         if (writes && r.clamped_sum && lane == 0) *r.clamped_sum = sum;
         weight = weight / sum;
         give(r.norms, weight);
     }
-    if (r.steps & kRouteScale) {
+    if (has(kRouteScale)) {
         weight = weight * r.factor + r.shift;
         give(r.scaled_weights, weight);
     }
     if (used && chosen) s.weights[lane] = weight, s.weighed_experts[lane] = s.experts[lane];
-    if (chosen && r.visible && (int)blockIdx.x < n_writers) {
+    if (chosen && visible && (int)blockIdx.x < n_writers) {
         for (int e = lane; e < n && writes; e += 32) {
             const float v = gated(e);
-            if (r.biased) r.biased[e] = logit_of(r, r.logits, e, true);
+            if (r.biased) r.biased[e] = logit_of<kPlain>(r, r.logits, e, true);
             if (r.gated) r.gated[e] = v;
             if (r.selection) r.selection[e] = v + r.selection_bias[e];
         }
         // The whole order: a block finds the places of some experts.
         auto key_of = [&](int e) {
-            const float by = r.selection_bias ? gated(e) + r.selection_bias[e] : gate_of(r, r.logits, e, true);
+            const float by = r.selection_bias ? gated(e) + r.selection_bias[e] : gate_of<kPlain>(r, r.logits, e, true);
             return sort_key(by, true);
         };
         for (int e = blockIdx.x; r.order && e < n; e += n_writers) {
@@ -202,6 +212,10 @@ TP_OUTLINE void weigh_experts(const float* logits) {
         }
     }
     __syncwarp();
+}
+TP_DEVICE void weigh_experts(bool plain, const float* logits) {
+    if (plain) weigh_experts<true>(logits);
+    else weigh_experts<false>(logits);
 }
 /// Which groups of 16 cells have one that is not masked, of kStreamedStep cells from `base` on: a bit each, the same for all lanes.
 TP_DEVICE u32 open_groups(const char* mask, int base, int end) {
@@ -228,8 +242,8 @@ struct CellsUnit {
     }
 };
 
-// ---- the warp that streams weights, and of a long cache K and V. A lane has a copy of each tile (two where slots times planes are more than lanes): one thread took 280 cycles
-// for each of a tile's copies, 6,700 for those of eight experts.
+// ---- the warp that streams weights, and of a long cache K and V. A lane has a copy of each tile: one thread took 280 cycles for
+// each, 6,700 for those of eight experts.
 struct Copy {
     const char* from = nullptr;
     u32 bytes = 0, to = 0;  // of a row; within a slot
@@ -338,23 +352,16 @@ TP_OUTLINE void stream_weights() {
             }
         early = !p.role || p.role == kHeads;
         most_in_flight = p.in_flight < room ? p.in_flight : room, most_early = p.in_flight_early;
-        const int halves = p.glu ? 2 : 1, step = p.rows / halves, n_planes = p.n_planes, n_tiles = p.n_tiles, piece_rows = 1 << p.piece_shift;
+        const int halves = p.glu ? 2 : 1, step = p.rows / halves, n_tiles = p.n_tiles, piece_rows = 1 << p.piece_shift;
         const bool whole =
             piece_rows >= step;  // or in two pieces, unrolled: with a loop over one or two, 8B in Q6_K, two pieces, had 353 tokens/s where it has 391
-        u32 row_bytes = 0;       // of all copies
-        for (int f = 0; f < n_planes; ++f) row_bytes += (u32)p.row_bytes[f];
+        const u32 row_bytes = (u32)p.row_bytes;
+        Copy copy;  // lanes of which no rows come have none
         if (stream_by_slots(p)) {
             const int n = (int)p.part[0].n, slots = p.slots;
             const bool heads = p.role == kHeads;
-            Copy copies[2];
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const int j = (lane + 32 * c) / n_planes, f = lane + 32 * c - j * n_planes;
-                if (j >= slots) continue;
-                copies[c].bytes = (u32)p.row_bytes[f];
-                copies[c].from = p.part[0].plane[f] + (i64)(heads ? j : s.experts[j]) * p.expert_rows * copies[c].bytes;
-                copies[c].to = (u32)(p.slot_offset[f] + j * step * p.row_bytes[f]);
-            }
+            if (lane < slots)
+                copy = {p.part[0].w + (i64)(heads ? lane : s.experts[lane]) * p.expert_rows * row_bytes, row_bytes, (u32)(lane * step) * row_bytes};
             const int tiles_each = heads ? (n + step - 1) / step : n_tiles;
             i64 of_group = 0;  // its first matrix's rows
             int group_tile = 0;
@@ -364,18 +371,16 @@ TP_OUTLINE void stream_weights() {
                 const TpSharedAt to = ring + slot.at * kStreamSlotBytes;
                 const TpBarrierAt there = full + slot.at * kStreamPieces;
                 announce_piece(0, kStreamPieces, (u32)(rows * slots) * row_bytes);
-                const Copy::Ready first = copies[0].ready(to, there, 0, of_group + row, (u32)rows),
-                                  second = copies[1].ready(to, there, 0, of_group + row, (u32)rows);
+                const Copy::Ready ready = copy.ready(to, there, 0, of_group + row, (u32)rows);
                 wait_for_way(i, kStreamPieces);
-                first.issue(once), second.issue(once);
+                ready.issue(once);
                 slot.next(ring_slots);
             }
             continue;
         }
-        const int f = lane / halves, half = lane - f * halves, n_parts = p.glu ? 1 : p.n_parts;
-        Copy copy;
-        if (f < n_planes) copy.bytes = (u32)p.row_bytes[f], copy.to = (u32)(p.slot_offset[f] + half * step * p.row_bytes[f]);
-        row_bytes *= (u32)halves;
+        const int half = lane < halves ? lane : 0, n_parts = p.glu ? 1 : p.n_parts;
+        const u32 rows_bytes = row_bytes * (u32)halves;
+        if (lane < halves) copy.bytes = row_bytes, copy.to = (u32)(half * step) * row_bytes;
         if (p.role == kExpertsEach) {
             tp_barrier_wait(&s.chosen, chosen.parity);
             chosen.next();
@@ -384,12 +389,12 @@ TP_OUTLINE void stream_weights() {
         int tile = blockIdx.x;
         for (int part = 0; part < n_parts; ++part) {
             const int n = (int)p.part[part].n, tiles_each = (n + step - 1) / step, tiles = p.role == kExpertsEach ? n_tiles : tiles_each;
-            copy.from = p.part[p.glu ? half : part].plane[f % 4];
+            copy.from = p.part[p.glu ? half : part].w;
             for (; tile < tiles; tile += gridDim.x) {
                 const int j = tiles > tiles_each ? tile / tiles_each : 0, row = (tile - j * tiles_each) * step, rows = n - row < step ? n - row : step;
                 const i64 from_row = p.role == kExpertsEach ? (i64)s.experts[j] * p.expert_rows + row : row;
                 if (whole) {
-                    announce_piece(0, kStreamPieces, (u32)rows * row_bytes);
+                    announce_piece(0, kStreamPieces, (u32)rows * rows_bytes);
                     const Copy::Ready ready = copy.ready(ring + slot.at * kStreamSlotBytes, full + slot.at * kStreamPieces, 0, from_row, (u32)rows);
                     wait_for_way(i, kStreamPieces);
                     ready.issue(once);
@@ -397,7 +402,7 @@ TP_OUTLINE void stream_weights() {
 #pragma unroll
                     for (int q = 0; q < kStreamPieces; ++q) {
                         const int at = q * piece_rows, left = rows - at, of_piece = left < 0 ? 0 : left < piece_rows ? left : piece_rows;
-                        announce_piece(q, 1, (u32)of_piece * row_bytes);
+                        announce_piece(q, 1, (u32)of_piece * rows_bytes);
                         const Copy::Ready ready =
                             copy.ready(ring + slot.at * kStreamSlotBytes, full + (slot.at * kStreamPieces + q), (u32)at, from_row + at, (u32)of_piece);
                         wait_for_way(i, 1);
@@ -426,6 +431,13 @@ TP_DEVICE void push_to_all(const Stage& stage, const Shared& s, i64 at, float v)
 }
 
 // ---- the warp that stores
+/// What groups of warps have of this lane's row. Most products have one group, so the loop is as short as its code.
+TP_DEVICE float sum_of_groups(const Shared& s, int at, int rows, int groups) {
+    float v = 0;
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; groups > 0; --groups, i += rows) v += s.out[at][i];
+    return v;
+}
 /// Where results of a part go: to y and its copies, or to every rank's inbox.
 struct Destination {
     const StreamProduct& p;
@@ -454,8 +466,7 @@ TP_DEVICE void store_rows(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
         const float added = part.bias && inside ? part.bias[at] : 0.0f;  // on its way while the tile is multiplied
         tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
         float v = 0;
-        if (lane < rows)
-            for (int g = 0; g < groups; ++g) v += s.out[out.at][g * rows + lane];
+        if (lane < rows) v = sum_of_groups(s, out.at, rows, groups);
         tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
         out.next();
         if (raw && inside) raw[at] = v;
@@ -478,8 +489,7 @@ TP_OUTLINE Turn<kOuts> store_onto(Turn<kOuts> out) {
         tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
         const float added = inside ? onto.added[at] : 0.0f, gate = onto.gate ? *onto.gate : 0.0f;
         float v = 0;
-        if (lane < rows)
-            for (int g = 0; g < groups; ++g) v += s.out[out.at][g * rows + lane];
+        if (lane < rows) v = sum_of_groups(s, out.at, rows, groups);
         tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
         out.next();
         if (onto.gate) v = tp_mul_rounded(v, sigmoid(gate));
@@ -533,8 +543,7 @@ TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out)
         place.next(apart, tiles_each);
         tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
         float v = 0;
-        if (lane < rows)
-            for (int g = 0; g < groups; ++g) v += s.out[out.at][g * rows + lane];
+        if (lane < rows) v = sum_of_groups(s, out.at, rows, groups);
         tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
         out.next();
         if (kBiased && raw && inside) raw[to] = v;
@@ -704,10 +713,11 @@ TP_OUTLINE void store_results() {
         if (kind == kStreamFlash) continue;
         const StreamProduct& p = experts.product;
         if (p.role == kExpertsEach) {  // of any numbers first, so that the instructions are there; then until the first tile is
-            weigh_experts((const float*)p.part[0].plane[0]);
+            const bool plain = is_plain(experts.route);
+            weigh_experts(plain, (const float*)p.part[0].w);
             tp_barrier_wait(&s.chosen, chosen.parity);
             chosen.next();
-            weigh_experts(experts.route.logits);
+            weigh_experts(plain, experts.route.logits);
         }
         if ((int)blockIdx.x >= p.n_tiles) {
             if (p.role == kExpertsEach) tp_barrier_arrive(&s.taken);
@@ -800,8 +810,9 @@ TP_DEVICE void begin_stage(int i) {
 
 /// Begins a stage of experts' first products and chooses them: the first n_used in the order of sort_row.h. A warp puts 32 experts, or 64, in order, and sends
 /// in the first of them; these are put in order by whoever has them. A soft max without a selection bias orders as its logits do.
-template <int kEach>
-TP_DEVICE void choose_experts(const StreamRoute& r, int stage) {
+template <int kEach, bool kByLogits>
+TP_OUTLINE void choose_experts(int stage) {
+    const StreamRoute& r = ((const StreamExperts*)stage_at(stage % 3).body)->route;
     constexpr u32 kLast = ~0u;  // no expert
     Shared& s = shared_of();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = warp * 32 * kEach + lane, n = r.n_expert, n_used = r.n_used;
@@ -810,9 +821,9 @@ TP_DEVICE void choose_experts(const StreamRoute& r, int stage) {
     float by[kEach];
     u32 key[kEach];
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) by[j] = logit_of(r, r.logits, first + 32 * j, first + 32 * j < n);
-    if (r.gating == kGatingSigmoid || r.selection_bias) {
-        const SoftMax gates = r.gating == kGatingSoftMax ? soft_max_of_gates(r, r.logits) : SoftMax{};
+    for (int j = 0; j < kEach; ++j) by[j] = logit_of<false>(r, r.logits, first + 32 * j, first + 32 * j < n);
+    if constexpr (!kByLogits) {
+        const SoftMax gates = r.gating == kGatingSoftMax ? soft_max_of_gates<false>(r, r.logits) : SoftMax{};
 #pragma unroll
         for (int j = 0; j < kEach; ++j) {
             if (r.gating == kGatingSigmoid) by[j] = sigmoid(by[j]);
@@ -829,7 +840,7 @@ TP_DEVICE void choose_experts(const StreamRoute& r, int stage) {
     int before[kEach] = {};
 #pragma unroll
     for (int of = 0; of < kEach; ++of)
-#pragma unroll 8
+#pragma unroll 4
         for (int i = 0; i < 32; ++i) {
             const u32 other = __shfl_sync(0xffffffffu, key[of], i);
 #pragma unroll
@@ -847,18 +858,18 @@ TP_DEVICE void choose_experts(const StreamRoute& r, int stage) {
         if (before[j] >= n_used || first + 32 * j >= n) continue;
         const int mine = warp * n_used + before[j];
         int place = 0;
-#pragma unroll 8
+#pragma unroll 4
         for (int i = 0; i < n_keys; ++i) place += keys[i] < key[j] || (keys[i] == key[j] && i < mine);
         if (place < n_used) s.experts[place] = first + 32 * j;
     }
     sync_multiplying();
     if (threadIdx.x == 0) tp_barrier_arrive(&s.chosen);
 }
-TP_OUTLINE void choose_experts(int stage) {
+TP_DEVICE void choose_experts(const StreamRoute& r, int stage) {
     static_assert(kStreamMostExperts <= 2 * kMultiply);
-    const StreamRoute& r = ((const StreamExperts*)stage_at(stage % 3).body)->route;
-    if (r.n_expert <= kMultiply) choose_experts<1>(r, stage);
-    else choose_experts<2>(r, stage);
+    const bool by_logits = r.gating != kGatingSigmoid && !r.selection_bias;
+    if (r.n_expert <= kMultiply) by_logits ? choose_experts<1, true>(stage) : choose_experts<1, false>(stage);
+    else by_logits ? choose_experts<2, true>(stage) : choose_experts<2, false>(stage);
 }
 
 /// Where byte `at` of an input is in shared memory: words of 16 are swapped within their 128, each 128 otherwise, so that eight lanes whose words are 32 or 64
@@ -1123,9 +1134,10 @@ TP_OUTLINE Progress multiply(Progress now) {
     }
     const int rows = p.rows, n_tiles = p.n_tiles, ring_slots = s.args.slots, last_of_half = (p.glu ? rows / 2 : rows) - 1, shift = p.piece_shift;
     const int row_of_lane = lane / (32 / kRows) << row_shift;
-    int offset[4], stride[4];
+    const int row_bytes = p.row_bytes;
+    int plane_at[4];
 #pragma unroll
-    for (int f = 0; f < 4; ++f) offset[f] = p.slot_offset[f], stride[f] = p.row_bytes[f];
+    for (int f = 0; f < 4; ++f) plane_at[f] = p.plane_at[f];
     const TpBarrierAt all_full(s.full), empty(s.empty), out_full(s.out_full), out_empty(s.out_empty);
     for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
         tp_barrier_wait(out_empty + walk.out.at, walk.out.parity ^ 1);
@@ -1139,7 +1151,7 @@ TP_OUTLINE Progress multiply(Progress now) {
 #pragma unroll
             for (int r = 0; r < kRows; ++r)
 #pragma unroll
-                for (int f = 0; f < 4; ++f) plane[r][f] = slot + offset[f] + (r == kRows - 1 ? there : row + (r << row_shift)) * stride[f];
+                for (int f = 0; f < 4; ++f) plane[r][f] = slot + plane_at[f] + (r == kRows - 1 ? there : row + (r << row_shift)) * row_bytes;
             float sum[kRows] = {};
 #pragma unroll
             for (int j = 0; j < kUnits; ++j) {
@@ -1175,9 +1187,10 @@ TP_OUTLINE Progress multiply_slots(Progress now) {
     const int lanes = p.lanes, lane = threadIdx.x % lanes, rows = p.rows, slots = p.slots, k = p.k, units = k / U::kElems, n_tiles = p.n_tiles;
     const int shift = p.k_shift, group = threadIdx.x / lanes, at_once = kMultiply / lanes >> shift, ring_slots = s.args.slots;  // slots at once
     const int first_row = group & ((1 << shift) - 1), row_of_lane = lane / (lanes / kRows) << shift;
-    int offset[4], stride[4];
+    const int row_bytes = p.row_bytes;
+    int plane_at[4];
 #pragma unroll
-    for (int f = 0; f < 4; ++f) offset[f] = p.slot_offset[f], stride[f] = p.row_bytes[f];
+    for (int f = 0; f < 4; ++f) plane_at[f] = p.plane_at[f];
     TpInt4 x[kUnits][U::kWords] = {};  // defined on all paths, as above: 107 registers were kept from all functions otherwise
     TpFloat2 d[kUnits][U::kBlocks] = {};
     constexpr int kOfBlock = U::kWords / U::kBlocks;
@@ -1201,7 +1214,7 @@ TP_OUTLINE Progress multiply_slots(Progress now) {
                 for (int r = 0; r < kRows; ++r) {
                     const int at = row + first_row + (r << shift), of = slot * rows + (at < rows ? at : rows - 1);
 #pragma unroll
-                    for (int f = 0; f < 4; ++f) plane[r][f] = tile_at + offset[f] + of * stride[f];
+                    for (int f = 0; f < 4; ++f) plane[r][f] = tile_at + plane_at[f] + of * row_bytes;
                 }
                 float sum[kRows] = {};
                 for (int first = 0; first < units; first += kUnits * lanes) {
@@ -1580,8 +1593,10 @@ TP_DEVICE void fetch_ahead(const StreamFlash& f, i64 kv_head, int split) {
     const FlashAttnArgs& a = f.args.a;
     const i64 first = (i64)split * f.args.cells;
     const int bytes = (int)a.q.ne[0] * 2;
+#pragma unroll 1
     for (int i = threadIdx.x; i < kAheadCells; i += kMultiply) {
         if (i >= f.args.cells || first + i >= a.k.ne[1]) break;
+#pragma unroll 1
         for (int at = 0; at < bytes; at += 128) {
             tp_prefetch(a.k.data + kv_head * a.k.nb[2] + (first + i) * a.k.nb[1] + at);
             tp_prefetch(a.v.data + kv_head * a.v.nb[2] + (first + i) * a.v.nb[1] + at);
@@ -2546,7 +2561,7 @@ TP_DEVICE void do_stages() {
     for (Progress now = {0, Walk{}.packed(), 1.0f}; now.stage < s.args.n_stages; ++now.stage) {
         const StreamStage& stage = stage_at(now.stage % 3);
         if (stage.kind == kStreamProduct) {
-            if (((const StreamProduct*)stage.body)->role == kExpertsEach) choose_experts(now.stage);
+            if (((const StreamProduct*)stage.body)->role == kExpertsEach) choose_experts(((const StreamExperts*)stage.body)->route, now.stage);
             now = take_input(now);
             const StreamProduct& p = *(const StreamProduct*)stage_at(now.stage % 3).body;
             now = multiply_any_of<kQ4_0, kQ8_0, kQ4_K, kQ6_K, kQ5_K, kIQ4_XS, kIQ4_NL, kMXFP4, kQ3_K, kQ2_K, kQ5_0, kQ5_1, kQ4_1, kNVFP4, kTQ2_0, kIQ3_S,

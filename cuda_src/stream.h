@@ -64,23 +64,15 @@ inline i32 stream_in_flight(i64 piece_bytes, i64 of) {
     return (i32)(n < least ? least : n);
 }
 
-/// Fills in the tiles of a product of which parts, n_parts, type, k, row_bytes, glu, slots and role are set, for so many blocks. False: it does not fit the
+/// Fills in the tiles of a product of which parts, n_parts, type, k, row_bytes, plane_at, glu, slots and role are set, for so many blocks. False: it does not fit the
 /// ring, or its copies would not begin at multiples of 16 bytes.
 inline bool stream_fit(StreamProduct& p, i64 blocks) {
     const WeightFormat* format = find_weight_format(p.type);
     if (!format || !stream_can_type(p.type) || p.k % format->block_elems || stream_input(p) > kStreamMostK) return false;
-    p.n_planes = format->n_fields;
     const bool sums = stream_by_slots(p);
     const i32 least = p.glu ? 2 : 1, copies = sums ? p.slots : 1;  // of a row in a tile
     p.rows = kStreamMostRows;
-    auto fits = [&] {
-        i32 at = 0;
-        for (int f = 0; f < p.n_planes; ++f) {
-            p.slot_offset[f] = at;
-            at = (at + p.rows * copies * p.row_bytes[f] + 15) / 16 * 16;
-        }
-        return at <= kStreamSlotBytes && p.rows * copies <= (sums ? kStreamMostSums : kStreamMostRows);
-    };
+    auto fits = [&] { return p.rows * copies * p.row_bytes <= kStreamSlotBytes && p.rows * copies <= (sums ? kStreamMostSums : kStreamMostRows); };
     while (p.rows >= least && !fits()) p.rows /= 2;
     if (p.rows < least) return false;
     // Half the rows, where that takes the fullest block less: its warps go over a tile twice as many rows at a time as they are, and a tile costs half as
@@ -88,8 +80,8 @@ inline bool stream_fit(StreamProduct& p, i64 blocks) {
     i64 all_rows = 0;
     for (int i = 0; i < p.n_parts; ++i) all_rows += p.part[i].n;
     auto cost = [&](i64 rows) { return ((all_rows + rows - 1) / rows + blocks - 1) / blocks * (2 * ((rows + 2 * kStreamWarps - 1) / (2 * kStreamWarps)) + 1); };
-    if (!p.role && p.rows > 2 * kStreamWarps && cost(p.rows / 2) < cost(p.rows)) p.rows /= 2, fits();
-    if (p.role == kExpertsEach && p.rows > 2 * kStreamWarps) p.rows /= 2, fits();  // whoever has just been chosen is there sooner
+    if (!p.role && p.rows > 2 * kStreamWarps && cost(p.rows / 2) < cost(p.rows)) p.rows /= 2;
+    if (p.role == kExpertsEach && p.rows > 2 * kStreamWarps) p.rows /= 2;  // whoever has just been chosen is there sooner
     const i32 unit = stream_unit(p.type), units = p.k / unit;
     if (sums) {
         for (p.lanes = 8; p.lanes < 32 && p.lanes < units;) p.lanes *= 2;
@@ -105,19 +97,11 @@ inline bool stream_fit(StreamProduct& p, i64 blocks) {
         p.units_each = each < 1 ? 1 : each;
         if (each * unit > kStreamMostElems) return false;
     }
-    // Every copy is of whole 16 bytes from a multiple of 16: also the last tile's.
     const i32 step = p.glu ? p.rows / 2 : p.rows;
     i32 piece_rows = step > kStreamPieces ? step / kStreamPieces : 1;
-    auto aligned = [&] {
-        for (int f = 0; f < p.n_planes; ++f)
-            if (piece_rows * p.row_bytes[f] % 16) return false;
-        return true;
-    };
-    while (piece_rows < step && !aligned()) piece_rows *= 2;
-    i64 tile_bytes = 0;
-    for (int f = 0; f < p.n_planes; ++f) tile_bytes += (i64)p.rows * copies * p.row_bytes[f];
+    const i64 tile_bytes = (i64)p.rows * copies * p.row_bytes;
     // One piece, where two would keep the streaming warp longer than the memory.
-    const int n_copies = p.n_planes * (p.glu ? 2 : 1);
+    const int n_copies = p.glu ? 2 : 1;
     if (kStreamPieces * (kStreamPieceCycles + n_copies * kStreamCopyCycles) > tile_bytes * kStreamCyclesPerKB / 1024) piece_rows = step;
     for (p.piece_shift = 0; 1 << p.piece_shift < piece_rows;) ++p.piece_shift;
     const i32 pieces = stream_tile_pieces(p);
@@ -128,10 +112,7 @@ inline bool stream_fit(StreamProduct& p, i64 blocks) {
     for (int i = 0; i < 3; ++i) p.first_tile[i] = 0;
     for (int i = 0; i < p.n_parts; ++i) {
         const i64 n = p.part[i].n;
-        for (int f = 0; f < p.n_planes; ++f) {
-            if ((u64)p.part[i].plane[f] % 16 || step * p.row_bytes[f] % 16 || n % step * p.row_bytes[f] % 16) return false;
-            if (p.role && (i64)p.expert_rows * p.row_bytes[f] % 16) return false;  // where the next expert begins
-        }
+        if ((u64)p.part[i].w % 16 || p.row_bytes % 16) return false;
         if (p.glu && i > 0) continue;
         p.n_tiles += (i32)((n + step - 1) / step) * (p.role == kExpertsEach ? p.slots : p.role == kHeads ? p.slot_groups : 1);
         for (int after = i + 1; after < 3; ++after) p.first_tile[after] = p.n_tiles;

@@ -1,5 +1,5 @@
 // One row per weight type: how a block of the host's layout falls apart into fields. Source: ggml-common.h's block structs
-// (sizes and field order are part of the GGUF format). A repacked shard keeps each field in a plane of its own, so uploading is
+// (sizes and field order are part of the GGUF format). A row of a repacked shard keeps each field in a plane of its own, so uploading is
 // a byte permutation and get_tensor gives back exactly the bytes that were set.
 #pragma once
 #include "args.h"

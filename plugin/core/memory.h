@@ -19,13 +19,14 @@
 
 namespace ggml_tp {
 
-/// One rank's piece of a weight matrix: planes of fields (weight_format.h), blocks [block_begin, block_end) of its rows, segment after segment. A row of
-/// a plane may have a few bytes behind it that nobody reads.
+/// One rank's piece of a weight matrix: blocks [block_begin, block_end) of its rows, segment after segment. A row is planes of fields (weight_format.h), one
+/// behind the other, so that any number of rows is one copy; each may have a few bytes behind it that nobody reads.
 struct PlaneLayout {
     i64 block_begin = 0, block_end = 0;
     Ranges rows;  // [n_segments]
     i64 n_rows() const;
-    i64 plane_offset[4] = {}, row_stride[4] = {}, matrix_stride[4] = {};
+    i64 plane_offset[4] = {};  // within a row
+    i64 row_stride = 0, matrix_stride = 0;
     i64 bytes = 0;
 };
 PlaneLayout plane_layout(const WeightFormat& format, const i64 ne[4], const Sharding& sharding, int rank);

@@ -499,12 +499,12 @@ class RankRun {
     bool add_floats(const MulVecArgs& m, bool is_router) {
         const Matrix& w = m.part[0].w;
         const i64 n = w.n;
-        if (m.n_parts != 1 || m.x.ne[1] != 1 || w.k % 8 || w.k > kStreamMostK || stream_share(w.k, memory_->n_blocks) > kStreamStep || w.row_stride[0] % 16 ||
+        if (m.n_parts != 1 || m.x.ne[1] != 1 || w.k % 8 || w.k > kStreamMostK || stream_share(w.k, memory_->n_blocks) > kStreamStep || w.row_stride % 16 ||
             !is_vector(m.x, w.k) || m.part[0].y.nb[0] != 4 || reinterpret_cast<u64>(w.plane[0]) % 16 ||
-            written(span_of(w.plane[0], (n - 1) * w.row_stride[0] + w.k * 4)))
+            written(span_of(w.plane[0], (n - 1) * w.row_stride + w.k * 4)))
             return false;  // rows are read before the stage, in sixteens
         StreamFloats f{};
-        f.w = reinterpret_cast<const float*>(w.plane[0]), f.row_stride = w.row_stride[0] / 4, f.k = w.k, f.n = n;
+        f.w = reinterpret_cast<const float*>(w.plane[0]), f.row_stride = w.row_stride / 4, f.k = w.k, f.n = n;
         f.y = reinterpret_cast<float*>(m.part[0].y.data);
         Draft d;
         Recipe r;
@@ -647,7 +647,7 @@ class RankRun {
         StreamProduct p{};
         p.n_parts = 1, p.type = m.part[0].w.type, p.k = static_cast<i32>(m.k), p.role = kHeads, p.y_stride = static_cast<i32>(stride / 4);
         if (!set_rows_of(p, m.part[0].w, true)) return false;
-        for (int f = 0; f < 4; ++f) p.part[0].plane[f] = m.part[0].w.plane[f];
+        p.part[0].w = m.part[0].w.plane[0];
         p.part[0].y = reinterpret_cast<float*>(y.data), p.part[0].n = static_cast<i32>(n);
         bool fits = false;
         for (i64 slots = std::min<i64>(heads, kVecSlots); slots > 0 && !fits; --slots) {
@@ -684,7 +684,7 @@ class RankRun {
             const View& y = mul_vec_id_result(m, i);
             if (!set_rows_of(p, part.w, i == 0) || !is_slots(part.y, part.w.n, slots) || !is_slots(y, part.w.n, slots)) return false;
             if (part.y.nb[1] != m.part[0].y.nb[1] || y.nb[1] != part.y.nb[1]) return false;
-            for (int f = 0; f < 4; ++f) p.part[i].plane[f] = part.w.plane[f];
+            p.part[i].w = part.w.plane[0];
             p.part[i].y = reinterpret_cast<float*>(y.data);
             p.part[i].n = static_cast<i32>(part.w.n);
             d.writes.push_back(span_of(y));
@@ -733,15 +733,17 @@ class RankRun {
     static bool is_slots(const View& v, i64 n, i64 slots) {
         return v.type == kF32 && v.nb[0] == 4 && v.ne[0] == n && v.ne[1] == slots && v.ne[2] * v.ne[3] == 1 && v.nb[1] % 4 == 0 && v.nb[1] >= n * 4;
     }
-    /// Rows of every part are as far apart as the first one's, and so are matrices of experts.
+    /// Rows of every part are as long as the first one's, with their planes where its are, and so are matrices of experts.
     static bool set_rows_of(StreamProduct& p, const Matrix& w, bool first) {
         const WeightFormat* format = find_weight_format(w.type);
-        for (int f = 0; format && f < format->n_fields; ++f) {
-            if (first) p.row_bytes[f] = static_cast<i32>(w.row_stride[f]);
-            if (w.row_stride[f] != p.row_bytes[f]) return false;
-            if (p.role && first && f == 0) p.expert_rows = static_cast<i32>(w.nb2[f] / w.row_stride[f]);
-            if (p.role && w.nb2[f] != p.expert_rows * w.row_stride[f]) return false;
+        if (first) {
+            p.row_bytes = static_cast<i32>(w.row_stride);
+            for (int f = 0; format && f < format->n_fields; ++f) p.plane_at[f] = static_cast<i32>(w.plane[f] - w.plane[0]);
+            if (p.role) p.expert_rows = static_cast<i32>(w.nb2 / w.row_stride);
         }
+        for (int f = 0; format && f < format->n_fields; ++f)
+            if (w.plane[f] - w.plane[0] != p.plane_at[f]) return false;
+        if (w.row_stride != p.row_bytes || (p.role && w.nb2 != p.expert_rows * w.row_stride)) return false;
         return format && w.ne3 == 1;
     }
 
@@ -810,8 +812,7 @@ class RankRun {
         StreamPart& second = p.part[part + 1];
         second = first;
         first.n = static_cast<i32>(rows), second.n -= static_cast<i32>(rows);
-        for (int f = 0; f < 4; ++f)
-            if (second.plane[f]) second.plane[f] += rows * p.row_bytes[f];
+        second.w += rows * p.row_bytes;
         second.y += rows;
         for (float** more : {&second.copy, &second.raw})
             if (*more) *more += rows;
@@ -829,7 +830,7 @@ class RankRun {
         for (int i = 0; i < m.n_parts; ++i) {
             const MulVecPart& part = m.part[i];
             if (part.y.nb[0] != 4 || part.y.type != kF32 || !set_rows_of(p, part.w, i == 0)) return false;
-            for (int f = 0; f < 4; ++f) p.part[i].plane[f] = part.w.plane[f];
+            p.part[i].w = part.w.plane[0];
             p.part[i].y = reinterpret_cast<float*>(part.y.data);
             p.part[i].n = static_cast<i32>(part.w.n);
         }

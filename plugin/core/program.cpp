@@ -142,11 +142,11 @@ Matrix host_matrix(const View& v) {
     if (!format) return m;
     for (int f = 0; f < format->n_fields; ++f) {
         m.plane[f] = v.data + format->field[f].offset;
-        m.row_stride[f] = v.nb[1];
-        m.nb2[f] = v.nb[2];
-        m.nb3[f] = v.nb[3];
         m.block_stride[f] = static_cast<i32>(v.nb[0]);  // a block's bytes, unless a view skips elements
     }
+    m.row_stride = v.nb[1];
+    m.nb2 = v.nb[2];
+    m.nb3 = v.nb[3];
     m.k = v.ne[0];
     m.n = v.ne[1];
     m.ne2 = v.ne[2];
@@ -210,7 +210,7 @@ void lower_heads(const Site& s, Lowered& out, const MulMatArgs& m, i32 n_slots) 
     MulIdArgs args{};
     args.w = m.w;
     for (int f = 0; f < 4; ++f)
-        if (args.w.plane[f]) args.w.plane[f] += (m.dim2_offset_x - m.dim2_offset_w) * args.w.nb2[f];
+        if (args.w.plane[f]) args.w.plane[f] += (m.dim2_offset_x - m.dim2_offset_w) * args.w.nb2;
     args.w.ne2 = m.x.ne[2];
     args.k_begin = m.k_begin, args.k_end = m.k_end;
     args.fault = s.fault;
@@ -251,7 +251,7 @@ void lower_mul_mat(const Site& s, Lowered& out) {
     if (args.x.ne[2] == 1) {  // of several matrices, as a rank's only head has: kernels of one matrix take the first
         const i64 of_all = args.dim2_offset_x / args.ratio2 - args.dim2_offset_w;
         for (int f = 0; f < 4; ++f)
-            if (args.w.plane[f]) args.w.plane[f] += of_all * args.w.nb2[f];
+            if (args.w.plane[f]) args.w.plane[f] += of_all * args.w.nb2;
         args.w.ne2 = 1, args.ratio2 = 1, args.dim2_offset_x = args.dim2_offset_w = 0;
     }
     if (s.k_end == s.k_begin) {  // this rank has no part of the sum: its Partial is zero
@@ -1128,7 +1128,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                         const bool same = w.offset == 0 && w.ne[0] == w.stored->ne[0] && w.ne[1] == w.stored->ne[1];
                         if (!same) throw Error("a part of " + w.stored->name + " is read, which lies repacked");
                         site.w.ne2 = w.ne[2], site.w.ne3 = w.ne[3];
-                        for (int f = 0; f < w.stored->format->n_fields; ++f) site.w.nb3[f] = site.w.nb2[f] * w.ne[2];
+                        site.w.nb3 = site.w.nb2 * w.ne[2];
                     }
                     site.k_end = site.w.k;
                     if (planes && w.stored->sharding.kind == Sharding::kSharded && w.stored->sharding.axis == 0) {
