@@ -350,7 +350,7 @@ TP_OUTLINE void stream_weights() {
                 if (p.weight) tp_prefetch(p.weight + line * 32);
                 if (p.b_weight) tp_prefetch(p.b_weight + line * 32);
             }
-        early = !p.role || p.role == kHeads;
+        early = p.role != kExpertsEach;
         most_in_flight = p.in_flight < room ? p.in_flight : room, most_early = p.in_flight_early;
         const int halves = p.glu ? 2 : 1, step = p.rows / halves, n_tiles = p.n_tiles, piece_rows = 1 << p.piece_shift;
         const bool whole =
