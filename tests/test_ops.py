@@ -194,6 +194,8 @@ def test_experts_in_the_persistent_kernel(workers, reference, ranks):
 def test_latent_attention(workers, reference, arch, ranks):
     """The shapes that test_ops' architectures have no shared memory for; and which kernel each is."""
     check(workers, reference, arch, ranks, [name for name in CASES if "latent" in name])
+    if "TEST_GPUS" in os.environ:
+        return  # names of the emulated architectures' kernels
     expected = {"20 heads, 9 tokens": "flash_latent_64<3,", "5 heads, 1 tokens": "flash_latent_16<1,", "20 heads, 1 tokens": "flash_latent_16<2,"}
     names = [name for text in expected for name in ALL_CASES if text in name]
     programs = workers.run(jobs.programs, emulated(1, arch), names=names)
@@ -201,6 +203,7 @@ def test_latent_attention(workers, reference, arch, ranks):
         assert kernel in programs[name], programs[name]
 
 
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
 def test_few_columns_have_their_kernel(workers):
     """From three columns on, where there are tensor cores (few_least); two read weights once too, by mul_vec."""
     names = [f"mul_mat Q4_0 attn_q m{m}" for m in (2, 6, 33)]
