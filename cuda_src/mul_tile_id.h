@@ -28,8 +28,7 @@ inline bool mul_tile_id_can(const MulIdArgs& a, Arch arch) {
     if (arch.cc < kTileArch || !a.w.repacked || !mul_tile_id_kernel(a.w.type, false) || a.y.type != kF32 || a.x.type != kF32) return false;
     if (a.ids.type != kI32 || a.w.ne3 != 1 || a.w.ne2 > kGroupExperts || (a.x.ne[1] != 1 && a.x.ne[1] != a.y.ne[1])) return false;
     const bool plain = a.w.type == kF16 || a.w.type == kBF16;
-    return (!plain || a.w.row_stride % 16 == 0) && a.w.k % 8 == 0 && a.x.ne[1] * a.x.ne[2] <= 65535 &&
-           most_tiles(a.y.ne[1] * a.y.ne[2], a.w.ne2, 64) <= 65535;
+    return (!plain || a.w.row_stride % 16 == 0) && a.w.k % 8 == 0 && a.x.ne[1] * a.x.ne[2] <= 65535 && most_tiles(a.y.ne[1] * a.y.ne[2], a.w.ne2, 64) <= 65535;
 }
 
 /// Columns of a tile: large ones where an expert has many entries.

@@ -11,8 +11,8 @@ TP_KERNEL(repack, RepackArgs, 256) {
         for (int f = 0; f < args.n_fields; ++f) {
             const int in_field = in_block - args.field_offset[f];
             if (in_field < 0 || in_field >= args.field_bytes[f]) continue;
-            char* p = args.plane[f] + matrix * args.matrix_stride + (row - args.row_begin) * args.row_stride +
-                      (b - args.block_begin) * args.field_bytes[f] + in_field;
+            char* p = args.plane[f] + matrix * args.matrix_stride + (row - args.row_begin) * args.row_stride + (b - args.block_begin) * args.field_bytes[f] +
+                      in_field;
             if (args.to_host) args.host[i] = *p;
             else *p = args.host[i];
         }

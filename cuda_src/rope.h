@@ -8,7 +8,7 @@ constexpr int kRopeHeads = 8;      // of a token, that a thread turns at most: a
 constexpr i64 kRopeThreads = 512;  // of a multiprocessor: with so many and their loads, memory is not waited for
 
 /// Heads for whose pairs a thread computes a cosine and a sine once: more, as long as threads are left for all multiprocessors. One token's
-/// are few, and its turns may come from a table (persist.cpp), which is the same for all heads.
+/// are few, and its turns may come from a table (rank_run_attention.cpp), which is the same for all heads.
 inline i32 rope_heads(const RopeArgs& args, Arch arch) {
     const View& x = args.x;
     i32 heads = 1;

@@ -1,0 +1,198 @@
+// What is done element by element or row by row, and what linear attention and other states are made of.
+#include "rank_run.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "elementwise.h"
+#include "recurrent.h"
+
+namespace ggml_tp {
+namespace {
+
+constexpr i64 kMostCopied = 1 << 22;  // of one that copies what lies side by side: a sequence's states
+
+}  // namespace
+
+bool RankRun::add_set_rows(const SetRowsArgs& a) {
+    if (n_elements(a.x) > kMostElems) return false;
+    Draft d = Draft::of(kStreamSetRows, a);
+    d.reads = {span_of(a.x)};
+    d.writes = {span_of(a.y)};
+    stages.push_back(std::move(d));
+    return true;
+}
+bool RankRun::add_get_rows(const GetRowsArgs& a) {
+    if (a.w.repacked) return false;
+    const bool whole = a.w_view.type == kF32 && a.y.type == kF32 && a.w_view.nb[0] == 4 && a.y.nb[0] == 4 && a.y.ne[2] * a.y.ne[3] == 1 &&
+                       a.w_view.ne[2] * a.w_view.ne[3] == 1 && a.w_view.ne[0] == a.y.ne[0] && a.w.type == kF32;
+    if (n_elements(a.y) > (whole ? kMostCopied : kMostElems)) return false;
+    Draft d = Draft::of(kStreamGetRows, a);
+    d.count = whole;
+    d.reads = {span_of(a.w_view), span_of(a.idx)};
+    d.writes = {span_of(a.y)};
+    stages.push_back(std::move(d));
+    return true;
+}
+bool RankRun::add_binary(const RankLaunch& l) {
+    StreamBinary b{};
+    b.args = args_of<BinaryArgs>(l), b.op = -1;
+
+    if (n_elements(b.args.y) > kMostElems) return false;
+    for (int op = 0; op < 4; ++op)
+        if (!std::strcmp(l.launch.kernel, kBinaryKernels[op])) b.op = op;
+    if (b.op == 0 && add_bias(b.args)) return true;
+    if (b.op >= 0 && !stages.empty() && stages.back().kind == kStreamElements && same_view(stages.back().get<StreamElements>().y, b.args.a) &&
+        same_view(b.args.a, b.args.y) && !meet({span_of(b.args.b)}, stages.back().writes) && stages.back().get<StreamElements>().n_steps < kStreamElementSteps)
+        return add_element_op(b.args.a, b.args.y, {b.args.b}, [&](StreamElements::Step& step) { step.op = kStreamWithOther + b.op, step.b = b.args.b; });
+    Draft d = Draft::of(kStreamBinary, b);
+    d.reads = {span_of(b.args.a), span_of(b.args.b)};
+    d.writes = {span_of(b.args.y)};
+    stages.push_back(std::move(d));
+    return b.op >= 0;
+}
+/// Into the stage before, where that leaves what this one takes, in the same place: nobody else can want it.
+template <class Add>
+bool RankRun::add_element_op(const View& x, const View& y, const std::vector<View>& others, const Add& add) {
+    if (n_elements(y) > kMostElems || x.type != kF32 || y.type != kF32 || pending) return false;
+    if (!same_view(x, y) && meet({span_of(x)}, {span_of(y)})) return false;
+    if (!stages.empty() && same_view(x, y)) make_elements(stages.back(), x);
+    std::vector<Span> more;
+    for (const View& other : others) more.push_back(span_of(other));
+    if (!stages.empty() && stages.back().kind == kStreamElements) {
+        Draft& last = stages.back();
+        StreamElements e = last.get<StreamElements>();
+        const bool reshaped = others.empty() && is_dense(e.y) && is_dense(x) && e.y.data == x.data && n_elements(e.y) == n_elements(x);
+        if (e.n_steps < kStreamElementSteps && (same_view(e.y, x) || reshaped) && same_view(x, y) && !meet(more, last.writes)) {
+            add(e.step[e.n_steps++]);
+            last.reads.insert(last.reads.end(), more.begin(), more.end());
+            last.set(e);
+            return true;
+        }
+    }
+    StreamElements e{};
+    e.x = x, e.y = y;
+    add(e.step[e.n_steps++]);
+    Draft d = Draft::of(kStreamElements, e);
+    d.reads = more;
+    d.reads.push_back(span_of(x));
+    d.writes = {span_of(y)};
+    stages.push_back(std::move(d));
+    return true;
+}
+/// A sum, a product, ... of two that x is, as ops that another can follow.
+void RankRun::make_elements(Draft& d, const View& x) {
+    if (d.kind != kStreamBinary) return;
+    const StreamBinary b = d.get<StreamBinary>();
+    if (!same_view(b.args.y, x) || b.copy || b.n_push || b.args.a.type != kF32 || b.args.b.type != kF32 || b.args.y.type != kF32) return;
+    StreamElements e{};
+    e.x = b.args.a, e.y = b.args.y, e.n_steps = 1;
+    e.step[0].b = b.args.b, e.step[0].op = kStreamWithOther + b.op;
+    Draft out = Draft::of(kStreamElements, e);
+    out.reads = d.reads, out.writes = d.writes;
+    d = std::move(out);
+}
+bool RankRun::add_unary(const RankLaunch& l) {
+    const UnaryArgs u = args_of<UnaryArgs>(l);
+    i32 op = -1;
+    for (size_t i = 0; i < std::size(kUnaryKernels); ++i)
+        if (is(l, kUnaryKernels[i])) op = static_cast<i32>(i);
+    if (op < 0) return false;
+    if (op == static_cast<i32>(UnaryOp::kScale) && u.p1 == 0 && !stages.empty() && stages.back().kind == kStreamNormRows) {
+        StreamNormRows n = stages.back().get<StreamNormRows>();
+        if (same_view(n.norm.y, u.x) && same_view(u.x, u.y)) {
+            n.factor *= u.p0;
+            stages.back().set(n);
+            return true;
+        }
+    }
+    return add_element_op(u.x, u.y, {}, [&](StreamElements::Step& step) {
+        step.op = op;
+        step.p[0] = u.p0, step.p[1] = u.p1, step.p[2] = u.p2, step.p[3] = u.p3;
+    });
+}
+bool RankRun::add_rms_norm(const NormArgs& n) {
+    const i64 k = n.y.ne[0];
+    auto rows = [k](const View& v) {
+        const bool fours = (reinterpret_cast<u64>(v.data) | static_cast<u64>(v.nb[1] | v.nb[2] | v.nb[3])) % 16 == 0;
+        return v.type == kF32 && v.nb[0] == 4 && (k < kStreamLongRow || fours);
+    };
+    if (!rows(n.x) || !rows(n.y) || k % 4 || n_elements(n.y) > kMostElems || pending) return false;
+    if (n.has_weight && (!is_vector(n.weight, k))) return false;
+    FusedNormArgs f{};
+    f.a = n.x, f.y = n.y, f.weight = n.weight, f.has_weight = n.has_weight, f.eps = n.eps;
+    return add_norm(f);
+}
+bool RankRun::add_copy(const CopyArgs& c) {
+    const i64 n = n_elements(c.x);
+    if (c.x.type != kF32 || c.y.type != kF32 || pending) return false;
+    if (is_dense(c.x) && is_dense(c.y) && n <= kMostCopied && !meet({span_of(c.x)}, {span_of(c.y)})) {
+        Draft d = Draft::of(kStreamCopy, StreamCopy{reinterpret_cast<const float*>(c.x.data), reinterpret_cast<float*>(c.y.data), n});
+        d.reads = {span_of(c.x)}, d.writes = {span_of(c.y)};
+        stages.push_back(std::move(d));
+        return true;
+    }
+    // Elements in the order of their indices: those of one are those of the other.
+    View x = c.x, y = c.y;
+    if (!std::equal(x.ne, x.ne + 4, y.ne)) {
+        if (is_dense(y)) reshape(y, x);
+        else if (is_dense(x)) reshape(x, y);
+        else return false;
+    }
+    if (n > kMostElems || meet({span_of(x)}, {span_of(y)})) return false;
+    StreamElements e{};
+    e.x = x, e.y = y;
+    Draft d = Draft::of(kStreamElements, e);
+    d.reads = {span_of(x)}, d.writes = {span_of(y)};
+    stages.push_back(std::move(d));
+    return true;
+}
+void RankRun::reshape(View& packed, const View& as) {
+    i64 next = 4;  // bytes
+    for (int d = 0; d < 4; ++d) packed.ne[d] = as.ne[d], packed.nb[d] = next, next *= as.ne[d];
+}
+bool RankRun::add_concat(const MoveArgs& m) {
+    if (m.bytes != 4 || n_elements(m.y) > kMostElems || pending) return false;
+    Draft d = Draft::of(kStreamConcat, StreamConcat{m});
+    d.reads = {span_of(m.x), span_of(m.b)}, d.writes = {span_of(m.y)};
+    if (meet(d.reads, d.writes)) return false;
+    stages.push_back(std::move(d));
+    return true;
+}
+/// Of dimensions of one element, many times.
+bool RankRun::add_repeat(const MoveArgs& m) {
+    View x = m.x;
+    for (int d = 0; d < 4; ++d) {
+        if (x.ne[d] != m.y.ne[d] && x.ne[d] != 1) return false;
+        if (x.ne[d] == 1) x.nb[d] = 0;
+        x.ne[d] = m.y.ne[d];
+    }
+    if (x.type != kF32 || n_elements(m.y) > kMostElems || meet({span_of(m.x)}, {span_of(m.y)}) || pending) return false;
+    StreamElements e{};
+    e.x = x, e.y = m.y;
+    Draft d = Draft::of(kStreamElements, e);
+    d.reads = {span_of(m.x)}, d.writes = {span_of(m.y)};
+    stages.push_back(std::move(d));
+    return true;
+}
+bool RankRun::add_conv(const BinaryArgs& c) {
+    if (n_elements(c.y) > kMostElems || pending) return false;
+    StreamElements e{};
+    e.x = c.a, e.y = c.y, e.w = c.b;
+    Draft d = Draft::of(kStreamElements, e);
+    d.reads = {span_of(c.a), span_of(c.b)}, d.writes = {span_of(c.y)};
+    if (meet(d.reads, d.writes)) return false;
+    stages.push_back(std::move(d));
+    return true;
+}
+bool RankRun::add_delta(const RecurrentArgs& r) {
+    if (!delta_in_fours(r) || pending) return false;
+    Draft d = Draft::of(kStreamDelta, StreamDelta{r});
+    for (int i = 0; i < 6; ++i) d.reads.push_back(i == 5 ? span_of(r.src[5].data, r.rows * r.n * r.n_head * 4) : span_of(r.src[i]));
+    d.writes = {span_of(r.y, r.rows * r.n_head * 4)};
+    if (r.snapshots > 0) d.writes.push_back(span_of(r.state, r.rows * r.n * r.n_head * 4));
+    stages.push_back(std::move(d));
+    return true;
+}
+
+}  // namespace ggml_tp
