@@ -210,27 +210,17 @@ struct FewStrip<kBF16> : FewHalfStrip {};
 template <int kType, int kThreads, int kRows, int kK>
 struct FewWeights;
 
-/// What a plane has of each block of 32, a T: copied as it is where rows of the plane begin at multiples of a copy's bytes.
+/// What a plane has of each block of 32, a T.
 template <class T, int kThreads, int kRows>
 struct FewField {
     static constexpr int kUnits = sizeof(T) == 2 ? 1 : 2;
     using Plane = FewPlane<kThreads, kRows, kUnits, sizeof(T) == 1 ? 4 : 16>;
-    static constexpr int kBytes = kRows * Plane::kRowBytes, kCopyBytes = Plane::kRowBytes / kUnits, kOfCopy = kCopyBytes / (int)sizeof(T);
+    static constexpr int kBytes = kRows * Plane::kRowBytes, kOfCopy = Plane::kRowBytes / kUnits / (int)sizeof(T);
     Plane plane;
-    const Matrix& w;
-    const char* row0;
-    int n_rows;
-    TP_MEMBER FewField(const Matrix& w, int f, i64 matrix, i64 row0, int thread)
-        : plane(w, f, matrix, row0, thread),
-          w(w),
-          row0(w.plane[f] + matrix * w.nb2 + row0 * w.row_stride),
-          n_rows(w.n - row0 < kRows ? (int)(w.n - row0) : kRows) {}
-    TP_MEMBER void bring(char* to, TpSharedAt at, u32 of_256, int thread) const {
-        if (plane.stride % kCopyBytes == 0) return plane.bring(at, (i64)of_256 * Plane::kRowBytes, ((i64)of_256 * 8 + thread % kUnits * kOfCopy) * 32 < w.k);
-        for (int i = thread; i < kRows * 8; i += kThreads) {
-            const i64 block = (i64)of_256 * 8 + i % 8;
-            ((T*)to)[i] = i / 8 < n_rows && block * 32 < w.k ? ((const T*)(row0 + i / 8 * plane.stride))[block] : (T)0;
-        }
+    i64 k;
+    TP_MEMBER FewField(const Matrix& w, int f, i64 matrix, i64 row0, int thread) : plane(w, f, matrix, row0, thread), k(w.k) {}
+    TP_MEMBER void bring(TpSharedAt at, u32 of_256, int thread) const {
+        plane.bring(at, (i64)of_256 * Plane::kRowBytes, ((i64)of_256 * 8 + thread % kUnits * kOfCopy) * 32 < k);
     }
 };
 /// Blocks of 32: quants, and a field of each block.
@@ -243,9 +233,9 @@ struct FewBlocks {
     Quants quants;
     Field of_block;
     TP_MEMBER FewBlocks(const Matrix& w, i64 matrix, i64 row0, int thread) : quants(w, 0, matrix, row0, thread), of_block(w, 1, matrix, row0, thread) {}
-    TP_MEMBER void bring(char* to, TpSharedAt at, u32 stage, int thread) const {
-        quants.bring(at, (i64)stage * Quants::kRowBytes, (i64)stage * kK + thread % kUnits * kUnitElems < of_block.w.k);
-        of_block.bring(to + kFieldAt, at + (u32)kFieldAt, stage * (u32)kK / 256, thread);
+    TP_MEMBER void bring(TpSharedAt at, u32 stage, int thread) const {
+        quants.bring(at, (i64)stage * Quants::kRowBytes, (i64)stage * kK + thread % kUnits * kUnitElems < of_block.k);
+        of_block.bring(at + (u32)kFieldAt, stage * (u32)kK / 256, thread);
     }
     /// Of a lane's block; at: where a field's values lie.
     template <class V>
@@ -306,9 +296,9 @@ struct FewFifths : FewBlocks<kType, kThreads, kRows, kK, u32> {
     using Blocks = FewBlocks<kType, kThreads, kRows, kK, u32>;
     FewField<T, kThreads, kRows> scales;
     TP_MEMBER FewFifths(const Matrix& w, i64 matrix, i64 row0, int thread) : Blocks(w, matrix, row0, thread), scales(w, 2, matrix, row0, thread) {}
-    TP_MEMBER void bring(char* to, TpSharedAt at, u32 stage, int thread) const {
-        Blocks::bring(to, at, stage, thread);
-        scales.bring(to + Blocks::kEnd, at + (u32)Blocks::kEnd, stage * (u32)kK / 256, thread);
+    TP_MEMBER void bring(TpSharedAt at, u32 stage, int thread) const {
+        Blocks::bring(at, stage, thread);
+        scales.bring(at + (u32)Blocks::kEnd, stage * (u32)kK / 256, thread);
     }
     TP_MEMBER void take(FewStrip<kType>& s, const char* from, u32 stage, int row, int chunk, int t, u32) const {
         s.q = four_words(Blocks::Quants::place(from, row, chunk * 4 + t));
@@ -333,7 +323,7 @@ struct FewWeights<kIQ4_XS, kThreads, kRows, kK> {
     Quants quants;
     Words words;
     TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread) : quants(w, 0, matrix, row0, thread), words(w, 1, matrix, row0, thread) {}
-    TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int) const {
+    TP_MEMBER void bring(TpSharedAt at, u32 stage, int) const {
         quants.bring(at, (i64)stage * Quants::kRowBytes, true);
         words.bring(at + (u32)kWordsAt, (i64)(stage * (u32)kK / 256) * 8, true);
     }
@@ -352,7 +342,7 @@ struct FewSixBits {
     Headers headers;
     TP_MEMBER FewSixBits(const Matrix& w, i64 matrix, i64 row0, int thread)
         : quants(w, 0, matrix, row0, thread), headers(w, kType == kQ5_K ? 2 : 1, matrix, row0, thread) {}
-    TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int) const {
+    TP_MEMBER void bring(TpSharedAt at, u32 stage, int) const {
         quants.bring(at, (i64)stage * Quants::kRowBytes, true);
         headers.bring(at + (u32)kHeadersAt, (i64)(stage * (u32)kK / 256) * 16, true);
     }
@@ -380,8 +370,8 @@ struct FewWeights<kQ5_K, kThreads, kRows, kK> : FewSixBits<kQ5_K, kThreads, kRow
     static constexpr int kTopsAt = SixBits::kHeadersAt + kRows * 16;
     Tops tops;
     TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread) : SixBits(w, matrix, row0, thread), tops(w, 1, matrix, row0, thread) {}
-    TP_MEMBER void bring(char* to, TpSharedAt at, u32 stage, int thread) const {
-        SixBits::bring(to, at, stage, thread);
+    TP_MEMBER void bring(TpSharedAt at, u32 stage, int thread) const {
+        SixBits::bring(at, stage, thread);
         tops.bring(at + (u32)kTopsAt, (i64)(stage * (u32)kK / 256) * 32, true);
     }
     TP_MEMBER void take(FewStrip<kQ5_K>& s, const char* from, u32 stage, int row, int chunk, int t, u32 magic) const {
@@ -423,7 +413,7 @@ struct FewWeights<kQ6_K, kThreads, kRows, kK> {
     FewHalf<kThreads, kRows> d;
     TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread)
         : low(w, 0, matrix, row0, thread), top(w, 1, matrix, row0, thread), scales(w, 2, matrix, row0, thread), d(w, 3, matrix, row0) {}
-    TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int thread) const {
+    TP_MEMBER void bring(TpSharedAt at, u32 stage, int thread) const {
         const u32 block = stage * (u32)kK / 256;
         low.bring(at, (i64)stage * Low::kRowBytes, true);
         top.bring(at + (u32)kTopAt, (i64)stage * Top::kRowBytes, true);
@@ -453,7 +443,7 @@ struct FewWeights<kQ2_K, kThreads, kRows, kK> {
     Dm dm;
     TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread)
         : low(w, 0, matrix, row0, thread), scales(w, 1, matrix, row0, thread), dm(w, 2, matrix, row0, thread) {}
-    TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int) const {
+    TP_MEMBER void bring(TpSharedAt at, u32 stage, int) const {
         const u32 block = stage * (u32)kK / 256;
         low.bring(at, (i64)stage * Low::kRowBytes, true);
         scales.bring(at + (u32)kScalesAt, (i64)block * 16, true);
@@ -480,7 +470,7 @@ struct FewWeights<kQ3_K, kThreads, kRows, kK> {
     FewHalf<kThreads, kRows> d;
     TP_MEMBER FewWeights(const Matrix& w, i64 matrix, i64 row0, int thread)
         : low(w, 0, matrix, row0, thread), tops(w, 1, matrix, row0, thread), words(w, 2, matrix, row0, thread), d(w, 3, matrix, row0) {}
-    TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int thread) const {
+    TP_MEMBER void bring(TpSharedAt at, u32 stage, int thread) const {
         const u32 block = stage * (u32)kK / 256;
         low.bring(at, (i64)stage * Low::kRowBytes, true);
         tops.bring(at + (u32)kTopsAt, (i64)block * 32, true);
@@ -503,7 +493,7 @@ struct FewHalves {
     Plane plane;
     i64 k;
     TP_MEMBER FewHalves(const Matrix& w, i64 matrix, i64 row0, int thread) : plane(w, 0, matrix, row0, thread), k(w.k) {}
-    TP_MEMBER void bring(char*, TpSharedAt at, u32 stage, int thread) const {
+    TP_MEMBER void bring(TpSharedAt at, u32 stage, int thread) const {
         plane.bring(at, (i64)stage * Plane::kRowBytes, (i64)stage * kK + thread % (kK / 8) * 8 < k);
     }
     TP_MEMBER void take(FewStrip<kType>& s, const char* from, u32, int row, int chunk, int t, u32) const {
@@ -563,7 +553,7 @@ TP_DEVICE void few_product(const Matrix& w, i64 matrix, i64 row0, const char* xh
     const FewWeights<kType, kThreads, kRows, kK> weights(w, matrix, row0, thread);
     const X columns(xh, step_bytes, thread);
     const TpSharedAt ring_at(ring);
-    for (u32 i = 0; i < ahead && first + i < end; ++i) weights.bring(ring + i * kShape.bytes, ring_at + i * kShape.bytes, first + i, thread);
+    for (u32 i = 0; i < ahead && first + i < end; ++i) weights.bring(ring_at + i * kShape.bytes, first + i, thread);
     if (kEarly) tp_grid_wait();
     for (u32 i = 0; i < ahead; ++i) {
         if (first + i < end) columns.bring(ring_at + (i * kShape.bytes + kXAt), first + i, steps);
@@ -579,7 +569,7 @@ TP_DEVICE void few_product(const Matrix& w, i64 matrix, i64 row0, const char* xh
         const char* from = ring + slot;
         const auto bring = [&] {
             if (stage + ahead < end) {
-                weights.bring(ring + behind, ring_at + behind, stage + ahead, thread);
+                weights.bring(ring_at + behind, stage + ahead, thread);
                 columns.bring(ring_at + (behind + kXAt), stage + ahead, steps);
             }
             tp_copy_commit();

@@ -106,9 +106,9 @@ def test_products_of_warpgroups(workers, reference, ranks):
 
 
 @pytest.mark.parametrize(("arch", "ranks"), [("sm_80", 2), ("sm_120", 3)])
-def test_few_columns_of_rows_that_begin_anywhere(workers, reference, arch, ranks):
-    """288 weights have 18 bytes of scales, 256 of Q3_K and Q6_K 2: rows of them begin at multiples of 2. Architectures differ in how long rings are; 768
-    weights are cut inside blocks of 256 at 2 ranks."""
+def test_few_columns_of_rows_of_any_length(workers, reference, arch, ranks):
+    """288 weights have 18 bytes of scales, which are padded; of Q3_K and Q6_K each second scale of a row lies across a copy's word. Architectures differ in
+    how long rings are; 768 weights are cut inside blocks of 256 at 2 ranks."""
     few = re.compile(r"mul_mat \S+ attn_(q|output) \d+x200 m(12|40)$|.* in pieces, m12$|.*few columns$|mul_mat_id .*(exps, 5 tokens|all 20 tokens)$")
     names = [name for name in CASES if few.match(name)]
     assert len(names) > 20 or "TEST_EVERY" in os.environ
