@@ -492,14 +492,14 @@ struct WeightedSumArgs {
 };
 // Small ops one after another in a single block, which sees what it wrote itself: what a router does for few tokens. And, in the blocks
 // behind it, quantising what the experts will read (quantize.xq not null), which does not depend on any of it.
-enum class ChainOp : i32 { kAdd, kSub, kMul, kDiv, kScale, kClamp, kSigmoid, kSoftMax, kArgsort, kGetRows, kSumRows };
+enum class ChainOp : i32 { kAdd, kSub, kMul, kDiv, kScale, kClamp, kSigmoid, kSoftMax, kArgsort, kGetRows, kSumRows, kFill, kSetRows };
 struct ChainStep {
     ChainOp op;
     i32 pad;
-    View a, b, y;  // b: of the first four, and the rows of kGetRows
-    float p0, p1;  // scale: a * p0 + p1; clamp: [p0, p1]; soft max: of a * p0; argsort: descending when p0 is not 0
+    View a, b, y;  // b: of the first four, and the rows of kGetRows and kSetRows (those of y, others stay)
+    float p0, p1;  // scale: a * p0 + p1; clamp: [p0, p1]; soft max: of a * p0; argsort: descending when p0 is not 0; fill: with p0, and a is y
 };
-constexpr int kChainMost = 9;
+constexpr int kChainMost = 15;  // a router with groups of experts (DeepSeek-V3) has as many
 struct ChainArgs {
     ChainStep step[kChainMost];
     QuantizeArgs quantize;
@@ -570,20 +570,27 @@ struct StreamProduct {
     i32 a_stride;                     // kInputHeads
     u32 heads_inverse;                // 2^16 / (k / 8), rounded up
 };
-constexpr i32 kStreamMostExperts = 512;
+constexpr i32 kStreamMostExperts = 512, kStreamMostGroups = 32;
 // A router's choice, for one token: of the logits (plus logits_bias) a soft max or sigmoids, of which (plus selection_bias) the n_used largest
 // choose the experts; their weights are those of the gating (not the biased ones), after which another soft max, a division by their sum
-// clamped to [least, most] and a scale may follow. Results for whoever else may read them; null: nobody, or the step is not there.
+// clamped to [least, most] and a scale may follow. Where experts are in n_groups groups of as many neighbours each, only those of the n_groups_used groups
+// count of which the two largest numbers that choose add up to most (DeepSeek-V3, arXiv:2412.19437; the order of equal ones is theirs).
+// Results for whoever else may read them; null: nobody, or the step is not there.
 enum StreamRouteSteps : i32 { kRouteSoftMax = 1, kRouteDivide = 2, kRouteClamp = 4, kRouteScale = 8 };
 enum StreamGating : i32 { kGatingNone = 0, kGatingSoftMax = 1, kGatingSigmoid = 2 };
 struct StreamRoute {
     const float *logits, *logits_bias, *selection_bias;
     i32 n_expert, n_used, n_order;
     i32 gating, steps;                // a StreamGating, StreamRouteSteps
+    i32 n_groups, n_groups_used;      // n_groups 0: none
     i32 visible;                      // any of the results below is
     float scale_before, scale_after;  // of the soft maxes' arguments
     float least, most, factor, shift;
     float *biased, *gated, *selection;                                   // [n_expert]
+    i32* group_order;                                                    // [n_groups][experts of one]: the order within each
+    float *group_best, *group_sums;                                      // [n_groups][2], [n_groups]
+    i32* groups;                                                         // [n_groups]: their order
+    float *group_rows, *open;                                            // [n_groups_used][experts of one], [n_expert]: of the others -infinity
     i32* order;                                                          // the first n_order places of all experts' order
     float *chosen, *after, *sum, *clamped_sum, *norms, *scaled_weights;  // [n_used], [1]
 };

@@ -73,6 +73,13 @@ TP_DEVICE void chain_step(const ChainStep& s, u32* fault, u32* keys) {
                 if (row < 0 || row >= s.a.ne[1]) atomicExch(fault, (u32)kFaultRowIndex);
                 else set(s.y, i, at(s.a, {i.i0, row, wrap(i.i2, s.a.ne[2]), wrap(i.i3, s.a.ne[3])}));
             });
+        case ChainOp::kFill: return for_each(s.y, [&](const Index& i) { set(s.y, i, s.p0); });
+        case ChainOp::kSetRows:
+            return for_each(s.a, [&](const Index& i) {
+                const i32 row = *(const i32*)element_at(s.b, {i.i1, wrap(i.i2, s.b.ne[1]), wrap(i.i3, s.b.ne[2]), 0});
+                if (row < 0 || row >= s.y.ne[1]) atomicExch(fault, (u32)kFaultRowIndex);
+                else set(s.y, {i.i0, row, i.i2, i.i3}, at(s.a, i));
+            });
     }
 }
 

@@ -9,9 +9,9 @@ constexpr i64 kChainRow = 1024;    // of a row to sort
 constexpr u32 kChainThreads = 256, kChainMostThreads = 1024;
 
 inline bool chain_can(const ChainStep& s) {
-    const bool sorts = s.op == ChainOp::kArgsort, two = s.op <= ChainOp::kDiv || s.op == ChainOp::kGetRows;
+    const bool sorts = s.op == ChainOp::kArgsort, rows = s.op == ChainOp::kGetRows || s.op == ChainOp::kSetRows;
     if (s.a.type != kF32 || s.y.type != (sorts ? kI32 : kF32) || (sorts && s.a.ne[0] > kChainRow)) return false;
-    if (two && s.b.type != (s.op == ChainOp::kGetRows ? kI32 : kF32)) return false;
+    if ((rows || s.op <= ChainOp::kDiv) && s.b.type != (rows ? kI32 : kF32)) return false;
     return n_elements(s.a) <= kChainElems && n_elements(s.y) <= kChainElems && n_elements(s.y) > 0;
 }
 

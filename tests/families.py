@@ -98,7 +98,7 @@ FAMILIES: dict[str, Family] = {
     "minicpm3": Family("minicpm3", {"attention.head_count_kv": 8, "attention.q_lora_rank": 96, "attention.kv_lora_rank": 64, "attention.key_length": 64,
         "attention.value_length": 32}),
     "deepseek2": Family("deepseek2", EXPERTS | SHARED | LATENT | {"leading_dense_block_count": 1}),
-    "deepseek3": Family("deepseek2", EXPERTS | SHARED | LATENT | {"leading_dense_block_count": 1, "expert_count": 8, "expert_group_count": 4,
+    "deepseek3": Family("deepseek2", EXPERTS | SHARED | LATENT | {"leading_dense_block_count": 1, "expert_count": 24, "expert_group_count": 4,
         "expert_group_used_count": 2, "expert_gating_func": SIGMOID, "expert_weights_norm": True, "expert_weights_scale": 2.5}),
     "deepseek2-no-mla": Family("deepseek2", EXPERTS | SHARED | LATENT | {"leading_dense_block_count": 1, "attention.head_count_kv": 8,
         "attention.key_length": 64, "attention.value_length": 32, "attention.key_length_mla": None, "attention.value_length_mla": None}),

@@ -838,6 +838,63 @@ def _experts() -> None:
     for again in (False, True):
         case(f"experts Q8_0 behind their router{', products read again' * again}")(lambda g, a=again: routed(g, a))
 
+    def grouped(g: Case, n_expert: int, groups: int, used: int, sigmoid: bool, again: bool) -> Any:
+        """The sum of two layers of experts of some groups, as DeepSeek-V3's, of one token each: no router sees what int8 has rounded. again: what routers have
+        found on the way is read after all that."""
+        lib, each, shown, wide = g.lib, n_expert // groups, [], 512 if n_expert > 256 else 320
+
+        def also(x: Any, at: Any = None) -> Any:
+            """Shown behind all else, each element with a factor of its own; at: rows of a table, by these numbers."""
+            shown.append((x, at))
+            return x
+
+        def first(order: Any, n: int, rows: int, stride: int) -> Any:
+            return lib.ggml_view_4d(g.c, order, n, rows, 1, 1, stride * 4, stride * rows * 4, stride * rows * 4, 0)
+
+        def product(name: str, k: int, n: int, ids: Any, x: Any) -> Any:
+            return lib.ggml_mul_mat_id(g.c, g.leaf(Q8_0, k, n, n_expert, scale=k**-0.5, name=f"{name}_exps.weight"), x, ids)
+
+        out = g.leaf(F32, wide)
+        for layer in ("blk.0.ffn_", "blk.1.ffn_"):
+            x = lib.ggml_mul_inplace(g.c, lib.ggml_rms_norm(g.c, g.leaf(F32, wide), 1e-5), g.leaf(F32, wide))
+            logits = lib.ggml_mul_mat(g.c, g.leaf(F32, wide, n_expert, scale=wide**-0.5, name=f"{layer}gate_inp.weight"), x)
+            probs = lib.ggml_sigmoid(g.c, logits) if sigmoid else lib.ggml_soft_max_ext(g.c, logits, g.null, 1.0, 0.0)
+            by = lib.ggml_add(g.c, probs, g.leaf(F32, n_expert, scale=0.3 if sigmoid else 0.01))
+            in_groups = lib.ggml_reshape_3d(g.c, by, each, groups, 1)
+            order = also(lib.ggml_argsort(g.c, in_groups, 1), each)
+            best = also(lib.ggml_get_rows(g.c, lib.ggml_reshape_3d(g.c, in_groups, 1, each, groups), first(order, 2, groups, each)))
+            sums = also(lib.ggml_sum_rows(g.c, lib.ggml_reshape_3d(g.c, best, 2, groups, 1)))
+            group_order = also(lib.ggml_argsort(g.c, lib.ggml_reshape_3d(g.c, sums, groups, 1, 1), 1), groups)
+            chosen = first(group_order, used, 1, groups)
+            rows = also(lib.ggml_get_rows(g.c, in_groups, chosen))
+            left = also(lib.ggml_set_rows(g.c, lib.ggml_fill(g.c, in_groups, -np.inf), rows, chosen))
+            all_in_order = lib.ggml_argsort(g.c, lib.ggml_reshape_3d(g.c, left, n_expert, 1, 1), 1)
+            also(first(all_in_order, used * each, 1, n_expert), n_expert)  # equal ones, -infinity, have no order on the CPU
+            ids = first(all_in_order, 4, 1, n_expert)
+            weights = lib.ggml_reshape_3d(g.c, lib.ggml_get_rows(g.c, lib.ggml_reshape_3d(g.c, probs, 1, n_expert, 1), ids), 4, 1, 1)
+            total = lib.ggml_clamp(g.c, lib.ggml_sum_rows(g.c, weights), 6e-5, np.inf)
+            weights = lib.ggml_reshape_3d(g.c, lib.ggml_scale_bias(g.c, lib.ggml_div(g.c, weights, total), 2.5, 0.0), 1, 4, 1)
+            g.early.append(weights)
+            of_each = lib.ggml_reshape_3d(g.c, x, wide, 1, 1)
+            gate, up = (product(layer + part, wide, 96, ids, of_each) for part in ("gate", "up"))
+            down = lib.ggml_mul(g.c, product(layer + "down", 96, wide, ids, lib.ggml_glu_split(g.c, gate, up, 2)), weights)
+            slots = [lib.ggml_view_4d(g.c, down, wide, 1, 1, 1, wide * 16, wide * 16, wide * 16, wide * 4 * i) for i in range(4)]
+            out = lib.ggml_add(g.c, out, lib.ggml_add(g.c, lib.ggml_add(g.c, lib.ggml_add(g.c, slots[0], slots[1]), slots[2]), slots[3]))
+            g.early.append(out)
+        for x, table in shown if again else ():
+            n = lib.ggml_nelements(x)
+            x = lib.ggml_reshape_3d(g.c, x, n, 1, 1)
+            if table:  # numbers of rows
+                x = lib.ggml_reshape_3d(g.c, lib.ggml_get_rows(g.c, g.leaf(F32, 1, table), x), n, 1, 1)
+            x = lib.ggml_mul(g.c, lib.ggml_clamp(g.c, x, -9.0, 9.0), g.leaf(F32, n))
+            out = lib.ggml_add(g.c, out, lib.ggml_sum_rows(g.c, x))
+        return out
+
+    # Groups of less than a warp's experts, of as many, across warps where a lane has two experts; as many groups as the persistent kernel knows.
+    for n_expert, groups, used, sigmoid, again in ((24, 4, 2, False, True), (256, 8, 4, True, False), (264, 6, 5, True, True), (96, 32, 7, False, True)):
+        how = f"experts Q8_0, {n_expert} in {groups} groups, {used} of them, {'sigmoids' if sigmoid else 'soft max'}{', all read again' * again}"
+        case(how)(lambda g, e=n_expert, n=groups, u=used, s=sigmoid, a=again: grouped(g, e, n, u, s, a))
+
 
 def _moves_and_sums() -> None:
     case("add1")(lambda g: g.lib.ggml_add1(g.c, g.leaf(F32, 77, 3), g.leaf(F32, 1)))
@@ -916,6 +973,7 @@ def _recurrences() -> None:
 
 for _register in (_mul_mats, _element_wise, _rows, _ropes, _attention, _experts, _moves_and_sums, _recurrences):
     _register()
+
 
 def _bad_expert(g: Case, type_: int, bad: int, name: str = "", n_tokens: int = 1) -> Any:
     ids = np.zeros((n_tokens, 2), np.int64)

@@ -635,6 +635,15 @@ def test_routers_with_a_bias_that_only_chooses(workers, models, gating, ranks):
     assert "stream of " in result["program"]
 
 
+@pytest.mark.parametrize("options", [{}, {"embedding_length": 3072, "feed_forward_length": 256, "expert_used_count": 8}], ids=["narrow", "wide"])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_experts_of_some_groups(workers, models, ranks, options):
+    """DeepSeek-V3's: the choice of groups is the experts' stage's work, so a token is one persistent kernel. wide: sums over experts lie where their weights
+    were, which the kernel per step may not join."""
+    result = check(workers, models, "deepseek3", "Q8_0", ranks, arch="sm_90", scaled={"ffn_gate_inp": 0.2}, **options)
+    assert result["counters"].last_kernel_launches == 1, result["program"]
+
+
 @pytest.mark.parametrize(("experts", "different"), [(40, 1), (128, 24), (300, 40)])
 def test_equal_logits_choose_the_first_experts(workers, models, tmp_path, experts, different):
     """Of a router that prefers none, or whose rows come again in other warps' experts; a lane has one expert, from 257 on two. The kernel per step finds

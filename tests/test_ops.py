@@ -262,6 +262,18 @@ def test_experts_of_a_persistent_kernel(workers, reference, ranks):
     check(workers, reference, "sm_90", ranks, names)
 
 
+@pytest.mark.skipif("TEST_GPUS" in os.environ, reason="names of the emulated architectures' kernels")
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_experts_in_groups(workers, reference, ranks):
+    """A router's choice of groups is the experts' stage's work on sm_90, and one launch elsewhere."""
+    names = [name for name in CASES if name.startswith("experts Q8_0, ")]
+    for name, text in workers.run(jobs.programs, emulated(ranks, "sm_90"), names=names).items():
+        assert "mul_vec_id" not in text and text.startswith("stream of "), f"{name}: {text}"
+    check(workers, reference, "sm_90", ranks, names)
+    for name, text in workers.run(jobs.programs, emulated(ranks, "sm_61"), names=names[:1]).items():
+        assert all(f" {other}<" not in text for other in ("fill", "set_rows", "argsort")) and " chain<" in text, f"{name}: {text}"
+
+
 # TEST_STDERR: a process of its own, started while pytest captures, so that its lines are seen.
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_foreign_graphs_are_not_claimed_and_refused(workers, ranks, capfd):

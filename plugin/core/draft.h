@@ -101,15 +101,16 @@ inline bool is_vector(const View& v, i64 n) {
 inline bool is_packed(const View& v, i64 n) {
     return v.type == kF32 && v.nb[0] == 4 && v.ne[0] * v.ne[1] == n && v.ne[2] * v.ne[3] == 1 && (v.ne[1] == 1 || v.nb[1] == v.ne[0] * 4);
 }
-/// All elements of F32 side by side, in the order of their indices.
-inline bool is_dense(const View& v) {
+/// All elements, of four bytes, side by side, in the order of their indices.
+inline bool is_dense_words(const View& v) {
     i64 next = 4;
     for (int d = 0; d < 4; ++d) {
         if (v.ne[d] > 1 && v.nb[d] != next) return false;
         next *= v.ne[d];
     }
-    return v.type == kF32;
+    return v.type == kF32 || v.type == kI32;
 }
+inline bool is_dense(const View& v) { return v.type == kF32 && is_dense_words(v); }
 
 /// What a store of one row writes, as an attention sees it: whether these are rows of its K or V.
 inline bool cache_of(const SetRowsArgs& store, const View& seen, StreamOwnToken::Cache& to) {

@@ -351,8 +351,7 @@ bool next_sum(Args& args, const BinaryArgs& sum) {
 bool experts_then_sum(RankLaunch& a, const RankLaunch& b, Arch arch) {
     MulVecIdArgs args = args_of<MulVecIdArgs>(a);
     const BinaryArgs sum = args_of<BinaryArgs>(b);
-    if (!args.scaled || touches_sources(args, sum.y) || !apart_from_part(args, 0, sum.y)) return false;
-    return next_sum(args, sum) && replace(a, mul_vec_id_launch(args, arch), args);
+    return !touches_sources(args, sum.y) && take_sum(args, sum) && replace(a, mul_vec_id_launch(args, arch), args);
 }
 /// The same of many tokens, whose products are a launch of their own: weights and sums.
 bool weights_then_sum(RankLaunch& a, const RankLaunch& b, Arch arch) {
@@ -403,11 +402,24 @@ ChainStep get_rows_step(const RankLaunch& l, u32*& fault) {
     if (a.w.repacked) s.y.type = -1;  // of a matrix in planes
     return s;
 }
+ChainStep fill_step(const RankLaunch& l, u32*&) {
+    const FillArgs a = args_of<FillArgs>(l);
+    return {ChainOp::kFill, 0, a.y, {}, a.y, a.value, 0};
+}
+ChainStep set_rows_step(const RankLaunch& l, u32*& fault) {
+    const SetRowsArgs a = args_of<SetRowsArgs>(l);
+    fault = a.fault;
+    ChainStep s{ChainOp::kSetRows, 0, a.x, a.idx, a.y, 0, 0};
+    if (a.row_period || a.block_elems != 1 || a.n_rows != a.y.ne[1]) s.y.type = -1;  // of a cache
+    return s;
+}
 constexpr ChainRow kChainRows[] = {
     {"soft_max", soft_max_step, true},
     {"argsort", argsort_step, true},
     {"sum_rows", unary_step<ChainOp::kSumRows>, true},
     {"get_rows", get_rows_step, false},
+    {"fill", fill_step, false},
+    {"set_rows", set_rows_step, false},
     {"binary_add", binary_step<ChainOp::kAdd>, false},
     {"binary_sub", binary_step<ChainOp::kSub>, false},
     {"binary_mul", binary_step<ChainOp::kMul>, false},
@@ -623,6 +635,8 @@ bool divide_products(ProgramStep& step, ProgramStep& sums, const std::vector<Arc
 }
 
 }  // namespace
+
+bool take_sum(MulVecIdArgs& product, const BinaryArgs& sum) { return product.scaled && apart_from_part(product, 0, sum.y) && next_sum(product, sum); }
 
 void fuse(std::vector<ProgramStep>& steps, const std::vector<Arch>& archs) {
     std::vector<ProgramStep> out;

@@ -13,4 +13,7 @@ void schedule(Plan& plan, const Graph& graph);
 /// Joins neighbouring steps that one kernel can do, on all ranks alike. Function handles of joined launches are unset.
 void fuse(std::vector<ProgramStep>& steps, const std::vector<Arch>& archs);
 
+/// Adds to a product of experts with their weights the next of the sums over its slots, if `sum` is that and lies apart from the products.
+bool take_sum(MulVecIdArgs& product, const BinaryArgs& sum);
+
 }  // namespace ggml_tp

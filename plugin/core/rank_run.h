@@ -126,9 +126,11 @@ class RankRun {
     bool add_one_row(const MulMatArgs& m);
     bool add_floats(const MulVecArgs& m, bool is_router);
     static std::vector<Result> results_of(StreamRoute& r);
+    static const char* take_groups(StreamRoute& r, const ChainArgs& c, int& at, const char* by);
     bool add_router(const ChainArgs& c);
     bool add_heads(const MulVecIdArgs& m);
     bool add_experts(const MulVecIdArgs& m);
+    bool add_sum(const RankLaunch& l);
     static bool is_slots(const View& v, i64 n, i64 slots);
 
     // rank_run_attention.cpp
@@ -165,6 +167,7 @@ class RankRun {
     Copy last_sum_, last_norm_, last_logits_;
     StreamRoute route_{};  // of the last router, which chose by ids_ with weights_
     const char *ids_ = nullptr, *weights_ = nullptr;
+    std::optional<MulVecIdArgs> summed_;  // a product of experts whose sums are not all there yet
     int next_sum_ = 0, next_added_ = 0, next_turned_ = 0;
     std::map<std::string, float*> tables_;
 };

@@ -2,7 +2,9 @@
 #include "rank_run.h"
 
 #include <algorithm>
+#include <limits>
 
+#include "fuse.h"
 #include "mul_vec.h"
 #include "mul_vec_id.h"
 
@@ -73,6 +75,12 @@ std::vector<RankRun::Result> RankRun::results_of(StreamRoute& r) {
     return {result(r.biased, r.n_expert),
             result(r.gated, r.n_expert),
             result(r.selection, r.n_expert),
+            result(r.group_order, r.n_expert),
+            result(r.group_best, 2 * r.n_groups),
+            result(r.group_sums, r.n_groups),
+            result(r.groups, r.n_groups),
+            result(r.group_rows, r.n_groups ? r.n_expert / r.n_groups * r.n_groups_used : 0),
+            result(r.open, r.n_expert),
             result(r.order, r.n_order),
             result(r.chosen, r.n_used),
             result(r.after, r.n_used),
@@ -80,6 +88,39 @@ std::vector<RankRun::Result> RankRun::results_of(StreamRoute& r) {
             result(r.clamped_sum, 1),
             result(r.norms, r.n_used),
             result(r.scaled_weights, r.n_used)};
+}
+/// The steps of a chain, from step `at` on, by which only experts of some groups count (llama.cpp, build_moe_ffn); by: what chooses. Where what is left to choose
+/// from lies; null: it is not that.
+const char* RankRun::take_groups(StreamRoute& r, const ChainArgs& c, int& at, const char* by) {
+    constexpr ChainOp kOps[] = {ChainOp::kArgsort, ChainOp::kGetRows, ChainOp::kSumRows, ChainOp::kArgsort,
+                                ChainOp::kGetRows, ChainOp::kFill,    ChainOp::kSetRows};
+    constexpr int kSteps = std::size(kOps);
+    const ChainStep* const s = c.step + at;
+    if (at + kSteps > c.n_steps) return nullptr;
+    for (int i = 0; i < kSteps; ++i)
+        if (s[i].op != kOps[i]) return nullptr;
+    const i64 groups = s[0].a.ne[1], each = s[0].a.ne[0], used = s[4].b.ne[0];
+    if (groups > kStreamMostGroups || each < 2 || groups * each != r.n_expert || used > groups) return nullptr;
+    auto has = [](const View& v, i64 n0, i64 n1, i64 n2 = 1) { return is_dense_words(v) && v.ne[0] == n0 && v.ne[1] == n1 && v.ne[2] == n2 && v.ne[3] == 1; };
+    auto all = [&](const View& v, const char* data) { return v.data == data && has(v, each, groups); };
+    auto first = [](const View& ids, const View& order, i64 n) {  // the first n of each row of an order
+        return ids.data == order.data && ids.ne[0] == n && ids.nb[0] == 4 && ids.ne[1] == order.ne[1] && ids.nb[1] == order.nb[1] && ids.ne[2] * ids.ne[3] == 1;
+    };
+    const char* const rest = s[5].y.data;
+    const bool known = all(s[0].a, by) && all(s[0].y, s[0].y.data) && s[0].p0 != 0 &&                                                 //
+                       s[1].a.data == by && has(s[1].a, 1, each, groups) && first(s[1].b, s[0].y, 2) && has(s[1].y, 1, 2, groups) &&  //
+                       s[2].a.data == s[1].y.data && has(s[2].a, 2, groups) && has(s[2].y, 1, groups) &&                              //
+                       s[3].a.data == s[2].y.data && has(s[3].a, groups, 1) && has(s[3].y, groups, 1) && s[3].p0 != 0 &&              //
+                       all(s[4].a, by) && first(s[4].b, s[3].y, used) && has(s[4].y, each, used) &&                                   //
+                       all(s[5].y, rest) && s[5].p0 == -std::numeric_limits<float>::infinity() &&                                     //
+                       s[6].a.data == s[4].y.data && has(s[6].a, each, used) && first(s[6].b, s[3].y, used) && all(s[6].y, rest);
+    if (!known) return nullptr;
+    r.n_groups = static_cast<i32>(groups), r.n_groups_used = static_cast<i32>(used);
+    r.group_order = reinterpret_cast<i32*>(s[0].y.data), r.group_best = reinterpret_cast<float*>(s[1].y.data);
+    r.group_sums = reinterpret_cast<float*>(s[2].y.data), r.groups = reinterpret_cast<i32*>(s[3].y.data);
+    r.group_rows = reinterpret_cast<float*>(s[4].y.data), r.open = reinterpret_cast<float*>(s[6].y.data);
+    at += kSteps;
+    return rest;
 }
 /// A router's chain, if it is one that the kernel knows: see StreamRoute.
 bool RankRun::add_router(const ChainArgs& c) {
@@ -113,6 +154,10 @@ bool RankRun::add_router(const ChainArgs& c) {
     if (const ChainStep* s = r.gating ? next(ChainOp::kAdd, r.n_expert) : nullptr) {
         if (!is_vector(s->b, r.n_expert)) return false;
         r.selection_bias = floats(s->b), r.selection = floats(s->y);
+    }
+    if (at < c.n_steps && c.step[at].op == ChainOp::kArgsort && c.step[at].a.ne[1] > 1) {
+        now = take_groups(r, c, at, now);
+        if (!now) return false;
     }
     if (at == c.n_steps || c.step[at].op != ChainOp::kArgsort) return false;
     r.n_order = static_cast<i32>(c.step[at].y.ne[0]);
@@ -190,6 +235,10 @@ bool RankRun::add_experts(const MulVecIdArgs& m) {
     if (found == recipes_.end() || found->second.used || !stream_can_type(m.part[0].w.type) || slots != route_.n_used || m.ids.ne[1] != 1) return false;
     if (m.ids.data != ids_ || m.ids.nb[0] != 4 || m.x.ne[2] * m.x.ne[3] != 1) return false;
     const bool sums = m.scaled != 0;
+    if (sums && m.n_sums < slots - 1) {
+        summed_ = m;
+        return !pending && (pending = true);
+    }
     if (m.n_parts > (sums ? 1 : 2) || m.x.ne[1] != (sums ? slots : 1) || found->second.k != m.k * m.x.ne[1]) return false;
     StreamExperts e{};
     StreamProduct& p = e.product;
@@ -244,6 +293,17 @@ bool RankRun::add_experts(const MulVecIdArgs& m) {
     stages.push_back(std::move(d));
     pending = !sums;
     return true;
+}
+/// A launch behind a product of experts that has not all of its sums: where one lies over the experts' weights or numbers, it is a launch of its own, as blocks
+/// of the kernel per step may still read those. A stage's blocks have them in shared memory.
+bool RankRun::add_sum(const RankLaunch& l) {
+    MulVecIdArgs m = *summed_;
+    if (!is(l, "binary_add") || !take_sum(m, args_of<BinaryArgs>(l))) return false;
+    summed_ = m;
+    if (m.n_sums < m.ids.ne[0] - 1) return true;
+    summed_.reset();
+    pending = false;
+    return add_experts(m);
 }
 /// A row for each slot, at multiples of nb[1].
 bool RankRun::is_slots(const View& v, i64 n, i64 slots) {
