@@ -654,6 +654,15 @@ struct StreamNormRows {
     float factor;  // of y
     i32 pad;
 };
+// y = (x - mean) / sqrt(mean of (x - mean)^2 + eps) * weight + bias, of each row. weight, bias: of a row's elements, or null. Of one row, with added not null,
+// x + added instead of x, which sum keeps.
+struct StreamLayerNorm {
+    View x, y;
+    const float *weight, *bias, *added;
+    float* sum;
+    float eps;
+    i32 pad;
+};
 struct StreamBinary {
     BinaryArgs args;
     i32 op, pad;     // elementwise.h's BinaryOp
@@ -811,6 +820,7 @@ enum StreamKind : i32 {
     kStreamConcat,
     kStreamDelta,
     kStreamHeads,
+    kStreamLayerNorm,
 };
 struct StreamStage {
     i32 kind;

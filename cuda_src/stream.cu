@@ -2281,6 +2281,52 @@ TP_OUTLINE void norm_head(const FusedNormArgs& a, float factor, u32 row) {
         if (i < n) store_four(y + i * 4, v[j]);
     }
 }
+/// Rows about their means: a warp a row, of long ones a block. In three passes, as the formula of one cancels where means are large (norm.cu).
+TP_OUTLINE void layernorm(const StreamLayerNorm& a, i64 first, i64 step) {
+    Shared& s = shared_of();
+    const int n = (int)a.y.ne[0];
+    const bool wide = n >= (int)kStreamLongRow;
+    const int width = wide ? kMultiply : 32, begin = wide ? (int)threadIdx.x : (int)threadIdx.x % 32;
+    const i64 rows = a.y.ne[1] * a.y.ne[2] * a.y.ne[3], rows_apart = wide ? gridDim.x : step / 32;
+    auto mean_of = [&](float v) {
+        v = tp_warp_sum(v);
+        if (wide) {
+            sync_multiplying();  // the sums before have been read
+            if (threadIdx.x % 32 == 0) s.squares[threadIdx.x / 32] = v;
+            sync_multiplying();
+            v = 0;
+            for (int w = 0; w < kStreamWarps; ++w) v += s.squares[w];
+        }
+        return v / (float)n;
+    };
+    for (i64 row = wide ? blockIdx.x : first / 32; row < rows; row += rows_apart) {
+        const Index at = row_index((u32)row, a.y.ne);
+        const float* x = (const float*)element_at(a.x, at);
+        float* const y = (float*)element_at(a.y, at);
+        float sum = 0, squares = 0;
+#pragma unroll 4
+        for (int i = begin; i < n; i += width) {
+            float v = x[i];
+            if (a.added) v += a.added[i], a.sum[i] = v;
+            sum += v;
+        }
+        if (a.added) x = a.sum;  // a thread reads what it has written
+        const float mean = mean_of(sum);
+#pragma unroll 4
+        for (int i = begin; i < n; i += width) {
+            const float v = x[i] - mean;
+            squares += v * v;
+        }
+        const float scale = 1.0f / sqrtf(mean_of(squares) + a.eps);
+#pragma unroll 4
+        for (int i = begin; i < n; i += width) {
+            float v = (x[i] - mean) * scale;
+            if (a.weight) v *= a.weight[i];
+            if (a.bias) v += a.bias[i];
+            y[i] = v;
+        }
+    }
+}
 TP_OUTLINE void map_elems(const StreamElements& e, i64 first, i64 step) {
     const int n = (int)tp_elems(e.y), n0 = (int)e.y.ne[0];
     for (int i = (int)first; i < n; i += (int)step) {
@@ -2557,6 +2603,7 @@ TP_OUTLINE Progress do_stage(Progress now) {
             copy_flat(a.from, a.to, a.n, first, step);
             break;
         }
+        case kStreamLayerNorm: layernorm(*(const StreamLayerNorm*)body, first, step); break;
         case kStreamNormRows: {  // a warp a row
             const FusedNormArgs& a = ((const StreamNormRows*)body)->norm;
             const float factor = ((const StreamNormRows*)body)->factor;

@@ -635,6 +635,20 @@ def test_routers_with_a_bias_that_only_chooses(workers, models, gating, ranks):
     assert "stream of " in result["program"]
 
 
+WIDE = {"embedding_length": 1024, "attention.key_length": 128, "attention.value_length": 128, "rope.dimension_count": 128}
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "options"),
+    [("starcoder2", 1, {}), ("starcoder2", 2, WIDE), ("starcoder2", 3, WIDE), ("command-r", 1, {}), ("cohere2", 1, WIDE), ("phi2", 1, WIDE),
+     ("stablelm", 1, WIDE), ("gpt2", 2, {}), ("falcon", 1, {}), ("dbrx", 2, {})],
+)  # fmt: skip
+def test_layer_norms_are_stages_of_the_persistent_kernel(workers, models, family, ranks, options):
+    """A warp's or, from 512 elements on, a block's; with the residual in front of them, their weights and their biases, or some of these; of heads."""
+    result = check(workers, models, family, "Q8_0", ranks, arch="sm_90", **options)
+    assert result["counters"].last_kernel_launches == 1 and "layer norm" in result["program"], result["program"]
+
+
 @pytest.mark.parametrize("options", [{}, {"embedding_length": 3072, "feed_forward_length": 256, "expert_used_count": 8}], ids=["narrow", "wide"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_experts_of_some_groups(workers, models, ranks, options):

@@ -29,6 +29,7 @@ bool RankRun::add(const RankLaunch& l) {
     if (named(l, "binary_")) return add_binary(l);
     if (named(l, "unary_")) return add_unary(l);
     if (is(l, "rms_norm")) return add_rms_norm(args_of<NormArgs>(l));
+    if (is(l, "layer_norm")) return add_layer_norm(args_of<NormArgs>(l));
     if (is(l, "copy")) return add_copy(args_of<CopyArgs>(l));
     if (is(l, "repeat")) return add_repeat(args_of<MoveArgs>(l));
     if (is(l, "concat")) return add_concat(args_of<MoveArgs>(l));
@@ -267,6 +268,10 @@ std::vector<Span> RankRun::written_whole(const Draft& d) {
         add(c.to, c.n);
     } else if (d.kind == kStreamNormRows) {
         add_view(d.get<StreamNormRows>().norm.y);
+    } else if (d.kind == kStreamLayerNorm) {
+        const StreamLayerNorm s = d.get<StreamLayerNorm>();
+        add_view(s.y);
+        add(s.sum, s.y.ne[0]);
     } else if (d.kind == kStreamRopeStore) {
         const RopeStoreArgs r = d.get<StreamRope>().args;
         for (int i = 0; i < r.n_ropes; ++i) add_view(r.rope[i].y);

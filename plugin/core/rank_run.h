@@ -153,6 +153,8 @@ class RankRun {
     static void make_elements(Draft& d, const View& x);
     bool add_unary(const RankLaunch& l);
     bool add_rms_norm(const NormArgs& n);
+    bool add_layer_norm(const NormArgs& n);
+    bool join_layer_norm(const BinaryArgs& b, int op);
     bool add_copy(const CopyArgs& c);
     static void reshape(View& packed, const View& as);
     bool add_concat(const MoveArgs& m);

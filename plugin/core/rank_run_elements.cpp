@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string_view>
 
 #include "elementwise.h"
 #include "recurrent.h"
@@ -41,7 +42,7 @@ bool RankRun::add_binary(const RankLaunch& l) {
     if (n_elements(b.args.y) > kMostElems) return false;
     for (int op = 0; op < 4; ++op)
         if (!std::strcmp(l.launch.kernel, kBinaryKernels[op])) b.op = op;
-    if (b.op == 0 && add_bias(b.args)) return true;
+    if ((b.op == 0 && add_bias(b.args)) || join_layer_norm(b.args, b.op)) return true;
     if (b.op >= 0 && !stages.empty() && stages.back().kind == kStreamElements && same_view(stages.back().get<StreamElements>().y, b.args.a) &&
         same_view(b.args.a, b.args.y) && !meet({span_of(b.args.b)}, stages.back().writes) && stages.back().get<StreamElements>().n_steps < kStreamElementSteps)
         return add_element_op(b.args.a, b.args.y, {b.args.b}, [&](StreamElements::Step& step) { step.op = kStreamWithOther + b.op, step.b = b.args.b; });
@@ -122,6 +123,40 @@ bool RankRun::add_rms_norm(const NormArgs& n) {
     FusedNormArgs f{};
     f.a = n.x, f.y = n.y, f.weight = n.weight, f.has_weight = n.has_weight, f.eps = n.eps;
     return add_norm(f);
+}
+bool RankRun::add_layer_norm(const NormArgs& n) {
+    auto rows = [](const View& v) { return v.type == kF32 && v.nb[0] == 4; };
+    if (!rows(n.x) || !rows(n.y) || n_elements(n.y) > kMostElems || pending || (n.has_weight && !is_vector(n.weight, n.y.ne[0]))) return false;
+    if (!same_view(n.x, n.y) && meet({span_of(n.x)}, {span_of(n.y)})) return false;
+    StreamLayerNorm s{n.x, n.y, n.has_weight ? reinterpret_cast<const float*>(n.weight.data) : nullptr, nullptr, nullptr, nullptr, n.eps, 0};
+    Draft d = Draft::of(kStreamLayerNorm, s);
+    d.reads = {span_of(n.x)};
+    d.writes = {span_of(n.y)};
+    const i64 k = n.y.ne[0];
+    const auto sum = stages.empty() ? std::nullopt : body_of<StreamBinary>(stages, stages.size() - 1, kStreamBinary);
+    auto row = [&](const View& v) { return is_vector(v, k) && (v.data == n.x.data || !meet({span_of(v)}, {span_of(n.x)})); };
+    if (sum && sum->op == 0 && !sum->n_push && same_view(sum->args.y, n.x) && row(n.x) && row(sum->args.a) && row(sum->args.b)) {  // a residual
+        s.x = sum->args.a, s.added = reinterpret_cast<const float*>(sum->args.b.data), s.sum = reinterpret_cast<float*>(n.x.data);
+        d.set(s);
+        d.reads = stages.back().reads;
+        d.writes.push_back(span_of(n.x));
+        stages.pop_back();
+    }
+    stages.push_back(std::move(d));
+    return true;
+}
+/// The weight and the bias of the norm that is the last stage, where their results take the place of its own.
+bool RankRun::join_layer_norm(const BinaryArgs& b, int op) {
+    if (stages.empty() || stages.back().kind != kStreamLayerNorm || op < 0 || !same_view(b.a, b.y) || !is_vector(b.b, b.y.ne[0])) return false;
+    Draft& d = stages.back();
+    StreamLayerNorm s = d.get<StreamLayerNorm>();
+    const std::string_view kernel = kBinaryKernels[op];
+    const bool weighs = kernel == "binary_mul" && !s.weight && !s.bias, adds = kernel == "binary_add" && !s.bias;
+    if (!same_view(s.y, b.a) || meet({span_of(b.b)}, d.writes) || (!weighs && !adds)) return false;
+    (weighs ? s.weight : s.bias) = reinterpret_cast<const float*>(b.b.data);
+    d.set(s);
+    d.reads.push_back(span_of(b.b));
+    return true;
 }
 bool RankRun::add_copy(const CopyArgs& c) {
     const i64 n = n_elements(c.x);
