@@ -152,36 +152,7 @@ TP_DEVICE u32 groups_that_count(const Shared& s, const StreamRoute& r) {
     for (int i = 0; i < r.n_groups_used; ++i) open |= __shfl_sync(0xffffffffu, mine, i);
     return open;
 }
-/// What others may read of a choice among groups of so many experts each; by(e): what chooses. By one warp, of which every block finds the order within some groups.
-template <class By>
-TP_DEVICE void give_groups(const StreamRoute& r, u32 open, int of_group, int n_writers, bool writes, const By& by) {
-    Shared& s = shared_of();
-    const int lane = threadIdx.x % 32;
-    for (int group = blockIdx.x; group < r.n_groups; group += n_writers) {
-        const int first = group * of_group;
-        float best = 0, second = 0;  // where this lane has them
-        for (int i = lane; i < of_group; i += 32) {
-            const float v = by(first + i);
-            const u32 key = sort_key(v, true);
-            int place = 0;
-            for (int other = 0; other < of_group; ++other) {
-                const u32 of_other = sort_key(by(first + other), true);
-                place += of_other < key || (of_other == key && other < i);
-            }
-            if (r.group_order) r.group_order[first + place] = i;
-            if (place == 0) best = v;
-            if (place == 1) second = v;
-            if (place < 2 && r.group_best) r.group_best[2 * group + place] = v;
-        }
-        const float sum = tp_warp_sum(best) + tp_warp_sum(second);
-        if (lane == 0 && r.group_sums) r.group_sums[group] = sum;
-    }
-    if (!writes) return;
-    if (r.groups && lane < r.n_groups) r.groups[lane] = s.groups[lane];
-    for (int i = 0; i < r.n_groups_used && r.group_rows; ++i)
-        for (int at = lane; at < of_group; at += 32) r.group_rows[i * of_group + at] = by(s.groups[i] * of_group + at);
-    for (int e = lane; e < r.n_expert && r.open; e += 32) r.open[e] = open >> e / of_group & 1 ? by(e) : -INFINITY;
-}
+TP_OUTLINE void of_groups(SoftMax gates, u32 open, int n_writers, bool writes);
 
 /// Their weights, into shared memory; arithmetic and order are those of chain.cu. And all that others may read. Of other numbers than the router's logits:
 /// nothing but the time that the instructions take to come.
@@ -237,7 +208,7 @@ TP_OUTLINE void weigh_experts(const float* logits) {
         }
         const int of_group = r.n_groups ? n / r.n_groups : n;
         u32 open = ~0u;  // groups that count
-        if (r.n_groups) open = groups_that_count(s, r), give_groups(r, open, of_group, n_writers, writes, [&](int e) { return gated(e) + bias_of(r, e); });
+        if (r.n_groups) open = groups_that_count(s, r), of_groups(gates, open, n_writers, writes);
         // The whole order: a block finds the places of some experts.
         auto key_of = [&](int e) {
             float by = r.selection_bias || r.n_groups ? gated(e) + bias_of(r, e) : gate_of<kPlain>(r, r.logits, e, true);
@@ -852,53 +823,9 @@ TP_DEVICE void begin_stage(int i) {
     fetch_stage(i + 2);
 }
 
-/// The two largest numbers of a group of experts, or of a part of it.
-struct BestOfGroup {
-    float first = -INFINITY, second = -INFINITY;
-    TP_MEMBER void take(float v) {
-        if (v > first) second = first, first = v;
-        else if (v > second) second = v;
-    }
-};
-/// Experts of the groups that do not count are -infinity. by: of a thread's experts, 32 apart. A warp finds the best of its part of each group; of what they have
-/// found every warp puts all groups in order, a lane a group.
+/// Which groups of experts count, a bit each. by, more: what chooses, of a thread's experts, which are 32 apart.
 template <int kEach>
-TP_DEVICE void close_groups(const StreamRoute& r, float (&by)[kEach], BestOfGroup* parts) {
-    Shared& s = shared_of();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, of_warp = 32 * kEach, begin = warp * of_warp, n = r.n_expert, of_group = n / r.n_groups;
-    const int end = begin + of_warp < n ? begin + of_warp : n;
-    for (int group = begin / of_group; group * of_group < end; ++group) {
-        BestOfGroup best;
-#pragma unroll
-        for (int j = 0; j < kEach; ++j) {
-            const int e = begin + lane + 32 * j;
-            if (e >= group * of_group && e < (group + 1) * of_group) best.take(by[j]);
-        }
-#pragma unroll 1
-        for (int o = 16; o; o /= 2) {
-            const float first = __shfl_xor_sync(0xffffffffu, best.first, o), second = __shfl_xor_sync(0xffffffffu, best.second, o);
-            best.take(first), best.take(second);
-        }
-        if (lane == 0) parts[group + warp] = best;  // no other part has that place: of those behind it one of the two is larger
-    }
-    static_assert(kStreamWarps * kVecSlots * 4 + (kStreamMostGroups + kStreamWarps) * sizeof(BestOfGroup) <= kStreamStageBytes, "beside the keys");
-    sync_multiplying();
-    BestOfGroup best;
-    for (int part = lane * of_group / of_warp; lane < r.n_groups && part * of_warp < (lane + 1) * of_group; ++part)
-        best.take(parts[lane + part].first), best.take(parts[lane + part].second);
-    const u32 key = lane < r.n_groups ? sort_key(best.first + best.second, true) : ~0u;
-    int place = 0;
-#pragma unroll 1
-    for (int other = 0; other < r.n_groups; ++other) {
-        const u32 of_other = __shfl_sync(0xffffffffu, key, other);
-        place += of_other < key || (of_other == key && other < lane);
-    }
-    const u32 open = __ballot_sync(0xffffffffu, lane < r.n_groups && place < r.n_groups_used);
-    if (warp == 0 && lane < r.n_groups) s.groups[place] = (u8)lane;
-#pragma unroll
-    for (int j = 0; j < kEach; ++j)
-        if (const int e = begin + lane + 32 * j; e < n && !(open >> e / of_group & 1)) by[j] = -INFINITY;
-}
+TP_OUTLINE u32 in_groups(int stage, float by, float more);
 /// Begins a stage of experts' first products and chooses them: the first n_used in the order of sort_row.h. A warp puts 32 experts, or 64, in order, and sends
 /// in the first of them; these are put in order by whoever has them. A soft max without a selection bias orders as its logits do.
 template <int kEach, bool kByLogits>
@@ -921,7 +848,12 @@ TP_OUTLINE void choose_experts(int stage) {
             if ((r.selection_bias || r.n_groups) && r.gating == kGatingSoftMax) by[j] = gates.of(by[j]);
             if (r.selection_bias) by[j] += __int_as_float(tp_load_word_in_order(r.selection_bias + first + 32 * j, first + 32 * j < n));
         }
-        if (r.n_groups) close_groups(r, by, (BestOfGroup*)(s.stage[(stage + 2) % 3] + kStreamWarps * kVecSlots * 4));
+        if (r.n_groups) {
+            const u32 open = in_groups<kEach>(stage, by[0], by[kEach - 1]);
+#pragma unroll
+            for (int j = 0; j < kEach; ++j)
+                if (const int e = first + 32 * j; e < n && !(open >> e / (n / r.n_groups) & 1)) by[j] = -INFINITY;
+        }
     }
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
@@ -2223,6 +2155,87 @@ TP_DEVICE void fetch_ahead(const StreamFloats& f) {
 
 // ---- what only some models have. Functions lie in the order of their mangled names, which begin with their lengths: nine letters put these behind the products,
 // so that what all models run lies as it did before there were these (docs/decisions.md).
+/// The two largest numbers of a group of experts, or of a part of it.
+struct BestOfGroup {
+    float first = -INFINITY, second = -INFINITY;
+    TP_MEMBER void take(float v) {
+        if (v > first) second = first, first = v;
+        else if (v > second) second = v;
+    }
+};
+/// A warp finds the best of its part of each group; of what they have found every warp puts all groups in order, a lane a group.
+template <int kEach>
+TP_OUTLINE u32 in_groups(int stage, float by, float more) {
+    Shared& s = shared_of();
+    const StreamRoute& r = ((const StreamExperts*)stage_at(stage % 3).body)->route;
+    BestOfGroup* const parts = (BestOfGroup*)(s.stage[(stage + 2) % 3] + kStreamWarps * kVecSlots * 4);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, of_warp = 32 * kEach, begin = warp * of_warp, n = r.n_expert, of_group = n / r.n_groups;
+    const int end = begin + of_warp < n ? begin + of_warp : n;
+    for (int group = begin / of_group; group * of_group < end; ++group) {
+        BestOfGroup best;
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) {
+            const int e = begin + lane + 32 * j;
+            if (e >= group * of_group && e < (group + 1) * of_group) best.take(j ? more : by);
+        }
+#pragma unroll 1
+        for (int o = 16; o; o /= 2) {
+            const float first = __shfl_xor_sync(0xffffffffu, best.first, o), second = __shfl_xor_sync(0xffffffffu, best.second, o);
+            best.take(first), best.take(second);
+        }
+        if (lane == 0) parts[group + warp] = best;  // no other part has that place: of those behind it one of the two is larger
+    }
+    static_assert(kStreamWarps * kVecSlots * 4 + (kStreamMostGroups + kStreamWarps) * sizeof(BestOfGroup) <= kStreamStageBytes, "beside the keys");
+    sync_multiplying();
+    BestOfGroup best;
+    for (int part = lane * of_group / of_warp; lane < r.n_groups && part * of_warp < (lane + 1) * of_group; ++part)
+        best.take(parts[lane + part].first), best.take(parts[lane + part].second);
+    const u32 key = lane < r.n_groups ? sort_key(best.first + best.second, true) : ~0u;
+    int place = 0;
+#pragma unroll 1
+    for (int other = 0; other < r.n_groups; ++other) {
+        const u32 of_other = __shfl_sync(0xffffffffu, key, other);
+        place += of_other < key || (of_other == key && other < lane);
+    }
+    const u32 open = __ballot_sync(0xffffffffu, lane < r.n_groups && place < r.n_groups_used);
+    if (warp == 0 && lane < r.n_groups) s.groups[place] = (u8)lane;
+    return open;
+}
+/// What others may read of a choice among groups of experts, for weigh_experts. By one warp; every block finds the order within some groups.
+TP_OUTLINE void of_groups(SoftMax gates, u32 open, int n_writers, bool writes) {
+    Shared& s = shared_of();
+    const StreamRoute& r = ((const StreamExperts*)s.stored)->route;
+    const int lane = threadIdx.x % 32, of_group = r.n_expert / r.n_groups;
+    auto by = [&](int e) {
+        const float gate = gate_of<false>(r, r.logits, e, true);
+        return (r.gating == kGatingSoftMax ? gates.of(gate) : gate) + bias_of(r, e);
+    };
+    for (int group = blockIdx.x; group < r.n_groups; group += n_writers) {
+        const int first = group * of_group;
+        float best = 0, second = 0;  // where this lane has them
+        for (int i = lane; i < of_group; i += 32) {
+            const float v = by(first + i);
+            const u32 key = sort_key(v, true);
+            int place = 0;
+            for (int other = 0; other < of_group; ++other) {
+                const u32 of_other = sort_key(by(first + other), true);
+                place += of_other < key || (of_other == key && other < i);
+            }
+            if (r.group_order) r.group_order[first + place] = i;
+            if (place == 0) best = v;
+            if (place == 1) second = v;
+            if (place < 2 && r.group_best) r.group_best[2 * group + place] = v;
+        }
+        const float sum = tp_warp_sum(best) + tp_warp_sum(second);
+        if (lane == 0 && r.group_sums) r.group_sums[group] = sum;
+    }
+    if (!writes) return;
+    if (r.groups && lane < r.n_groups) r.groups[lane] = s.groups[lane];
+    for (int i = 0; i < r.n_groups_used && r.group_rows; ++i)
+        for (int at = lane; at < of_group; at += 32) r.group_rows[i * of_group + at] = by(s.groups[i] * of_group + at);
+    for (int e = lane; e < r.n_expert && r.open; e += 32) r.open[e] = open >> e / of_group & 1 ? by(e) : -INFINITY;
+}
+
 /// Norms of long rows, which are few: a block a row, four elements a thread at once. (By a warp a row of 4,096 would be 128 trips to the L2 in a row.)
 TP_OUTLINE void norm_rows(const FusedNormArgs& a, float factor) {
     Shared& s = shared_of();
