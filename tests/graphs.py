@@ -891,7 +891,7 @@ def _experts() -> None:
         return out
 
     # Groups of less than a warp's experts, of as many, across warps where a lane has two experts; as many groups as the persistent kernel knows.
-    for n_expert, groups, used, sigmoid, again in ((24, 4, 2, False, True), (256, 8, 4, True, False), (264, 6, 5, True, True), (96, 32, 7, False, True)):
+    for n_expert, groups, used, sigmoid, again in ((24, 4, 1, False, True), (256, 8, 4, True, False), (264, 6, 2, True, True), (96, 32, 3, False, True)):
         how = f"experts Q8_0, {n_expert} in {groups} groups, {used} of them, {'sigmoids' if sigmoid else 'soft max'}{', all read again' * again}"
         case(how)(lambda g, e=n_expert, n=groups, u=used, s=sigmoid, a=again: grouped(g, e, n, u, s, a))
 
