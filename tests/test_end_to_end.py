@@ -635,9 +635,6 @@ def test_routers_with_a_bias_that_only_chooses(workers, models, gating, ranks):
     assert "stream of " in result["program"]
 
 
-WIDE = {"embedding_length": 1024, "attention.key_length": 128, "attention.value_length": 128, "rope.dimension_count": 128}
-
-
 @pytest.mark.parametrize(
     ("family", "ranks", "options"),
     [("starcoder2", 1, {}), ("starcoder2", 2, WIDE), ("starcoder2", 3, WIDE), ("command-r", 1, {}), ("cohere2", 1, WIDE), ("phi2", 1, WIDE),
