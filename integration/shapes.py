@@ -64,6 +64,9 @@ SHAPES = {
     "glm-4.7-flash": Shape("deepseek2", 47, 2048, 10240, 20, 1, 576, 154880, 64, 4, 1536, n_rope=64, n_dense=1, n_shared=1, latent=(768, 512, 192, 64, 256)),
     "deepseek-v3": Shape("deepseek2", 61, 7168, 18432, 128, 1, 576, 129280, 256, 8, 2048, n_rope=64, n_dense=3, n_shared=1, latent=(1536, 512, 128, 64, 128),
         groups=(8, 4)),
+    # What one of eight ranks has of that, and less of it: 8 layers, one of them dense, and an eighth of the vocabulary's rows.
+    "deepseek-v3-eighth": Shape("deepseek2", 8, 7168, 2304, 16, 1, 576, 16384, 256, 8, 256, n_rope=64, n_dense=1, n_shared=1, latent=(1536, 512, 128, 64, 128),
+        groups=(8, 4)),
     # In MXFP4 as its files are: experts; attention's matrices have the head's type. 2,880 is no multiple of 256: types with blocks of 32.
     "gpt-oss-20b": Shape("gpt-oss", 24, 2880, 2880, 64, 8, 64, 201088, n_expert=32, n_expert_used=4, n_ff_expert=2880, window=128),
 }
