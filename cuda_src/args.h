@@ -177,6 +177,22 @@ struct NormArgs {
     i32 has_weight;
     float eps;
 };  // F32, rows along ne0; weight broadcast
+// sums[part * rows + row] = the sum of squares of a rank's elements of a row: of up to four views of as many rows, of any lengths, 0 where there are none.
+constexpr int kMostSquares = 4;
+struct RowSquaresArgs {
+    View x[kMostSquares];
+    float* sums;
+    i64 rows;
+    i32 n_parts, pad;
+};
+// y = x / sqrt(squares[row] / n + eps) [* weight]: a rank's elements of rows of n, whose sums of squares are all ranks'.
+struct NormBySquaresArgs {
+    View x, y, weight;
+    const float* squares;
+    i64 n;
+    i32 has_weight;
+    float eps;
+};
 // s = a + b (has_b), y = s / sqrt(mean(s^2) + eps) * weight (has_weight), and y as int8 or panels (xq not null), all rows of ne0; F32, 16-byte aligned.
 struct FusedNormArgs {
     View a, b, sum, y, weight;
@@ -624,7 +640,7 @@ struct StreamFloats {
     const float* more_w;  // a row behind the others that lies elsewhere, as its result does; null: there is none
     float* more_y;
 };
-// y[i] = sum over ranks of inbox[rank][i], in rank order: the same bits on every rank. An inbox has words {sum, number of the push}, which
+// y[i] = factor * sum over ranks of inbox[rank][i], in rank order: the same bits on every rank. An inbox has words {sum, number of the push}, which
 // are stored and read whole: whoever finds the number that it waits for has the sum too, and no fence and no counter is between them. There
 // are two, by turns: a rank that pushes again has seen all of the last push, so everybody has read the one before (persist.cpp, waits_of).
 struct StreamReduce {
@@ -634,6 +650,8 @@ struct StreamReduce {
     float* raw;
     i64 n;
     i32 n_ranks, push;
+    float factor;  // of the sum
+    i32 pad;
 };
 struct StreamCopy {
     const float* from;
@@ -651,6 +669,7 @@ struct StreamRope {
 };
 struct StreamNormRows {
     FusedNormArgs norm;
+    float* copy;   // of the only row's result, if it is long, for a later stage, or null
     float factor;  // of y
     i32 pad;
 };
@@ -660,6 +679,22 @@ struct StreamLayerNorm {
     View x, y;
     const float *weight, *bias, *added;
     float* sum;
+    float eps;
+    i32 pad;
+};
+// RowSquaresArgs and NormBySquaresArgs of one row, F32, at multiples of 16 bytes.
+struct StreamSquares {
+    const float* x[kMostSquares];
+    i64 n[kMostSquares];
+    float* sums;
+    u64* inbox[16];  // as a StreamProduct's
+    i32 n_parts, n_push, push, pad;
+};
+struct StreamNormBySquares {
+    const float *x, *weight, *squares;
+    float *y, *copy;  // copy: for a later stage, or null
+    i64 n;            // elements of this rank
+    i64 whole;        // of all ranks
     float eps;
     i32 pad;
 };
@@ -821,6 +856,8 @@ enum StreamKind : i32 {
     kStreamDelta,
     kStreamHeads,
     kStreamLayerNorm,
+    kStreamSquares,
+    kStreamNormBySquares,
 };
 struct StreamStage {
     i32 kind;

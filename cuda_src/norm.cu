@@ -31,7 +31,8 @@ TP_DEVICE float wide_block_sum(float v) {
     return sum;
 }
 
-TP_DEVICE void write_row(const NormArgs& args, const Index& row, float shift, float scale) {
+template <class Args>  // NormArgs, NormBySquaresArgs
+TP_DEVICE void write_row(const Args& args, const Index& row, float shift, float scale) {
     const View &x = args.x, &y = args.y, &weight = args.weight;
     const char* x_row = element_at(x, row);
     char* y_row = element_at(y, row);
@@ -42,6 +43,17 @@ TP_DEVICE void write_row(const NormArgs& args, const Index& row, float shift, fl
         if (w_row) v *= load_element(w_row + i * weight.nb[0], weight.type);
         store_element(y_row + i * y.nb[0], y.type, v);
     }
+}
+
+/// The sum over the block of a row's squares.
+TP_DEVICE float squares_of_row(const View& v, const Index& row) {
+    const char* x = element_at(v, row);
+    float squares = 0.0f;
+    for (i64 i = threadIdx.x; i < v.ne[0]; i += blockDim.x) {
+        const float e = load_element(x + i * v.nb[0], v.type);
+        squares += e * e;
+    }
+    return block_sum(squares, 0);
 }
 
 /// The row stays in registers between the sum of squares and the result. load_a(i, v): elements i to i + 3 of a.
@@ -87,14 +99,18 @@ using namespace ggml_tp;
 
 TP_KERNEL(rms_norm, NormArgs, 256) {
     const Index row = row_index(blockIdx.x, args.x.ne);
-    const char* x = element_at(args.x, row);
-    float squares = 0.0f;
-    for (i64 i = threadIdx.x; i < args.x.ne[0]; i += blockDim.x) {
-        const float v = load_element(x + i * args.x.nb[0], args.x.type);
-        squares += v * v;
-    }
-    const float mean = block_sum(squares, 0) / (float)args.x.ne[0];
+    const float mean = squares_of_row(args.x, row) / (float)args.x.ne[0];
     write_row(args, row, 0.0f, 1.0f / sqrtf(mean + args.eps));
+}
+
+TP_KERNEL(row_squares, RowSquaresArgs, 256) {
+    const View& x = args.x[blockIdx.y];
+    const float sum = squares_of_row(x, row_index(blockIdx.x, x.ne));
+    if (threadIdx.x == 0) args.sums[(i64)blockIdx.y * args.rows + blockIdx.x] = sum;
+}
+
+TP_KERNEL(norm_by_squares, NormBySquaresArgs, 256) {
+    write_row(args, row_index(blockIdx.x, args.x.ne), 0.0f, 1.0f / sqrtf(args.squares[blockIdx.x] / (float)args.n + args.eps));
 }
 
 TP_KERNEL(layer_norm, NormArgs, 256) {

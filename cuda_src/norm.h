@@ -30,6 +30,24 @@ inline Launch rms_norm_launch(const NormArgs& args, Arch) { return detail::norm_
 /// y = (x - mean(x)) / sqrt(var(x) + eps) [* weight]
 inline Launch norm_launch(const NormArgs& args, Arch) { return detail::norm_launch_of("layer_norm", args); }
 
+/// See RowSquaresArgs: a block a row of a view.
+inline Launch row_squares_launch(const RowSquaresArgs& args, Arch) {
+    Launch l;
+    if (args.n_parts < 1 || args.n_parts > kMostSquares || args.rows < 1 || args.rows > 0x7fffffff) return l;
+    for (int i = 0; i < args.n_parts; i++)
+        if (!is_float_type(args.x[i].type) || n_rows(args.x[i]) != args.rows) return l;
+    l.kernel = "row_squares";
+    l.grid[0] = (u32)args.rows, l.grid[1] = (u32)args.n_parts;
+    l.block[0] = kNormThreads;
+    return l;
+}
+/// See NormBySquaresArgs.
+inline Launch norm_by_squares_launch(const NormBySquaresArgs& args, Arch) {
+    Launch l = detail::norm_launch_of("norm_by_squares", NormArgs{args.x, args.y, args.weight, args.has_weight, args.eps});
+    if (!args.squares || args.n <= 0) return {};
+    return l;
+}
+
 /// See FusedNormArgs. Up to 16,384 elements a row: four a thread and step, 1,024 threads.
 inline Launch fused_norm_launch(const FusedNormArgs& f, Arch) {
     Launch l;

@@ -1017,14 +1017,18 @@ TP_DEVICE float take_all(const StreamProduct& p, const InputFrom& in, Shared& s,
     return squares;
 }
 
-/// 1 / root mean square of k elements, of which each thread has some, whose squares these are the sum of.
-TP_DEVICE float norm_scale(Shared& s, float squares, int k, float eps) {
-    squares = tp_warp_sum(squares);
-    if (threadIdx.x % 32 == 0) s.squares[threadIdx.x / 32] = squares;
+/// The sum over the multiplying warps, which have read the last such sum.
+TP_DEVICE float sum_of_warps(Shared& s, float v) {
+    v = tp_warp_sum(v);
+    if (threadIdx.x % 32 == 0) s.squares[threadIdx.x / 32] = v;
     sync_multiplying();
     float total = 0;
     for (int w = 0; w < kStreamWarps; ++w) total += s.squares[w];
-    return tp_quotient(1.0f, sqrtf(tp_quotient(total, (float)k) + eps));
+    return total;
+}
+/// 1 / root mean square of k elements, of which each thread has some, whose squares these are the sum of.
+TP_DEVICE float norm_scale(Shared& s, float squares, int k, float eps) {
+    return tp_quotient(1.0f, sqrtf(tp_quotient(sum_of_warps(s, squares), (float)k) + eps));
 }
 /// Of all of an input's b; a thread takes what it will take once more.
 TP_DEVICE float scale_of_b(const StreamProduct& p, const InputFrom& in, Shared& s, int k) {
@@ -2237,7 +2241,7 @@ TP_OUTLINE void of_groups(SoftMax gates, u32 open, int n_writers, bool writes) {
 }
 
 /// Norms of long rows, which are few: a block a row, four elements a thread at once. (By a warp a row of 4,096 would be 128 trips to the L2 in a row.)
-TP_OUTLINE void norm_rows(const FusedNormArgs& a, float factor) {
+TP_OUTLINE void norm_rows(const FusedNormArgs& a, float factor, float* copy) {
     Shared& s = shared_of();
     const int n = (int)a.y.ne[0], thread = threadIdx.x;
     const i64 rows = a.y.ne[1] * a.y.ne[2] * a.y.ne[3];
@@ -2262,6 +2266,7 @@ TP_OUTLINE void norm_rows(const FusedNormArgs& a, float factor) {
             if (a.has_weight) load_four(a.weight.data + i * 4, weight);
             for (int e = 0; e < 4; ++e) v[e] *= scale * weight[e];
             store_four(y + i * 4, v);
+            if (copy) store_four((char*)(copy + i), v);
         }
         sync_multiplying();  // the next row's sums meet where these did
     }
@@ -2294,6 +2299,37 @@ TP_OUTLINE void norm_head(const FusedNormArgs& a, float factor, u32 row) {
         if (i < n) store_four(y + i * 4, v[j]);
     }
 }
+/// A block a row: of this rank's part, pushed to all ranks.
+TP_OUTLINE void squaresum(const StreamSquares& a, u32 block) {
+    Shared& s = shared_of();
+    for (u32 part = block; part < (u32)a.n_parts; part += gridDim.x) {
+        const float* const x = a.x[part];
+        float squares = 0;
+#pragma unroll 4
+        for (i64 i = 4 * threadIdx.x; i < a.n[part]; i += 4 * kMultiply) {
+            float v[4];
+            load_four((const char*)(x + i), v);
+            for (int e = 0; e < 4; ++e) squares += v[e] * v[e];
+        }
+        sync_multiplying();
+        const float sum = sum_of_warps(s, squares);
+        if (threadIdx.x != 0) continue;
+        if (a.n_push) push_to_all(a, s, part, sum);
+        else a.sums[part] = sum;
+    }
+}
+TP_OUTLINE void normed_by(const StreamNormBySquares& a, i64 first, i64 step) {
+    const float scale = 1.0f / sqrtf(a.squares[0] / (float)a.whole + a.eps);
+#pragma unroll 1
+    for (i64 i = 4 * first; i < a.n; i += 4 * step) {
+        float v[4], weight[4] = {1, 1, 1, 1};
+        load_four((const char*)(a.x + i), v);
+        if (a.weight) load_four((const char*)(a.weight + i), weight);
+        for (int e = 0; e < 4; ++e) v[e] *= scale * weight[e];
+        store_four((char*)(a.y + i), v);
+        if (a.copy) store_four((char*)(a.copy + i), v);
+    }
+}
 /// Rows about their means: a warp a row, of long ones a block. In three passes, as the formula of one cancels where means are large (norm.cu).
 TP_OUTLINE void layernorm(const StreamLayerNorm& a, i64 first, i64 step) {
     Shared& s = shared_of();
@@ -2302,15 +2338,9 @@ TP_OUTLINE void layernorm(const StreamLayerNorm& a, i64 first, i64 step) {
     const int width = wide ? kMultiply : 32, begin = wide ? (int)threadIdx.x : (int)threadIdx.x % 32;
     const i64 rows = a.y.ne[1] * a.y.ne[2] * a.y.ne[3], rows_apart = wide ? gridDim.x : step / 32;
     auto mean_of = [&](float v) {
-        v = tp_warp_sum(v);
-        if (wide) {
-            sync_multiplying();  // the sums before have been read
-            if (threadIdx.x % 32 == 0) s.squares[threadIdx.x / 32] = v;
-            sync_multiplying();
-            v = 0;
-            for (int w = 0; w < kStreamWarps; ++w) v += s.squares[w];
-        }
-        return v / (float)n;
+        if (!wide) return tp_warp_sum(v) / (float)n;
+        sync_multiplying();
+        return sum_of_warps(s, v) / (float)n;
     };
     for (i64 row = wide ? blockIdx.x : first / 32; row < rows; row += rows_apart) {
         const Index at = row_index((u32)row, a.y.ne);
@@ -2604,6 +2634,7 @@ TP_OUTLINE Progress do_stage(Progress now) {
                 const float added = a.bias ? a.bias[i] : 0.0f;
                 float sum = sum_of(inbox + i, push, s);
                 for (int r = 1; r < a.n_ranks; ++r) sum += sum_of(inbox + r * a.n + i, push, s);
+                sum *= a.factor;
                 if (a.raw) a.raw[i] = sum;
                 sum += added;
                 a.y[i] = sum;
@@ -2617,11 +2648,13 @@ TP_OUTLINE Progress do_stage(Progress now) {
             break;
         }
         case kStreamLayerNorm: layernorm(*(const StreamLayerNorm*)body, first, step); break;
+        case kStreamSquares: squaresum(*(const StreamSquares*)body, block_here); break;
+        case kStreamNormBySquares: normed_by(*(const StreamNormBySquares*)body, first, step); break;
         case kStreamNormRows: {  // a warp a row
             const FusedNormArgs& a = ((const StreamNormRows*)body)->norm;
             const float factor = ((const StreamNormRows*)body)->factor;
             if (a.y.ne[0] >= kStreamLongRow) {
-                norm_rows(a, factor);
+                norm_rows(a, factor, ((const StreamNormRows*)body)->copy);
                 break;
             }
             const i64 rows = a.y.ne[1] * a.y.ne[2] * a.y.ne[3], n = a.y.ne[0];

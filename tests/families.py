@@ -94,7 +94,7 @@ FAMILIES: dict[str, Family] = {
     "cohere2": Family("cohere2", LAYER_NORM | {"logit_scale": 0.25, "attention.sliding_window": 32, "attention.sliding_window_pattern": 2},
         without="output", cost=(3, 0)),
     "falcon": Family("falcon", {"attention.head_count_kv": 2}, optional=r"(attn|output)_norm(_2)?\.bias", joined=QKV, cost=(3, 0)),
-    "olmo2": Family("olmo2", cost=(4, 4)),
+    "olmo2": Family("olmo2", cost=(6, 0)),
     "minicpm3": Family("minicpm3", {"attention.head_count_kv": 8, "attention.q_lora_rank": 96, "attention.kv_lora_rank": 64, "attention.key_length": 64,
         "attention.value_length": 32}),
     "deepseek2": Family("deepseek2", EXPERTS | SHARED | LATENT | {"leading_dense_block_count": 1}),
@@ -130,12 +130,12 @@ FAMILIES: dict[str, Family] = {
     "bloom": Family("bloom", {"attention.head_count_kv": 8}, optional=r".*\.bias", joined=QKV),
     "mpt": Family("mpt", LAYER_NORM | {"attention.head_count_kv": 8, "attention.max_alibi_bias": 8.0}, without="attn_[qk]_norm", joined=QKV),
     "stablelm": Family("stablelm", {"rope.dimension_count": 16, "use_parallel_residual": False}, optional=r".*norm\.bias"),
-    "olmoe": Family("olmoe", EXPERTS | {"attention.head_count_kv": 8}, cost=(4, 4)),
+    "olmoe": Family("olmoe", EXPERTS | {"attention.head_count_kv": 8}, cost=(6, 0)),
     "dbrx": Family("dbrx", EXPERTS | LAYER_NORM | {"attention.clamp_kqv": 8.0, "feed_forward_length": 192}, joined=QKV),
     "granitemoe": Family("granitemoe", EXPERTS | {"logit_scale": 8.0, "embedding_scale": 12.0, "residual_scale": 0.22, "attention.scale": 0.0156}),
     "grok": Family("grok", EXPERTS),
     "exaone4": Family("exaone4", {"attention.sliding_window": 32}),
-    "minimax-m2": Family("minimax-m2", EXPERTS | {"expert_gating_func": SIGMOID}, cost=(4, 4)),
+    "minimax-m2": Family("minimax-m2", EXPERTS | {"expert_gating_func": SIGMOID}, cost=(6, 0)),
     "rwkv6": Family("rwkv6", {"attention.head_count": 0, "attention.head_count_kv": 0, "wkv.head_size": 32, "time_mix_extra_dim": 32,
         "time_decay_extra_dim": 64}, optional=r".*\.bias", without="time_mix_lerp_[wkvrg]"),
     "rwkv7": Family("rwkv7", {"attention.head_count": 0, "attention.head_count_kv": 0, "wkv.head_size": 32, "attention.decay_lora_rank": 32,
@@ -251,9 +251,18 @@ def _tensors(host: Host, keys: Path, family: str, also: str) -> dict[str, tuple[
     return out
 
 
+def cost_of(family: str, ranks: int) -> tuple[int, int]:
+    """All_reduces and all_gathers of one token: two all_reduces a layer, or what the family's row says."""
+    row = FAMILIES[family]
+    reduces, gathers = row.cost or (2 * (COMMON | dict(row.keys))["block_count"], 0)
+    if row.beyond and ranks > row.beyond[0]:
+        gathers += row.beyond[1]
+    return (reduces, gathers) if ranks > 1 else (0, 0)
+
+
 # Read element by element by the host's own ops, which take F32 only; or too small for anybody to quantise.
 PLAIN = re.compile(
-    r"norm|ffn_gate_inp|conv|ssm_(a|d|dt|x)\b|time_mix_(lerp|first|decay|a|k|r|w|v|g)|time_mix_(?!key|value|receptance|gate|output)|position_embd"
+    r"norm|ffn_gate_inp|conv(1d|\.weight|\.bias)|ssm_(a|d|dt|x)\b|time_mix_(lerp|first|decay|a|k|r|w|v|g)|time_mix_(?!key|value|receptance|gate|output)|position_embd"
     r"|token_types|attn_rel_b|altup|rope_|sinks|channel_mix_lerp|exp_probs_b"
 )
 

@@ -7,7 +7,7 @@ import os
 import jobs
 import pytest
 from conftest import emulated
-from families import COMMON, FAMILIES, has_experts
+from families import FAMILIES, cost_of, has_experts
 from ggml_tp import explain
 from ggml_tp.host import nmse
 from graphs import IQ4_XS, Q3_K, Q4_0, Q4_K, Q5_K, Q6_K, Q8_0
@@ -43,12 +43,9 @@ def check(workers, models, family: str, quant: str, ranks: int, only_here: dict 
 
 
 def check_cost(result: dict, family: str, ranks: int) -> None:
-    """What the last graph reduced and gathered: two all_reduces a layer, or what the family's row says."""
-    counters, row = result["counters"], FAMILIES[family]
-    cost = row.cost or (2 * (COMMON | dict(row.keys))["block_count"], 0)
-    if row.beyond and ranks > row.beyond[0]:
-        cost = (cost[0], cost[1] + row.beyond[1])
-    assert (counters.last_all_reduces, counters.last_all_gathers) == (cost if ranks > 1 else (0, 0)), result["plan"]
+    """What the last graph reduced and gathered."""
+    counters = result["counters"]
+    assert (counters.last_all_reduces, counters.last_all_gathers) == cost_of(family, ranks), result["plan"]
 
 
 def check_family(workers, models, family: str, quant: str, ranks: int, arch: str = "sm_60") -> None:

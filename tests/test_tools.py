@@ -111,7 +111,11 @@ def test_a_share_is_a_model_of_whole_blocks_and_heads_or_none(tmp_path):
         made = share.write(model("llama", "Q4_K"), out, 4)
         assert made["rounded"] == {"attention.head_count": (2, 8), "feed_forward_length": (192, 256)}
         assert shapes(out)["blk.0.ffn_down.weight"] == [256, 256]
-        for family, message in (("mamba2", "several segments"), ("phi3", "several segments"), ("olmo2", "more than all_reduces")):
+        # Norms over all heads are as long as a rank's heads; what is added up of their squares is an all_reduce of two words.
+        made = share.write(model("olmo2", "F16"), out, 2)
+        assert shapes(out)["blk.1.attn_q_norm.weight"] == [128] and shapes(out)["blk.1.attn_k_norm.weight"] == [64]
+        assert sorted(made["all_reduces"]) == [8, 8, 1024, 1024, 1024, 1024]
+        for family, message in (("mamba2", "several segments"), ("phi3", "several segments"), ("gemma3n", "more than all_reduces")):
             with pytest.raises(explain.ExplainError, match=message):
                 share.write(model(family, "F16"), out, 2)
     finally:

@@ -4,6 +4,7 @@
 #include <set>
 
 #include "config.h"
+#include "fuse.h"
 #include "plan.h"
 
 namespace ggml_tp {
@@ -75,6 +76,7 @@ std::string planned_json(const ModelShape& model, int n_ranks, const std::vector
             tensor.extent = extent;
             lay_out_planes(tensor, n_ranks);
         });
+        schedule(plan, *graph);
         verify(plan, *graph);
         for (const Tensor& t : graph->tensors)
             if (t.stored) read.insert(t.stored);
@@ -91,10 +93,9 @@ std::string planned_json(const ModelShape& model, int n_ranks, const std::vector
     out += ",\n\"caches\":" + list(token.caches, [&](const Stored& s) { return stored_json(s, n_ranks, true); });
     out += ",\n\"reshards\":" + list(plan.steps, [&](const PlanStep& step) {
                if (step.kind == PlanStep::kCompute) return std::string();
-               const Tensor& t = token.graph.tensors[static_cast<size_t>(step.tensor)];
-               const bool reduces = step.kind == PlanStep::kAllReduce;
-               return "{\"kind\":" + quoted(reduces ? "all_reduce" : "all_gather") + ",\"tensor\":" + quoted(t.name) +
-                      ",\"bytes\":" + std::to_string(reduces ? t.bytes : step.part.bytes.size()) + ",\"reason\":" + quoted(step.reason) + "}";
+               return "{\"kind\":" + quoted(step.kind == PlanStep::kAllGather ? "all_gather" : "all_reduce") +
+                      ",\"tensor\":" + quoted(step.names(token.graph)) + ",\"bytes\":" + std::to_string(step.bytes(token.graph)) +
+                      ",\"reason\":" + quoted(step.reason) + "}";
            });
     return out + ",\n\"notes\":" + list(token.notes, quoted) + "}\n";
 }

@@ -22,15 +22,17 @@ namespace {
 
 /// Whether two steps may change places.
 bool independent(const PlanStep& a, const PlanStep& b, const Graph& graph) {
-    const Tensor &x = graph.tensors[a.tensor], &y = graph.tensors[b.tensor];
-    if (overlap(x, y)) return false;
-    auto reads = [&](const PlanStep& step, const Tensor& t, const Tensor& written) {
-        if (step.kind != PlanStep::kCompute) return false;
-        for (int s : t.src)
-            if (s >= 0 && overlap(graph.tensors[s], written)) return true;
-        return false;
+    auto written = [&](const PlanStep& step) { return step.kind == PlanStep::kSumSquares ? nullptr : &graph.tensors[step.tensor]; };
+    auto reads = [&](const PlanStep& step, const Tensor* of) {
+        if (!of || step.kind == PlanStep::kAllReduce || step.kind == PlanStep::kAllGather) return false;
+        auto is_source = [&](int node) {
+            const Tensor& t = graph.tensors[node];
+            return std::any_of(std::begin(t.src), std::end(t.src), [&](int s) { return s >= 0 && overlap(graph.tensors[s], *of); });
+        };
+        return step.kind == PlanStep::kCompute ? is_source(step.tensor) : std::any_of(step.norms.begin(), step.norms.end(), is_source);
     };
-    return !reads(a, x, y) && !reads(b, y, x);
+    const Tensor *x = written(a), *y = written(b);
+    return !(x && y && overlap(*x, *y)) && !reads(a, y) && !reads(b, x);
 }
 
 constexpr size_t kLookAhead = 24;  // steps; Q, K and V lie at most a dozen apart, with biases and head norms between
@@ -74,6 +76,19 @@ void schedule(Plan& plan, const Graph& graph) {
         for (size_t j = to; j < std::min(steps.size(), i + kLookAhead); ++j)
             if (adds_bias(steps[j])) to += bring(j, to);
         i = to - 1;
+    }
+    // Rows that are divided, as Q's and K's are where all heads together are normed, have one all_reduce of their sums of squares.
+    auto n_rows = [&](const PlanStep& step) { return graph.tensors[step.tensor].elems() / graph.tensors[step.tensor].ne[0]; };
+    for (size_t i = 0; i < steps.size(); ++i) {
+        if (steps[i].kind != PlanStep::kSumSquares) continue;
+        for (size_t j = i + 1; j < std::min(steps.size(), i + kLookAhead); ++j) {
+            if (steps[j].kind != PlanStep::kSumSquares || n_rows(steps[j]) != n_rows(steps[i])) continue;
+            if (steps[i].norms.size() + steps[j].norms.size() > kMostSquares || !bring(j, i + 1)) continue;
+            PlanStep &first = steps[i], &second = steps[i + 1];
+            first.norms.insert(first.norms.end(), second.norms.begin(), second.norms.end());
+            first.inputs.insert(first.inputs.end(), second.inputs.begin(), second.inputs.end());
+            steps.erase(steps.begin() + static_cast<long>(i) + 1);
+        }
     }
 }
 
@@ -127,15 +142,22 @@ bool sum_then_norm(RankLaunch& a, const RankLaunch& b, Arch arch) {
     norm.has_b = 1;
     return replace(a, fused_norm_launch(norm, arch), norm);
 }
-bool norm_then_weight(RankLaunch& a, const RankLaunch& b, Arch arch) {
-    FusedNormArgs norm = norm_of(a);
-    const BinaryArgs scale = args_of<BinaryArgs>(b);
-    // Only where the product takes the norm's place: otherwise both results would have to be written.
-    if (norm.has_weight || norm.xq || !same_view(scale.a, norm.y) || !same_view(scale.y, norm.y) || scale.b.ne[0] != norm.y.ne[0]) return false;
+/// A row's weights, where the product takes the norm's place: otherwise both results would have to be written.
+template <class Norm>
+bool take_weight(Norm& norm, const BinaryArgs& scale) {
+    if (norm.has_weight || !same_view(scale.a, norm.y) || !same_view(scale.y, norm.y) || scale.b.ne[0] != norm.y.ne[0]) return false;
     if (scale.b.ne[1] * scale.b.ne[2] * scale.b.ne[3] != 1 || scale.b.type != kF32 || scale.b.nb[0] != 4) return false;
     norm.weight = scale.b;
     norm.has_weight = 1;
-    return replace(a, fused_norm_launch(norm, arch), norm);
+    return true;
+}
+bool norm_then_weight(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    FusedNormArgs norm = norm_of(a);
+    return !norm.xq && take_weight(norm, args_of<BinaryArgs>(b)) && replace(a, fused_norm_launch(norm, arch), norm);
+}
+bool squares_then_weight(RankLaunch& a, const RankLaunch& b, Arch arch) {
+    NormBySquaresArgs norm = args_of<NormBySquaresArgs>(a);
+    return take_weight(norm, args_of<BinaryArgs>(b)) && replace(a, norm_by_squares_launch(norm, arch), norm);
 }
 /// The form that a kernel brings activations into; -1: it is no such kernel.
 int form_of(const char* kernel) {
@@ -469,6 +491,7 @@ bool is_mul_few(const char* kernel) { return std::strncmp(kernel, "mul_few_", 8)
 bool is_mul_wgmma(const char* kernel) { return std::strncmp(kernel, "mul_wgmma_", 10) == 0 && std::strncmp(kernel, "mul_wgmma_id_", 13) != 0; }
 bool is_add(const char* kernel) { return std::strcmp(kernel, "binary_add") == 0; }
 bool is_add_id(const char* kernel) { return std::strcmp(kernel, "add_id") == 0; }
+bool is_norm_by_squares(const char* kernel) { return std::strcmp(kernel, "norm_by_squares") == 0; }
 bool is_mul(const char* kernel) { return std::strcmp(kernel, "binary_mul") == 0; }
 bool weighs(const char* kernel) { return is_mul(kernel) || std::strcmp(kernel, "weighted_sum") == 0; }
 bool is_norm(const char* kernel) { return std::strcmp(kernel, "rms_norm") == 0 || std::strcmp(kernel, "fused_norm") == 0; }
@@ -494,6 +517,7 @@ constexpr Merge kMerges[] = {
     {is_mul_wgmma, is_mul_wgmma, join_products<MulPiecesArgs, mul_pieces_join, mul_wgmma_launch>},
     {is_add, is_norm, sum_then_norm},
     {is_norm, is_mul, norm_then_weight},
+    {is_norm_by_squares, is_mul, squares_then_weight},
     {is_norm, makes_form, norm_then_quantize},
     {is_glu, makes_form, glu_then_quantize},
     {is_columns, is_combine, columns_then_combine},

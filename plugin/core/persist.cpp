@@ -43,6 +43,48 @@ struct Run {
     size_t n_products = 0;
 };
 
+/// An all_reduce as a stage behind the one that has computed every rank's summand. False: there is no such stage.
+bool reduce(Run& run, const ProgramStep& step, const StreamMemory& memory) {
+    if (!memory.peers || step.wire != WireType::kF32) return false;
+    const auto ranks = [&](const auto& does) {  // does(rank, its number)
+        for (size_t r = 0; r < run.ranks.size(); ++r)
+            if (!does(run.ranks[r], r)) return false;
+        return true;
+    };
+    std::string label = step.label;
+    if (ranks([&](const RankRun& rank, size_t r) { return rank.is_scaled(step.pointers[r], step.elems); })) {
+        for (RankRun& rank : run.ranks) rank.take_scale();
+        label = run.stages.back().label + ", " + label;
+        run.stages.pop_back();
+    }
+    size_t at = 0;
+    const bool there = ranks([&](const RankRun& rank, size_t r) {
+        const std::optional<size_t> summand = rank.summand_of(step.pointers[r], step.elems);
+        if (summand) at = std::max(at, *summand + 1);
+        return summand.has_value();
+    });
+    std::vector<u64*> inboxes;
+    for (const auto& rank : memory.ranks) inboxes.push_back(rank.inbox);
+    if (!there || !ranks([&](RankRun& rank, size_t r) { return rank.add_reduce(step.pointers[r], step.elems, inboxes, static_cast<int>(r), at); }))
+        return false;
+    run.stages.insert(run.stages.begin() + static_cast<std::ptrdiff_t>(at), {label, true});
+    ++run.n_pushes;
+    return true;
+}
+
+/// What one rank alone adds to its summand may be a stage of its own, which ranks without a launch do nothing in. False: it is no such stage.
+bool idle_with_others(Run& run, const ProgramStep& step) {
+    const auto shorter = [](const RankRun& a, const RankRun& b) { return a.stages.size() < b.stages.size(); };
+    const std::vector<Draft>& longest = std::max_element(run.ranks.begin(), run.ranks.end(), shorter)->stages;
+    for (size_t r = 0; r < run.ranks.size(); ++r) {
+        std::vector<Draft>& own = run.ranks[r].stages;
+        if (!step.launches[r].launch.kernel)
+            while (own.size() < longest.size())
+                if (!run.ranks[r].idle(longest[own.size()].kind)) return false;
+    }
+    return true;
+}
+
 /// cautious: steps that a rank could not do as the others do, as a host's allocator puts its part elsewhere.
 Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMemory& memory, size_t most, const std::set<size_t>& cautious = {}) {
     Run run;
@@ -54,17 +96,14 @@ Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMe
         const ProgramStep& step = steps[i];
         bool ok = true;
         if (step.kind == ProgramStep::kAllReduce) {
-            ok = memory.peers && step.wire == WireType::kF32;
-            std::vector<u64*> inboxes;
-            for (const auto& rank : memory.ranks) inboxes.push_back(rank.inbox);
-            for (int r = 0; ok && r < n; ++r)
-                ok = run.ranks[static_cast<size_t>(r)].add_reduce(step.pointers[static_cast<size_t>(r)], step.elems, inboxes, r, run.n_pushes + 1);
+            ok = reduce(run, step, memory);
         } else {
             for (int r = 0; ok && r < n; ++r) {
                 RankRun& rank = run.ranks[static_cast<size_t>(r)];
                 rank.cautious = cautious.count(i) > 0;
                 ok = rank.add(step.launches[static_cast<size_t>(r)]);
             }
+            ok = ok && idle_with_others(run, step);
             // The same stages on every rank: they count arrivals alike.
             bool alike = true;
             for (int r = 1; ok && r < n; ++r) {
@@ -83,20 +122,19 @@ Run make_run(const std::vector<ProgramStep>& steps, size_t begin, const StreamMe
         }
         if (!ok) return make_run(steps, begin, memory, i, cautious);
         const size_t now = run.ranks[0].stages.size();
-        const bool reduces = step.kind == ProgramStep::kAllReduce;
-        run.n_pushes += reduces;
-        if (run.stages.size() == now && now && step.label != run.stages.back().label) run.stages.back().label += ", " + step.label;
+        if (step.kind == ProgramStep::kLaunch && run.stages.size() == now && now && step.label != run.stages.back().label)
+            run.stages.back().label += ", " + step.label;
         while (run.stages.size() > now && run.stages.size() > 1) {  // a stage has taken those before it into itself
             const std::string label = run.stages.back().label;
             run.stages.pop_back();
             run.stages.back().label += ", " + label;
         }
         while (run.stages.size() < now) run.stages.push_back({step.label, false});
-        if (reduces) run.stages.back().reduces = true;
         run.end = i + 1;
         if (std::none_of(run.ranks.begin(), run.ranks.end(), [](const RankRun& r) { return r.pending; })) whole = run.end;
     }
     if (whole < run.end) return make_run(steps, begin, memory, whole, cautious);
+    for (RankRun& rank : run.ranks) rank.number_pushes();
     for (const Draft& d : run.ranks.empty() ? std::vector<Draft>{} : run.ranks[0].stages) run.n_products += d.kind == kStreamProduct;
     return run;
 }
@@ -217,7 +255,7 @@ std::vector<bool> waits_of(const Run& run) {
     std::vector<std::vector<Span>> reads(run.ranks.size()), writes(run.ranks.size());
     bool inbox_read = false;
     for (size_t i = 0; i < run.stages.size(); ++i) {
-        bool wait = inbox_read && i + 1 < run.stages.size() && run.stages[i + 1].reduces;
+        bool wait = inbox_read && std::any_of(run.ranks.begin(), run.ranks.end(), [&](const RankRun& rank) { return RankRun::pushes(rank.stages[i]); });
         for (size_t r = 0; r < run.ranks.size(); ++r) {
             const Draft& d = run.ranks[r].stages[i];
             wait |= meet(d.reads, writes[r]) || meet(d.writes, writes[r]) || meet(d.writes, reads[r]);
@@ -234,8 +272,9 @@ std::vector<bool> waits_of(const Run& run) {
     return waits;
 }
 
-constexpr const char* kKindNames[] = {"product",   "reduce",  "copy",   "norm rows", "binary",   "turns",  "rope and store", "set_rows",         "get_rows",
-                                      "attention", "combine", "floats", "glu",       "elements", "concat", "delta net",      "linear attention", "layer norm"};
+constexpr const char* kKindNames[] = {"product",          "reduce",     "copy",    "norm rows",      "binary", "turns",    "rope and store", "set_rows",
+                                      "get_rows",         "attention",  "combine", "floats",         "glu",    "elements", "concat",         "delta net",
+                                      "linear attention", "layer norm", "squares", "norm by squares"};
 std::string name_of(const Draft& d) {
     const bool streamed = d.kind == kStreamFlash && d.get<StreamFlash>().cells.groups;
     const bool latent = d.kind == kStreamFlash && d.get<StreamFlash>().latent.used;

@@ -250,8 +250,8 @@ class Demands {
                 demand(root.src[0], *on_root);
                 demand(root.src[1], *on_root);
                 break;
+            case Op::RMS_NORM: demand(root.src[0], *on_root); break;
             case Op::ROPE:
-            case Op::RMS_NORM:
             case Op::NORM:
             case Op::L2_NORM:
                 if (on_root->axis > 0 || is_whole(on_root->ranges, root.ne[0])) demand(root.src[0], *on_root);  // else along what must be whole
@@ -333,6 +333,24 @@ HeadPartition divide_heads(i64 n_head, i64 n_head_kv, int n_ranks, const std::ve
     return out;
 }
 
+i64 PlanStep::bytes(const Graph& graph) const {
+    const Tensor& t = graph.tensors[static_cast<size_t>(tensor)];
+    switch (kind) {
+        case kCompute: return 0;
+        case kAllReduce: return t.bytes;
+        case kAllGather: return part.bytes.size();
+        case kSumSquares: return static_cast<i64>(norms.size()) * (t.elems() / t.ne[0]) * 4;
+    }
+    return 0;
+}
+
+std::string PlanStep::names(const Graph& graph) const {
+    if (kind != kSumSquares) return graph.tensors[static_cast<size_t>(tensor)].name;
+    std::string out;
+    for (int norm : norms) out += (out.empty() ? "" : ", ") + graph.tensors[static_cast<size_t>(graph.tensors[static_cast<size_t>(norm)].src[0])].name;
+    return out;
+}
+
 int Plan::count(PlanStep::Kind kind) const {
     return static_cast<int>(std::count_if(steps.begin(), steps.end(), [&](const PlanStep& s) { return s.kind == kind; }));
 }
@@ -348,8 +366,8 @@ std::string Plan::to_text(const Graph& graph) const {
             out += abi::op_name(t.op);
             out += " " + t.name + ": " + step.output.to_text() + "\n";
         } else {
-            out += step.kind == PlanStep::kAllReduce ? "  all_reduce " : "  all_gather ";
-            out += t.name + " (" + std::to_string(step.kind == PlanStep::kAllReduce ? t.bytes : step.part.bytes.size()) + " bytes, f32): " + step.reason + "\n";
+            out += step.kind == PlanStep::kAllReduce ? "  all_reduce " : step.kind == PlanStep::kAllGather ? "  all_gather " : "  all_reduce of squares ";
+            out += step.names(graph) + " (" + std::to_string(step.bytes(graph)) + " bytes, f32): " + step.reason + "\n";
         }
     }
     for (const Survivor& s : survivors)

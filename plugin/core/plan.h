@@ -15,12 +15,17 @@ struct HeadPartition {
 HeadPartition divide_heads(i64 n_head, i64 n_head_kv, int n_ranks, const std::vector<double>& split);
 
 struct PlanStep {
-    enum Kind { kCompute, kAllReduce, kAllGather } kind = kCompute;
-    int tensor = 0;                // kCompute: the node; otherwise the root that is resharded in place
-    std::vector<Sharding> inputs;  // kCompute: how each source is read, a restriction of how it lies
+    // kSumSquares: the sums of squares of divided rows over all ranks, which the kCompute steps of their norms take. One all_reduce.
+    enum Kind { kCompute, kAllReduce, kAllGather, kSumSquares } kind = kCompute;
+    int tensor = 0;                // kCompute: the node; kAllReduce, kAllGather: the root that is resharded in place; kSumSquares: the first of norms
+    std::vector<Sharding> inputs;  // kCompute: how each source is read, a restriction of how it lies; kSumSquares: how each norm's source is
     Sharding output;               // kCompute
     Part part;                     // kAllGather: who owned what before
-    std::string reason;            // of a reshard
+    std::string reason;            // of what is no kCompute
+    std::vector<int> norms = {};   // kSumSquares: nodes, of as many rows each
+    /// What ranks exchange, of which tensors.
+    i64 bytes(const Graph& graph) const;
+    std::string names(const Graph& graph) const;
 };
 
 struct Plan {
@@ -33,6 +38,8 @@ struct Plan {
     std::vector<Survivor> survivors;  // roots that stay sharded or Partial after the graph: reads of them are gathered, or summed
 
     int count(PlanStep::Kind kind) const;
+    /// Of Partials and of sums of squares.
+    int n_all_reduces() const { return count(PlanStep::kAllReduce) + count(PlanStep::kSumSquares); }
     std::string to_text(const Graph& graph) const;
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <utility>
 
 #include "copy.h"
@@ -75,6 +76,7 @@ struct Site {
     const Stored* w_stored = nullptr;
     Prepared prepared = Prepared::kNone;  // what scratch holds of this very input already
     bool grouped = false;                 // `partials` holds these experts' entries already
+    const float* squares = nullptr;       // of a norm of divided rows: their sums over all ranks
 };
 
 /// The launches of one op, and the scratch bytes that they use. An empty list with ok = false: no kernel for this.
@@ -458,6 +460,10 @@ void lower_glu(const Site& s, Lowered& out) {
     else out.ok = false;
 }
 void lower_norm(const Site& s, Lowered& out) {
+    if (s.squares) {
+        const NormBySquaresArgs args{s.x[0], s.y, {}, s.squares, s.t->ne[0], 0, s.t->param_f32(0)};
+        return out.add(norm_by_squares_launch(args, s.arch), args);
+    }
     NormArgs args{};
     args.x = s.x[0];
     args.y = s.y;
@@ -972,6 +978,61 @@ std::optional<Program::HostRows> host_rows(const Graph& graph, const Tensor& t) 
                              ids.buffer, static_cast<i64>(ids.address - ids.buffer->base), {},          {}};
 }
 
+/// Sums of squares of divided rows: where each norm's lie on each rank, and the steps that compute and add them up.
+class NormSquares {
+  public:
+    NormSquares(const Plan& plan, const Graph& graph, std::vector<std::unique_ptr<Device>>& devices, Program& program) : graph_(graph) {
+        i64 floats = 0;
+        for (const PlanStep& step : plan.steps)
+            for (int norm : step.norms) {
+                at_[norm] = floats;
+                floats += n_rows_of(norm);
+            }
+        if (!floats) return;
+        for (const auto& device : devices) {
+            DeviceBlock block(*device, static_cast<size_t>(floats) * 4);
+            sums_.push_back(reinterpret_cast<float*>(block.pointer()));
+            program.blocks.push_back(std::move(block));
+        }
+    }
+    /// Null: it is no norm of divided rows.
+    const float* of(int norm, int rank) const {
+        const auto found = at_.find(norm);
+        return found == at_.end() ? nullptr : sums_[static_cast<size_t>(rank)] + found->second;
+    }
+    void lower(const PlanStep& step, const LoweringContext& context, std::vector<ProgramStep>& steps) const {
+        ProgramStep squares, reduce;
+        squares.label = reduce.label = "squares of " + step.names(graph_);
+        squares.tensors = reduce.tensors = step.norms;
+        reduce.kind = ProgramStep::kAllReduce;
+        reduce.elems = static_cast<i64>(step.norms.size()) * n_rows_of(step.tensor);
+        for (size_t r = 0; r < sums_.size(); ++r) {
+            RowSquaresArgs args{};
+            args.sums = sums_[r] + at_.at(step.tensor), args.rows = n_rows_of(step.tensor), args.n_parts = static_cast<i32>(step.norms.size());
+            for (size_t i = 0; i < step.norms.size(); ++i) {
+                const Sharding once = sharded(0, owned_once(step.inputs[i].ranges));  // heads that several ranks have count once
+                args.x[i] = local_view(context.memory, graph_.tensors[static_cast<size_t>(graph_.tensors[static_cast<size_t>(step.norms[i])].src[0])], once,
+                                       static_cast<int>(r));
+            }
+            const Launch launch = row_squares_launch(args, context.devices[r]->arch());
+            if (!launch.kernel) throw Error("no kernel for the sums of squares of " + step.names(graph_));
+            squares.launches.push_back(make(launch, args));
+            reduce.pointers.push_back(reinterpret_cast<DevicePtr>(args.sums));
+        }
+        steps.push_back(std::move(squares));
+        steps.push_back(std::move(reduce));
+    }
+
+  private:
+    i64 n_rows_of(int norm) const {
+        const Tensor& t = graph_.tensors[static_cast<size_t>(norm)];
+        return t.elems() / t.ne[0];
+    }
+    const Graph& graph_;
+    std::map<int, i64> at_;     // floats, by norm: norms that are added up together lie one behind the other
+    std::vector<float*> sums_;  // [n_ranks]
+};
+
 const Row* row_of(Op op) {
     for (const Row& row : kRows)
         if (row.op == op) return &row;
@@ -1031,6 +1092,7 @@ std::string Program::to_text() const {
 std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringContext context) {
     auto program = std::make_unique<Program>();
     const int n = plan.n_ranks;
+    NormSquares squares(plan, graph, context.devices, *program);
     // Again where more scratch memory must be there than is: its address stands in arguments.
     for (bool placed = false; !placed;) {
         i64 scratch_bytes = 0, partial_bytes = 0;
@@ -1046,22 +1108,23 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
         i64 row_bytes = 0;
         for (const SegmentStep& step : one_segment_each(plan.steps)) {
             const Tensor& t = graph.tensors[step.tensor];
+            if (step.kind == PlanStep::kSumSquares) {
+                squares.lower(step, context, program->steps);
+                continue;
+            }
             if (step.kind != PlanStep::kCompute) {
                 last.x = -1;
                 if (step.kind == PlanStep::kAllGather) {
                     // Every byte but a rank's own becomes zero, then bit patterns are added as integers: exact, and rare enough.
                     std::vector<ProgramStep> zero(static_cast<size_t>(step.part.extent.n_segments()) + 1);
                     for (ProgramStep& z : zero) z.label = "zero " + t.name, z.tensors = {t.id}, z.launches.resize(n);
-                    std::vector<i64> taken(step.part.extent.rest.size() + 1);
+                    std::vector<Ranges> owned;  // of each segment; maybe two have the same: then it is the first one's
+                    for (int side = 0; side < step.part.extent.n_segments(); ++side) owned.push_back(owned_once(step.part.extent.segment(side)));
                     for (int r = 0; r < n; ++r) {
                         i64 at = 0;
                         for (size_t side = 0; side < zero.size(); ++side) {
-                            Range own{step.part.extent.period_bytes, step.part.extent.period_bytes};
-                            if (side + 1 < zero.size()) {
-                                const Range& held = step.part.extent.segment(static_cast<int>(side))[r];  // maybe with others: then it is the first one's
-                                own = {std::max(taken[side], i64{held.begin}), std::max(taken[side], i64{held.end})};
-                                taken[side] = own.end;
-                            }
+                            const i64 end = step.part.extent.period_bytes;
+                            const Range own = side < owned.size() ? owned[side][static_cast<size_t>(r)] : Range{end, end};
                             const Range foreign{at, own.begin};
                             at = own.end;
                             if (foreign.size() <= 0) continue;
@@ -1112,6 +1175,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 site.partials = context.scratch.partials(r);
                 site.fault = reinterpret_cast<u32*>(context.faults[r]);
                 site.output = step.output;
+                site.squares = squares.of(t.id, r);
                 site.y = local_view(context.memory, t, step.output, r);
                 for (int i = 0; i < 10; ++i) {
                     if (t.src[i] < 0) continue;
@@ -1197,7 +1261,7 @@ std::unique_ptr<Program> lower(const Graph& graph, const Plan& plan, LoweringCon
                 step.launches[r].function = context.devices[r]->function(step.launches[r].launch.kernel);
         program->kernel_launches += step.kind == ProgramStep::kLaunch;
     }
-    program->all_reduces = plan.count(PlanStep::kAllReduce);
+    program->all_reduces = plan.n_all_reduces();
     program->all_gathers = plan.count(PlanStep::kAllGather);
     for (int id : graph.nodes) {
         const Tensor& root = graph.tensors[graph.tensors[id].root];

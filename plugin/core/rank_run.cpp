@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "elementwise.h"
 #include "flash_attn.h"
 
 namespace ggml_tp {
@@ -29,6 +30,8 @@ bool RankRun::add(const RankLaunch& l) {
     if (named(l, "binary_")) return add_binary(l);
     if (named(l, "unary_")) return add_unary(l);
     if (is(l, "rms_norm")) return add_rms_norm(args_of<NormArgs>(l));
+    if (is(l, "row_squares")) return add_squares(args_of<RowSquaresArgs>(l));
+    if (is(l, "norm_by_squares")) return add_norm_by_squares(args_of<NormBySquaresArgs>(l));
     if (is(l, "layer_norm")) return add_layer_norm(args_of<NormArgs>(l));
     if (is(l, "copy")) return add_copy(args_of<CopyArgs>(l));
     if (is(l, "repeat")) return add_repeat(args_of<MoveArgs>(l));
@@ -37,31 +40,83 @@ bool RankRun::add(const RankLaunch& l) {
     if (is(l, "gated_delta_net")) return add_delta(args_of<RecurrentArgs>(l));
     return false;
 }
-bool RankRun::add_reduce(DevicePtr y, i64 elems, const std::vector<u64*>& inboxes, int rank, int push) {
-    if (stages.empty() || elems > kStreamMostK) return false;
-    Draft& last = stages.back();
-    auto pushes = [&](auto stage) {
-        stage.n_push = n_ranks_, stage.push = push;
-        for (int r = 0; r < n_ranks_; ++r) stage.inbox[r] = inboxes[static_cast<size_t>(r)] + rank * elems;
-        last.set(stage);
-    };
-    if (last.kind == kStreamProduct) {
-        const StreamProduct p = last.get<StreamProduct>();
-        if (p.n_parts != 1 || p.glu || p.part[0].n != elems || reinterpret_cast<DevicePtr>(p.part[0].y) != y) return false;
-        pushes(p);
-    } else if (last.kind == kStreamBinary) {  // of experts and the one that all tokens share
-        const StreamBinary b = last.get<StreamBinary>();
-        if (!is_vector(b.args.y, elems) || reinterpret_cast<DevicePtr>(b.args.y.data) != y) return false;
-        pushes(b);
-    } else {
-        return false;
+std::optional<size_t> RankRun::summand_of(DevicePtr y, i64 elems) const {
+    if (elems > kStreamMostK) return std::nullopt;
+    const Span span{y, y + static_cast<u64>(elems) * 4};
+    for (size_t i = stages.size(); i-- > 0;) {
+        const Draft& d = stages[i];
+        if (!meet({span}, d.writes)) {
+            if (meet({span}, d.reads)) return std::nullopt;
+            continue;
+        }
+        if (d.kind == kStreamProduct) {
+            const StreamProduct p = d.get<StreamProduct>();
+            if (p.n_parts == 1 && !p.glu && !p.n_push && p.part[0].n == elems && reinterpret_cast<DevicePtr>(p.part[0].y) == y) return i;
+        } else if (d.kind == kStreamBinary) {  // of experts and the one that all tokens share
+            const StreamBinary b = d.get<StreamBinary>();
+            if (!b.n_push && is_vector(b.args.y, elems) && reinterpret_cast<DevicePtr>(b.args.y.data) == y) return i;
+        } else if (d.kind == kStreamSquares) {
+            const StreamSquares s = d.get<StreamSquares>();
+            if (!s.n_push && s.n_parts == elems && reinterpret_cast<DevicePtr>(s.sums) == y) return i;
+        }
+        return std::nullopt;
     }
-    std::vector<Span>& writes = last.writes;
-    writes.erase(std::remove_if(writes.begin(), writes.end(), [&](const Span& s) { return s.begin == y; }), writes.end());
-    StreamReduce reduce{inboxes[static_cast<size_t>(rank)], reinterpret_cast<float*>(y), nullptr, nullptr, nullptr, elems, n_ranks_, push};
-    Draft d = Draft::of(kStreamReduce, reduce);
-    d.writes = {span_of(reduce.y, elems * 4)};
-    stages.push_back(std::move(d));
+    return std::nullopt;
+}
+bool RankRun::is_scaled(DevicePtr y, i64 elems) const {
+    const auto e = stages.empty() ? std::nullopt : body_of<StreamElements>(stages, stages.size() - 1, kStreamElements);
+    if (!e || e->n_steps != 1 || e->w.data || e->step[0].op != static_cast<i32>(UnaryOp::kScale) || e->step[0].p[1] != 0) return false;
+    return same_view(e->x, e->y) && is_vector(e->y, elems) && reinterpret_cast<DevicePtr>(e->y.data) == y;
+}
+void RankRun::take_scale() {
+    scale_ = stages.back().get<StreamElements>().step[0].p[0];
+    stages.pop_back();
+}
+bool RankRun::add_reduce(DevicePtr y, i64 elems, const std::vector<u64*>& inboxes, int rank, size_t at) {
+    const std::optional<size_t> summand = summand_of(y, elems);
+    if (!summand || *summand >= at || at > stages.size()) return false;
+    for (size_t i = *summand; i < at; ++i)
+        if (pushes(stages[i])) return false;
+    Draft& d = stages[*summand];
+    auto push = [&](auto stage) {
+        stage.n_push = n_ranks_;
+        for (int r = 0; r < n_ranks_; ++r) stage.inbox[r] = inboxes[static_cast<size_t>(r)] + rank * elems;
+        d.set(stage);
+    };
+    if (d.kind == kStreamProduct) push(d.get<StreamProduct>());
+    else if (d.kind == kStreamBinary) push(d.get<StreamBinary>());
+    else push(d.get<StreamSquares>());
+    std::erase_if(d.writes, [&](const Span& s) { return s.begin == y; });
+    const StreamReduce reduce{
+        inboxes[static_cast<size_t>(rank)], reinterpret_cast<float*>(y), nullptr, nullptr, nullptr, elems, n_ranks_, 0, std::exchange(scale_, 1.0f), 0};
+    Draft sum = Draft::of(kStreamReduce, reduce);
+    sum.writes = {span_of(reduce.y, elems * 4)};
+    stages.insert(stages.begin() + static_cast<std::ptrdiff_t>(at), std::move(sum));
+    return true;
+}
+bool RankRun::pushes(const Draft& d) {
+    if (d.kind == kStreamProduct) return d.get<StreamProduct>().n_push;
+    if (d.kind == kStreamBinary) return d.get<StreamBinary>().n_push;
+    return d.kind == kStreamSquares && d.get<StreamSquares>().n_push;
+}
+void RankRun::number_pushes() {
+    i32 n = 0;
+    for (Draft& d : stages) {
+        auto number = [&](auto stage, i32 push) {
+            stage.push = push;
+            d.set(stage);
+        };
+        if (d.kind == kStreamReduce) number(d.get<StreamReduce>(), n);
+        if (!pushes(d)) continue;
+        ++n;
+        if (d.kind == kStreamProduct) number(d.get<StreamProduct>(), n);
+        else if (d.kind == kStreamBinary) number(d.get<StreamBinary>(), n);
+        else number(d.get<StreamSquares>(), n);
+    }
+}
+bool RankRun::idle(i32 kind) {
+    if (kind != kStreamBinary) return false;
+    stages.push_back(Draft::of(kind, StreamBinary{}));
     return true;
 }
 void RankRun::leave_out_dead() {
@@ -272,6 +327,12 @@ std::vector<Span> RankRun::written_whole(const Draft& d) {
         const StreamLayerNorm s = d.get<StreamLayerNorm>();
         add_view(s.y);
         add(s.sum, s.y.ne[0]);
+    } else if (d.kind == kStreamSquares) {
+        const StreamSquares s = d.get<StreamSquares>();
+        if (!s.n_push) add(s.sums, s.n_parts);
+    } else if (d.kind == kStreamNormBySquares) {
+        const StreamNormBySquares s = d.get<StreamNormBySquares>();
+        add(s.y, s.n);
     } else if (d.kind == kStreamRopeStore) {
         const RopeStoreArgs r = d.get<StreamRope>().args;
         for (int i = 0; i < r.n_ropes; ++i) add_view(r.rope[i].y);

@@ -61,8 +61,17 @@ class RankRun {
     bool cautious = false;      // the next step does only what it could do wherever a host's allocator puts things
 
     bool add(const RankLaunch& l);
-    /// The all_reduce of what the last stage, a product or a sum, has computed: push number `push` of the launch. inboxes: of every rank.
-    bool add_reduce(DevicePtr y, i64 elems, const std::vector<u64*>& inboxes, int rank, int push);
+    /// The stage that has computed what is to be reduced: a product, a sum, or sums of squares, of which no later stage reads or writes anything.
+    std::optional<size_t> summand_of(DevicePtr y, i64 elems) const;
+    /// Whether all that the last stage does is to multiply a summand by a factor: what is reduced may be multiplied as well, so take_scale() takes it away.
+    bool is_scaled(DevicePtr y, i64 elems) const;
+    void take_scale();
+    /// The all_reduce of it, as stage `at` behind the one that computed it. inboxes: of every rank.
+    bool add_reduce(DevicePtr y, i64 elems, const std::vector<u64*>& inboxes, int rank, size_t at);
+    /// Numbers of pushes, in the order of stages.
+    void number_pushes();
+    /// A stage that does nothing where another rank has one of this kind, which adds what one rank alone adds to a summand. False: of a kind that always does.
+    bool idle(i32 kind);
     /// What a product's blocks write of their input for others, and what they write at last, may lie in the same memory, when the host's
     /// allocator gives a result what nobody reads any more: a slow block's norm would come to lie over a fast block's results.
     void leave_out_dead();
@@ -79,6 +88,7 @@ class RankRun {
     void mark_visible();
     // An attention waits for its combination, or a router and its experts' gate and up for what follows: no place to end a run at.
     bool pending = false;
+    static bool pushes(const Draft& d);
     i64 scratch_bytes = 0;  // of attention's pieces; offsets into it stand in the drafts until set_scratch
     void set_scratch(DevicePtr base);
 
@@ -153,6 +163,9 @@ class RankRun {
     static void make_elements(Draft& d, const View& x);
     bool add_unary(const RankLaunch& l);
     bool add_rms_norm(const NormArgs& n);
+    bool add_squares(const RowSquaresArgs& a);
+    bool add_norm_by_squares(const NormBySquaresArgs& n);
+    void insert_norm(Draft d);
     bool add_layer_norm(const NormArgs& n);
     bool join_layer_norm(const BinaryArgs& b, int op);
     bool add_copy(const CopyArgs& c);
@@ -169,6 +182,7 @@ class RankRun {
     Copy last_sum_, last_norm_, last_logits_;
     StreamRoute route_{};  // of the last router, which chose by ids_ with weights_
     const char *ids_ = nullptr, *weights_ = nullptr;
+    float scale_ = 1.0f;                  // of what is reduced next
     std::optional<MulVecIdArgs> summed_;  // a product of experts whose sums are not all there yet
     int next_sum_ = 0, next_added_ = 0, next_turned_ = 0;
     std::map<std::string, float*> tables_;

@@ -295,7 +295,7 @@ bool RankRun::add_rope(const RankLaunch& l) {
         if (i > 0 || a.stored_rope < 0) d.reads.push_back(span_of(a.store[i].x));
         d.writes.push_back(span_of(a.store[i].y));
     }
-    if (!stages.empty() && stages.back().kind == kStreamRopeStore) {
+    if (!cautious && !stages.empty() && stages.back().kind == kStreamRopeStore) {
         Draft& last = stages.back();
         StreamRope first = last.get<StreamRope>();
         if (first.args.n_ropes == 1 && first.args.n_stores == 0 && a.n_ropes == 1 && !meet(d.reads, last.writes) && !meet(d.writes, last.writes) &&

@@ -124,6 +124,47 @@ bool RankRun::add_rms_norm(const NormArgs& n) {
     f.a = n.x, f.y = n.y, f.weight = n.weight, f.has_weight = n.has_weight, f.eps = n.eps;
     return add_norm(f);
 }
+/// Before a rope that it has nothing to do with: Q's norm, rope, K's norm, rope become norms and ropes.
+void RankRun::insert_norm(Draft d) {
+    const auto at = !cautious && !stages.empty() && independent(d, stages.back()) && stages.back().kind == kStreamRopeStore ? stages.end() - 1 : stages.end();
+    stages.insert(at, std::move(d));
+}
+bool RankRun::add_squares(const RowSquaresArgs& a) {
+    if (a.rows != 1 || pending) return false;
+    StreamSquares s{};
+    s.sums = a.sums, s.n_parts = a.n_parts;
+    Draft d;
+    for (int i = 0; i < a.n_parts; ++i) {
+        s.n[i] = a.x[i].ne[0], s.x[i] = reinterpret_cast<const float*>(a.x[i].data);
+        if (s.n[i] % 4 || !is_vector(a.x[i], s.n[i])) return false;
+        d.reads.push_back(span_of(s.x[i], s.n[i] * 4));
+    }
+    std::vector<Span> reads = std::move(d.reads);
+    d = Draft::of(kStreamSquares, s);
+    d.reads = std::move(reads), d.writes = {span_of(s.sums, s.n_parts * 4)};
+    stages.push_back(std::move(d));
+    return true;
+}
+bool RankRun::add_norm_by_squares(const NormBySquaresArgs& n) {
+    const i64 k = n.y.ne[0];
+    if (k % 4 || !is_vector(n.x, k) || !is_vector(n.y, k) || (n.has_weight && !is_vector(n.weight, k)) || pending) return false;
+    if (!same_view(n.x, n.y) && meet({span_of(n.x)}, {span_of(n.y)})) return false;
+    const StreamNormBySquares s{reinterpret_cast<const float*>(n.x.data),
+                                n.has_weight ? reinterpret_cast<const float*>(n.weight.data) : nullptr,
+                                n.squares,
+                                reinterpret_cast<float*>(n.y.data),
+                                nullptr,
+                                k,
+                                n.n,
+                                n.eps,
+                                0};
+    Draft d = Draft::of(kStreamNormBySquares, s);
+    d.reads = {span_of(n.x), span_of(n.squares, 4)};
+    if (s.weight) d.reads.push_back(span_of(n.weight));
+    d.writes = {span_of(n.y)};
+    insert_norm(std::move(d));
+    return true;
+}
 bool RankRun::add_layer_norm(const NormArgs& n) {
     auto rows = [](const View& v) { return v.type == kF32 && v.nb[0] == 4; };
     if (!rows(n.x) || !rows(n.y) || n_elements(n.y) > kMostElems || pending || (n.has_weight && !is_vector(n.weight, n.y.ne[0]))) return false;

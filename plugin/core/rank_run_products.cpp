@@ -9,15 +9,13 @@ namespace ggml_tp {
 bool RankRun::add_norm(const FusedNormArgs& n) {
     const i64 k = n.y.ne[0];
     if (!n.xq) {
-        Draft d = Draft::of(kStreamNormRows, StreamNormRows{n, 1.0f, 0});
+        Draft d = Draft::of(kStreamNormRows, StreamNormRows{n, nullptr, 1.0f, 0});
         auto fours = [](const View& v) { return v.nb[0] == 4 && (reinterpret_cast<u64>(v.data) | static_cast<u64>(v.nb[1] | v.nb[2] | v.nb[3])) % 16 == 0; };
         d.count = k < kStreamLongRow && k % 4 == 0 && !n.has_b && fours(n.a) && fours(n.y) && (!n.has_weight || fours(n.weight));
         d.reads = {span_of(n.a)};
         d.writes = {span_of(n.y)};
         if (n.has_b) d.reads.push_back(span_of(n.b)), d.writes.push_back(span_of(n.sum));
-        // Before a rope that it has nothing to do with: Q's norm, rope, K's norm, rope become norms and ropes.
-        const auto at = !stages.empty() && independent(d, stages.back()) && stages.back().kind == kStreamRopeStore ? stages.end() - 1 : stages.end();
-        stages.insert(at, std::move(d));
+        insert_norm(std::move(d));
         return true;
     }
     if (!is_vector(n.y, k) || !is_vector(n.a, k) || (n.has_b && (!is_vector(n.b, k) || !is_vector(n.sum, k)))) return false;
@@ -82,7 +80,7 @@ Recipe RankRun::recipe_of(const FusedNormArgs& n) {
 bool RankRun::add_glu(const RankLaunch& l) {
     const FusedGluArgs g = args_of<FusedGluArgs>(l);
     if (g.a.n || g.b.n || !g.xq) return false;
-    return join_glu(l, g) || add_lone_glu(l, g);
+    return (!cautious && join_glu(l, g)) || add_lone_glu(l, g);
 }
 i32 RankRun::glu_op(const RankLaunch& l) {
     for (size_t op = 0; op < std::size(kFusedGluKernels); ++op)
@@ -297,6 +295,16 @@ float* RankRun::copy_of_output(const float* y, i64 n, int& turn, int vectors, in
             made = reinterpret_cast<float*>(b.args.y.data) == y && is_vector(b.args.y, n) && !b.copy && !b.n_push;
             if (made) b.copy = copy;
             d.set(b);
+        } else if (d.kind == kStreamNormRows) {
+            StreamNormRows s = d.get<StreamNormRows>();
+            made = reinterpret_cast<float*>(s.norm.y.data) == y && is_vector(s.norm.y, n) && n >= kStreamLongRow && !s.copy;
+            if (made) s.copy = copy;
+            d.set(s);
+        } else if (d.kind == kStreamNormBySquares) {
+            StreamNormBySquares s = d.get<StreamNormBySquares>();
+            made = s.y == y && s.n == n && !s.copy;
+            if (made) s.copy = copy;
+            d.set(s);
         }
         if (!made) return nullptr;
         d.writes.push_back(span_of(copy, n * 4));

@@ -119,6 +119,13 @@ Decision along_rows(Propagation& p, const Tensor& t, int axis) {
     return d;
 }
 Decision norm(Propagation& p, const Tensor& t) { return along_rows(p, t, -1); }
+/// Of divided rows the mean is one of all ranks' sums: four bytes a row go from rank to rank instead of the row.
+Decision rms_norm(Propagation& p, const Tensor& t) {
+    const Sharding s = p.source(t, 0);
+    if (s.kind != Sharding::kSharded || s.axis > 0 || p.is_by_name_alone(t, 0)) return norm(p, t);
+    p.sum_squares(t, s);
+    return {{s}, s};
+}
 Decision rope(Propagation& p, const Tensor& t) { return along_rows(p, t, 1); }
 Decision soft_max(Propagation& p, const Tensor& t) { return along_rows(p, t, 2); }
 
@@ -309,7 +316,7 @@ constexpr Row kRules[] = {
     {Op::CPY, copies},
     {Op::CONT, copies},
     {Op::DUP, copies},
-    {Op::RMS_NORM, norm},
+    {Op::RMS_NORM, rms_norm},
     {Op::NORM, norm},
     {Op::L2_NORM, norm},
     {Op::ROPE, rope},
@@ -459,16 +466,27 @@ Sharding Propagation::lies(const Tensor& t, int i) {
     return replicated();
 }
 
+Stored* Propagation::weight_of(const Tensor& t, int i) const {
+    const Tensor& root = at(at(t.src[i]).root);
+    return root.op == Op::MUL_MAT || root.op == Op::MUL_MAT_ID ? at(root.src[0]).stored : nullptr;
+}
+
+bool Propagation::is_by_name_alone(const Tensor& t, int i) const {
+    const Stored* weight = weight_of(t, i);
+    return weight && (weight->role == Role::kSegments || weight->role == Role::kMixer) && !weight->confirmed;
+}
+
+void Propagation::sum_squares(const Tensor& t, const Sharding& lies) {
+    result_.plan.steps.push_back({PlanStep::kSumSquares, t.id, {lies}, {}, {}, std::string(abi::op_name(t.op)) + " of divided rows", {t.id}});
+}
+
 void Propagation::gather(const Tensor& t, int i, const std::string& reason) {
     const Tensor& s = at(t.src[i]);
     if (s.stored) return want(s.stored, replicated(), std::nullopt);
     State& state = states_[s.root];
     if (state.kind != Sharding::kSharded) return;
-    // Segments or heads that nothing asked for, by name alone, and that are not those of the graph: whole on every rank, nothing is to be gathered.
-    const Tensor& root = at(s.root);
-    Stored* weight = root.op == Op::MUL_MAT || root.op == Op::MUL_MAT_ID ? at(root.src[0]).stored : nullptr;
-    const bool by_name_alone = weight && (weight->role == Role::kSegments || weight->role == Role::kMixer) && !weight->confirmed;
-    if (by_name_alone) return want(weight, replicated(), std::nullopt);
+    // Segments or heads that are not those of the graph: whole on every rank, nothing is to be gathered.
+    if (is_by_name_alone(t, i)) return want(weight_of(t, i), replicated(), std::nullopt);
     gather_parts(s.root, reason);
 }
 

@@ -26,6 +26,10 @@ class Propagation {
     bool meets_partial(const Tensor& t) const;
     /// Makes source i of t whole on every rank.
     void gather(const Tensor& t, int i, const std::string& reason);
+    /// Whether source i of t is divided as a weight's name says, in segments or heads that nothing in the graph has asked for.
+    bool is_by_name_alone(const Tensor& t, int i) const;
+    /// Adds up the squares of t's only source, which lies so, over all ranks.
+    void sum_squares(const Tensor& t, const Sharding& lies);
     /// Whether source i of t is computed by its owners in the same proportion as `cache` is divided.
     bool in_proportion(const Tensor& t, int i, const Extent& cache) const;
     void want(Stored* stored, const Sharding& sharding, const std::optional<Extent>& extent);
@@ -40,6 +44,8 @@ class Propagation {
         std::vector<Part> parts;  // kSharded: of all its bytes
         bool operator==(const State&) const = default;
     };
+    /// Of the product that source i of t comes from; null: it comes from something else.
+    Stored* weight_of(const Tensor& t, int i) const;
     void reduce(int root, const std::string& reason);
     void gather_parts(int root, const std::string& reason);
     Sharding lies(const Tensor& t, int i);

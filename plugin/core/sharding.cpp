@@ -39,6 +39,16 @@ bool overlap(const Sharding& sharding) {
     return false;
 }
 
+Ranges owned_once(const Ranges& ranges) {
+    Ranges out;
+    i64 taken = 0;
+    for (const Range& range : ranges) {
+        out.push_back({std::max(taken, range.begin), std::max(taken, range.end)});
+        taken = out.back().end;
+    }
+    return out;
+}
+
 bool is_whole(const Ranges& ranges, i64 n) {
     return std::all_of(ranges.begin(), ranges.end(), [&](const Range& range) { return range == Range{0, n}; });
 }

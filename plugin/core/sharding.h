@@ -73,6 +73,8 @@ Ranges scaled(const Ranges& ranges, i64 factor);
 Ranges moved(const Ranges& ranges, i64 by);
 /// Whether two ranks have some of the same; ranges that do not follow the ranks' order count as that.
 bool overlap(const Sharding& sharding);
+/// What each rank has that no rank before it has: together everything once. Ranges follow the ranks' order.
+Ranges owned_once(const Ranges& ranges);
 /// Whether every rank has all n.
 bool is_whole(const Ranges& ranges, i64 n);
 

@@ -1,6 +1,7 @@
 // The plan's verifier. It knows what each op reads of its sources for a given part of its result (one row per op below, apart from the rules that made
 // the plan), and follows what every rank holds of every tensor from step to step: the one must lie within the other.
 #include <algorithm>
+#include <set>
 #include <string>
 
 #include "plan.h"
@@ -125,6 +126,8 @@ Reads rows(const Site& s, int i) {
     if (!is_divided(s) || s.out.axis > 0) return i == 0 ? element_wise(s, i) : all();
     return {};
 }
+/// Whose sums of squares are added up before.
+Reads rms_norm(const Site& s, int i) { return is_divided(s) && s.out.axis == 0 ? exactly(s.out) : rows(s, i); }
 Reads rope(const Site& s, int i) { return is_divided(s) && s.out.axis != 1 ? Reads{} : rows(s, i); }      // positions are those of axis 2
 Reads soft_max(const Site& s, int i) { return is_divided(s) && s.out.axis != 2 ? Reads{} : rows(s, i); }  // masks are those of axis 1
 Reads glu(const Site& s, int i) {
@@ -224,7 +227,7 @@ constexpr OpRow kRows[] = {
     {Op::CPY, copies},
     {Op::CONT, copies},
     {Op::DUP, copies},
-    {Op::RMS_NORM, rows},
+    {Op::RMS_NORM, rms_norm},
     {Op::NORM, rows},
     {Op::L2_NORM, rows},
     {Op::ARGSORT, rows},
@@ -271,6 +274,7 @@ class Verifier {
         for (const PlanStep& step : plan_.steps) {
             if (step.kind == PlanStep::kAllReduce) reduce(step);
             else if (step.kind == PlanStep::kAllGather) gather(step);
+            else if (step.kind == PlanStep::kSumSquares) sum_squares(step);
             else compute(step);
         }
         check_survivors();
@@ -368,6 +372,9 @@ class Verifier {
         for (int i = 0; i < 10; ++i)
             if (t.src[i] >= 0) check_source(step, i);
         if (out.kind == Sharding::kSharded && !lies_within(out, plan_.n_ranks, t.ne[out.axis])) refuse(t, "a range lies outside of it");
+        if (t.op == Op::RMS_NORM && out.kind == Sharding::kSharded && out.axis == 0 && !summed_.count(t.id))
+            refuse(t, "its rows' sums of squares are no rank's");
+        std::erase_if(summed_, [&](int norm) { return overlap(t, at(at(norm).src[0])); });  // they are another row's now
         if (t.stored) check_written(t, out);
         else lies(t) = left_by(t, out);
     }
@@ -416,6 +423,23 @@ class Verifier {
         parts.erase(found);
     }
 
+    void sum_squares(const PlanStep& step) {
+        if (step.norms.empty() || step.norms.size() != step.inputs.size()) refuse(at(step.tensor), "sums of squares of nothing");
+        for (size_t i = 0; i < step.norms.size(); ++i) {
+            const Tensor &t = at(step.norms[i]), &source = at(t.src[0]);
+            const Sharding& read = step.inputs[i];
+            if (t.op != Op::RMS_NORM || source.ne[0] == 0 || t.elems() / t.ne[0] != at(step.tensor).elems() / at(step.tensor).ne[0])
+                refuse(t, "sums of squares of what has no such rows");
+            if (read.kind != Sharding::kSharded || read.axis > 0 || !read.rest.empty() || !lies_within(read, plan_.n_ranks, source.ne[0]) ||
+                !has_owners(read, source.ne[0]))
+                refuse(t, "squares of a row that is divided otherwise are added up");
+            if (!source.stored && lies(source).is_partial) refuse(t, "squares of summands are added up");
+            const auto has = held(source);
+            if (!has || !covers(*has, read, source, plan_.n_ranks)) refuse(t, "a rank has not what it squares of " + source.name);
+            summed_.insert(t.id);
+        }
+    }
+
     /// The host reads what no later step wrote over: what is not whole there must be known for what it is.
     void check_survivors() {
         std::vector<int> alive;
@@ -444,6 +468,7 @@ class Verifier {
     const Plan& plan_;
     const Graph& graph_;
     std::vector<Lies> lies_;  // by root
+    std::set<int> summed_;    // norms whose sums of squares every rank has
 };
 
 }  // namespace

@@ -22,6 +22,8 @@ _LENGTHS = (
     (r"blk\.\d+\.attn_q\.(weight|bias)", 1, "attention.head_count", "k"),
     (r"blk\.\d+\.attn_k\.(weight|bias)", 1, "attention.head_count_kv", "k"),
     (r"blk\.\d+\.attn_v\.(weight|bias)", 1, "attention.head_count_kv", "v"),
+    (r"blk\.\d+\.attn_q_norm\.weight", 1, "attention.head_count", "k"),  # of all heads together
+    (r"blk\.\d+\.attn_k_norm\.weight", 1, "attention.head_count_kv", "k"),
     (r"blk\.\d+\.attn_output\.weight", 0, "attention.head_count", "v"),
     (r"blk\.\d+\.ffn_(gate|up)\.(weight|bias)", 1, "feed_forward_length", ""),
     (r"blk\.\d+\.ffn_down\.weight", 0, "feed_forward_length", ""),

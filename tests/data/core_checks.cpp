@@ -243,6 +243,22 @@ void check_verifier() {
     expect(!accepted(by_rows({rows, add_half, norm}, {kP, kS}), graph), "a norm reads what its rank has not");
     expect(!accepted(by_rows({rows, add_half, compute(kN, {half}, half)}, {kP, kS, kN}), graph), "a norm of a half row is accepted");
     expect(!accepted(by_rows({rows, add, norm}, {kP}), graph), "a sum reads what its rank has not");
+
+    // Or their squares are added up.
+    const auto squares = [](Ranges ranges) {
+        PlanStep step;
+        step.kind = PlanStep::kSumSquares, step.tensor = kN, step.norms = {kN}, step.inputs = {sharded(0, std::move(ranges))};
+        return step;
+    };
+    const PlanStep half_norm = compute(kN, {half}, half);
+    expect(accepted(by_rows({rows, add_half, squares(halves), half_norm}, {kP, kS, kN}), graph), "a norm by all ranks' sums of squares is refused");
+    expect(!accepted(by_rows({rows, squares(halves), add_half, half_norm}, {kP, kS, kN}), graph), "squares of what is not there yet are accepted");
+    expect(!accepted(by_rows({rows, add_half, squares({{0, 8}, {9, 16}}), half_norm}, {kP, kS, kN}), graph), "squares that no rank adds are accepted");
+    expect(!accepted(by_rows({rows, add_half, squares({{0, 9}, {9, 16}}), half_norm}, {kP, kS, kN}), graph), "squares of another rank's elements are accepted");
+    PlanStep none = squares(halves);
+    none.norms.clear();
+    expect(!accepted(by_rows({rows, add_half, none, half_norm}, {kP, kS, kN}), graph), "sums of squares of nothing are accepted");
+    expect(!accepted(by_rows({summands, passed, squares(halves), reduce(kS), norm}, {}), graph), "squares of summands are accepted");
     expect(!accepted(by_rows({rows, compute(kS, {half, whole}, half), gather, norm}, {kP}), graph), "a rank adds the first half of what is whole to its own");
     expect(!accepted(by_rows({compute(kP, {whole, whole}, half), add_half, gather, norm}, {kP}), graph), "a rank multiplies the first rows for its own");
     PlanStep otherwise = gather;
