@@ -726,7 +726,7 @@ struct StreamConcat {
     MoveArgs args;
 };
 struct StreamDelta {
-    RecurrentArgs args;  // recurrent.h, delta_in_fours
+    RecurrentArgs args;  // recurrent.h, delta_in_fours, or of a kStreamScan scan_in_fours
 };
 // Channels of a window over tokens: of the last taps - 1 of them, which a row of a cache has, and of this one.
 struct StreamWindow {
@@ -858,6 +858,7 @@ enum StreamKind : i32 {
     kStreamLayerNorm,
     kStreamSquares,
     kStreamNormBySquares,
+    kStreamScan,
 };
 struct StreamStage {
     i32 kind;

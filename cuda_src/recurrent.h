@@ -25,6 +25,15 @@ inline bool delta_in_fours(const RecurrentArgs& args) {
     return args.n <= 128 && args.n % 4 == 0 && args.rows % kDeltaRows == 0 && args.n_tokens == 1 && args.n_seqs == 1 && fours(args.src[0]) &&
            fours(args.src[1]) && (args.src[3].ne[0] == 1 || fours(args.src[3])) && ((u64)args.src[5].data | (u64)args.state) % 16 == 0;
 }
+constexpr int kScanRows = 4;  // of all heads' states, that a group of a warp's lanes takes at once
+/// Whether scan_rows may be called: one token of one sequence, rows of 4, 8, .. 256 floats, sixteen bytes of which are read and written at once.
+inline bool scan_in_fours(const RecurrentArgs& args) {
+    auto fours = [](const View& v) { return v.nb[0] == 4 && ((u64)v.data | (u64)v.nb[1]) % 16 == 0; };
+    const View* src = args.src;
+    return args.n >= 4 && args.n <= kMostStateElems && (args.n & (args.n - 1)) == 0 && args.n_tokens == 1 && args.n_seqs == 1 && fours(src[0]) &&
+           src[0].nb[1] == args.n * 4 && src[0].nb[2] == args.rows * args.n * 4 && src[0].nb[3] % 16 == 0 && (src[3].ne[0] == 1 || fours(src[3])) &&
+           fours(src[4]) && fours(src[5]) && (u64)args.state % 16 == 0;
+}
 inline bool all_f32(const BinaryArgs& a) { return a.a.type == kF32 && a.b.type == kF32 && a.y.type == kF32; }
 inline Launch ssm_conv_launch(const BinaryArgs& a, Arch arch) { return all_f32(a) ? per_element_launch("ssm_conv", a.y, arch) : Launch{}; }
 inline Launch solve_tri_launch(const BinaryArgs& a, Arch arch) {

@@ -2413,6 +2413,11 @@ TP_OUTLINE void run_delta(const RecurrentArgs& args, i64 first, i64 step) {
         gated_delta_rows(args, (int)row * kDeltaRows, (int)head);
     }
 }
+TP_OUTLINE void run_scans(const RecurrentArgs& args, i64 first, i64 step) {
+    const u32 at_once = (u32)scan_at_once(args), rows = (u32)(args.rows * args.n_head);
+#pragma unroll 1
+    for (u32 row = (u32)(first / 32) * at_once; row < rows; row += (u32)(step / 32) * at_once) scan_rows(args, row);
+}
 /// The windows of an earlier stage, which all blocks have read, take in their token: a thread a channel, as old and new may be the same row.
 TP_OUTLINE void shift_all(const StreamHeads& a, i64 first, i64 step) {
     const int rest = a.shift_row.taps - 1;
@@ -2726,6 +2731,7 @@ TP_OUTLINE Progress do_stage(Progress now) {
         case kStreamElements: map_elems(*(const StreamElements*)body, first, step); break;
         case kStreamConcat: do_concat(((const StreamConcat*)body)->args, first, step); break;
         case kStreamDelta: run_delta(((const StreamDelta*)body)->args, first, step); break;
+        case kStreamScan: run_scans(((const StreamDelta*)body)->args, first, step); break;
         case kStreamCombine: combine_pieces(*(const StreamCombine*)body); break;
         default: break;
     }

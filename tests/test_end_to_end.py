@@ -655,6 +655,26 @@ def test_layer_norms_are_stages_of_the_persistent_kernel(workers, models, family
 
 @pytest.mark.parametrize(
     ("family", "ranks", "options"),
+    [("mamba", 1, {}), ("mamba2", 1, {}), ("mamba2", 2, {"ssm__state_size": 128}), ("mamba2", 1, {"ssm__state_size": 256}),
+     ("mamba2", 1, {"ssm__state_size": 8}), ("jamba", 1, {}), ("nemotron_h", 2, {}), ("granitehybrid", 1, {"ssm__state_size": 64}), ("falcon-h1", 2, {})],
+)  # fmt: skip
+def test_scans_are_stages_of_the_persistent_kernel(workers, models, family, ranks, options):
+    """Rows of 8 to 256 elements: two to all lanes of a warp have one, of more than 128 twice; of one decay a head or one an element, whose heads are rows."""
+    result = check(workers, models, family, "Q8_0", ranks, arch="sm_90", **options)
+    assert result["counters"].last_kernel_launches == 1 and " scan " in result["program"], result["program"]
+
+
+def test_scans_of_sequences_by_turns(workers, models):
+    """Each has a row of the states of its own, and writes maybe another one than it reads."""
+    model = models("mamba2", "Q8_0")
+    steps, _ = workers.run(jobs.alternated, emulated(1, "sm_90", GGML_TP_PERSIST="0"), model=model)
+    stages, program = workers.run(jobs.alternated, emulated(1, "sm_90"), model=model)
+    assert stages_of(program)["scan"] == N_LAYER, program
+    assert nmse(stages, steps) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "options"),
     [("command-r", 2, {}), ("cohere2", 3, WIDE), ("falcon", 2, WIDE), ("falcon", 3, {}), ("granitemoe", 2, {}), ("granitemoe", 3, {}), ("gptneox", 2, {}),
      ("gptneox", 3, {}), ("lfm2", 3, {})],
 )  # fmt: skip

@@ -272,9 +272,9 @@ std::vector<bool> waits_of(const Run& run) {
     return waits;
 }
 
-constexpr const char* kKindNames[] = {"product",          "reduce",     "copy",    "norm rows",      "binary", "turns",    "rope and store", "set_rows",
-                                      "get_rows",         "attention",  "combine", "floats",         "glu",    "elements", "concat",         "delta net",
-                                      "linear attention", "layer norm", "squares", "norm by squares"};
+constexpr const char* kKindNames[] = {"product",          "reduce",     "copy",    "norm rows",       "binary", "turns",    "rope and store", "set_rows",
+                                      "get_rows",         "attention",  "combine", "floats",          "glu",    "elements", "concat",         "delta net",
+                                      "linear attention", "layer norm", "squares", "norm by squares", "scan"};
 std::string name_of(const Draft& d) {
     const bool streamed = d.kind == kStreamFlash && d.get<StreamFlash>().cells.groups;
     const bool latent = d.kind == kStreamFlash && d.get<StreamFlash>().latent.used;

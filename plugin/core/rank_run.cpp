@@ -16,6 +16,7 @@ bool RankRun::add(const RankLaunch& l) {
     if (is(l, "fused_norm")) return add_norm(args_of<FusedNormArgs>(l));
     if (is(l, "quantize_x")) return add_quantize(args_of<QuantizeArgs>(l));
     if (named(l, "fused_glu_")) return add_glu(l);
+    if (named(l, "glu_")) return add_plain_glu(l);
     if (named(l, "mul_vec_id_")) return add_experts(args_of<MulVecIdArgs>(l));
     if (named(l, "mul_vec_f32_")) return add_floats(args_of<MulVecArgs>(l), true);
     if (is(l, "mul_mat_f32_1")) return add_one_row(args_of<MulMatArgs>(l));
@@ -38,6 +39,7 @@ bool RankRun::add(const RankLaunch& l) {
     if (is(l, "concat")) return add_concat(args_of<MoveArgs>(l));
     if (is(l, "ssm_conv")) return add_conv(args_of<BinaryArgs>(l));
     if (is(l, "gated_delta_net")) return add_delta(args_of<RecurrentArgs>(l));
+    if (is(l, "ssm_scan")) return add_scan(args_of<RecurrentArgs>(l));
     return false;
 }
 std::optional<size_t> RankRun::summand_of(DevicePtr y, i64 elems) const {
@@ -347,7 +349,7 @@ std::vector<Span> RankRun::written_whole(const Draft& d) {
         add_view(d.get<StreamElements>().y);
     } else if (d.kind == kStreamConcat) {
         add_view(d.get<StreamConcat>().args.y);
-    } else if (d.kind == kStreamDelta) {
+    } else if (d.kind == kStreamDelta || d.kind == kStreamScan) {
         const RecurrentArgs r = d.get<StreamDelta>().args;
         add(r.y, r.rows * r.n_head);
         if (r.snapshots > 0) add(r.state, r.rows * r.n * r.n_head);

@@ -174,6 +174,8 @@ class RankRun {
     bool add_repeat(const MoveArgs& m);
     bool add_conv(const BinaryArgs& c);
     bool add_delta(const RecurrentArgs& r);
+    bool add_scan(const RecurrentArgs& r);
+    bool add_plain_glu(const RankLaunch& l);
 
     const StreamMemory::Rank* memory_;
     int n_ranks_;

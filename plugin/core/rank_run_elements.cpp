@@ -271,4 +271,27 @@ bool RankRun::add_delta(const RecurrentArgs& r) {
     return true;
 }
 
+bool RankRun::add_scan(const RecurrentArgs& r) {
+    if (!scan_in_fours(r) || pending) return false;
+    Draft d = Draft::of(kStreamScan, StreamDelta{r});
+    for (const View& source : r.src) d.reads.push_back(span_of(source));
+    d.writes = {span_of(r.y, r.rows * r.n_head * 4), span_of(r.state, r.rows * r.n * r.n_head * 4)};
+    stages.push_back(std::move(d));
+    return true;
+}
+/// Whose result is no product's input, or not as it is.
+bool RankRun::add_plain_glu(const RankLaunch& l) {
+    const GluArgs g = args_of<GluArgs>(l);
+    StreamGlu stage{g, -1, 0};
+    for (size_t op = 0; op < std::size(kGluKernels); ++op)
+        if (is(l, kGluKernels[op])) stage.op = static_cast<i32>(op);
+    if (stage.op < 0 || n_elements(g.y) > kMostElems || pending) return false;
+    for (const View* source : {&g.a, &g.b})
+        if (!same_view(*source, g.y) && meet({span_of(*source)}, {span_of(g.y)})) return false;
+    Draft d = Draft::of(kStreamGlu, stage);
+    d.reads = {span_of(g.a), span_of(g.b)}, d.writes = {span_of(g.y)};
+    stages.push_back(std::move(d));
+    return true;
+}
+
 }  // namespace ggml_tp
