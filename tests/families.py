@@ -262,7 +262,7 @@ def cost_of(family: str, ranks: int) -> tuple[int, int]:
 
 # Read element by element by the host's own ops, which take F32 only; or too small for anybody to quantise.
 PLAIN = re.compile(
-    r"norm|ffn_gate_inp|conv(1d|\.weight|\.bias)|ssm_(a|d|dt|x)\b|time_mix_(lerp|first|decay|a|k|r|w|v|g)|time_mix_(?!key|value|receptance|gate|output)|position_embd"
+    r"norm|ffn_gate_inp|conv(1d|\.weight|\.bias)|ssm_(a|d)\b|time_mix_(lerp|first|decay|a|k|r|w|v|g)|time_mix_(?!key|value|receptance|gate|output)|position_embd"
     r"|token_types|attn_rel_b|altup|rope_|sinks|channel_mix_lerp|exp_probs_b"
 )
 

@@ -42,8 +42,8 @@ bool RankRun::add_binary(const RankLaunch& l) {
     if (n_elements(b.args.y) > kMostElems) return false;
     for (int op = 0; op < 4; ++op)
         if (!std::strcmp(l.launch.kernel, kBinaryKernels[op])) b.op = op;
-    if ((b.op == 0 && add_bias(b.args)) || join_layer_norm(b.args, b.op)) return true;
-    if (b.op >= 0 && !stages.empty() && stages.back().kind == kStreamElements && same_view(stages.back().get<StreamElements>().y, b.args.a) &&
+    if (!cautious && ((b.op == 0 && add_bias(b.args)) || join_layer_norm(b.args, b.op))) return true;
+    if (!cautious && b.op >= 0 && !stages.empty() && stages.back().kind == kStreamElements && same_view(stages.back().get<StreamElements>().y, b.args.a) &&
         same_view(b.args.a, b.args.y) && !meet({span_of(b.args.b)}, stages.back().writes) && stages.back().get<StreamElements>().n_steps < kStreamElementSteps)
         return add_element_op(b.args.a, b.args.y, {b.args.b}, [&](StreamElements::Step& step) { step.op = kStreamWithOther + b.op, step.b = b.args.b; });
     Draft d = Draft::of(kStreamBinary, b);
@@ -57,10 +57,10 @@ template <class Add>
 bool RankRun::add_element_op(const View& x, const View& y, const std::vector<View>& others, const Add& add) {
     if (n_elements(y) > kMostElems || x.type != kF32 || y.type != kF32 || pending) return false;
     if (!same_view(x, y) && meet({span_of(x)}, {span_of(y)})) return false;
-    if (!stages.empty() && same_view(x, y)) make_elements(stages.back(), x);
+    if (!cautious && !stages.empty() && same_view(x, y)) make_elements(stages.back(), x);
     std::vector<Span> more;
     for (const View& other : others) more.push_back(span_of(other));
-    if (!stages.empty() && stages.back().kind == kStreamElements) {
+    if (!cautious && !stages.empty() && stages.back().kind == kStreamElements) {
         Draft& last = stages.back();
         StreamElements e = last.get<StreamElements>();
         const bool reshaped = others.empty() && is_dense(e.y) && is_dense(x) && e.y.data == x.data && n_elements(e.y) == n_elements(x);
@@ -99,7 +99,7 @@ bool RankRun::add_unary(const RankLaunch& l) {
     for (size_t i = 0; i < std::size(kUnaryKernels); ++i)
         if (is(l, kUnaryKernels[i])) op = static_cast<i32>(i);
     if (op < 0) return false;
-    if (op == static_cast<i32>(UnaryOp::kScale) && u.p1 == 0 && !stages.empty() && stages.back().kind == kStreamNormRows) {
+    if (!cautious && op == static_cast<i32>(UnaryOp::kScale) && u.p1 == 0 && !stages.empty() && stages.back().kind == kStreamNormRows) {
         StreamNormRows n = stages.back().get<StreamNormRows>();
         if (same_view(n.norm.y, u.x) && same_view(u.x, u.y)) {
             n.factor *= u.p0;
@@ -174,7 +174,7 @@ bool RankRun::add_layer_norm(const NormArgs& n) {
     d.reads = {span_of(n.x)};
     d.writes = {span_of(n.y)};
     const i64 k = n.y.ne[0];
-    const auto sum = stages.empty() ? std::nullopt : body_of<StreamBinary>(stages, stages.size() - 1, kStreamBinary);
+    const auto sum = cautious || stages.empty() ? std::nullopt : body_of<StreamBinary>(stages, stages.size() - 1, kStreamBinary);
     auto row = [&](const View& v) { return is_vector(v, k) && (v.data == n.x.data || !meet({span_of(v)}, {span_of(n.x)})); };
     if (sum && sum->op == 0 && !sum->n_push && same_view(sum->args.y, n.x) && row(n.x) && row(sum->args.a) && row(sum->args.b)) {  // a residual
         s.x = sum->args.a, s.added = reinterpret_cast<const float*>(sum->args.b.data), s.sum = reinterpret_cast<float*>(n.x.data);
@@ -202,7 +202,7 @@ bool RankRun::join_layer_norm(const BinaryArgs& b, int op) {
 bool RankRun::add_copy(const CopyArgs& c) {
     const i64 n = n_elements(c.x);
     if (c.x.type != kF32 || c.y.type != kF32 || pending) return false;
-    if (is_dense(c.x) && is_dense(c.y) && n <= kMostCopied && !meet({span_of(c.x)}, {span_of(c.y)})) {
+    if ((!cautious || n > kMostElems) && is_dense(c.x) && is_dense(c.y) && n <= kMostCopied && !meet({span_of(c.x)}, {span_of(c.y)})) {
         Draft d = Draft::of(kStreamCopy, StreamCopy{reinterpret_cast<const float*>(c.x.data), reinterpret_cast<float*>(c.y.data), n});
         d.reads = {span_of(c.x)}, d.writes = {span_of(c.y)};
         stages.push_back(std::move(d));

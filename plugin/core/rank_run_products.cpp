@@ -49,7 +49,7 @@ bool RankRun::add_quantize(const QuantizeArgs& q) {
 /// The last stage, or one shortly before it, that norms one row into y, where that might as well happen now.
 std::optional<size_t> RankRun::lone_norm(const float* y, i64 k) const {
     constexpr size_t kNear = 4;
-    for (size_t i = stages.size(); i-- > 0 && stages.size() - i <= kNear;) {
+    for (size_t i = stages.size(); i-- > 0 && stages.size() - i <= kNear && !cautious;) {
         if (!meet({span_of(y, k * 4)}, stages[i].writes)) continue;
         if (stages[i].kind != kStreamNormRows) break;
         const StreamNormRows s = stages[i].get<StreamNormRows>();
@@ -216,7 +216,7 @@ void RankRun::give_input(StreamProduct& p, const Recipe& r, Draft& d, bool norms
 /// takes its place.
 void RankRun::take_norm_of_b(StreamProduct& p, i64 k) {
     constexpr size_t kNear = 4;  // stages: rows that are wanted of the last layer may be taken in between
-    for (size_t i = stages.size(); i-- > 0 && stages.size() - i <= kNear && p.b;) {
+    for (size_t i = stages.size(); i-- > 0 && stages.size() - i <= kNear && p.b && !cautious;) {
         if (stages[i].kind != kStreamNormRows) continue;
         const StreamNormRows s = stages[i].get<StreamNormRows>();
         const FusedNormArgs& n = s.norm;
