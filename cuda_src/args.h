@@ -760,6 +760,8 @@ struct StreamHeadGroup {
 // All that a token does in linear attention (GATED_DELTA_NET) between its products, a block a head: y = the norm of what its state [n, rows] answers, times
 // weight, times z after an op. The state of one sequence is read from a row of a cache and written to one. Q, K and V come out of windows, which other blocks
 // read too: so another stage, behind a wait, brings the window of an earlier one up to date (shift), where there is one.
+// With a not null it is a state space's step (SSM_SCAN), of whose C, B and x the windows are: gate is dt without its softplus, y = (what the state answers
+// + d * x) * silu(z).
 struct StreamHeads {
     StreamWindow window[3];  // of Q, K and V
     StreamWindow shift[3];
@@ -777,7 +779,9 @@ struct StreamHeads {
     i32 n_head, head_begin, n, rows;  // n_head: this rank's; 0: shifts alone
     i32 z_op, z_stride;               // a UnaryOp; elements from head to head
     float eps, scale;
+    const float *a, *d, *bias[3];  // [n_head], [n_head], of the windows' channels or null
 };
+constexpr int kStreamScanRows = 128, kStreamScanElems = 256;  // of a head's state, at most
 struct StreamCombine {
     FlashCombineArgs args;
     u32 chunks_inverse, pad;  // 2^16 / pieces of 32 elements of a head, rounded up

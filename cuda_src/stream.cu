@@ -2583,6 +2583,107 @@ TP_OUTLINE Progress run_heads(Progress now) {
     if (!begun) begin_stage(now.stage);
     return now;
 }
+/// The same of a state space: sixteen bytes of eight rows a lane are a piece of the state, of which two come while the block waits.
+TP_OUTLINE Progress scanheads(Progress now) {
+    constexpr int kRows = 8, kMostChannels = (kStreamScanRows + 2 * kStreamScanElems + kMultiply - 1) / kMultiply;
+    struct Meet {
+        float of[2][kStreamScanElems], x[kStreamScanRows], z[kStreamScanRows];  // of C and B
+    };
+    static_assert(sizeof(Meet) <= kStreamMostK, "where inputs lie");
+    Shared& s = shared_of();
+    Meet& meet = *(Meet*)s.x;
+    const StreamStage& stage = stage_at(now.stage % 3);
+    const StreamHeads& a = *(const StreamHeads*)stage.body;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, blocks = (int)gridDim.x;
+    const int turned = (int)blockIdx.x + stage.turn, block_here = turned < blocks ? turned : turned - blocks;
+    if (a.n_shift) shift_all(a, (i64)block_here * kMultiply + thread, (i64)blocks * kMultiply);
+    const int taps = a.row.taps, rows_each = a.rows / kStreamWarps, across = a.n > 128 ? 2 : 1, pieces = (rows_each + kRows - 1) / kRows * across;
+    bool begun = false;
+    for (int head = block_here; head < a.n_head; head += blocks) {
+        const i64 window_row = *a.row.row, state_row = *a.state_row;
+        if (window_row < 0 || window_row >= a.row.n_rows || state_row < 0 || state_row >= a.n_state_rows) {
+            if (thread == 0) atomicExch(a.fault, (u32)kFaultRowIndex);
+            break;
+        }
+        const i64 at_state = ((i64)head * a.rows + warp * rows_each) * a.n;
+        const float* const from = (const float*)(a.state + state_row * a.state_row_bytes) + at_state;
+        auto fetch = [&](int piece, float(&v)[kRows][4]) {
+            const int first = piece / across * kRows, column = piece % across * 128 + 4 * lane;
+#pragma unroll
+            for (int r = 0; r < kRows; ++r)
+                if (column < a.n && first + r < rows_each) load_four((const char*)(from + (first + r) * a.n + column), v[r]);
+        };
+        float state[kRows][4] = {}, next[kRows][4] = {};
+        fetch(0, state);
+        if (pieces > 1) fetch(1, next);
+        // Channels of C, then of B, then of x.
+        auto which_of = [&](int i) { return i < a.n ? 0 : i < 2 * a.n ? 1 : 2; };
+        auto channel_of = [&](int i, int which) {
+            return which < 2 ? (i64)row_of_head(a.group[which], a.head_begin + head) * a.n + i - which * a.n : (i64)head * a.rows + i - 2 * a.n;
+        };
+        const int n_channels = 2 * a.n + a.rows;
+        WindowSum sum[kMostChannels];
+        float bias[kMostChannels] = {};
+#pragma unroll
+        for (int j = 0; j < kMostChannels; ++j) {
+            const int i = j * kMultiply + thread, which = which_of(i);
+            if (i >= n_channels) continue;
+            const i64 channel = channel_of(i, which);
+            sum[j].fetch(a.window[which], channel, taps, window_row * a.row.row_bytes);
+            if (a.bias[which]) bias[j] = a.bias[which][channel];
+        }
+        const float rate = a.a[head], skip = a.d[head];
+        if (!begun) begin_stage(now.stage);
+        else sync_multiplying();  // before meet is written again
+        begun = true;
+        const float z = thread < a.rows ? a.z[(i64)head * a.z_stride + thread] : 0.0f;
+        const float dt = softplus(head_float(a.gate, head)), decay = expf(dt * rate);
+        float fresh[kMostChannels] = {};
+#pragma unroll
+        for (int j = 0; j < kMostChannels; ++j)
+            if (const int i = j * kMultiply + thread; i < n_channels) fresh[j] = a.window[which_of(i)].x[channel_of(i, which_of(i))];
+#pragma unroll
+        for (int j = 0; j < kMostChannels; ++j) {
+            const int i = j * kMultiply + thread, which = which_of(i);
+            if (i >= n_channels) continue;
+            const float v = silu(sum[j].of(fresh[j], taps) + bias[j]);
+            if (which < 2) meet.of[which][i - which * a.n] = v;
+            else meet.x[i - 2 * a.n] = v;
+        }
+        if (thread < a.rows) meet.z[thread] = silu(z);
+        sync_multiplying();
+        float y[kRows] = {};
+#pragma unroll 1
+        for (int piece = 0; piece < pieces; ++piece) {
+            const int first = piece / across * kRows, column = piece % across * 128 + 4 * lane, row = warp * rows_each + first;
+            float b[4] = {}, c[4] = {};
+            if (column < a.n)
+                for (int e = 0; e < 4; ++e) c[e] = meet.of[0][column + e], b[e] = meet.of[1][column + e];
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                if (first + r >= rows_each) continue;
+                const float push = meet.x[row + r] * dt;
+                for (int e = 0; e < 4; ++e) state[r][e] = state[r][e] * decay + b[e] * push, y[r] += state[r][e] * c[e];
+                if (column < a.n) store_four((char*)(a.state_to + at_state + (first + r) * a.n + column), state[r]);
+            }
+            if (piece % across == across - 1) {
+                float own = 0;  // of row + lane
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) {
+                    const float all = tp_warp_sum(y[r]);
+                    own = lane == r ? all : own, y[r] = 0;
+                }
+                if (lane < kRows && first + lane < rows_each) a.y[(i64)head * a.rows + row + lane] = (own + skip * meet.x[row + lane]) * meet.z[row + lane];
+            }
+#pragma unroll
+            for (int r = 0; r < kRows; ++r)
+                for (int e = 0; e < 4; ++e) state[r][e] = next[r][e];
+            if (piece + 2 < pieces) fetch(piece + 2, next);
+        }
+    }
+    if (!begun) begin_stage(now.stage);
+    return now;
+}
 TP_OUTLINE void glu_elems(const StreamGlu& g, i64 first, i64 step) {
     for (i64 i = first; i < tp_elems(g.args.y); i += step) {
         const Index4 at4 = tp_index(g.args.y.ne, i);
@@ -2780,7 +2881,8 @@ TP_DEVICE void do_stages() {
                 if (threadIdx.x == 0) mark_stage(now.stage, kTimeInput), mark_stage(now.stage, kTimeDone);
             }
         } else {
-            now = stage.kind == kStreamHeads ? run_heads(now) : do_stage(now);
+            const bool heads = stage.kind == kStreamHeads;
+            now = !heads ? do_stage(now) : ((const StreamHeads*)stage.body)->a ? scanheads(now) : run_heads(now);
             sync_multiplying();
             if (threadIdx.x == 0) mark_stage(now.stage, kTimeInput), mark_stage(now.stage, kTimeDone);
         }

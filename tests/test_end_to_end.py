@@ -664,6 +664,23 @@ def test_scans_are_stages_of_the_persistent_kernel(workers, models, family, rank
     assert result["counters"].last_kernel_launches == 1 and " scan " in result["program"], result["program"]
 
 
+GRANITE_LAYERS = {"attention__head_count_kv": [0, 0, 0, 4, 0, 0, 0, 0], "ssm__group_count": 1}
+NEMOTRON_LAYERS = {"attention__head_count_kv": [0, 0, 0, 4, 0, 0, 0, 0], "feed_forward_length": [0, 768, 0, 0, 768, 0, 0, 0]}
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "limit", "joined", "options"),
+    [("mamba2", 1, 5e-4, 5, {}), ("mamba2", 2, 1e-8, 5, {"ssm__state_size": 128}), ("mamba2", 1, 1e-8, 5, {"ssm__state_size": 256, "ssm__time_step_rank": 4}),
+     ("mamba2", 3, 1e-8, 5, {"ssm__group_count": 1, "ssm__time_step_rank": 8}), ("granitehybrid", 2, 1e-8, 3, GRANITE_LAYERS),
+     ("nemotron_h", 1, 1e-8, 1, NEMOTRON_LAYERS), ("falcon-h1", 2, 1e-8, 5, {})],
+)  # fmt: skip
+def test_a_state_space_is_a_stage_of_the_persistent_kernel(workers, models, family, ranks, limit, joined, options):
+    """Windows, steps of time, scan, what is skipped and the gate of a layer are one, but where nobody writes over what that leaves out. Heads of 16 to 128
+    rows of 16 to 256 elements."""
+    kinds = stages_against_steps(workers, models(family, "Q8_0", block_count=8, **options), ranks, limit)
+    assert kinds["linear attention"] > joined and kinds["scan"] + kinds["linear attention"] >= 6, kinds
+
+
 def test_scans_of_sequences_by_turns(workers, models):
     """Each has a row of the states of its own, and writes maybe another one than it reads."""
     model = models("mamba2", "Q8_0")

@@ -19,27 +19,38 @@ bool one_row(const GetRowsArgs& g) { return g.idx.type == kI32 && g.y.ne[1] == 1
 
 class Finder {
   public:
-    Finder(const std::vector<Draft>& stages, size_t delta, float* windows, float* attended)
-        : stages_(stages), delta_(delta), windows_(windows), attended_(attended), args_(stages[delta].get<StreamDelta>().args) {}
+    Finder(const std::vector<Draft>& stages, size_t delta, bool keep_rows, float* windows, float* attended, i64 blocks)
+        : stages_(stages),
+          delta_(delta),
+          keep_rows_(keep_rows),
+          windows_(windows),
+          attended_(attended),
+          blocks_(blocks),
+          args_(stages[delta].get<StreamDelta>().args) {}
 
     std::optional<DeltaHeads> find() {
         const RecurrentArgs& r = args_;
         StreamHeads& out = stage_;
-        if (r.n % 4 || r.n > 128 || r.rows % 32 || r.rows > 128 || r.n_head <= 0 || r.n_head > 1 << 12 || r.snapshots != 1 || r.src[3].ne[0] != 1)
-            return std::nullopt;
+        const bool fits = is_scan() ? r.n <= kStreamScanElems && r.rows % kStreamWarps == 0 && r.rows <= kStreamScanRows && r.src[3].nb[1] == 4
+                                    : r.n <= 128 && r.rows % 32 == 0 && r.rows <= 128;
+        if (!fits || r.n % 4 || r.n_head <= 0 || r.n_head > 1 << 12 || r.snapshots != 1 || r.src[3].ne[0] != 1) return std::nullopt;
         out.n_head = static_cast<i32>(r.n_head), out.head_begin = static_cast<i32>(r.head_begin);
         out.n = static_cast<i32>(r.n), out.rows = static_cast<i32>(r.rows), out.scale = r.scale;
         taken_.insert(delta_);
-        if (!find_state() || !find_result()) return std::nullopt;
+        if (!(is_scan() ? find_scan_state() && find_scanned() : find_state() && find_result())) return std::nullopt;
         for (int which = 0; which < 3; ++which)
             if (!find_window(which)) return std::nullopt;
-        if (!find_float(3, out.gate) || !find_float(4, out.beta)) return std::nullopt;
-        if (!settle()) return std::nullopt;
-        write();
+        if (!(is_scan() ? find_float(2, out.gate) : find_float(3, out.gate) && find_float(4, out.beta))) return std::nullopt;
+        if (!settle() || !write()) return std::nullopt;
         return found_;
     }
 
   private:
+    struct Source {  // a product's result that a window takes in
+        size_t stage;
+        const float* y;
+        i64 n;
+    };
     size_t writer(const char* at, size_t end) const { return writer_of(stages_, span_of(at, 4), end); }
     /// The same of all rows.
     size_t writer(const Rows& rows, size_t end) const {
@@ -53,6 +64,26 @@ class Finder {
         return body_of<T>(stages_, i, kind);
     }
     void take(size_t i) { taken_.insert(i); }
+    bool is_scan() const { return stages_[delta_].kind == kStreamScan; }
+    /// What a stage does element by element, of whichever of these kinds it is.
+    std::optional<StreamElements> elements_at(size_t i) const {
+        if (const auto e = stage<StreamElements>(i, kStreamElements)) return e;
+        StreamElements e{};
+        if (const auto b = stage<StreamBinary>(i, kStreamBinary); b && b->op >= 0 && !b->copy && !b->n_push) {
+            e.x = b->args.a, e.y = b->args.y, e.n_steps = 1;
+            e.step[0].op = kStreamWithOther + b->op, e.step[0].b = b->args.b;
+            return e;
+        }
+        if (const auto c = stage<StreamCopy>(i, kStreamCopy)) {
+            auto vector = [&](const float* data) {
+                return View{reinterpret_cast<char*>(const_cast<float*>(data)), {c->n, 1, 1, 1}, {4, c->n * 4, c->n * 4, c->n * 4}, kF32, 0};
+            };
+            e.x = vector(c->from), e.y = vector(c->to);
+            return e;
+        }
+        return std::nullopt;
+    }
+    static bool is_step(const StreamElements::Step& step, BinaryOp op) { return step.op == kStreamWithOther + static_cast<i32>(op); }
     /// The first stage behind `begin` of which `fits` is true of its body.
     template <class T, class Fits>
     size_t next(size_t begin, i32 kind, const Fits& fits) const {
@@ -123,45 +154,164 @@ class Finder {
         const auto p = stage<StreamProduct>(reader, kStreamProduct);
         if (!p || p->input != kInputPlain || p->a != out.y || stream_input(*p) != r.rows * r.n_head) return false;
         reader_ = reader;
+        readers_ = {reader};
         return true;
     }
-    bool find_window(int which) {
+    /// The state is read where the cache has it.
+    bool find_scan_state() {
         const RecurrentArgs& r = args_;
         StreamHeads& out = stage_;
+        const i64 elems = r.n * r.rows * r.n_head;
+        const size_t to = next<StreamCopy>(delta_, kStreamCopy, [&](const StreamCopy& c) { return c.from == r.state && c.n == elems; });
+        if (to == stages_.size() || writer(reinterpret_cast<const char*>(r.state), to) != delta_) return false;
+        out.state = r.src[0].data, out.state_row = reinterpret_cast<const i32*>(r.src[6].data), out.state_row_bytes = r.src[0].nb[3];
+        out.n_state_rows = static_cast<i32>(r.src[0].ne[3]);
+        out.state_to = stage<StreamCopy>(to, kStreamCopy)->to;
+        out.a = reinterpret_cast<const float*>(r.src[3].data);
+        if ((reinterpret_cast<u64>(out.state) | reinterpret_cast<u64>(out.state_to) | static_cast<u64>(out.state_row_bytes)) % 16) return false;
+        caches_ = {span_of(r.src[0]), span_of(out.state_to, elems * 4)};
+        reads_ = {span_of(r.src[0]), span_of(out.state_row, 4)};
+        writes_ = {caches_[1]};
+        constants_.push_back(span_of(out.a, r.n_head * 4));
+        take(to);
+        return true;
+    }
+    /// What is done with the scan's result: + d * x, gated by z.
+    bool find_scanned() {
+        const RecurrentArgs& r = args_;
+        StreamHeads& out = stage_;
+        const char* const y = reinterpret_cast<const char*>(r.y);
+        auto dense = [&](const View& v) { return is_dense(v) && n_elements(v) == r.rows * r.n_head; };
+        size_t at_sum = delta_ + 1;
+        std::optional<StreamElements> sum;
+        for (; at_sum < stages_.size(); ++at_sum) {
+            sum = elements_at(at_sum);
+            if (sum &&
+                (sum->x.data == y || (sum->n_steps > 0 && sum->step[sum->n_steps - 1].op >= kStreamWithOther && sum->step[sum->n_steps - 1].b.data == y)))
+                break;
+        }
+        if (at_sum == stages_.size() || sum->w.data || !dense(sum->y) || writer(y, at_sum) != delta_) return false;
+        std::optional<StreamElements> skip = sum;
+        if (sum->n_steps == 1 && is_step(sum->step[0], BinaryOp::kAdd)) {
+            const View& other = sum->x.data == y ? sum->step[0].b : sum->x;
+            const size_t at_skip = writer(other.data, at_sum);
+            skip = elements_at(at_skip);
+            if (at_skip < delta_ || !skip || skip->n_steps != 1 || skip->y.data != other.data || !dense(other) || !dense(skip->y)) return false;
+            take(at_skip);
+        } else if (sum->n_steps != 2 || !is_step(sum->step[1], BinaryOp::kAdd) || sum->step[1].b.data != y) {
+            return false;
+        }
+        const View &x = r.src[1], &of_x = skip->x, &d = skip->step[0].b;
+        if (!is_step(skip->step[0], BinaryOp::kMul) || of_x.data != x.data || of_x.ne[0] != r.rows || of_x.ne[1] != r.n_head || of_x.nb[0] != x.nb[0] ||
+            of_x.nb[1] != x.nb[1] || d.type != kF32 || d.ne[0] != 1 || d.ne[1] != r.n_head || d.nb[1] != 4)
+            return false;
+        out.d = reinterpret_cast<const float*>(d.data);
+        constants_.push_back(span_of(out.d, r.n_head * 4));
+        take(at_sum);
+        const size_t at_glu = next<StreamGlu>(at_sum, kStreamGlu, [&](const StreamGlu& g) { return g.args.b.data == sum->y.data; });
+        const auto glu = stage<StreamGlu>(at_glu, kStreamGlu);
+        if (!glu || glu->op != static_cast<i32>(GluOp::kSwiglu) || writer(sum->y.data, at_glu) != at_sum || !dense(glu->args.b) || !dense(glu->args.y))
+            return false;
+        View z = glu->args.a;
+        size_t at_z = writer(z.data, at_glu);
+        if (const auto copy = elements_at(at_z); copy && !copy->w.data && !copy->n_steps && copy->y.data == z.data && dense(z) && dense(copy->y)) {
+            z = copy->x;
+            take(at_z);
+        } else {
+            at_z = at_glu;
+        }
+        const bool by_heads = z.ne[0] == r.rows && n_rows(z) == r.n_head;
+        if (z.type != kF32 || z.nb[0] != 4 || (!by_heads && !dense(z))) return false;
         Rows rows;
-        const View& src = r.src[which];
-        for (i64 h = 0; h < r.n_head; ++h)
-            rows.push_back(src.data + (which < 2 ? (r.head_begin + h) % r.n_group[which] - r.group_begin[which] : h) * src.nb[1]);
-        const i64 n = which < 2 ? r.n : r.rows;
-        auto through = [&](const View& y, const View& x) {
-            if (y.ne[0] != n || x.ne[0] != n || x.nb[0] != 4 || y.nb[0] != 4 || n_rows(x) != n_rows(y)) return false;
-            for (const char*& row : rows) {
-                const std::optional<i64> at = row_of(y, row);
-                if (!at) return false;
-                row = row_at(x, *at);
-            }
-            return true;
-        };
+        for (i64 h = 0; h < r.n_head; ++h) rows.push_back(by_heads ? row_at(z, h) : z.data + h * r.rows * 4);
+        const std::optional<i64> step = step_of(rows);
+        if (!step || *step % 4 || *step > 1 << 24 || *step < 0) return false;
+        out.z = reinterpret_cast<const float*>(z.data), out.z_stride = static_cast<i32>(*step / 4);
+        out.y = reinterpret_cast<float*>(glu->args.y.data);
+        take(at_glu);
+        place_ = at_glu;
+        inputs_.push_back({at_z, span_of(z)});
+        // Whoever reads it, up to where it is written anew.
+        const std::vector<Span> result = {span_of(glu->args.y)};
+        for (size_t i = place_ + 1; i < stages_.size(); ++i) {
+            if (meet(result, stages_[i].reads)) readers_.push_back(i);
+            if (meet(result, stages_[i].writes)) break;
+        }
+        reader_ = place_ + 1;
+        while (reader_ < stages_.size() && stages_[reader_].kind != kStreamProduct) ++reader_;
+        const auto p = stage<StreamProduct>(reader_, kStreamProduct);
+        return p && p->input != kInputKept && !readers_.empty();  // heads lie where a product's input is kept
+    }
+    /// From what a head reads back to the convolution that it comes from, with the ops in between.
+    bool through(Rows& rows, const View& y, const View& x, i64 n) const {
+        if (y.ne[0] != n || x.ne[0] != n || x.nb[0] != 4 || y.nb[0] != 4 || n_rows(x) != n_rows(y)) return false;
+        for (const char*& row : rows) {
+            const std::optional<i64> at = row_of(y, row);
+            if (!at) return false;
+            row = row_at(x, *at);
+        }
+        return true;
+    }
+    bool walk_scan(int which, Rows& rows, i64 n, StreamElements& conv, size_t& at, View& bias) {
+        std::vector<StreamElements::Step> steps;
+        while (!conv.w.data) {
+            at = writer(rows, at);
+            const auto e = elements_at(at);
+            if (!e) return false;
+            if (e->w.data) conv = *e;
+            else if (same_view(e->x, e->y)) {
+            } else if (is_dense(e->x) && is_dense(e->y) && (!e->n_steps || std::equal(e->x.ne, e->x.ne + 4, e->y.ne)))
+                for (const char*& row : rows) row = e->x.data + (row - e->y.data);
+            else if (e->n_steps || !through(rows, e->y, e->x, n)) return false;
+            steps.insert(steps.begin(), e->step, e->step + e->n_steps);
+            take(at);
+        }
+        if (steps.empty() || steps.size() > 2 || steps.back().op != static_cast<i32>(UnaryOp::kSilu)) return false;
+        if (steps.size() == 1) return true;
+        bias = steps[0].b;
+        const i64 channels = conv.y.ne[0];
+        stage_.bias[which] = reinterpret_cast<const float*>(bias.data);
+        constants_.push_back(span_of(bias.data, channels * 4));
+        return is_step(steps[0], BinaryOp::kAdd) && bias.type == kF32 && bias.ne[0] == channels && n_rows(bias) == 1 && bias.nb[0] == 4;
+    }
+    bool walk_delta(int which, Rows& rows, i64 n, StreamElements& conv, size_t& at) {
+        StreamHeads& out = stage_;
         bool normed = which == 2, activated = false;
-        size_t at = delta_;
-        StreamElements conv{};
         while (!conv.w.data) {
             at = writer(rows, at);
             if (const auto norm = stage<StreamNormRows>(at, kStreamNormRows)) {
-                if (normed || norm->norm.has_b || norm->norm.has_weight || activated || !through(norm->norm.y, norm->norm.a)) return false;
+                if (normed || norm->norm.has_b || norm->norm.has_weight || activated || !through(rows, norm->norm.y, norm->norm.a, n)) return false;
                 out.group[which].eps = norm->norm.eps, out.group[which].factor = norm->factor;
                 normed = true;
             } else if (const auto e = stage<StreamElements>(at, kStreamElements)) {
                 if (e->n_steps == 1 ? activated || e->step[0].op != static_cast<i32>(UnaryOp::kSilu) : e->n_steps > 1) return false;
                 activated |= e->n_steps > 0;
                 if (e->w.data) conv = *e;
-                else if (e->n_steps ? !same_view(e->x, e->y) : !through(e->y, e->x)) return false;
+                else if (e->n_steps ? !same_view(e->x, e->y) : !through(rows, e->y, e->x, n)) return false;
             } else {
                 return false;
             }
             take(at);
         }
-        if (!normed || !activated) return false;
+        return normed && activated;
+    }
+    bool find_window(int which) {
+        const RecurrentArgs& r = args_;
+        StreamHeads& out = stage_;
+        Rows rows;
+        constexpr int kScanSources[] = {5, 4, 1};  // C, B, x
+        const View& src = r.src[is_scan() ? kScanSources[which] : which];
+        for (i64 h = 0; h < r.n_head; ++h) {
+            const i64 head = r.head_begin + h;
+            i64 row = h;
+            if (which < 2) row = (is_scan() ? head / (r.n_head_global / r.n_group[which]) : head % r.n_group[which]) - r.group_begin[which];
+            rows.push_back(src.data + row * src.nb[1]);
+        }
+        const i64 n = which < 2 ? r.n : r.rows;
+        size_t at = delta_;
+        StreamElements conv{};
+        View bias{};
+        if (!(is_scan() ? walk_scan(which, rows, n, conv, at, bias) : walk_delta(which, rows, n, conv, at))) return false;
         // The window itself, over the cache's rows and the product's.
         const i64 taps = conv.w.ne[0], channels = conv.y.ne[0];
         const bool fits = taps > 1 && taps <= kStreamMostTaps && n_elements(conv.y) == channels && conv.y.nb[0] == 4 && conv.x.ne[0] == taps &&
@@ -185,7 +335,7 @@ class Finder {
         if (to >= place_ || writer(c.y.data, to) != at_concat) return false;
         const StreamWindowRow row{reinterpret_cast<const i32*>(old->idx.data), old->w_view.nb[1], static_cast<i32>(old->w.n), static_cast<i32>(taps)};
         if (which && (row.row != out.row.row || row.row_bytes != out.row.row_bytes || row.n_rows != out.row.n_rows || row.taps != out.row.taps)) return false;
-        out.row = row;
+        out.row = row, out.fault = old->fault;
         const StreamWindow all{reinterpret_cast<const float*>(c.b.data), reinterpret_cast<const float*>(conv.w.data),
                                old->w_view.data + (c.x.data - old->y.data), reinterpret_cast<float*>(stage<StreamElements>(to, kStreamElements)->y.data),
                                channels};
@@ -200,6 +350,8 @@ class Finder {
         if (!set_group(which, head, least, n)) return false;
         StreamWindow& window = out.window[which];
         window = all;
+        if (out.bias[which]) out.bias[which] += least;
+        constants_.push_back(span_of(all.w, taps * channels * 4));
         window.x += least, window.w += least * taps, window.old += least * (taps - 1) * 4, window.to += least * (taps - 1);
         if (!shifted_.count(at)) {
             shifted_.insert(at);
@@ -207,14 +359,13 @@ class Finder {
             const size_t product = writer(c.b.data, at_concat);
             const auto p = stage<StreamProduct>(product, kStreamProduct);
             if (!p || p->glu || p->role || p->n_push) return false;
-            int part = 0;
-            while (part < p->n_parts && (p->part[part].y != all.x || p->part[part].n != channels || p->part[part].copy)) ++part;
-            if (part == p->n_parts) return false;
-            sources_.push_back({product, part, all.x, channels});
+            sources_.push_back({product, all.x, channels});
             caches_.push_back(span_of(old->w_view)), caches_.push_back(span_of(all.to, (taps - 1) * channels * 4));
             reads_.push_back(span_of(old->w_view)), reads_.push_back(span_of(old->idx));
         }
-        take(at_concat), take(from), take(to);
+        take(at_concat), take(to);
+        if (keep_rows_) kept_.insert(from);
+        else take(from);
         return true;
     }
     /// Which of the source's rows a head has: heads / repeat % groups.
@@ -243,12 +394,12 @@ class Finder {
     bool find_float(int which, StreamHeadFloat& out) {
         const View& src = args_.src[which];
         Rows rows;
-        for (i64 h = 0; h < args_.n_head; ++h) rows.push_back(src.data + h * src.nb[1]);
+        for (i64 h = 0; h < args_.n_head; ++h) rows.push_back(src.data + h * src.nb[is_scan() ? 0 : 1]);
         std::vector<StreamHeadStep> steps;
         size_t at = delta_, read_at = delta_;
         for (;;) {
             at = writer(rows, at);
-            const auto e = stage<StreamElements>(at, kStreamElements);
+            const auto e = elements_at(at);
             if (!e) break;
             if (e->w.data || !is_dense(e->y) || !std::equal(e->x.ne, e->x.ne + 4, e->y.ne)) return false;
             Rows from;
@@ -313,11 +464,8 @@ class Finder {
     bool settle() {
         StreamHeads& out = stage_;
         const RecurrentArgs& r = args_;
-        for (int i = 0; i < 3; ++i) {
-            constants_.push_back(span_of(out.window[i].w, out.row.taps * (i == 2 ? r.rows * r.n_head : r.n) * 4));
-            constants_.push_back(span_of(out.row.row, 4));
-        }
-        constants_.push_back(span_of(out.weight, r.rows * 4));
+        constants_.push_back(span_of(out.row.row, 4));
+        if (out.weight) constants_.push_back(span_of(out.weight, r.rows * 4));
         constants_.push_back(span_of(out.state_row, 4));
         for (size_t i = 0; i < stages_.size(); ++i) {
             // Caches and constants are read before a wait; nobody else in the launch has to do with the former.
@@ -327,7 +475,7 @@ class Finder {
                     if (!meet({span}, caches_)) found_.left.push_back({i, span});
                 continue;
             }
-            if (meet(caches_, stages_[i].writes) || meet(caches_, stages_[i].reads)) return false;
+            if (meet(caches_, stages_[i].writes) || (meet(caches_, stages_[i].reads) && !kept_.count(i))) return false;
             for (const auto& [read_at, span] : inputs_)
                 if (i > read_at && i < place_ && meet({span}, stages_[i].writes)) return false;
         }
@@ -341,8 +489,52 @@ class Finder {
         return before <= kStreamMostK;
     }
 
-    /// Products leave copies of what windows take in, and one takes the result, where nobody else writes.
-    void write() {
+    /// The part of a product's rows that a window takes in leaves a copy. False: it is no part, or becomes none.
+    bool leave_copy(StreamProduct& p, const Source& source, float* copy) const {
+        const i32 before = p.n_parts;
+        int part = 0;
+        while (part < p.n_parts && (source.y < p.part[part].y || source.y + source.n > p.part[part].y + p.part[part].n)) ++part;
+        if (part == p.n_parts || p.part[part].copy) return false;
+        if (const i64 first = source.y - p.part[part].y; first > 0) split_part(p, part++, first);
+        if (part < p.n_parts) split_part(p, part, source.n);
+        if (part >= p.n_parts || p.part[part].y != source.y || p.part[part].n != source.n) return false;
+        p.part[part].copy = copy;
+        return p.n_parts == before || stream_fit(p, blocks_);
+    }
+    /// A reader of the result reads it elsewhere. False: of a kind that is not known.
+    static bool redirect(Draft& d, const float* from, float* to) {
+        const auto move = [&](auto* at) {
+            if (reinterpret_cast<const float*>(*at) != from) return false;
+            *at = reinterpret_cast<std::remove_pointer_t<decltype(at)>>(to);
+            return true;
+        };
+        const auto set = [&](auto stage, bool moved) {
+            d.set(stage);
+            return moved;
+        };
+        if (d.kind == kStreamProduct) {
+            auto p = d.get<StreamProduct>();
+            const bool moved = move(&p.a);
+            return set(p, moved);
+        }
+        if (d.kind == kStreamNormRows) {
+            auto s = d.get<StreamNormRows>();
+            const bool moved = move(&s.norm.a.data);
+            return set(s, moved);
+        }
+        if (d.kind == kStreamNormBySquares) {
+            auto s = d.get<StreamNormBySquares>();
+            const bool moved = move(&s.x);
+            return set(s, moved);
+        }
+        if (d.kind != kStreamSquares) return false;
+        auto s = d.get<StreamSquares>();
+        bool moved = false;
+        for (int i = 0; i < s.n_parts; ++i) moved |= move(&s.x[i]);
+        return set(s, moved);
+    }
+    /// Products leave copies of what windows take in, and whoever takes the result takes it where nobody else writes.
+    bool write() {
         StreamHeads& out = stage_;
         i64 before = 0;
         std::map<size_t, Draft> changed;
@@ -350,7 +542,8 @@ class Finder {
         for (const Source& source : sources_) {
             Draft& d = draft(source.stage);
             StreamProduct p = d.get<StreamProduct>();
-            float* const copy = p.part[source.part].copy = windows_ + before;
+            float* const copy = windows_ + before;
+            if (!leave_copy(p, source, copy)) return false;
             d.set(p);
             d.writes.push_back(span_of(copy, source.n * 4));
             auto move = [&](StreamWindow& window) {
@@ -369,38 +562,37 @@ class Finder {
             found_.shift_writes.push_back(span_of(window.to, bytes));
         }
         found_.shift_reads.push_back(span_of(out.row.row, 4));
-        Draft& reader = draft(reader_);
-        StreamProduct p = reader.get<StreamProduct>();
         const i64 bytes = args_.rows * args_.n_head * 4;
         const Span y = span_of(out.y, bytes), own = span_of(attended_, bytes);
-        for (Span& read : reader.reads)
-            if (read.begin == y.begin) read = own;
-        p.a = out.y = attended_;
-        reader.set(p);
+        for (size_t i : readers_) {
+            Draft& reader = draft(i);
+            for (Span& read : reader.reads)
+                if (read.begin == y.begin) read = own;
+            if (!redirect(reader, out.y, attended_)) return false;
+        }
+        out.y = attended_;
         for (const auto& input : inputs_) reads_.push_back(input.second);
         writes_.push_back(own);
         Draft& here = draft(place_);
         here = Draft::of(kStreamHeads, out);
         here.reads = reads_, here.writes = writes_;
         found_.changed.assign(changed.begin(), changed.end());
+        return true;
     }
 
-    struct Source {  // a product's result that a window takes in
-        size_t stage;
-        int part;
-        const float* y;
-        i64 n;
-    };
     const std::vector<Draft>& stages_;
     const size_t delta_;
+    const bool keep_rows_;
     float *const windows_, *const attended_;
+    const i64 blocks_;
     const RecurrentArgs args_;
     StreamHeads stage_{};
     std::vector<Source> sources_;
     std::vector<Span> reads_, writes_;  // of the stage, but for what lies in vectors of its own
-    size_t reader_ = 0;
+    std::vector<size_t> readers_;       // of the result
+    size_t reader_ = 0;                 // the next product
     DeltaHeads found_{};
-    std::set<size_t> taken_, shifted_;
+    std::set<size_t> taken_, kept_, shifted_;
     size_t place_ = 0;
     std::vector<Span> caches_, constants_;
     std::vector<std::pair<size_t, Span>> inputs_;  // what it reads, and which stage did
@@ -417,8 +609,8 @@ void DeltaHeads::shift_in(Draft& stage) const {
     stage.writes.insert(stage.writes.end(), shift_writes.begin(), shift_writes.end());
 }
 
-std::optional<DeltaHeads> delta_heads(const std::vector<Draft>& stages, size_t delta, float* windows, float* attended) {
-    return Finder(stages, delta, windows, attended).find();
+std::optional<DeltaHeads> delta_heads(const std::vector<Draft>& stages, size_t delta, bool keep_rows, float* windows, float* attended, i64 blocks) {
+    return Finder(stages, delta, keep_rows, windows, attended, blocks).find();
 }
 
 }  // namespace ggml_tp

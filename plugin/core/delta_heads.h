@@ -1,5 +1,6 @@
 // Linear attention of one token as one stage of the persistent kernel: what comes between a layer's products (a window over tokens, norms of Q and K, gates,
-// GATED_DELTA_NET, its state's way out of a cache and back, the norm of its result, z) are a dozen stages, which wait for each other eight times.
+// GATED_DELTA_NET, its state's way out of a cache and back, the norm of its result, z) are a dozen stages, which wait for each other eight times. And a state
+// space's layer (SSM_SCAN as Mamba 2 has it), whose stages are as many.
 #pragma once
 #include <optional>
 #include <vector>
@@ -17,8 +18,9 @@ struct DeltaHeads : Join {  // the stage stands where the last of those that it 
     void shift_in(Draft& stage) const;
 };
 
-/// Of the kStreamDelta at stages[delta]; nullopt: something about it is otherwise. windows: kStreamMostK floats, for what windows take in; attended: as many,
-/// for the result.
-std::optional<DeltaHeads> delta_heads(const std::vector<Draft>& stages, size_t delta, float* windows, float* attended);
+/// Of the kStreamDelta, or kStreamScan of one decay a head, at stages[delta]; nullopt: something about it is otherwise. windows: kStreamMostK floats, for what
+/// windows take in; attended: as many, for the result. keep_rows: the windows' rows are copied out of their cache all the same, where that copy is not the
+/// stages' own.
+std::optional<DeltaHeads> delta_heads(const std::vector<Draft>& stages, size_t delta, bool keep_rows, float* windows, float* attended, i64 blocks);
 
 }  // namespace ggml_tp

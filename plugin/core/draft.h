@@ -124,4 +124,20 @@ inline bool cache_of(const SetRowsArgs& store, const View& seen, StreamOwnToken:
     return true;
 }
 
+/// A part becomes two, of which the first has `rows` rows: models have gates and ups, or queries, keys and values, in one matrix. Where they are the parts
+/// that they were, or there is no room for one more, nothing happens.
+inline void split_part(StreamProduct& p, int part, i64 rows) {
+    StreamPart& first = p.part[part];
+    if (p.n_parts == 3 || rows <= 0 || rows >= first.n) return;
+    for (int i = p.n_parts++; i > part + 1; --i) p.part[i] = p.part[i - 1];
+    StreamPart& second = p.part[part + 1];
+    second = first;
+    first.n = static_cast<i32>(rows), second.n -= static_cast<i32>(rows);
+    second.w += rows * p.row_bytes;
+    second.y += rows;
+    for (float** more : {&second.copy, &second.raw})
+        if (*more) *more += rows;
+    if (second.bias) second.bias += rows;
+}
+
 }  // namespace ggml_tp

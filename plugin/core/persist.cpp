@@ -176,8 +176,10 @@ auto join_all(Run& run, const Find& find) {
 void join_heads(Run& run) {
     int turn = 0;
     for (size_t i = run.stages.size(); i-- > 0;) {
-        if (run.ranks[0].stages[i].kind != kStreamDelta) continue;
-        const std::vector<DeltaHeads> found = join_all(run, [&](const RankRun& rank) { return rank.heads_of(i, turn); });
+        if (const i32 kind = run.ranks[0].stages[i].kind; kind != kStreamDelta && kind != kStreamScan) continue;
+        std::vector<DeltaHeads> found;
+        for (const bool keep_rows : {false, true})
+            if (found.empty()) found = join_all(run, [&](const RankRun& rank) { return rank.heads_of(i, keep_rows, turn); });
         if (found.empty()) continue;
         turn ^= 1;
         // Its windows are brought up to date by the next such stage, if the row is still there, or by one of their own behind the product.

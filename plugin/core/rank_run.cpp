@@ -194,8 +194,8 @@ void RankRun::apply(const Join& join) {
     for (const auto& [i, draft] : join.changed) stages[i] = draft;
     for (size_t j = join.taken.size(); j-- > 0;) stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(join.taken[j]));
 }
-std::optional<DeltaHeads> RankRun::heads_of(size_t delta, int turn) const {
-    return delta_heads(stages, delta, memory_->vectors[kWindow0 + turn], memory_->vectors[kAttended]);
+std::optional<DeltaHeads> RankRun::heads_of(size_t delta, bool keep_rows, int turn) const {
+    return delta_heads(stages, delta, keep_rows, memory_->vectors[kWindow0 + turn], memory_->vectors[kAttended], memory_->n_blocks);
 }
 std::optional<Join> RankRun::latent_heads_of(size_t i) const { return latent_heads(stages, i, memory_->vectors[kPacked], memory_->vectors[kAttended]); }
 std::optional<Join> RankRun::shared_expert_of(size_t i) const { return shared_expert(stages, i, memory_->vectors[kShared], memory_->n_blocks); }

@@ -81,7 +81,7 @@ class RankRun {
     /// Whether what a join's stages no longer write was theirs alone: it is all written over later, and not read before.
     bool is_own(const Join& join) const;
     void apply(const Join& join);
-    std::optional<DeltaHeads> heads_of(size_t delta, int turn) const;
+    std::optional<DeltaHeads> heads_of(size_t delta, bool keep_rows, int turn) const;
     std::optional<Join> latent_heads_of(size_t i) const;
     std::optional<Join> shared_expert_of(size_t i) const;
     /// When all that is left out is left out.
@@ -117,7 +117,6 @@ class RankRun {
     static i32 glu_op(const RankLaunch& l);
     bool add_lone_glu(const RankLaunch& l, const FusedGluArgs& g);
     bool join_glu(const RankLaunch& l, const FusedGluArgs& g);
-    static void split(StreamProduct& p, int part, i64 rows);
     bool add_product(const MulVecArgs& m);
     static bool set_rows_of(StreamProduct& p, const Matrix& w, bool first);
     void give_input(StreamProduct& p, const Recipe& r, Draft& d, bool norms_b);

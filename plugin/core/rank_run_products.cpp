@@ -106,7 +106,7 @@ bool RankRun::join_glu(const RankLaunch& l, const FusedGluArgs& g) {
     if (stages.empty() || stages.back().kind != kStreamProduct) return false;
     StreamProduct p = stages.back().get<StreamProduct>();
     const i64 n = g.glu.y.ne[0], slots = p.role == kExpertsEach ? p.slots : 1;
-    if (p.role != kExpertsSum && p.n_parts == 1) split(p, 0, n);
+    if (p.role != kExpertsSum && p.n_parts == 1) split_part(p, 0, n);
     if (p.n_parts != 2 || p.glu || p.part[0].n != n || p.part[1].n != n) return false;
     if (!p.role && (g.k_begin != 0 || g.k != n || !is_vector(g.glu.y, n))) return false;
     if (p.role && (!is_slots(g.glu.y, n, slots) || g.k * slots > kStreamMostK)) return false;
@@ -132,21 +132,6 @@ bool RankRun::join_glu(const RankLaunch& l, const FusedGluArgs& g) {
     d.set(p);
     d.writes.push_back(y);
     return true;
-}
-/// A part becomes two, of which the first has `rows` rows: models have gates and ups, or queries, keys and values, in one matrix. Where they are the parts
-/// that they were, or there is no room for one more, nothing happens.
-void RankRun::split(StreamProduct& p, int part, i64 rows) {
-    StreamPart& first = p.part[part];
-    if (p.n_parts == 3 || rows <= 0 || rows >= first.n) return;
-    for (int i = p.n_parts++; i > part + 1; --i) p.part[i] = p.part[i - 1];
-    StreamPart& second = p.part[part + 1];
-    second = first;
-    first.n = static_cast<i32>(rows), second.n -= static_cast<i32>(rows);
-    second.w += rows * p.row_bytes;
-    second.y += rows;
-    for (float** more : {&second.copy, &second.raw})
-        if (*more) *more += rows;
-    if (second.bias) second.bias += rows;
 }
 bool RankRun::add_product(const MulVecArgs& m) {
     if (m.x.ne[1] != 1 || !m.xq || !stream_can_type(m.part[0].w.type)) return false;
@@ -274,10 +259,10 @@ float* RankRun::copy_of_output(const float* y, i64 n, int& turn, int vectors, in
             for (int j = 0; j < p.n_parts && !p.role && !p.glu && !p.n_push; ++j) {
                 const i64 before = y - p.part[j].y;
                 if (before <= 0 || before + n > p.part[j].n || p.part[j].copy) continue;
-                split(p, j, before);
+                split_part(p, j, before);
             }
             for (int j = 0; j < p.n_parts && !p.role && !p.glu && !p.n_push; ++j)
-                if (p.part[j].y == y && p.part[j].n > n && !p.part[j].copy) split(p, j, n);
+                if (p.part[j].y == y && p.part[j].n > n && !p.part[j].copy) split_part(p, j, n);
             for (StreamPart& part : p.part) {
                 if (part.y != y || part.n != n || part.copy || p.n_push || p.glu || p.role == kHeads) continue;
                 part.copy = copy;
