@@ -778,12 +778,14 @@ def test_without_peers_or_persistent_kernel(workers, models, off, by_nccl, kerne
 
 
 @pytest.mark.parametrize(
-    ("family", "quant"), [("llama", "Q4_0"), ("gpt-oss", "Q8_0"), ("deepseek2", "Q8_0"), ("deepseek2-no-mla", "Q8_0"), ("qwen35moe", "Q8_0")]
-)
-def test_persistent_runs_are_bit_identical(workers, models, family, quant):
+    ("family", "quant", "ranks"),
+    [("llama", "Q4_0", 3), ("gpt-oss", "Q8_0", 3), ("deepseek2", "Q8_0", 3), ("deepseek2-no-mla", "Q8_0", 2), ("qwen35moe", "Q8_0", 3),
+     ("minimax-m2", "Q8_0", 3), ("gptneox", "Q8_0", 3), ("mamba2", "Q8_0", 2)],
+)  # fmt: skip
+def test_persistent_runs_are_bit_identical(workers, models, family, quant, ranks):
     """Of a model with two norms of one product's results (deepseek2-no-mla) fast blocks once stored where slow ones still read."""
-    arguments = {"model": models(family, quant), "prompt": PROMPT, "n": 6}
-    first, *others = (workers.run(jobs.run_model, emulated(2 if family == "deepseek2-no-mla" else 3, "sm_90"), on_device=True, **arguments) for _ in range(4))
+    arguments = {"model": models(family, quant, **({"block_count": 6} if family == "mamba2" else {})), "prompt": PROMPT, "n": 6}
+    first, *others = (workers.run(jobs.run_model, emulated(ranks, "sm_90"), on_device=True, **arguments) for _ in range(4))
     assert all(np.array_equal(first["logits"], other["logits"]) for other in others)
 
 
