@@ -2472,118 +2472,7 @@ TP_DEVICE float head_float(const StreamHeadFloat& f, int head) {
 }
 TP_DEVICE int row_of_head(const StreamHeadGroup& g, int head) { return head / g.repeat % g.groups - g.first; }
 
-/// A block a head. What no stage of the launch writes, its state above all, comes while the block still waits: sixteen rows a warp, four neighbours a lane. Eight
-/// rows at a time: the code, which comes from the L2 once a layer, is half as long, and the second half finds it.
-TP_OUTLINE Progress run_heads(Progress now) {
-    constexpr int kMost = 128, kRows = kMost / kStreamWarps / 2;  // of a half
-    struct Meet {
-        float qk[2][kMost], v[kMost], y[kMost];
-        float sums[2][kStreamWarps / 2], squares[kStreamWarps];
-    };
-    static_assert(sizeof(Meet) <= kStreamMostK, "where inputs lie");
-    Shared& s = shared_of();
-    Meet& meet = *(Meet*)s.x;
-    const StreamStage& stage = stage_at(now.stage % 3);
-    const StreamHeads& a = *(const StreamHeads*)stage.body;
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, blocks = (int)gridDim.x;
-    const int turned = (int)blockIdx.x + stage.turn, block_here = turned < blocks ? turned : turned - blocks;
-    if (a.n_shift) shift_all(a, (i64)block_here * kMultiply + thread, (i64)blocks * kMultiply);
-    const int of_k = thread >= kMost, channel = thread % kMost;  // whose of Q and K this thread has
-    const int taps = a.row.taps, rows_each = a.rows / kStreamWarps;
-    bool begun = false;
-    for (int head = block_here; head < a.n_head; head += blocks) {
-        const i64 window_row = *a.row.row, state_row = *a.state_row;
-        if (window_row < 0 || window_row >= a.row.n_rows || state_row < 0 || state_row >= a.n_state_rows) {
-            if (thread == 0) atomicExch(a.fault, (u32)kFaultRowIndex);
-            break;
-        }
-        const i64 window_at = window_row * a.row.row_bytes;
-        const i64 at_state = ((i64)head * a.rows + warp * rows_each) * a.n + 4 * lane;
-        const char* const from = a.state + state_row * a.state_row_bytes + at_state * 4;
-        const bool inside = 4 * lane < a.n, has_row = thread < a.rows, has_channel = channel < a.n;
-        float state[kRows][4] = {}, second[kRows][4] = {};
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            if (inside && r < rows_each) load_four(from + (i64)r * a.n * 4, state[r]);
-            if (inside && r + kRows < rows_each) load_four(from + (i64)(r + kRows) * a.n * 4, second[r]);
-        }
-        const i64 at_qk = (i64)row_of_head(a.group[of_k], a.head_begin + head) * a.n + channel, at_v = (i64)head * a.rows + thread;
-        WindowSum of_qk, of_v;
-        if (has_channel) of_qk.fetch(a.window[of_k], at_qk, taps, window_at);
-        if (has_row) of_v.fetch(a.window[2], at_v, taps, window_at);
-        const float weight = has_row ? a.weight[thread] : 0.0f;
-        if (!begun) begin_stage(now.stage);
-        else sync_multiplying();  // before meet is written again
-        begun = true;
-        const float x_qk = has_channel ? a.window[of_k].x[at_qk] : 0.0f, x_v = has_row ? a.window[2].x[at_v] : 0.0f;
-        const float z = has_row ? a.z[(i64)head * a.z_stride + thread] : 0.0f;
-        const float decay = expf(head_float(a.gate, head)), beta = head_float(a.beta, head);
-        const float own = has_channel ? silu(of_qk.of(x_qk, taps)) : 0.0f;
-        meet.qk[of_k][channel] = own;
-        if (thread < kMost) meet.v[thread] = has_row ? silu(of_v.of(x_v, taps)) : 0.0f;
-        const float squares = tp_warp_sum(own * own);
-        if (lane == 0) meet.sums[of_k][warp % (kStreamWarps / 2)] = squares;
-        sync_multiplying();
-        float k[4], q[4], scale[2] = {};
-#pragma unroll 1
-        for (int i = 0; i < 2; ++i) {
-            const float* const sums = meet.sums[i];
-            const float of_all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-            const float here = tp_quotient(a.group[i].factor, sqrtf(tp_quotient(of_all, (float)a.n) + a.group[i].eps));
-            scale[0] = i ? scale[0] : here, scale[1] = here;
-        }
-        for (int i = 0; i < 4; ++i) q[i] = meet.qk[0][4 * lane + i] * scale[0], k[i] = meet.qk[1][4 * lane + i] * scale[1];
-        // A lane gets the sum of row 4 * j + lane / 8.
-        auto sums_of = [&](const float(&v)[kRows], float(&to)[kRows / 4]) {
-#pragma unroll
-            for (int j = 0; j < kRows / 4; ++j) {
-                const float four[4] = {v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]};
-                to[j] = sum_of_lanes<4>(four, 32);
-            }
-        };
-        float y_squares = 0;
-#pragma unroll 1
-        for (int first = 0; first < rows_each; first += kRows) {
-            float sums[kRows], delta[kRows / 4], y[kRows / 4];
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-                sums[r] = 0;
-                for (int i = 0; i < 4; ++i) state[r][i] *= decay, sums[r] += state[r][i] * k[i];
-            }
-            sums_of(sums, delta);
-            const int row = warp * rows_each + first + lane / 8;  // and four further on
-#pragma unroll
-            for (int j = 0; j < kRows / 4; ++j) delta[j] = first + 4 * j < rows_each ? (meet.v[row + 4 * j] - delta[j]) * beta : 0.0f;
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-                const float d = __shfl_sync(0xffffffffu, delta[r / 4], r % 4 * 8);
-                sums[r] = 0;
-                for (int i = 0; i < 4; ++i) state[r][i] += k[i] * d, sums[r] += state[r][i] * q[i];
-                if (inside && first + r < rows_each) store_four((char*)(a.state_to + at_state + (first + r) * a.n), state[r]);
-            }
-            sums_of(sums, y);
-#pragma unroll
-            for (int j = 0; j < kRows / 4; ++j)
-                if (lane % 8 == 0 && first + 4 * j < rows_each) {
-                    y[j] *= a.scale;
-                    meet.y[row + 4 * j] = y[j], y_squares += y[j] * y[j];
-                }
-#pragma unroll
-            for (int r = 0; r < kRows; ++r)
-                for (int i = 0; i < 4; ++i) state[r][i] = second[r][i];
-        }
-        y_squares = tp_warp_sum(y_squares);
-        if (lane == 0) meet.squares[warp] = y_squares;
-        sync_multiplying();
-        float total = 0;
-        for (int w = 0; w < kStreamWarps; ++w) total += meet.squares[w];
-        const float norm = tp_quotient(1.0f, sqrtf(tp_quotient(total, (float)a.rows) + a.eps));
-        if (has_row) a.y[(i64)head * a.rows + thread] = meet.y[thread] * norm * weight * head_op(a.z_op, z);
-    }
-    if (!begun) begin_stage(now.stage);
-    return now;
-}
-/// The same of a state space: sixteen bytes of eight rows a lane are a piece of the state, of which two come while the block waits.
+/// What run_heads does, of a state space: sixteen bytes of eight rows a lane are a piece of the state, of which two come while the block waits.
 TP_OUTLINE Progress scanheads(Progress now) {
     constexpr int kRows = 8, kMostChannels = (kStreamScanRows + 2 * kStreamScanElems + kMultiply - 1) / kMultiply;
     struct Meet {
@@ -2680,6 +2569,118 @@ TP_OUTLINE Progress scanheads(Progress now) {
                 for (int e = 0; e < 4; ++e) state[r][e] = next[r][e];
             if (piece + 2 < pieces) fetch(piece + 2, next);
         }
+    }
+    if (!begun) begin_stage(now.stage);
+    return now;
+}
+/// A block a head. What no stage of the launch writes, its state above all, comes while the block still waits: sixteen rows a warp, four neighbours a lane. Eight
+/// rows at a time: the code, which comes from the L2 once a layer, is half as long, and the second half finds it.
+TP_OUTLINE Progress run_heads(Progress now) {
+    constexpr int kMost = 128, kRows = kMost / kStreamWarps / 2;  // of a half
+    struct Meet {
+        float qk[2][kMost], v[kMost], y[kMost];
+        float sums[2][kStreamWarps / 2], squares[kStreamWarps];
+    };
+    static_assert(sizeof(Meet) <= kStreamMostK, "where inputs lie");
+    Shared& s = shared_of();
+    Meet& meet = *(Meet*)s.x;
+    const StreamStage& stage = stage_at(now.stage % 3);
+    const StreamHeads& a = *(const StreamHeads*)stage.body;
+    if (a.a) return scanheads(now);
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, blocks = (int)gridDim.x;
+    const int turned = (int)blockIdx.x + stage.turn, block_here = turned < blocks ? turned : turned - blocks;
+    if (a.n_shift) shift_all(a, (i64)block_here * kMultiply + thread, (i64)blocks * kMultiply);
+    const int of_k = thread >= kMost, channel = thread % kMost;  // whose of Q and K this thread has
+    const int taps = a.row.taps, rows_each = a.rows / kStreamWarps;
+    bool begun = false;
+    for (int head = block_here; head < a.n_head; head += blocks) {
+        const i64 window_row = *a.row.row, state_row = *a.state_row;
+        if (window_row < 0 || window_row >= a.row.n_rows || state_row < 0 || state_row >= a.n_state_rows) {
+            if (thread == 0) atomicExch(a.fault, (u32)kFaultRowIndex);
+            break;
+        }
+        const i64 window_at = window_row * a.row.row_bytes;
+        const i64 at_state = ((i64)head * a.rows + warp * rows_each) * a.n + 4 * lane;
+        const char* const from = a.state + state_row * a.state_row_bytes + at_state * 4;
+        const bool inside = 4 * lane < a.n, has_row = thread < a.rows, has_channel = channel < a.n;
+        float state[kRows][4] = {}, second[kRows][4] = {};
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            if (inside && r < rows_each) load_four(from + (i64)r * a.n * 4, state[r]);
+            if (inside && r + kRows < rows_each) load_four(from + (i64)(r + kRows) * a.n * 4, second[r]);
+        }
+        const i64 at_qk = (i64)row_of_head(a.group[of_k], a.head_begin + head) * a.n + channel, at_v = (i64)head * a.rows + thread;
+        WindowSum of_qk, of_v;
+        if (has_channel) of_qk.fetch(a.window[of_k], at_qk, taps, window_at);
+        if (has_row) of_v.fetch(a.window[2], at_v, taps, window_at);
+        const float weight = has_row ? a.weight[thread] : 0.0f;
+        if (!begun) begin_stage(now.stage);
+        else sync_multiplying();  // before meet is written again
+        begun = true;
+        const float x_qk = has_channel ? a.window[of_k].x[at_qk] : 0.0f, x_v = has_row ? a.window[2].x[at_v] : 0.0f;
+        const float z = has_row ? a.z[(i64)head * a.z_stride + thread] : 0.0f;
+        const float decay = expf(head_float(a.gate, head)), beta = head_float(a.beta, head);
+        const float own = has_channel ? silu(of_qk.of(x_qk, taps)) : 0.0f;
+        meet.qk[of_k][channel] = own;
+        if (thread < kMost) meet.v[thread] = has_row ? silu(of_v.of(x_v, taps)) : 0.0f;
+        const float squares = tp_warp_sum(own * own);
+        if (lane == 0) meet.sums[of_k][warp % (kStreamWarps / 2)] = squares;
+        sync_multiplying();
+        float k[4], q[4], scale[2] = {};
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i) {
+            const float* const sums = meet.sums[i];
+            const float of_all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+            const float here = tp_quotient(a.group[i].factor, sqrtf(tp_quotient(of_all, (float)a.n) + a.group[i].eps));
+            scale[0] = i ? scale[0] : here, scale[1] = here;
+        }
+        for (int i = 0; i < 4; ++i) q[i] = meet.qk[0][4 * lane + i] * scale[0], k[i] = meet.qk[1][4 * lane + i] * scale[1];
+        // A lane gets the sum of row 4 * j + lane / 8.
+        auto sums_of = [&](const float(&v)[kRows], float(&to)[kRows / 4]) {
+#pragma unroll
+            for (int j = 0; j < kRows / 4; ++j) {
+                const float four[4] = {v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]};
+                to[j] = sum_of_lanes<4>(four, 32);
+            }
+        };
+        float y_squares = 0;
+#pragma unroll 1
+        for (int first = 0; first < rows_each; first += kRows) {
+            float sums[kRows], delta[kRows / 4], y[kRows / 4];
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                sums[r] = 0;
+                for (int i = 0; i < 4; ++i) state[r][i] *= decay, sums[r] += state[r][i] * k[i];
+            }
+            sums_of(sums, delta);
+            const int row = warp * rows_each + first + lane / 8;  // and four further on
+#pragma unroll
+            for (int j = 0; j < kRows / 4; ++j) delta[j] = first + 4 * j < rows_each ? (meet.v[row + 4 * j] - delta[j]) * beta : 0.0f;
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                const float d = __shfl_sync(0xffffffffu, delta[r / 4], r % 4 * 8);
+                sums[r] = 0;
+                for (int i = 0; i < 4; ++i) state[r][i] += k[i] * d, sums[r] += state[r][i] * q[i];
+                if (inside && first + r < rows_each) store_four((char*)(a.state_to + at_state + (first + r) * a.n), state[r]);
+            }
+            sums_of(sums, y);
+#pragma unroll
+            for (int j = 0; j < kRows / 4; ++j)
+                if (lane % 8 == 0 && first + 4 * j < rows_each) {
+                    y[j] *= a.scale;
+                    meet.y[row + 4 * j] = y[j], y_squares += y[j] * y[j];
+                }
+#pragma unroll
+            for (int r = 0; r < kRows; ++r)
+                for (int i = 0; i < 4; ++i) state[r][i] = second[r][i];
+        }
+        y_squares = tp_warp_sum(y_squares);
+        if (lane == 0) meet.squares[warp] = y_squares;
+        sync_multiplying();
+        float total = 0;
+        for (int w = 0; w < kStreamWarps; ++w) total += meet.squares[w];
+        const float norm = tp_quotient(1.0f, sqrtf(tp_quotient(total, (float)a.rows) + a.eps));
+        if (has_row) a.y[(i64)head * a.rows + thread] = meet.y[thread] * norm * weight * head_op(a.z_op, z);
     }
     if (!begun) begin_stage(now.stage);
     return now;
@@ -2881,8 +2882,7 @@ TP_DEVICE void do_stages() {
                 if (threadIdx.x == 0) mark_stage(now.stage, kTimeInput), mark_stage(now.stage, kTimeDone);
             }
         } else {
-            const bool heads = stage.kind == kStreamHeads;
-            now = !heads ? do_stage(now) : ((const StreamHeads*)stage.body)->a ? scanheads(now) : run_heads(now);
+            now = stage.kind == kStreamHeads ? run_heads(now) : do_stage(now);
             sync_multiplying();
             if (threadIdx.x == 0) mark_stage(now.stage, kTimeInput), mark_stage(now.stage, kTimeDone);
         }
