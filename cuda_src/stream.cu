@@ -2721,7 +2721,6 @@ TP_OUTLINE void copy_rows(const GetRowsArgs& a, i64 first, i64 step) {
 }
 
 /// A stage that is no product: elements, rows or units of all blocks' threads.
-/// (Functions lie in the order of their names' lengths, as text: this one's 88 KB and others of nine letters behind the products, which few models need.)
 TP_OUTLINE Progress one_stage(Progress now) {
     const StreamStage& stage = stage_at(now.stage % 3);
     const char* body = stage.body;
