@@ -2472,6 +2472,12 @@ TP_DEVICE float head_float(const StreamHeadFloat& f, int head) {
 }
 TP_DEVICE int row_of_head(const StreamHeadGroup& g, int head) { return head / g.repeat % g.groups - g.first; }
 
+/// Whether the caches have these rows; if not, that is said.
+TP_DEVICE bool has_rows(const StreamHeads& a, i64 window_row, i64 state_row) {
+    if (window_row >= 0 && window_row < a.row.n_rows && state_row >= 0 && state_row < a.n_state_rows) return true;
+    if (threadIdx.x == 0) atomicExch(a.fault, (u32)kFaultRowIndex);
+    return false;
+}
 /// What run_heads does, of a state space: sixteen bytes of eight rows a lane are a piece of the state, of which two come while the block waits.
 TP_OUTLINE Progress scanheads(Progress now) {
     constexpr int kRows = 8, kMostChannels = (kStreamScanRows + 2 * kStreamScanElems + kMultiply - 1) / kMultiply;
@@ -2490,10 +2496,7 @@ TP_OUTLINE Progress scanheads(Progress now) {
     bool begun = false;
     for (int head = block_here; head < a.n_head; head += blocks) {
         const i64 window_row = *a.row.row, state_row = *a.state_row;
-        if (window_row < 0 || window_row >= a.row.n_rows || state_row < 0 || state_row >= a.n_state_rows) {
-            if (thread == 0) atomicExch(a.fault, (u32)kFaultRowIndex);
-            break;
-        }
+        if (!has_rows(a, window_row, state_row)) break;
         const i64 at_state = ((i64)head * a.rows + warp * rows_each) * a.n;
         const float* const from = (const float*)(a.state + state_row * a.state_row_bytes) + at_state;
         auto fetch = [&](int piece, float(&v)[kRows][4]) {
@@ -2595,10 +2598,7 @@ TP_OUTLINE Progress run_heads(Progress now) {
     bool begun = false;
     for (int head = block_here; head < a.n_head; head += blocks) {
         const i64 window_row = *a.row.row, state_row = *a.state_row;
-        if (window_row < 0 || window_row >= a.row.n_rows || state_row < 0 || state_row >= a.n_state_rows) {
-            if (thread == 0) atomicExch(a.fault, (u32)kFaultRowIndex);
-            break;
-        }
+        if (!has_rows(a, window_row, state_row)) break;
         const i64 window_at = window_row * a.row.row_bytes;
         const i64 at_state = ((i64)head * a.rows + warp * rows_each) * a.n + 4 * lane;
         const char* const from = a.state + state_row * a.state_row_bytes + at_state * 4;

@@ -252,23 +252,26 @@ class Finder {
         }
         return true;
     }
-    bool walk_scan(int which, Rows& rows, i64 n, StreamElements& conv, size_t& at, View& bias) {
+    bool walk_scan(int which, Rows& rows, i64 n, StreamElements& conv, size_t& at) {
         std::vector<StreamElements::Step> steps;
         while (!conv.w.data) {
             at = writer(rows, at);
             const auto e = elements_at(at);
             if (!e) return false;
-            if (e->w.data) conv = *e;
-            else if (same_view(e->x, e->y)) {
-            } else if (is_dense(e->x) && is_dense(e->y) && (!e->n_steps || std::equal(e->x.ne, e->x.ne + 4, e->y.ne)))
-                for (const char*& row : rows) row = e->x.data + (row - e->y.data);
-            else if (e->n_steps || !through(rows, e->y, e->x, n)) return false;
+            if (e->w.data) {
+                conv = *e;
+            } else if (!same_view(e->x, e->y)) {
+                const bool in_order = is_dense(e->x) && is_dense(e->y) && (!e->n_steps || std::equal(e->x.ne, e->x.ne + 4, e->y.ne));
+                for (const char*& row : rows)
+                    if (in_order) row = e->x.data + (row - e->y.data);
+                if (!in_order && (e->n_steps || !through(rows, e->y, e->x, n))) return false;
+            }
             steps.insert(steps.begin(), e->step, e->step + e->n_steps);
             take(at);
         }
         if (steps.empty() || steps.size() > 2 || steps.back().op != static_cast<i32>(UnaryOp::kSilu)) return false;
         if (steps.size() == 1) return true;
-        bias = steps[0].b;
+        const View& bias = steps[0].b;
         const i64 channels = conv.y.ne[0];
         stage_.bias[which] = reinterpret_cast<const float*>(bias.data);
         constants_.push_back(span_of(bias.data, channels * 4));
@@ -310,8 +313,7 @@ class Finder {
         const i64 n = which < 2 ? r.n : r.rows;
         size_t at = delta_;
         StreamElements conv{};
-        View bias{};
-        if (!(is_scan() ? walk_scan(which, rows, n, conv, at, bias) : walk_delta(which, rows, n, conv, at))) return false;
+        if (!(is_scan() ? walk_scan(which, rows, n, conv, at) : walk_delta(which, rows, n, conv, at))) return false;
         // The window itself, over the cache's rows and the product's.
         const i64 taps = conv.w.ne[0], channels = conv.y.ne[0];
         const bool fits = taps > 1 && taps <= kStreamMostTaps && n_elements(conv.y) == channels && conv.y.nb[0] == 4 && conv.x.ne[0] == taps &&
