@@ -362,6 +362,7 @@ struct RecurrentArgs {
     i64 n, rows, n_head, n_tokens, n_seqs;                      // n_head: this rank's, whose first is head_begin of all
     i64 n_head_global, head_begin, n_group[2], group_begin[2];  // groups of heads that share B, C, or Q, K: of the sources with even and odd number
     i64 snapshots;                                              // the states after the last so many tokens, latest first
+    u32* fault;
     float scale;
     i32 pad;
 };

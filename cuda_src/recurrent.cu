@@ -56,7 +56,8 @@ TP_KERNEL(ssm_scan, RecurrentArgs, 32) {
     const View *src = args.src, &x = src[1], &dt = src[2], &a = src[3], &b = src[4], &c = src[5];
     const i64 row = blockIdx.x, head = blockIdx.y, seq = blockIdx.z,
               group = (args.head_begin + head) / (args.n_head_global / args.n_group[0]) - args.group_begin[0];
-    const i64 number = *(const i32*)(src[6].data + seq * src[6].nb[0]);
+    const i64 number = state_number(args, seq);
+    if (number < 0) return;
     walk(
         args, [&](i64 i) { return at(src[0], i, row, head, number); }, [&](i64 i) { return row * args.n + i; },
         [&](i64 t, Lanes& state) {

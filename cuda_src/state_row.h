@@ -56,6 +56,14 @@ TP_DEVICE void gated_delta_rows(const RecurrentArgs& args, int row, int head) {
     }
 }
 
+/// Which of SSM_SCAN's states a sequence has; -1: one that is not there, which is said.
+TP_DEVICE i64 state_number(const RecurrentArgs& args, i64 seq) {
+    const i64 number = *(const i32*)(args.src[6].data + seq * args.src[6].nb[0]);
+    if (number >= 0 && number < args.src[0].ne[3]) return number;
+    if (threadIdx.x % 32 == 0) atomicExch(args.fault, (u32)kFaultRowIndex);
+    return -1;
+}
+
 /// SSM_SCAN's step (recurrent.cu) of one token, where scan_in_fours: rows of all heads' states from `first` on. A group of lanes has kScanRows of them, one
 /// behind the other; a lane has four neighbours of each, of rows of more than 128 elements twice four. A warp of groups takes scan_at_once() rows.
 TP_DEVICE int scan_width(const RecurrentArgs& args) { return args.n < 128 ? (int)args.n / 4 : 32; }
@@ -65,7 +73,9 @@ TP_DEVICE void scan_rows(const RecurrentArgs& args, u32 first) {
     const View *src = args.src, &a = src[3];
     const int width = scan_width(args), lane = threadIdx.x % 32 % width;
     const u32 row_0 = first + threadIdx.x % 32 / (u32)width * kScanRows, heads_of_group = (u32)(args.n_head_global / args.n_group[0]);
-    const float* const from = (const float*)(src[0].data + *(const i32*)src[6].data * src[0].nb[3]);
+    const i64 number = state_number(args, 0);
+    if (number < 0) return;
+    const float* const from = (const float*)(src[0].data + number * src[0].nb[3]);
     float state[kScanRows][kFours][4] = {}, y[kScanRows] = {};
     auto four = [](const void* p, float(&v)[4]) {
         const TpInt4 w = *(const TpInt4*)p;

@@ -1000,6 +1000,14 @@ OUTSIDE: dict[str, Build] = {
     ),
     "set_rows, a cell beyond the end": lambda g: g.lib.ggml_set_rows(g.c, g.leaf(F16, 40, 9), g.leaf(F32, 40, 2), g.indices(0, 9, type_=I64)),
     "set_rows, a negative cell": lambda g: g.lib.ggml_set_rows(g.c, g.leaf(F32, 40, 9), g.leaf(F32, 40, 2), g.indices(-1, 3, type_=I64)),
+    "ssm_scan, a state beyond the last": lambda g: g.lib.ggml_ssm_scan(
+        g.c, g.leaf(F32, 16, 6, 4, 3), g.leaf(F32, 6, 4, 1, 2), g.leaf(F32, 4, 1, 2), g.leaf(F32, 1, 4), g.leaf(F32, 16, 2, 1, 2), g.leaf(F32, 16, 2, 1, 2),
+        g.indices(1, 3), 1,
+    ),
+    "ssm_scan, a negative state": lambda g: g.lib.ggml_ssm_scan(
+        g.c, g.leaf(F32, 16, 6, 4, 3), g.leaf(F32, 6, 4, 1, 1), g.leaf(F32, 4, 1, 1), g.leaf(F32, 1, 4), g.leaf(F32, 16, 2, 1, 1), g.leaf(F32, 16, 2, 1, 1),
+        g.indices(-1), 1,
+    ),
     "set_rows, a cell of a divided cache": lambda g: g.lib.ggml_set_rows(
         g.c, g.leaf(F16, 96, 9, name="cache_k_l0"), g.leaf(F32, 96, 2), g.indices(2**40, 3, type_=I64)
     ),

@@ -768,6 +768,7 @@ void lower_recurrent(const Site& s, Lowered& out) {
     std::copy(s.x, s.x + 7, args.src);
     args.y = reinterpret_cast<float*>(s.y.data);  // of this rank's first head
     args.snapshots = 1;
+    args.fault = s.fault;
     args.scale = 1.0f;
     const char* kernel = nullptr;
     int sources = 6;
