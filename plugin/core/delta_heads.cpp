@@ -240,7 +240,8 @@ class Finder {
         reader_ = place_ + 1;
         while (reader_ < stages_.size() && stages_[reader_].kind != kStreamProduct) ++reader_;
         const auto p = stage<StreamProduct>(reader_, kStreamProduct);
-        return p && p->input != kInputKept && !readers_.empty();  // heads lie where a product's input is kept
+        // Heads lie where a product's input is kept; and windows move on behind that product, when whoever waits for the result has waited.
+        return p && p->input != kInputKept && !readers_.empty() && readers_.front() <= reader_;
     }
     /// From what a head reads back to the convolution that it comes from, with the ops in between.
     bool through(Rows& rows, const View& y, const View& x, i64 n) const {
