@@ -39,6 +39,18 @@ constexpr Row kRows[] = {
     {"ffn_up_shexp.weight", Role::kColumn},
     {"ffn_down_shexp.weight", Role::kRow},
     {"ffn_gate_inp.weight", Role::kWhole},
+    // A second set of small experts (GroveMoE), and the narrow products around experts of a latent (Nemotron 3).
+    {"ffn_gate_chexps.weight", Role::kColumn},
+    {"ffn_up_chexps.weight", Role::kColumn},
+    {"ffn_down_chexps.weight", Role::kRow},
+    {"ffn_latent_down.weight", Role::kWhole},
+    {"ffn_latent_up.weight", Role::kWhole},
+    // Gemma 3n and 4: embeddings of every layer's own, and what they gate; narrow, and between norms of whole rows.
+    {"per_layer_model_proj.weight", Role::kWhole},
+    {"inp_gate.weight", Role::kWhole},
+    {"proj.weight", Role::kWhole},
+    {"laurel_l.weight", Role::kWhole},
+    {"laurel_r.weight", Role::kWhole},
     {"attn_qkv.weight", Role::kSegments},
     // Latent attention: heads come out of the second of two products, the latent itself is everybody's.
     {"attn_q_a.weight", Role::kWhole},
@@ -47,6 +59,14 @@ constexpr Row kRows[] = {
     {"attn_k_b.weight", Role::kWhole},
     {"attn_v_b.weight", Role::kWhole},
     {"attn_kv_b.weight", Role::kColumn},
+    // What chooses the cells that an attention reads (DeepSeek-V3.2, GLM-5): all of its heads add up to one score, which every rank needs.
+    {"indexer.attn_k.weight", Role::kWhole},
+    {"indexer.attn_q_b.weight", Role::kWhole},
+    {"indexer.proj.weight", Role::kWhole},
+    {"indexer.k_proj.weight", Role::kWhole},
+    {"indexer.q_proj.weight", Role::kWhole},
+    {"indexer_compressor_kv.weight", Role::kWhole},
+    {"indexer_compressor_gate.weight", Role::kWhole},
     {"ffn_gate_up_exps.weight", Role::kSegments},
     // Recurrent layers: what comes in of all heads (or channels), side by side where it is fused, and what goes out.
     {"ssm_in.weight", Role::kMixer},
