@@ -7,6 +7,7 @@
 namespace ggml_tp {
 
 using i32 = int;
+using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 using i64 = long long;
@@ -552,7 +553,7 @@ enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2, kInput
 // Input: as the stage before left it in shared memory; `a` quantised; or the norm of s = a + b (or a + the norm of b times b_weight) times weight, quantised;
 // or (kInputHeads) heads' k elements each, at multiples of a_stride from `a` on, quantised.
 // Products of experts: one matrix lies behind the other for each expert, and `slots` of them, which the router chose, count.
-// kExpertsEach: tiles are rows of one slot's gate and up, results lie slot behind slot; kExpertsSum: a tile has its rows of every slot, each
+// kExpertsEach: tiles are rows of one slot's gate and up, or of its only matrix, results lie slot behind slot; kExpertsSum: a tile has its rows of every slot, each
 // multiplied by its own [k] of the input. kHeads: as kExpertsSum, but slots are heads, which all count, `slots` of them in a tile and slot_groups of so many,
 // and each one's rows are results.
 enum StreamExpertsRole : i32 { kExpertsNone = 0, kExpertsEach = 1, kExpertsSum = 2, kHeads = 3 };
@@ -575,7 +576,7 @@ struct StreamProduct {
     float *sum, *sum_copy, *norm;  // written for others: s twice, its norm; may be null
     float* glu_y;
     i32 slots, role;  // a StreamExpertsRole
-    float* glu_copy;  // what glu_y is, for the next product alone: rows of glu_k with the results from glu_begin on, zeros elsewhere; or null
+    float* glu_copy;  // what glu_y is (without a GLU, part[0].y), for the next product alone: rows of glu_k, results from glu_begin on, else zeros; or null
     u64* inbox[16];   // where this rank's sums go on every rank instead of to y: the all_reduce behind this product
     i32 glu_k, glu_begin;
     i32 lanes, y_stride, glu_stride;  // lanes that share a row of a slot (kExpertsSum); from slot to slot of y, and of glu_y
@@ -585,6 +586,8 @@ struct StreamProduct {
     i32 in_flight, in_flight_early;   // pieces on their way at most (stream.h, kStreamInFlight), of kStreamPieces a tile
     i32 share;                        // elements of a normed input, of which a block writes what others may read of it
     i32 a_stride;                     // kInputHeads
+    u8 map[3][2];                     // what becomes of each part's y and copy, one after the other: 1 + a UnaryOp without parameters, or 0
+    u8 mapped, pad;                   // mapped: whether any part has a map
     u32 heads_inverse;                // 2^16 / (k / 8), rounded up
 };
 constexpr i32 kStreamMostExperts = 512, kStreamMostGroups = 32;

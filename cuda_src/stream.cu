@@ -524,6 +524,13 @@ TP_DEVICE void prefetch_biases(int n_tiles, int each, int lane, const At& at) {
         tp_prefetch(at(tile, i - before * each));
     }
 }
+/// What a cut inside of a block leaves of a row of glu_copy: by the warp that has the row's first results.
+TP_DEVICE void clear_rest(const StreamProduct& p, float* copy, i64 row, i64 n) {
+    if (row) return;
+    const int lane = threadIdx.x % 32;
+    for (i64 i = lane; i < p.glu_begin; i += 32) copy[i] = 0;
+    for (i64 i = p.glu_begin + n + lane; i < p.glu_k; i += 32) copy[i] = 0;
+}
 /// Gates and ups, of experts or not, and what the GLU, kOp if that is one, makes of them. Half of the lanes have gates, the other half ups.
 template <int kOp, bool kBiased>
 TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
@@ -570,10 +577,7 @@ TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out)
             if (glu_y) glu_y[glu_to] = y;
             if (copy) copy[p.glu_begin + at] = y;
         }
-        if (copy && row == 0) {  // what a cut inside of a block leaves of its row
-            for (i64 i = lane; i < p.glu_begin; i += 32) copy[i] = 0;
-            for (i64 i = p.glu_begin + n + lane; i < p.glu_k; i += 32) copy[i] = 0;
-        }
+        if (copy) clear_rest(p, copy, row, n);
     };
     if constexpr (kBiased) {  // by turns, as a copy of a register that is being loaded would wait for it
         if (p.part[0].bias && p.part[1].bias)
@@ -710,6 +714,40 @@ TP_OUTLINE Turn<kOuts> store_heads(Turn<kOuts> out) {
     }
     return out;
 }
+/// Rows whose results go through ops before anybody reads them, of experts without gates too.
+TP_OUTLINE Turn<kOuts> store_map(Turn<kOuts> out) {
+    Shared& s = shared_of();
+    const StreamProduct& p = *(const StreamProduct*)s.stored;
+    const int lane = threadIdx.x % 32, rows = p.rows, groups = 1 << p.k_shift;
+    const bool experts = p.role == kExpertsEach;
+    const int tiles_each = experts ? p.n_tiles / p.slots : p.n_tiles;
+    for (int tile = blockIdx.x; tile < p.n_tiles; tile += gridDim.x) {
+        const int slot = tile / tiles_each;
+        i64 row;
+        const int of = part_of(p, tile - slot * tiles_each, row);
+        const StreamPart& part = p.part[of];
+        const i64 at = row + lane, to = slot * (i64)p.y_stride + at;
+        const bool inside = lane < rows && at < part.n;
+        const float added = part.bias && inside ? part.bias[(experts ? s.experts[slot] * (i64)part.bias_row : 0) + at] : 0.0f;
+        tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
+        float v = 0;
+        if (lane < rows) v = sum_of_groups(s, out.at, rows, groups);
+        tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
+        out.next();
+        if (inside && part.raw) part.raw[to] = v;
+        v += added;
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i)
+            if (const int op = p.map[of][i]) v = unary_of((UnaryOp)(op - 1), v, 0, 0, 0, 0);
+        if (inside && part.y) part.y[to] = v;
+        if (inside && part.copy) part.copy[at] = v;
+        if (!p.glu_copy) continue;
+        float* const copy = p.glu_copy + (i64)slot * p.glu_k;
+        if (inside) copy[p.glu_begin + at] = v;
+        clear_rest(p, copy, row, part.n);
+    }
+    return out;
+}
 TP_OUTLINE Turn<kOuts> store_sums(Turn<kOuts> out) {
     Shared& s = shared_of();
     const StreamExperts& experts = *(const StreamExperts*)s.stored;
@@ -741,6 +779,7 @@ TP_OUTLINE void store_results() {
         if (p.role == kExpertsSum) out = store_sums(out);
         else if (p.role == kHeads) out = store_heads(out);
         else if (p.glu) store_glu(p, s, out);
+        else if (p.mapped) out = store_map(out);
         else if (experts.onto.added) out = store_onto(out);
         else store_rows(p, s, out);
         __syncwarp();

@@ -53,7 +53,7 @@ std::optional<size_t> RankRun::summand_of(DevicePtr y, i64 elems) const {
         }
         if (d.kind == kStreamProduct) {
             const StreamProduct p = d.get<StreamProduct>();
-            if (p.n_parts == 1 && !p.glu && !p.n_push && p.part[0].n == elems && reinterpret_cast<DevicePtr>(p.part[0].y) == y) return i;
+            if (p.n_parts == 1 && !p.glu && !p.mapped && !p.n_push && p.part[0].n == elems && reinterpret_cast<DevicePtr>(p.part[0].y) == y) return i;
         } else if (d.kind == kStreamBinary) {  // of experts and the one that all tokens share
             const StreamBinary b = d.get<StreamBinary>();
             if (!b.n_push && is_vector(b.args.y, elems) && reinterpret_cast<DevicePtr>(b.args.y.data) == y) return i;
@@ -258,6 +258,8 @@ std::vector<RankRun::Result> RankRun::optional_results(size_t i) {
         if (p.glu) {
             for (int part = 0; part < 2; ++part) add(p.part[part].y, before + p.part[part].n);
             if (p.glu_copy) add(p.glu_y, (p.slots - 1) * static_cast<i64>(p.glu_stride) + p.part[0].n);
+        } else if (p.glu_copy) {
+            add(p.part[0].y, before + p.part[0].n);
         }
         if (p.role == kExpertsEach)
             for (const Result& result : results_of(reinterpret_cast<StreamExperts*>(stages[i].body.data())->route))
