@@ -556,6 +556,8 @@ enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2, kInput
 // kExpertsEach: tiles are rows of one slot's gate and up, or of its only matrix, results lie slot behind slot; kExpertsSum: a tile has its rows of every slot, each
 // multiplied by its own [k] of the input. kHeads: as kExpertsSum, but slots are heads, which all count, `slots` of them in a tile and slot_groups of so many,
 // and each one's rows are results.
+// weighed (Llama 4, one expert a token): the host multiplies the input by the expert's weight. Its int8 are the same without, so the first products' results are
+// multiplied instead, and those of the last one have no weight; sum is the input that the host made.
 enum StreamExpertsRole : i32 { kExpertsNone = 0, kExpertsEach = 1, kExpertsSum = 2, kHeads = 3 };
 struct StreamProduct {
     StreamPart part[3];
@@ -587,16 +589,17 @@ struct StreamProduct {
     i32 share;                        // elements of a normed input, of which a block writes what others may read of it
     i32 a_stride;                     // kInputHeads
     u8 map[3][2];                     // what becomes of each part's y and copy, one after the other: 1 + a UnaryOp without parameters, or 0
-    u8 mapped, pad;                   // mapped: whether any part has a map
+    u8 mapped;                        // whether any part has a map
+    u8 weighed;                       // of experts, their one input, not their results: see below
     u32 heads_inverse;                // 2^16 / (k / 8), rounded up
 };
 constexpr i32 kStreamMostExperts = 512, kStreamMostGroups = 32;
 // A router's choice, for one token: of the logits (plus logits_bias) a soft max or sigmoids, of which (plus selection_bias) the n_used largest
-// choose the experts; their weights are those of the gating (not the biased ones), after which another soft max, a division by their sum
+// choose the experts (kRouteByLogits: the largest logits, as sigmoids round to 1); their weights are those of the gating (not the biased ones), after which another soft max, a division by their sum
 // clamped to [least, most] and a scale may follow. Where experts are in n_groups groups of as many neighbours each, only those of the n_groups_used groups
 // count of which the two largest numbers that choose add up to most (DeepSeek-V3, arXiv:2412.19437; the order of equal ones is theirs).
 // Results for whoever else may read them; null: nobody, or the step is not there.
-enum StreamRouteSteps : i32 { kRouteSoftMax = 1, kRouteDivide = 2, kRouteClamp = 4, kRouteScale = 8 };
+enum StreamRouteSteps : i32 { kRouteSoftMax = 1, kRouteDivide = 2, kRouteClamp = 4, kRouteScale = 8, kRouteByLogits = 16 };
 enum StreamGating : i32 { kGatingNone = 0, kGatingSoftMax = 1, kGatingSigmoid = 2 };
 struct StreamRoute {
     const float *logits, *logits_bias, *selection_bias;

@@ -211,7 +211,9 @@ TP_OUTLINE void weigh_experts(const float* logits) {
         if (r.n_groups) open = groups_that_count(s, r), of_groups(gates, open, n_writers, writes);
         // The whole order: a block finds the places of some experts.
         auto key_of = [&](int e) {
-            float by = r.selection_bias || r.n_groups ? gated(e) + bias_of(r, e) : gate_of<kPlain>(r, r.logits, e, true);
+            float by = r.selection_bias || r.n_groups ? gated(e) + bias_of(r, e)
+                       : has(kRouteByLogits)          ? logit_of<kPlain>(r, r.logits, e, true)
+                                                      : gate_of<kPlain>(r, r.logits, e, true);
             if (r.n_groups && !(open >> e / of_group & 1)) by = -INFINITY;
             return sort_key(by, true);
         };
@@ -561,6 +563,7 @@ TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out)
     auto store = [&](float added) {
         const i64 row = (i64)place.of_slot * half, at = row + in_half, to = place.slot * (i64)p.y_stride + at, glu_to = place.slot * (i64)p.glu_stride + at;
         const bool inside = lane < rows && at < n;
+        const float weight = kBiased && p.weighed ? s.weights[place.slot] : 1.0f;
         float* const copy = p.glu_copy ? p.glu_copy + (i64)place.slot * p.glu_k : nullptr;
         place.next(apart, tiles_each);
         tp_barrier_wait(TpBarrierAt(s.out_full) + out.at, out.parity);
@@ -568,6 +571,7 @@ TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out)
         if (lane < rows) v = sum_of_groups(s, out.at, rows, groups);
         tp_barrier_arrive(TpBarrierAt(s.out_empty) + out.at);
         out.next();
+        if (kBiased && p.weighed) v *= weight;
         if (kBiased && raw && inside) raw[to] = v;
         if (kBiased) v += added;
         const float up = __shfl_sync(0xffffffffu, v, lane + half < 32 ? lane + half : lane);
@@ -599,8 +603,8 @@ TP_DEVICE void store_glu_as(const StreamProduct& p, Shared& s, Turn<kOuts>& out)
 }
 TP_DEVICE void store_glu(const StreamProduct& p, Shared& s, Turn<kOuts>& out) {
     constexpr int kSwiglu = (int)GluOp::kSwiglu, kSwigluOai = (int)GluOp::kSwigluOai;
-    const bool biased = is_biased(p.part[0]) || is_biased(p.part[1]);
-    if (p.glu == 1 + kSwiglu && !biased) store_glu_as<kSwiglu, false>(p, s, out);
+    const bool more = is_biased(p.part[0]) || is_biased(p.part[1]) || p.weighed;
+    if (p.glu == 1 + kSwiglu && !more) store_glu_as<kSwiglu, false>(p, s, out);
     else if (p.glu == 1 + kSwigluOai) store_glu_as<kSwigluOai, true>(p, s, out);
     else store_glu_as<-1, true>(p, s, out);
 }
@@ -636,7 +640,7 @@ TP_DEVICE void store_sums_and_more(const StreamExperts& experts, Shared& s, Turn
     for (int j = 0; j < 2; ++j) {
         const bool is = lane + 32 * j < rows * slots;
         slot[j] = is ? (lane + 32 * j) >> shift : 0, row_of[j] = is ? (lane + 32 * j) & (rows - 1) : n;
-        weight[j] = s.weights[slot[j]];
+        weight[j] = p.weighed ? 1.0f : s.weights[slot[j]];
     }
     i64 of_expert[2] = {};
     if (part.bias) {
@@ -748,10 +752,16 @@ TP_OUTLINE Turn<kOuts> store_map(Turn<kOuts> out) {
     }
     return out;
 }
+/// An input times its expert's weight, for whoever else reads it.
+TP_OUTLINE void put_input() {
+    const Shared& s = shared_of();
+    const StreamProduct& p = *(const StreamProduct*)s.stored;
+    for (int i = threadIdx.x % 32; i < p.k; i += 32) p.sum[i] = p.a[i] * s.weights[0];
+}
 TP_OUTLINE Turn<kOuts> store_sums(Turn<kOuts> out) {
     Shared& s = shared_of();
     const StreamExperts& experts = *(const StreamExperts*)s.stored;
-    if (is_biased(experts.product.part[0]) || experts.sums.visible) store_sums_and_more(experts, s, out);
+    if (is_biased(experts.product.part[0]) || experts.sums.visible || experts.product.weighed) store_sums_and_more(experts, s, out);
     else store_sums_alone(experts.product, s, out);
     return out;
 }
@@ -771,6 +781,7 @@ TP_OUTLINE void store_results() {
             tp_barrier_wait(&s.chosen, chosen.parity);
             chosen.next();
             weigh_experts(plain, experts.route.logits);
+            if (p.weighed && p.sum && blockIdx.x == 0) put_input();
         }
         if ((int)blockIdx.x >= p.n_tiles) {
             if (p.role == kExpertsEach) tp_barrier_arrive(&s.taken);
@@ -929,7 +940,7 @@ TP_OUTLINE void choose_experts(int stage) {
 }
 TP_DEVICE void choose_experts(const StreamRoute& r, int stage) {
     static_assert(kStreamMostExperts <= 2 * kMultiply);
-    const bool by_logits = r.gating != kGatingSigmoid && !r.selection_bias && !r.n_groups;
+    const bool by_logits = r.steps & kRouteByLogits || (r.gating != kGatingSigmoid && !r.selection_bias && !r.n_groups);
     if (r.n_expert <= kMultiply) by_logits ? choose_experts<1, true>(stage) : choose_experts<1, false>(stage);
     else by_logits ? choose_experts<2, true>(stage) : choose_experts<2, false>(stage);
 }

@@ -290,7 +290,7 @@ std::string tiles_of(const Draft& d) {
     std::string out = " [" + std::string(format ? format->name : "?") + ", " + std::to_string(p.n_tiles) + " tiles of " + std::to_string(p.rows) + " rows";
     if (const i32 pieces = stream_tile_pieces(p); pieces > 1) out += " in " + std::to_string(pieces) + " pieces";
     if (p.role == kExpertsSum) {
-        const bool more = p.part[0].bias || p.part[0].raw || d.get<StreamExperts>().sums.visible;
+        const bool more = p.part[0].bias || p.part[0].raw || p.weighed || d.get<StreamExperts>().sums.visible;
         out += " of " + std::to_string(p.slots) + " experts, " + (more ? "sums and more" : "sums alone") + " stored";
     }
     return out + "]";

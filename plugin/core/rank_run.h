@@ -48,7 +48,8 @@ struct Recipe {
     float *sum = nullptr, *norm = nullptr;
     float eps = 0;
     i64 k = 0;
-    bool used = false;  // a second reader finds the int8 in shared memory, or runs as a launch of its own
+    bool weighed = false;  // `sum` is a, times an expert's weight
+    bool used = false;     // a second reader finds the int8 in shared memory, or runs as a launch of its own
 };
 
 /// One rank's reading of a run of steps. add() is called with the steps in order; false: this step ends the run (and this object is of no
@@ -143,6 +144,9 @@ class RankRun {
     bool add_heads(const MulVecIdArgs& m);
     bool add_experts(const MulVecIdArgs& m);
     bool add_sum(const RankLaunch& l);
+    bool repeat_input(const MoveArgs& m);
+    bool weigh_input(const BinaryArgs& b);
+    bool bind_weighed(const QuantizeArgs& q);
     static bool is_slots(const View& v, i64 n, i64 slots);
 
     // rank_run_attention.cpp
@@ -171,6 +175,7 @@ class RankRun {
     bool add_layer_norm(const NormArgs& n);
     bool join_layer_norm(const BinaryArgs& b, int op);
     bool add_copy(const CopyArgs& c);
+    bool move_experts(const char* from, char* to, i64 n);
     static void reshape(View& packed, const View& as);
     bool add_concat(const MoveArgs& m);
     bool add_repeat(const MoveArgs& m);
@@ -186,6 +191,12 @@ class RankRun {
     Copy last_sum_, last_norm_, last_logits_;
     StreamRoute route_{};  // of the last router, which chose by ids_ with weights_
     const char *ids_ = nullptr, *weights_ = nullptr;
+    struct {
+        const float* x = nullptr;
+        char* y = nullptr;
+        i64 k = 0;
+        bool weighed = false;
+    } input_;  // of the last router's one expert: y is x, then x times its weight
     float scale_ = 1.0f;                  // of what is reduced next
     std::optional<MulVecIdArgs> summed_;  // a product of experts whose sums are not all there yet
     int next_sum_ = 0, next_added_ = 0, next_turned_ = 0;

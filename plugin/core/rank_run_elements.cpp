@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <string_view>
+#include <utility>
 
 #include "elementwise.h"
 #include "recurrent.h"
@@ -42,6 +43,7 @@ bool RankRun::add_binary(const RankLaunch& l) {
     if (n_elements(b.args.y) > kMostElems) return false;
     for (int op = 0; op < 4; ++op)
         if (!std::strcmp(l.launch.kernel, kBinaryKernels[op])) b.op = op;
+    if (pending && b.op == static_cast<i32>(BinaryOp::kMul) && weigh_input(b.args)) return true;
     if (!cautious && ((b.op == 0 && add_bias(b.args)) || join_layer_norm(b.args, b.op))) return true;
     if (!cautious && b.op >= 0 && !stages.empty() && stages.back().kind == kStreamElements && same_view(stages.back().get<StreamElements>().y, b.args.a) &&
         same_view(b.args.a, b.args.y) && !meet({span_of(b.args.b)}, stages.back().writes) && stages.back().get<StreamElements>().n_steps < kStreamElementSteps)
@@ -204,6 +206,7 @@ bool RankRun::join_layer_norm(const BinaryArgs& b, int op) {
 bool RankRun::add_copy(const CopyArgs& c) {
     const i64 n = n_elements(c.x);
     if (c.x.type != kF32 || c.y.type != kF32 || pending) return false;
+    if (!cautious && !stages.empty() && is_dense(c.x) && is_dense(c.y) && move_experts(c.x.data, c.y.data, n)) return true;
     if ((!cautious || n > kMostElems) && is_dense(c.x) && is_dense(c.y) && n <= kMostCopied && !meet({span_of(c.x)}, {span_of(c.y)})) {
         Draft d = Draft::of(kStreamCopy, StreamCopy{reinterpret_cast<const float*>(c.x.data), reinterpret_cast<float*>(c.y.data), n});
         d.reads = {span_of(c.x)}, d.writes = {span_of(c.y)};
@@ -225,6 +228,20 @@ bool RankRun::add_copy(const CopyArgs& c) {
     stages.push_back(std::move(d));
     return true;
 }
+/// Where the one expert of a token leaves its result.
+bool RankRun::move_experts(const char* from, char* to, i64 n) {
+    Draft& d = stages.back();
+    if (d.kind != kStreamProduct) return false;
+    StreamProduct p = d.get<StreamProduct>();
+    StreamPart& part = p.part[0];
+    const Span y = span_of(to, n * 4);
+    if (p.role != kExpertsSum || !p.weighed || p.n_push || part.raw || part.bias || reinterpret_cast<const char*>(part.y) != from || part.n != n) return false;
+    if (meet({y}, d.reads) || meet({y}, d.writes)) return false;
+    part.raw = std::exchange(part.y, reinterpret_cast<float*>(to));
+    d.writes.push_back(y);
+    d.set(p);
+    return true;
+}
 void RankRun::reshape(View& packed, const View& as) {
     i64 next = 4;  // bytes
     for (int d = 0; d < 4; ++d) packed.ne[d] = as.ne[d], packed.nb[d] = next, next *= as.ne[d];
@@ -239,13 +256,14 @@ bool RankRun::add_concat(const MoveArgs& m) {
 }
 /// Of dimensions of one element, many times.
 bool RankRun::add_repeat(const MoveArgs& m) {
+    if (pending) return repeat_input(m);
     View x = m.x;
     for (int d = 0; d < 4; ++d) {
         if (x.ne[d] != m.y.ne[d] && x.ne[d] != 1) return false;
         if (x.ne[d] == 1) x.nb[d] = 0;
         x.ne[d] = m.y.ne[d];
     }
-    if (x.type != kF32 || n_elements(m.y) > kMostElems || meet({span_of(m.x)}, {span_of(m.y)}) || pending) return false;
+    if (x.type != kF32 || n_elements(m.y) > kMostElems || meet({span_of(m.x)}, {span_of(m.y)})) return false;
     StreamElements e{};
     e.x = x, e.y = m.y;
     Draft d = Draft::of(kStreamElements, e);

@@ -145,6 +145,7 @@ bool RankRun::add_router(const ChainArgs& c) {
         if (!is_vector(s->b, r.n_expert)) return false;
         r.logits_bias = floats(s->b), r.biased = floats(s->y);
     }
+    const char* const plain = now;
     if (const ChainStep* s = next(ChainOp::kSoftMax, r.n_expert)) {
         r.gating = kGatingSoftMax, r.scale_before = s->p0, r.gated = floats(s->y);
     } else if (const ChainStep* g = next(ChainOp::kSigmoid, r.n_expert)) {
@@ -160,6 +161,7 @@ bool RankRun::add_router(const ChainArgs& c) {
         if (!now) return false;
     }
     if (at == c.n_steps || c.step[at].op != ChainOp::kArgsort) return false;
+    if (c.step[at].a.data == plain && plain != now && now == gated) r.steps |= kRouteByLogits, now = plain;
     r.n_order = static_cast<i32>(c.step[at].y.ne[0]);
     const ChainStep* const sort = next(ChainOp::kArgsort, r.n_order);
     if (!sort || sort->p0 == 0 || r.n_order > r.n_expert) return false;
@@ -194,7 +196,7 @@ bool RankRun::add_router(const ChainArgs& c) {
     }
     if (at != c.n_steps || pending) return false;
     if (c.quantize.xq && !add_quantize(c.quantize)) return false;
-    route_ = r, ids_ = ids.data, weights_ = now;
+    route_ = r, ids_ = ids.data, weights_ = now, input_ = {};
     pending = true;
     return true;
 }
@@ -234,7 +236,8 @@ bool RankRun::add_experts(const MulVecIdArgs& m) {
     const i64 slots = m.ids.ne[0];
     if (found == recipes_.end() || found->second.used || !stream_can_type(m.part[0].w.type) || slots != route_.n_used || m.ids.ne[1] != 1) return false;
     if (m.ids.data != ids_ || m.ids.nb[0] != 4 || m.x.ne[2] * m.x.ne[3] != 1) return false;
-    const bool sums = m.scaled != 0;
+    const bool after_weighed = input_.weighed && found->second.a == memory_->vectors[kGlu], sums = m.scaled != 0 || after_weighed;
+    if (m.scaled && input_.weighed) return false;
     if (sums && m.n_sums < slots - 1) {
         summed_ = m;
         return !pending && (pending = true);
@@ -243,6 +246,7 @@ bool RankRun::add_experts(const MulVecIdArgs& m) {
     StreamExperts e{};
     StreamProduct& p = e.product;
     p.n_parts = m.n_parts, p.type = m.part[0].w.type, p.k = static_cast<i32>(m.k), p.slots = static_cast<i32>(slots);
+    p.weighed = after_weighed;
     p.role = sums ? kExpertsSum : kExpertsEach, p.y_stride = static_cast<i32>(m.part[0].y.nb[1] / 4);
     Draft d = Draft::of(kStreamProduct, e);
     for (int i = 0; i < m.n_parts; ++i) {
@@ -270,6 +274,8 @@ bool RankRun::add_experts(const MulVecIdArgs& m) {
         }
         for (const float* read : {e.route.logits, e.route.logits_bias, e.route.selection_bias})
             if (read) d.reads.push_back(span_of(read, e.route.n_expert * 4));
+    } else if (after_weighed) {
+        if (pending || !stream_fit(p, memory_->n_blocks)) return false;
     } else {
         if (pending || m.weights.data != weights_ || m.n_sums != slots - 1 || !stream_fit(p, memory_->n_blocks)) return false;
         const View &y = mul_vec_id_result(m, 0), &products = m.products;
@@ -304,6 +310,24 @@ bool RankRun::add_sum(const RankLaunch& l) {
     summed_.reset();
     pending = false;
     return add_experts(m);
+}
+/// Where a token has one expert, its input may be weighed instead of its result (Llama 4): a copy of the input, times the weight, as int8 of which the scale is
+/// another. See StreamProduct::weighed.
+bool RankRun::repeat_input(const MoveArgs& m) {
+    if (route_.n_used != 1 || m.bytes != 4 || !is_dense(m.x) || !is_dense(m.y) || n_elements(m.x) != n_elements(m.y)) return false;
+    input_ = {reinterpret_cast<const float*>(m.x.data), m.y.data, n_elements(m.x), false};
+    return true;
+}
+bool RankRun::weigh_input(const BinaryArgs& b) {
+    const bool one = b.b.data == weights_ && b.b.type == kF32 && n_elements(b.b) == 1;
+    if (!input_.x || input_.weighed || !one || !same_view(b.a, b.y) || b.y.data != input_.y || !is_dense(b.y) || n_elements(b.y) != input_.k) return false;
+    return input_.weighed = true;
+}
+bool RankRun::bind_weighed(const QuantizeArgs& q) {
+    if (!input_.weighed || q.x.data != input_.y || q.k != input_.k || q.k_begin != 0 || q.k_end != q.k || !is_dense(q.x) || n_elements(q.x) != q.k) return false;
+    Recipe r;
+    r.input = kInputPlain, r.a = input_.x, r.k = q.k, r.sum = reinterpret_cast<float*>(input_.y), r.weighed = true;
+    return bind(q.xq, r);
 }
 /// A row for each slot, at multiples of nb[1].
 bool RankRun::is_slots(const View& v, i64 n, i64 slots) {

@@ -23,7 +23,7 @@ bool RankRun::add_norm(const FusedNormArgs& n) {
 }
 bool RankRun::add_quantize(const QuantizeArgs& q) {
     const i64 n = n_elements(q.x);
-    if (pending && bind_experts(q)) return true;
+    if (pending && (bind_experts(q) || bind_weighed(q))) return true;
     if (q.k_begin != 0 || q.k_end != q.k || q.x.type != kF32 || n > kStreamMostK) return false;
     Recipe r;
     r.input = kInputPlain, r.a = reinterpret_cast<const float*>(q.x.data), r.k = n;
@@ -226,6 +226,7 @@ void RankRun::give_input(StreamProduct& p, const Recipe& r, Draft& d, bool norms
     p.input = r.input;
     p.a = r.a, p.b = r.b, p.weight = r.weight, p.eps = r.eps, p.sum = r.sum, p.norm = r.norm;
     p.share = stream_share(r.k, memory_->n_blocks);
+    if (r.weighed) p.weighed = 1, d.writes.push_back(span_of(p.sum, r.k * 4));
     bool own_a = false, own_b = false;
     if (p.input == kInputPlain && still(last_norm_, p.a, r.k)) p.a = last_norm_.copy, own_a = true;
     if (p.input == kInputNorm) {
