@@ -1,4 +1,4 @@
-// What attention of many rows (flash_tile.cu, flash_latent.cu) does with scores and masks: which steps of cells a block's tokens see.
+// What attention of many rows (flash_tile.cu, flash_wide.cu) does with scores and masks: which steps of cells a block's tokens see.
 #pragma once
 #include "flash_attn.h"
 

@@ -12,7 +12,7 @@
 
 #include "activation.h"
 #include "flash_columns.h"
-#include "flash_latent.h"
+#include "flash_wide.h"
 #include "flash_look.h"
 #include "get_row.h"
 #include "quantize_group.h"

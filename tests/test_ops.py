@@ -191,12 +191,13 @@ def test_experts_in_the_persistent_kernel(workers, reference, ranks):
 
 
 @pytest.mark.parametrize(("arch", "ranks"), [("sm_80", 1), ("sm_90", 3)])
-def test_latent_attention(workers, reference, arch, ranks):
+def test_latent_attention_and_wide_heads(workers, reference, arch, ranks):
     """The shapes that test_ops' architectures have no shared memory for; and which kernel each is."""
-    check(workers, reference, arch, ranks, [name for name in CASES if "latent" in name])
+    check(workers, reference, arch, ranks, [name for name in CASES if re.match("flash_attn.*(latent|wide)", name)])
     if "TEST_GPUS" in os.environ:
         return  # names of the emulated architectures' kernels
     expected = {"20 heads, 9 tokens": "flash_latent_64<3,", "5 heads, 1 tokens": "flash_latent_16<1,", "20 heads, 1 tokens": "flash_latent_16<2,"}
+    expected |= {"d512, 8 heads of 2, 1 tokens": "flash_wide_16<1,2,2>", "d512, 8 heads of 1, 9 tokens": "flash_wide_64<2,"}
     names = [name for text in expected for name in ALL_CASES if text in name]
     programs = workers.run(jobs.programs, emulated(1, arch), names=names)
     for name, kernel in zip(names, expected.values(), strict=True):

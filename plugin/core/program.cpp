@@ -10,7 +10,7 @@
 #include "elementwise.h"
 #include "experts.h"
 #include "flash_attn.h"
-#include "flash_latent.h"
+#include "flash_wide.h"
 #include "fuse.h"
 #include "halve_weights.h"
 #include "hyper.h"
@@ -570,14 +570,14 @@ void lower_flash_attn(const Site& s, Lowered& out) {
         out.add(flash_tile_launch(tile, s.arch), tile);
         return;
     }
-    const bool latent = flash_latent_can(args, s.arch);
-    if (!latent && !flash_split_can(args)) {
+    const bool wide = flash_wide_can(args, s.arch);
+    if (!wide && !flash_split_can(args)) {
         out.add(flash_attn_launch(args, s.arch), args);
         return;
     }
-    FlashSplitArgs split = latent ? flash_latent_args(args, s.arch) : flash_split_args(args, s.arch);
-    if (latent && split.n_splits == 1) {
-        out.add(flash_latent_launch(split, s.arch), split);
+    FlashSplitArgs split = wide ? flash_wide_args(args, s.arch) : flash_split_args(args, s.arch);
+    if (wide && split.n_splits == 1) {
+        out.add(flash_wide_launch(split, s.arch), split);
         return;
     }
     split.acc = reinterpret_cast<float*>(s.partials + static_cast<u64>(out.partial_bytes));
@@ -592,7 +592,7 @@ void lower_flash_attn(const Site& s, Lowered& out) {
     combine.acc = split.acc;
     combine.meta = split.meta;
     combine.n_splits = split.n_splits;
-    out.add(latent ? flash_latent_launch(split, s.arch) : flash_split_launch(split, s.arch), split);
+    out.add(wide ? flash_wide_launch(split, s.arch) : flash_split_launch(split, s.arch), split);
     out.add(flash_combine_launch(combine, s.arch), combine);
 }
 void lower_get_rows(const Site& s, Lowered& out) {
