@@ -117,16 +117,19 @@ FLASH_REST(flash_attn, false)
 FLASH_REST(flash_attn_halves, true)
 
 #if TP_ARCH < 800
-#define FLASH_SPLIT(heads)                                                                                                                      \
-    TP_KERNEL(flash_split_##heads, FlashSplitArgs, 32 * ggml_tp::kFlashWarps) {                                                                 \
-        __shared__ float merged[ggml_tp::kFlashWarps / 2 * heads * (2 + 256)];                                                                  \
-        ggml_tp::flash_split_unit<heads, 4, ggml_tp::kFlashWarps, false>(args, blockIdx.x, blockIdx.y, blockIdx.z, (int)threadIdx.x, 1, merged, \
-                                                                         [] { __syncthreads(); });                                              \
+#define FLASH_SPLIT(name, heads, ahead, each)                                                                                                             \
+    TP_KERNEL(name##_##heads, FlashSplitArgs, 32 * ggml_tp::kFlashWarps) {                                                                                \
+        __shared__ float merged[ggml_tp::kFlashWarps / 2 * heads * (2 + 32 * each)];                                                                      \
+        ggml_tp::flash_split_unit<heads, ahead, ggml_tp::kFlashWarps, each, false>(args, blockIdx.x, blockIdx.y, blockIdx.z, (int)threadIdx.x, 1, merged, \
+                                                                                   [] { __syncthreads(); });                                              \
     }
-FLASH_SPLIT(1)
-FLASH_SPLIT(2)
-FLASH_SPLIT(4)
-FLASH_SPLIT(8)
+FLASH_SPLIT(flash_split, 1, 4, 8)
+FLASH_SPLIT(flash_split, 2, 4, 8)
+FLASH_SPLIT(flash_split, 4, 4, 8)
+FLASH_SPLIT(flash_split, 8, 4, 8)
+FLASH_SPLIT(flash_split_wide, 1, 2, 16)
+FLASH_SPLIT(flash_split_wide, 2, 2, 16)
+FLASH_SPLIT(flash_split_wide, 4, 2, 16)
 #endif
 #if TP_ARCH >= 800
 namespace ggml_tp {

@@ -5,6 +5,8 @@
 namespace ggml_tp {
 
 constexpr int kFlashHeads = 8;                                   // query heads of one KV head that a block takes along
+constexpr int kFlashHeadsWide = 4;                               // the same of heads wider than 256, before sm_80 (later: flash_wide.h)
+constexpr int kFlashHead = 256, kFlashHeadWide = 512;            // elements of a head there, at most
 constexpr int kFlashWarps = 4;                                   // of a block
 constexpr int kFlashRestWarps = 4;                               // of a block of what neither takes, a head each
 constexpr i64 kFlashLeastCells = 32;                             // of a piece: less is all merging
@@ -30,13 +32,15 @@ inline Launch flash_attn_launch(const FlashAttnArgs& a, Arch) {
     return out;
 }
 
-/// Whether the split kernel can: an F16 cache in 16-byte words, K and V of one head size up to 256.
-inline bool flash_split_can(const FlashAttnArgs& a) {
+/// Whether the split kernel can: an F16 cache in 16-byte words, K and V of one head size.
+inline bool flash_split_can(const FlashAttnArgs& a, Arch arch) {
     auto words = [](const View& v) {
         const bool whole = v.nb[1] % 16 == 0 && v.nb[2] % 16 == 0 && v.nb[3] % 16 == 0;
         return v.type == kF16 && v.nb[0] == 2 && whole && v.nb[1] < 1 << 28 && v.ne[1] < 1 << 30;  // 16 rows are addressed, and cells counted, in 32 bits
     };
-    if (!words(a.k) || !words(a.v) || a.q.ne[0] != a.v.ne[0] || a.q.ne[0] % 8 || a.q.ne[0] > 256 || a.q.nb[0] != 4 || a.y.nb[0] != 4) return false;
+    if (!words(a.k) || !words(a.v) || a.q.ne[0] != a.v.ne[0] || a.q.ne[0] % 8 || a.q.ne[0] > (arch.cc >= kColumnsArch ? kFlashHead : kFlashHeadWide) ||
+        a.q.nb[0] != 4 || a.y.nb[0] != 4)
+        return false;
     return !a.has_mask || (a.mask.type == kF16 && a.mask.ne[2] == 1);
 }
 
@@ -52,7 +56,7 @@ constexpr i64 kFlashWholeCells = kFlashWarps * kColumnsRun;  // a look at masks 
 inline FlashSplitArgs flash_split_args(const FlashAttnArgs& a, Arch arch) {
     FlashSplitArgs s{};
     s.a = a;
-    s.group_heads = kFlashHeads;
+    s.group_heads = a.q.ne[0] > kFlashHead ? kFlashHeadsWide : kFlashHeads;
     s.head_groups = (a.gqa_ratio + s.group_heads - 1) / s.group_heads;
     const bool columns = arch.cc >= kColumnsArch;
     const i64 cells = a.k.ne[1], blocks = a.k.ne[2] * s.head_groups * a.q.ne[1] * a.q.ne[3], want = (i64)arch.n_sm * (columns ? columns_blocks(a.q.ne[0]) : 4);
@@ -76,12 +80,14 @@ inline i64 flash_split_meta(const FlashSplitArgs& s) { return s.a.q.ne[1] * s.a.
 inline Launch flash_split_launch(const FlashSplitArgs& s, Arch arch) {
     Launch out;
     const i64 y = s.a.k.ne[2] * s.head_groups, z = s.a.q.ne[1] * s.a.q.ne[3];
-    if (!flash_split_can(s.a) || y > 65535 || z > 65535) return out;
-    const i64 heads = s.a.gqa_ratio < kFlashHeads ? s.a.gqa_ratio : kFlashHeads;
+    if (!flash_split_can(s.a, arch) || y > 65535 || z > 65535) return out;
+    const i64 heads = s.a.gqa_ratio < s.group_heads ? s.a.gqa_ratio : s.group_heads;
     const int d = (int)s.a.q.ne[0];
     if (arch.cc >= kColumnsArch) {
         out.kernel = d <= 64 ? "flash_columns_64" : d <= 128 ? "flash_columns_128" : d <= 192 ? "flash_columns_192" : "flash_columns_256";
         out.shared_bytes = (u32)flash_columns_floats(kFlashWarps, (int)heads, d) * 4;
+    } else if (d > kFlashHead) {
+        out.kernel = heads <= 1 ? "flash_split_wide_1" : heads <= 2 ? "flash_split_wide_2" : "flash_split_wide_4";
     } else {
         out.kernel = heads <= 1 ? "flash_split_1" : heads <= 2 ? "flash_split_2" : heads <= 4 ? "flash_split_4" : "flash_split_8";
     }
@@ -112,7 +118,7 @@ constexpr bool flash_tile_keeps_q(int d) { return d <= 128; }         // in regi
 /// Whether the tensor-core kernel can: many tokens, the split kernel's cache, rows in pairs of floats.
 inline bool flash_tile_can(const FlashAttnArgs& a, Arch arch) {
     auto pairs = [](const View& v) { return ((u64)v.data | (u64)v.nb[1] | (u64)v.nb[2] | (u64)v.nb[3]) % 8 == 0; };
-    return arch.cc >= 800 && flash_split_can(a) && a.q.ne[1] >= kFlashTileTokens && a.q.ne[1] < 1 << 30 && (!a.has_mask || a.mask.nb[1] % 16 == 0) &&
+    return arch.cc >= 800 && flash_split_can(a, arch) && a.q.ne[1] >= kFlashTileTokens && a.q.ne[1] < 1 << 30 && (!a.has_mask || a.mask.nb[1] % 16 == 0) &&
            pairs(a.q) && pairs(a.y);
 }
 /// Bytes of two stages of K and V, of Q where registers have no room, and of what every warp has seen in two windows of the mask.

@@ -571,7 +571,7 @@ void lower_flash_attn(const Site& s, Lowered& out) {
         return;
     }
     const bool wide = flash_wide_can(args, s.arch);
-    if (!wide && !flash_split_can(args)) {
+    if (!wide && !flash_split_can(args, s.arch)) {
         out.add(flash_attn_launch(args, s.arch), args);
         return;
     }
