@@ -812,7 +812,8 @@ struct StreamOwnToken {
     u32* fault;                // a row outside of a cache
     i32 n_dims, n_offs, neox;  // multiples of 8, with neox of 16 and 8
     u32 width_inverse;         // of a quarter of a head's size, as below
-    i32 q_stride, pad;         // elements from query to query: there may be others between them
+    i32 q_stride;              // elements from query to query: there may be others between them
+    i32 v_normed;              // V's heads have a norm too, of k_eps and without weights (Gemma 4)
 };
 // Of a long cache the streaming warp brings K and V through the ring, as it does weights, ahead of the stage: a tile is groups * 16 cells of a
 // unit's KV heads, their K in one slot, V in the next, a row of either at multiples of k_stride, v_stride bytes there. Groups whose cells are all masked

@@ -1597,12 +1597,12 @@ struct QueriesShared {
             TpFloat2 x[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) x[i] = *(const TpFloat2*)(from + place[i]);
-            if (normed && !of_v) {
+            if (normed && (!of_v || own.v_normed)) {
                 const float* const weights = rows + (of_cache < 0 ? 1 : 2) * d;
                 const float scale = scales[h];
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const TpFloat2 weight = *(const TpFloat2*)(weights + place[i]);
+                    const TpFloat2 weight = of_v ? TpFloat2{1.0f, 1.0f} : *(const TpFloat2*)(weights + place[i]);
                     x[i].x *= scale * weight.x, x[i].y *= scale * weight.y;
                 }
             }

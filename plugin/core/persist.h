@@ -19,7 +19,7 @@ class StreamMemory {
         DeviceBlock block;
         size_t bytes = 0;
         StreamState* state = nullptr;
-        float* vectors[19] = {};  // kStreamMostK floats each: rank_run.h, Vector
+        float* vectors[20] = {};  // kStreamMostK floats each: rank_run.h, Vector
         u64* inbox = nullptr;     // twice [n_ranks][kStreamMostK]: see StreamReduce
         u32 n_blocks = 0;         // of a launch
     };

@@ -35,6 +35,7 @@ enum Vector {
     kWindow1,
     kAttended,
     kShared,
+    kOnes,  // the weights of heads' norms that have none
     kTables,
     kVectors
 };
@@ -155,7 +156,9 @@ class RankRun {
     bool add_latent(const FlashSplitArgs& f);
     bool own_cells(StreamFlash& f) const;
     bool take_own_token(StreamFlash& f, Draft& out);
-    std::optional<size_t> head_norm(const RopeArgs& rope) const;
+    std::optional<size_t> head_norm(const View& x, const View& y) const;
+    bool norm_before_rope(const FusedNormArgs& n);
+    bool store_with_rope(const SetRowsArgs& store);
     bool add_combine(FlashCombineArgs c);
     float* table_of(const RopeArgs& rope);
     bool add_rope(const RankLaunch& l);

@@ -163,12 +163,14 @@ bool RankRun::take_own_token(StreamFlash& f, Draft& out) {
     if (!is_packed(v.x, d * k_heads) || !cache_of(r.store[0], a.k, own.k_cache) || !cache_of(v, a.v, own.v_cache)) return false;
     own.fault = v.fault;
     own.q = reinterpret_cast<const float*>(q.x.data), own.k = reinterpret_cast<const float*>(k.x.data), own.v = reinterpret_cast<const float*>(v.x.data);
-    const std::optional<size_t> q_norm = head_norm(q), k_norm = head_norm(k);
+    auto of_rope = [&](const RopeArgs& rope) { return rope.y.data == rope.x.data ? head_norm(rope.x, rope.x) : std::nullopt; };
+    const std::optional<size_t> q_norm = of_rope(q), k_norm = of_rope(k), v_norm = q_norm && k_norm ? head_norm(v.x, k.x) : std::nullopt;
     i64 q_stride = d;
     if (q_norm && k_norm && d % 32 == 0) {
         auto take = [&](size_t at, const float*& x, const float*& weight, float& eps, i64 heads_n, i64& stride) {
             const FusedNormArgs n = stages[at].get<StreamNormRows>().norm;
-            x = reinterpret_cast<const float*>(n.a.data), weight = reinterpret_cast<const float*>(n.weight.data), eps = n.eps;
+            x = reinterpret_cast<const float*>(n.a.data), eps = n.eps;
+            weight = n.has_weight ? reinterpret_cast<const float*>(n.weight.data) : memory_->vectors[kOnes];
             stride = n.a.ne[1] > 1 ? n.a.nb[1] / 4 : d;
             if (stride != d) return;
             if (const float* copy = copy_of_output(x, d * heads_n, next_turned_, kTurned0, 3, at)) x = copy;
@@ -177,9 +179,18 @@ bool RankRun::take_own_token(StreamFlash& f, Draft& out) {
         take(*q_norm, own.q, own.q_norm, own.q_eps, q_heads, q_stride);
         take(*k_norm, own.k, own.k_norm, own.k_eps, k_heads, k_stride);
         if (k_stride != d || q_stride < d || q_stride > 1 << 20) return false;
+        if (v_norm) {
+            const float* weight = nullptr;
+            float eps = 0;
+            i64 v_stride = d;
+            take(*v_norm, own.v, weight, eps, k_heads, v_stride);
+            if (v_stride != d || eps != own.k_eps || weight != memory_->vectors[kOnes]) return false;
+            own.v_normed = 1;
+        }
     }
     own.q_y = reinterpret_cast<float*>(q.y.data), own.k_y = reinterpret_cast<float*>(k.y.data);
-    if (const float* copy = copy_of_output(own.v, d * k_heads, next_turned_, kTurned0, 3)) own.v = copy;
+    if (!own.v_normed)
+        if (const float* copy = copy_of_output(own.v, d * k_heads, next_turned_, kTurned0, 3)) own.v = copy;
     const Draft before = stages.back();
     const std::vector<Span> inputs = {span_of(own.q, ((q_heads - 1) * q_stride + d) * 4), span_of(own.k, d * k_heads * 4), span_of(own.v, d * k_heads * 4)};
     if (meet(inputs, before.writes)) return false;
@@ -190,30 +201,86 @@ bool RankRun::take_own_token(StreamFlash& f, Draft& out) {
     f.q_factor = q.factor, f.args.a.scale *= q.factor;
     own.width_inverse = stream_inverse(d / 4);
     own.q_stride = static_cast<i32>(q_stride);
+    std::vector<Span> nowhere;  // what the norms would have left
     if (own.q_norm) {
-        stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(std::max(*q_norm, *k_norm)));
-        stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(std::min(*q_norm, *k_norm)));
+        std::vector<size_t> norms = {*q_norm, *k_norm};
+        nowhere = {span_of(q.x), span_of(k.x)};
+        if (own.v_normed) norms.push_back(*v_norm), nowhere.push_back(span_of(v.x));
+        std::sort(norms.rbegin(), norms.rend());
+        for (const size_t norm : norms) stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(norm));
     }
-    for (const Span& read : before.reads)  // what the norms would have left is nowhere
-        if (!own.q_norm || !meet({read}, {span_of(q.x), span_of(k.x)})) out.reads.push_back(read);
+    for (const Span& read : before.reads)
+        if (!meet({read}, nowhere)) out.reads.push_back(read);
     out.reads.insert(out.reads.end(), inputs.begin(), inputs.end());
     out.writes = before.writes;
     return true;
 }
-/// The stage that norms what this rope turns, where an attention can do that with its own heads: its result lies where the rope's will.
-std::optional<size_t> RankRun::head_norm(const RopeArgs& rope) const {
-    for (size_t i = stages.size(); i-- > 0 && stages.size() - i <= 4;) {
+/// The stage that norms heads x, where an attention can do that with its own heads. like: heads of that shape.
+std::optional<size_t> RankRun::head_norm(const View& x, const View& like) const {
+    for (size_t i = stages.size(); i-- > 0 && stages.size() - i <= 5;) {
         if (stages[i].kind != kStreamNormRows) continue;
         const StreamNormRows s = stages[i].get<StreamNormRows>();
         const FusedNormArgs& n = s.norm;
         if (s.factor != 1.0f) break;
-        const i64 elems = rope.x.ne[0] * rope.x.ne[1];
-        if (n.y.data != rope.x.data) continue;
+        const i64 elems = like.ne[0] * like.ne[1];
+        if (n.y.data != x.data) continue;
         const bool heads = n.a.type == kF32 && n.a.nb[0] == 4 && n.a.nb[1] % 16 == 0 && n.a.ne[0] * n.a.ne[1] == elems && n.a.ne[2] * n.a.ne[3] == 1;
-        if (rope.y.data != rope.x.data || n.has_b || !n.has_weight || !heads || !is_packed(n.y, elems) || n.a.ne[0] != rope.x.ne[0]) break;
+        if (n.has_b || !heads || !is_packed(n.y, elems) || n.a.ne[0] != like.ne[0]) break;
         return i;
     }
     return std::nullopt;
+}
+/// A norm without weights of whole heads that the last stage turns might as well come first (Llama 4): a turn keeps a head's length.
+bool RankRun::norm_before_rope(const FusedNormArgs& n) {
+    if (cautious || stages.empty() || stages.back().kind != kStreamRopeStore || n.has_weight || n.has_b || !same_view(n.a, n.y)) return false;
+    Draft& d = stages.back();
+    StreamRope s = d.get<StreamRope>();
+    for (int i = 0; i < s.args.n_ropes; ++i) {
+        RopeArgs& rope = s.args.rope[i];
+        if (!same_view(rope.y, n.a) || s.args.n_stores || rope.factor != 1.0f || rope.attn_factor != 1.0f || rope.ext_factor != 0.0f) continue;
+        FusedNormArgs before = n;
+        before.a = rope.x;
+        Draft norm = Draft::of(kStreamNormRows, StreamNormRows{before, nullptr, 1.0f, 0});
+        norm.reads = {span_of(rope.x)}, norm.writes = {span_of(n.y)};
+        std::vector<Span> others = d.reads;  // but for what is turned
+        std::erase_if(others, [&](const Span& r) { return r.begin == span_of(rope.x).begin; });
+        if (meet(norm.writes, others)) return false;
+        rope.x = n.y;
+        d.set(s);
+        d.reads = others;
+        d.reads.push_back(span_of(n.y));
+        stages.insert(stages.end() - 1, std::move(norm));
+        return true;
+    }
+    return false;
+}
+/// Rows of K that the last stage turns, and of V behind them, are stored by it.
+bool RankRun::store_with_rope(const SetRowsArgs& store) {
+    if (cautious || stages.empty() || stages.back().kind != kStreamRopeStore || store.row_period) return false;
+    Draft& d = stages.back();
+    StreamRope s = d.get<StreamRope>();
+    RopeStoreArgs& r = s.args;
+    const View& x = store.x;
+    const std::vector<Span> from = {span_of(x)}, to = {span_of(store.y)};
+    if (r.n_stores == 2 || meet(to, d.reads) || meet(to, d.writes)) return false;
+    if (r.n_stores == 0) {
+        for (int i = 0; i < r.n_ropes; ++i) {
+            const View& y = r.rope[i].y;
+            const i64 n = y.ne[0] * y.ne[1];
+            if (x.data == y.data && is_packed(y, n) && x.type == kF32 && x.ne[0] == n && n_elements(x) == n && x.nb[0] == 4) r.stored_rope = i;
+        }
+        if (r.stored_rope < 0) return false;
+    } else if (r.stored_rope < 0 || meet(from, d.writes)) {
+        return false;
+    }
+    r.store[r.n_stores++] = store;
+    const Launch launch = rope_store_launch(r, {});
+    if (!launch.kernel || launch.grid[0] > kMostElems / 256) return false;
+    if (r.n_stores == 2) d.reads.push_back(from[0]);
+    d.writes.push_back(to[0]);
+    d.count = static_cast<i32>(launch.grid[0]);
+    d.set(s);
+    return true;
 }
 bool RankRun::add_combine(FlashCombineArgs c) {
     if (stages.empty() || stages.back().kind != kStreamFlash || c.y.ne[2] * c.y.ne[3] != 1 || c.y.nb[0] != 4) return false;

@@ -18,6 +18,7 @@ constexpr i64 kMostCopied = 1 << 22;  // of one that copies what lies side by si
 
 bool RankRun::add_set_rows(const SetRowsArgs& a) {
     if (n_elements(a.x) > kMostElems) return false;
+    if (store_with_rope(a)) return true;
     Draft d = Draft::of(kStreamSetRows, a);
     d.reads = {span_of(a.x)};
     d.writes = {span_of(a.y)};

@@ -15,6 +15,7 @@ bool RankRun::add_norm(const FusedNormArgs& n) {
         d.reads = {span_of(n.a)};
         d.writes = {span_of(n.y)};
         if (n.has_b) d.reads.push_back(span_of(n.b)), d.writes.push_back(span_of(n.sum));
+        if (norm_before_rope(n)) return true;
         insert_norm(std::move(d));
         return true;
     }
