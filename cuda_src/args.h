@@ -550,7 +550,7 @@ struct StreamPart {
 enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2, kInputHeads = 3 };
 // Up to three products of one quantised type and the same activations. A tile is `rows` rows of one part (glu: half of them of part 0, the
 // gate, half of part 1, at the same place) in one slot of the ring, one behind the other as in memory: plane f at plane_at[f] of each.
-// Input: as the stage before left it in shared memory; `a` quantised; or the norm of s = a + b (or a + the norm of b times b_weight) times weight, quantised;
+// Input: as the stage before left it in shared memory; `a` quantised; or the norm of s = a + b (or (a + the norm of b times b_weight) * *sum_factor) times weight, quantised;
 // or (kInputHeads) heads' k elements each, at multiples of a_stride from `a` on, quantised.
 // Products of experts: one matrix lies behind the other for each expert, and `slots` of them, which the router chose, count.
 // kExpertsEach: tiles are rows of one slot's gate and up, or of its only matrix, results lie slot behind slot; kExpertsSum: a tile has its rows of every slot, each
@@ -575,6 +575,7 @@ struct StreamProduct {
     i32 push;                      // of the launch, from 1 on
     const float *a, *b, *weight;   // b, weight: may be null
     const float* b_weight;         // of a norm that b goes through first, of the same eps; null: none
+    const float* sum_factor;       // with b_weight, what the sum is multiplied by (one number); null: nothing
     float *sum, *sum_copy, *norm;  // written for others: s twice, its norm; may be null
     float* glu_y;
     i32 slots, role;  // a StreamExpertsRole

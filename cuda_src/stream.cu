@@ -967,7 +967,7 @@ struct OwnEight {
 /// Where a thread's first elements of a product's input are, and of what is added to it and multiplied with it (null: nothing): read before the wait.
 struct InputFrom {
     const float *a, *b, *weight;
-    float b_scale = 1.0f;  // where b is normed first
+    float b_scale = 1.0f, sum_factor = 1.0f;  // where b is normed first
     TP_MEMBER InputFrom(const StreamProduct& p) {
         const int at = 8 * (int)threadIdx.x;
         a = p.a + at, b = p.input == kInputNorm && p.b ? p.b + at : nullptr, weight = p.input == kInputNorm && p.weight ? p.weight + at : nullptr;
@@ -1007,7 +1007,7 @@ TP_DEVICE float take_steps(const StreamProduct& p, const InputFrom& in, Shared& 
         if constexpr (kNorm) {
             const bool mine = at >= from && at < from + p.share && inside(j);
             if (in.b)
-                for (int i = 0; i < 8; ++i) v[j][i] += more[j][i];
+                for (int i = 0; i < 8; ++i) v[j][i] = kNormedB ? (v[j][i] + more[j][i]) * in.sum_factor : v[j][i] + more[j][i];
             if (mine) {
                 if (p.sum) store_eight(p.sum + at, v[j]);
                 if (p.sum_copy) store_eight(p.sum_copy + at, v[j]);
@@ -1117,7 +1117,10 @@ TP_DEVICE Progress take_input_as(Progress at) {
     if (p.role != kExpertsEach) wait_for_stage(at.stage);
     if (input == kInputNorm) {
         OwnEight own;
-        if constexpr (kNormedB) in.b_scale = scale_of_b(p, in, s, k);
+        if constexpr (kNormedB) {
+            in.b_scale = scale_of_b(p, in, s, k);
+            if (p.sum_factor) in.sum_factor = *p.sum_factor;
+        }
         const float squares = take_all<2, true, kNormedB>(p, in, s, k, own);
         fetch_stage(at.stage + 2);
         at.scale = norm_scale(s, squares, k, p.eps);

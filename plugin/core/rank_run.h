@@ -49,6 +49,7 @@ struct Recipe {
     float *sum = nullptr, *norm = nullptr;
     float eps = 0;
     i64 k = 0;
+    const float* sum_factor = nullptr;
     bool weighed = false;  // `sum` is a, times an expert's weight
     bool used = false;     // a second reader finds the int8 in shared memory, or runs as a launch of its own
 };
@@ -124,8 +125,9 @@ class RankRun {
     bool bind_experts(const QuantizeArgs& q);
     bool add_product(const MulVecArgs& m);
     static bool set_rows_of(StreamProduct& p, const Matrix& w, bool first);
-    void give_input(StreamProduct& p, const Recipe& r, Draft& d, bool norms_b);
+    void give_input(StreamProduct& p, const Recipe& of, Draft& d, bool norms_b);
     void take_norm_of_b(StreamProduct& p, i64 k);
+    bool take_factor(Recipe& r);
     bool add_bias(const BinaryArgs& sum);
     struct Copy {
         const float* host = nullptr;
@@ -199,7 +201,7 @@ class RankRun {
         char* y = nullptr;
         i64 k = 0;
         bool weighed = false;
-    } input_;  // of the last router's one expert: y is x, then x times its weight
+    } input_;                             // of the last router's one expert: y is x, then x times its weight
     float scale_ = 1.0f;                  // of what is reduced next
     std::optional<MulVecIdArgs> summed_;  // a product of experts whose sums are not all there yet
     int next_sum_ = 0, next_added_ = 0, next_turned_ = 0;

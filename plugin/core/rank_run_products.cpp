@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "elementwise.h"
+
 namespace ggml_tp {
 
 bool RankRun::add_norm(const FusedNormArgs& n) {
@@ -150,7 +152,8 @@ bool RankRun::bind_experts(const QuantizeArgs& q) {
     Draft& d = stages.back();
     StreamProduct p = d.get<StreamProduct>();
     if (p.role != kExpertsEach || p.glu || !p.mapped || p.n_parts != 1 || reinterpret_cast<char*>(p.part[0].y) != q.x.data) return false;
-    if (!is_slots(q.x, p.part[0].n, p.slots) || q.x.nb[1] != p.y_stride * i64{4} || q.k * p.slots > kStreamMostK || !stream_fit(p, memory_->n_blocks)) return false;
+    if (!is_slots(q.x, p.part[0].n, p.slots) || q.x.nb[1] != p.y_stride * i64{4} || q.k * p.slots > kStreamMostK || !stream_fit(p, memory_->n_blocks))
+        return false;
     p.glu_copy = memory_->vectors[kGlu], p.glu_k = static_cast<i32>(q.k), p.glu_begin = static_cast<i32>(q.k_begin);
     Recipe r;
     r.input = kInputPlain, r.a = p.glu_copy, r.k = q.k * p.slots;
@@ -223,15 +226,23 @@ bool RankRun::add_product(const MulVecArgs& m) {
 }
 /// The recipe becomes the product's input. Copies that only this kernel knows take the place of memory that the host may reuse.
 /// norms_b: what takes it can norm what is added, too.
-void RankRun::give_input(StreamProduct& p, const Recipe& r, Draft& d, bool norms_b) {
+void RankRun::give_input(StreamProduct& p, const Recipe& of, Draft& d, bool norms_b) {
+    Recipe r = of;
     p.input = r.input;
+    std::vector<Draft> factor(stages.end() - std::min<std::ptrdiff_t>(stages.end() - stages.begin(), 2), stages.end());
+    if (norms_b && take_factor(r)) {
+        p.a = r.a, p.b = r.b, p.eps = r.eps, p.sum = r.sum;
+        take_norm_of_b(p, r.k);
+        if (p.b_weight) r.a = p.a, r.b = p.b, p.sum_factor = r.sum_factor;
+        else r = of, stages.insert(stages.end(), factor.begin(), factor.end());
+    }
     p.a = r.a, p.b = r.b, p.weight = r.weight, p.eps = r.eps, p.sum = r.sum, p.norm = r.norm;
     p.share = stream_share(r.k, memory_->n_blocks);
     if (r.weighed) p.weighed = 1, d.writes.push_back(span_of(p.sum, r.k * 4));
     bool own_a = false, own_b = false;
     if (p.input == kInputPlain && still(last_norm_, p.a, r.k)) p.a = last_norm_.copy, own_a = true;
     if (p.input == kInputNorm) {
-        if (norms_b) take_norm_of_b(p, r.k);
+        if (norms_b && !p.b_weight) take_norm_of_b(p, r.k);
         own_a = take_copy(p.a, r.k);
         own_b = take_copy(p.b, r.k);
         if (r.sum) {
@@ -256,6 +267,21 @@ void RankRun::give_input(StreamProduct& p, const Recipe& r, Draft& d, bool norms
     if (!own_b) import(p.b, kImportB);
     d.reads.push_back(span_of(p.a, r.k * 4));
     if (p.b) d.reads.push_back(span_of(p.b, r.k * 4));
+}
+/// A sum that is multiplied by one number in its place (Gemma 4's layers): the last two stages, which go.
+bool RankRun::take_factor(Recipe& r) {
+    if (cautious || r.input != kInputNorm || r.b || stages.size() < 2) return false;
+    const auto product = body_of<StreamBinary>(stages, stages.size() - 1, kStreamBinary), sum = body_of<StreamBinary>(stages, stages.size() - 2, kStreamBinary);
+    if (!product || !sum || product->op != static_cast<i32>(BinaryOp::kMul) || sum->op != static_cast<i32>(BinaryOp::kAdd)) return false;
+    for (const StreamBinary& b : {*product, *sum})
+        if (b.copy || b.n_push || reinterpret_cast<const float*>(b.args.y.data) != r.a || !is_vector(b.args.y, r.k) || !is_vector(b.args.a, r.k)) return false;
+    const View& factor = product->args.b;
+    if (!same_view(product->args.a, product->args.y) || factor.type != kF32 || n_elements(factor) != 1 || !is_vector(sum->args.b, r.k)) return false;
+    if (written(span_of(factor))) return false;
+    r.a = reinterpret_cast<const float*>(sum->args.a.data), r.b = reinterpret_cast<const float*>(sum->args.b.data);
+    r.sum = reinterpret_cast<float*>(product->args.y.data), r.sum_factor = reinterpret_cast<const float*>(factor.data);
+    stages.pop_back(), stages.pop_back();
+    return true;
 }
 /// What is added to a residual may come out of a norm of its own, which blocks do for themselves then: a stage less. Its result must be nobody else's: the sum
 /// takes its place.
