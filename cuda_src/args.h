@@ -589,10 +589,10 @@ struct StreamProduct {
     i32 in_flight, in_flight_early;   // pieces on their way at most (stream.h, kStreamInFlight), of kStreamPieces a tile
     i32 share;                        // elements of a normed input, of which a block writes what others may read of it
     i32 a_stride;                     // kInputHeads
-    u8 map[3][2];                     // what becomes of each part's y and copy, one after the other: 1 + a UnaryOp without parameters, or 0
-    u8 mapped;                        // whether any part has a map
-    u8 weighed;                       // of experts, their one input, not their results: see below
-    u32 heads_inverse;                // 2^16 / (k / 8), rounded up
+    u8 map[2];                        // of experts without gates, what becomes of y, one after the other: 1 + a UnaryOp without parameters, or 0
+    u8 pad;
+    u8 weighed;         // of experts, their one input, not their results: see below
+    u32 heads_inverse;  // 2^16 / (k / 8), rounded up
 };
 constexpr i32 kStreamMostExperts = 512, kStreamMostGroups = 32;
 // A router's choice, for one token: of the logits (plus logits_bias) a soft max or sigmoids, of which (plus selection_bias) the n_used largest

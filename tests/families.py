@@ -53,6 +53,11 @@ def ssm(inner: int, state: int, heads: int, groups: int) -> dict[str, Any]:
     return {"ssm.conv_kernel": 4, "ssm.inner_size": inner, "ssm.state_size": state, "ssm.time_step_rank": heads, "ssm.group_count": groups}
 
 
+GEMMA4: dict[str, Any] = {
+    "attention.sliding_window": 32, "attention.sliding_window_pattern": [True, False], "embedding_length_per_layer_input": 0,
+    "attention.key_length_swa": HEAD_DIM, "attention.value_length_swa": HEAD_DIM,
+}  # fmt: skip
+OF_GEMMA4: dict[str, Any] = {"optional": r"rope_freqs\.weight|ffn_gate_inp\.scale", "scaled": {"attn_q_norm": 0.2}, "explained": False}
 QKV = {"attn_qkv": ("attn_q", "attn_k", "attn_v")}
 GATE_UP = {"ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
 BIASES = r"(attn_[qkv]|attn_qkv|attn_output|ffn_up|ffn_down)\.bias"  # with those of norms, where models have them at all
@@ -69,6 +74,7 @@ class Family:
     ahead: int = 0  # layers that predict further tokens, which hosts leave out
     job: str = "run_model"  # of jobs.py
     cost: tuple[int, int] | None = None  # all_reduces and all_gathers of one token; None: two reduces a layer
+    explained: bool = True  # whether `explain` knows all of a token's graph; else it names the tensors that it does not
     beyond: tuple[int, int] | None = None  # groups of a norm, and how often it is gathered for where there are more ranks than these
 
 
@@ -116,12 +122,21 @@ FAMILIES: dict[str, Family] = {
         "attention.scale": 0.0156, "logit_scale": 8.0}, beyond=(2, 1)),
     "nemotron_h": Family("nemotron_h", ssm(512, 32, 16, 2) | {"block_count": 3, "attention.head_count_kv": [0, 4, 0],
         "feed_forward_length": [0, 0, 768]}, cost=(3, 0), beyond=(2, 1)),
+    # Experts of one matrix, and of a latent.
+    "nemotron_h_moe": Family("nemotron_h_moe", EXPERTS | SHARED | ssm(512, 32, 16, 2) | {"block_count": 4, "attention.head_count_kv": [0, 4, 0, 0],
+        "feed_forward_length": [0, 0, 768, 768], "moe_latent_size": 128}, scaled={"ffn_gate_inp": 2.0}, cost=(6, 0), beyond=(2, 1), explained=False),
     "lfm2": Family("lfm2", {"attention.head_count_kv": [0, 4], "shortconv.l_cache": 3}, without="dense_2"),
     # Attention is not scaled, 22 layers amplify, of few gates the topmost 5 % are next to none: unscaled and with an ffn of 96, the host's CPU
     # differs from itself by an NMSE of 8e-3 with another batch size.
     "gemma3n": Family("gemma3n", {"block_count": 22, "embedding_length": 64, "attention.head_count": 8, "attention.head_count_kv": 1,
         "feed_forward_length": 384, "attention.sliding_window": 32, "attention.sliding_window_pattern": 5}, scaled={"attn_q_norm": 0.2,
         "altup_.*coef": 0.1, "_post_norm|_post.*norm|post_.*norm": 0.3}, cost=(44, 10)),
+    # Attention is not scaled here either; embeddings of every layer's own. wide: heads of 512 and 256, as real ones have.
+    "gemma4": Family("gemma4", GEMMA4 | {"embedding_length_per_layer_input": 64}, **OF_GEMMA4),
+    "gemma4-wide": Family("gemma4", GEMMA4 | {"attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 512,
+        "attention.value_length": 512, "attention.key_length_swa": 256, "attention.value_length_swa": 256, "rope.dimension_count": 512,
+        "rope.dimension_count_swa": 256}, **OF_GEMMA4),
+    "gemma4-moe": Family("gemma4", EXPERTS | GEMMA4, cost=(6, 0), **OF_GEMMA4),
     "gemma2": Family("gemma2", {"attention.sliding_window": 32, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, without="output"),
     "phi2": Family("phi2", optional=r".*\.bias", cost=(3, 0)),
     "gpt2": Family("gpt2", {"attention.head_count_kv": 8}, optional=r".*\.bias", joined=QKV),

@@ -52,7 +52,10 @@ def check_family(workers, models, family: str, quant: str, ranks: int, arch: str
     """Its values, its cost, and that `explain` says the same of its file."""
     result = check(workers, models, family, quant, ranks, arch=arch)
     check_cost(result, family, ranks)
-    check_explained(models(family, quant), ranks, result, tokens=len(PROMPT) if FAMILIES[family].job == "embed" else 1)
+    if FAMILIES[family].explained:
+        check_explained(models(family, quant), ranks, result, tokens=len(PROMPT) if FAMILIES[family].job == "embed" else 1)
+    else:
+        assert any("no place in a token's graph is known here" in note for note in explain.explain(models(family, quant), ranks)["notes"])
 
 
 @pytest.mark.parametrize(("family", "quant", "ranks", "arch"), [(*row, ARCHS[i % len(ARCHS)]) for i, row in enumerate(SAMPLE)])
@@ -92,7 +95,7 @@ def test_family_as_it_is_used(workers, models, family, way):
 
 
 def test_explain_says_which_architectures_are_compared(models, monkeypatch):
-    assert {row.arch for row in FAMILIES.values()} == explain.COMPARED
+    assert {row.arch for row in FAMILIES.values() if row.explained} == explain.COMPARED
     monkeypatch.setattr(explain, "COMPARED", explain.COMPARED - {"llama"})
     (note,) = explain.explain(models("llama", "F16"), 2)["notes"]
     assert note.startswith("llama: not one of the architectures compared")

@@ -129,11 +129,7 @@ inline bool cache_of(const SetRowsArgs& store, const View& seen, StreamOwnToken:
 inline void split_part(StreamProduct& p, int part, i64 rows) {
     StreamPart& first = p.part[part];
     if (p.n_parts == 3 || rows <= 0 || rows >= first.n) return;
-    for (int i = p.n_parts++; i > part + 1; --i) {
-        p.part[i] = p.part[i - 1];
-        std::copy(std::begin(p.map[i - 1]), std::end(p.map[i - 1]), p.map[i]);
-    }
-    std::copy(std::begin(p.map[part]), std::end(p.map[part]), p.map[part + 1]);
+    for (int i = p.n_parts++; i > part + 1; --i) p.part[i] = p.part[i - 1];
     StreamPart& second = p.part[part + 1];
     second = first;
     first.n = static_cast<i32>(rows), second.n -= static_cast<i32>(rows);

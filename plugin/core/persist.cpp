@@ -16,8 +16,8 @@ constexpr i64 kMostCells =
     8192;  // where cells cannot be streamed: at 32768 a kernel per step is ahead (8B, Q4_0, one H100: 228 tokens/s, 200), at 256 behind (403, 448)
 // Of a run, a dense layer's: two between the launches of experts lose (Qwen3-30B-A3B, Q4_K, H100: one rank 253 tokens/s without, 223; two 248, 218).
 constexpr size_t kLeastProducts = 4;
-constexpr size_t kMostHead = 256;    // elements, of an attention that norms its own heads
-constexpr size_t kTurn = 29;  // blocks, by which a stage of little work begins behind the one before
+constexpr size_t kMostHead = 256;  // elements, of an attention that norms its own heads
+constexpr size_t kTurn = 29;       // blocks, by which a stage of little work begins behind the one before
 
 struct Stage {
     std::string label;

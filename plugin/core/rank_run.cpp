@@ -53,7 +53,7 @@ std::optional<size_t> RankRun::summand_of(DevicePtr y, i64 elems) const {
         }
         if (d.kind == kStreamProduct) {
             const StreamProduct p = d.get<StreamProduct>();
-            if (p.n_parts == 1 && !p.glu && !p.mapped && !p.n_push && p.part[0].n == elems && reinterpret_cast<DevicePtr>(p.part[0].y) == y) return i;
+            if (p.n_parts == 1 && !p.glu && !p.n_push && p.part[0].n == elems && reinterpret_cast<DevicePtr>(p.part[0].y) == y) return i;
         } else if (d.kind == kStreamBinary) {  // of experts and the one that all tokens share
             const StreamBinary b = d.get<StreamBinary>();
             if (!b.n_push && is_vector(b.args.y, elems) && reinterpret_cast<DevicePtr>(b.args.y.data) == y) return i;

@@ -120,8 +120,7 @@ class RankRun {
     static i32 glu_op(const RankLaunch& l);
     bool add_lone_glu(const RankLaunch& l, const FusedGluArgs& g);
     bool join_glu(const RankLaunch& l, const FusedGluArgs& g);
-    bool join_map(const View& x, const std::vector<i32>& ops);
-    void take_map(const View& x);
+    bool map_experts(const View& x, i32 op);
     bool bind_experts(const QuantizeArgs& q);
     bool add_product(const MulVecArgs& m);
     static bool set_rows_of(StreamProduct& p, const Matrix& w, bool first);

@@ -103,7 +103,7 @@ bool RankRun::add_unary(const RankLaunch& l) {
         if (is(l, kUnaryKernels[i])) op = static_cast<i32>(i);
     if (op < 0) return false;
     const bool plain = u.p0 == 0 && u.p1 == 0 && u.p2 == 0 && u.p3 == 0;
-    if (pending) return plain && same_view(u.x, u.y) && join_map(u.x, {op});  // of experts without gates
+    if (pending) return plain && same_view(u.x, u.y) && map_experts(u.x, op);
     if (!cautious && op == static_cast<i32>(UnaryOp::kScale) && u.p1 == 0 && !stages.empty() && stages.back().kind == kStreamNormRows) {
         StreamNormRows n = stages.back().get<StreamNormRows>();
         if (same_view(n.norm.y, u.x) && same_view(u.x, u.y)) {

@@ -324,7 +324,8 @@ bool RankRun::weigh_input(const BinaryArgs& b) {
     return input_.weighed = true;
 }
 bool RankRun::bind_weighed(const QuantizeArgs& q) {
-    if (!input_.weighed || q.x.data != input_.y || q.k != input_.k || q.k_begin != 0 || q.k_end != q.k || !is_dense(q.x) || n_elements(q.x) != q.k) return false;
+    if (!input_.weighed || q.x.data != input_.y || q.k != input_.k || q.k_begin != 0 || q.k_end != q.k || !is_dense(q.x) || n_elements(q.x) != q.k)
+        return false;
     Recipe r;
     r.input = kInputPlain, r.a = input_.x, r.k = q.k, r.sum = reinterpret_cast<float*>(input_.y), r.weighed = true;
     return bind(q.xq, r);

@@ -44,7 +44,6 @@ bool RankRun::add_quantize(const QuantizeArgs& q) {
         }
         return bind(q.xq, r);
     }
-    take_map(q.x);
     if (const std::optional<size_t> at = lone_norm(r.a, r.k)) {  // the product norms for itself, and leaves the result for others
         r = recipe_of(stages[*at].get<StreamNormRows>().norm);
         stages.erase(stages.begin() + static_cast<std::ptrdiff_t>(*at));
@@ -106,52 +105,26 @@ bool RankRun::add_lone_glu(const RankLaunch& l, const FusedGluArgs& g) {
     stages.push_back(std::move(d));
     return true;
 }
-/// Ops of a product's result, in its place: its stage does them.
-bool RankRun::join_map(const View& x, const std::vector<i32>& ops) {
-    for (size_t i = stages.size(); i-- > 0;) {
-        Draft& d = stages[i];
-        if (meet({span_of(x)}, d.reads)) return false;
-        if (!meet({span_of(x)}, d.writes)) continue;
-        if (d.kind != kStreamProduct) return false;
-        StreamProduct p = d.get<StreamProduct>();
-        if (p.glu || p.n_push || p.role == kExpertsSum || p.role == kHeads) return false;
-        for (int of = 0; of < p.n_parts; ++of) {
-            const StreamPart& part = p.part[of];
-            const bool here = p.role ? is_slots(x, part.n, p.slots) && x.nb[1] == p.y_stride * i64{4} : is_vector(x, part.n);
-            if (reinterpret_cast<char*>(part.y) != x.data || !here || part.copy) continue;
-            u8* const end = std::end(p.map[of]);
-            u8* to = std::find(std::begin(p.map[of]), end, 0);
-            if (end - to < static_cast<std::ptrdiff_t>(ops.size())) return false;
-            for (const i32 op : ops) *to++ = static_cast<u8>(1 + op);
-            p.mapped = 1;
-            d.set(p);
-            return true;
-        }
-        return false;
-    }
-    return false;
-}
-/// The same where they are the last stage: only of what a product will read, as heads of linear attention do such ops for themselves. A feed-forward network
-/// without a gate has a stage less.
-void RankRun::take_map(const View& x) {
-    const auto e = cautious || stages.empty() ? std::nullopt : body_of<StreamElements>(stages, stages.size() - 1, kStreamElements);
-    if (!e || e->w.data || !same_view(e->x, e->y) || !same_view(e->y, x)) return;
-    std::vector<i32> ops;
-    for (int i = 0; i < e->n_steps; ++i) {
-        const StreamElements::Step& step = e->step[i];
-        if (step.op >= kStreamWithOther || std::any_of(std::begin(step.p), std::end(step.p), [](float p) { return p != 0; })) return;
-        ops.push_back(step.op);
-    }
-    const Draft elements = std::move(stages.back());
-    stages.pop_back();
-    if (!join_map(x, ops)) stages.push_back(elements);
+/// An op of what experts without gates leave, in its place: their stage does it. (Dense products' ops are stages: a warp stores, and with GELU in its loop
+/// StarCoder 2's took 33,000 cycles where product and op take 26,000; docs/decisions.md.)
+bool RankRun::map_experts(const View& x, i32 op) {
+    if (stages.empty() || stages.back().kind != kStreamProduct) return false;
+    Draft& d = stages.back();
+    StreamProduct p = d.get<StreamProduct>();
+    if (p.role != kExpertsEach || p.glu || p.n_parts != 1 || reinterpret_cast<char*>(p.part[0].y) != x.data) return false;
+    if (!is_slots(x, p.part[0].n, p.slots) || x.nb[1] != p.y_stride * i64{4}) return false;
+    u8* const to = std::find(std::begin(p.map), std::end(p.map), 0);
+    if (to == std::end(p.map)) return false;
+    *to = static_cast<u8>(1 + op);
+    d.set(p);
+    return true;
 }
 /// What experts without gates leave, the next product of experts reads: the host may have given the sums behind that this memory, so a copy.
 bool RankRun::bind_experts(const QuantizeArgs& q) {
     if (stages.empty() || stages.back().kind != kStreamProduct) return false;
     Draft& d = stages.back();
     StreamProduct p = d.get<StreamProduct>();
-    if (p.role != kExpertsEach || p.glu || !p.mapped || p.n_parts != 1 || reinterpret_cast<char*>(p.part[0].y) != q.x.data) return false;
+    if (p.role != kExpertsEach || p.glu || !p.map[0] || p.n_parts != 1 || reinterpret_cast<char*>(p.part[0].y) != q.x.data) return false;
     if (!is_slots(q.x, p.part[0].n, p.slots) || q.x.nb[1] != p.y_stride * i64{4} || q.k * p.slots > kStreamMostK || !stream_fit(p, memory_->n_blocks))
         return false;
     p.glu_copy = memory_->vectors[kGlu], p.glu_k = static_cast<i32>(q.k), p.glu_begin = static_cast<i32>(q.k_begin);
@@ -169,7 +142,7 @@ bool RankRun::join_glu(const RankLaunch& l, const FusedGluArgs& g) {
     StreamProduct p = stages.back().get<StreamProduct>();
     const i64 n = g.glu.y.ne[0], slots = p.role == kExpertsEach ? p.slots : 1;
     if (p.role != kExpertsSum && p.n_parts == 1) split_part(p, 0, n);
-    if (p.n_parts != 2 || p.glu || p.mapped || p.part[0].n != n || p.part[1].n != n) return false;
+    if (p.n_parts != 2 || p.glu || p.part[0].n != n || p.part[1].n != n) return false;
     if (!p.role && (g.k_begin != 0 || g.k != n || !is_vector(g.glu.y, n))) return false;
     if (p.role && (!is_slots(g.glu.y, n, slots) || g.k * slots > kStreamMostK)) return false;
     p.glu_stride = static_cast<i32>(g.glu.y.nb[1] / 4);
@@ -431,7 +404,7 @@ bool RankRun::add_bias(const BinaryArgs& sum) {
         }
         if (d.kind != kStreamProduct) return false;
         StreamProduct p = d.get<StreamProduct>();
-        if (p.glu || p.role || p.n_push || p.mapped) return false;
+        if (p.glu || p.role || p.n_push) return false;
         const bool taken = std::any_of(std::begin(p.part), std::end(p.part), take);
         d.set(p);
         return taken;

@@ -48,7 +48,7 @@ std::optional<Join> glu_join(const std::vector<Draft>& stages, size_t i, float* 
 std::optional<Join> sum_join(const std::vector<Draft>& stages, size_t i) {
     StreamProduct p = stages[i].get<StreamProduct>();
     StreamPart& part = p.part[0];
-    if (p.role || p.glu || p.mapped || p.n_push || p.n_parts != 1 || part.copy || part.bias || part.raw ||
+    if (p.role || p.glu || p.n_push || p.n_parts != 1 || part.copy || part.bias || part.raw ||
         (stages[i].body.size() >= sizeof(StreamExperts) && stages[i].get<StreamExperts>().onto.added))
         return std::nullopt;
     const i64 n = part.n;
