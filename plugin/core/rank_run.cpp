@@ -11,6 +11,7 @@ namespace ggml_tp {
 bool RankRun::add(const RankLaunch& l) {
     if (!l.launch.kernel) return true;  // another rank's bias, of what is a Partial
     if (summed_) return add_sum(l);
+    if (input_.x && !input_.bound) return add_weighed(l);
     // Pieces are of products of several columns. By their whole names, where there is one kernel: another may begin like it.
     if (is(l, "rope_store_pieces")) return false;
     if (is(l, "fused_norm")) return add_norm(args_of<FusedNormArgs>(l));

@@ -147,6 +147,7 @@ class RankRun {
     bool add_experts(const MulVecIdArgs& m);
     bool add_sum(const RankLaunch& l);
     bool repeat_input(const MoveArgs& m);
+    bool add_weighed(const RankLaunch& l);
     bool weigh_input(const BinaryArgs& b);
     bool bind_weighed(const QuantizeArgs& q);
     static bool is_slots(const View& v, i64 n, i64 slots);
@@ -199,7 +200,7 @@ class RankRun {
         const float* x = nullptr;
         char* y = nullptr;
         i64 k = 0;
-        bool weighed = false;
+        bool weighed = false, bound = false;
     } input_;                             // of the last router's one expert: y is x, then x times its weight
     float scale_ = 1.0f;                  // of what is reduced next
     std::optional<MulVecIdArgs> summed_;  // a product of experts whose sums are not all there yet

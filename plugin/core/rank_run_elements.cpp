@@ -44,7 +44,6 @@ bool RankRun::add_binary(const RankLaunch& l) {
     if (n_elements(b.args.y) > kMostElems) return false;
     for (int op = 0; op < 4; ++op)
         if (!std::strcmp(l.launch.kernel, kBinaryKernels[op])) b.op = op;
-    if (pending && b.op == static_cast<i32>(BinaryOp::kMul) && weigh_input(b.args)) return true;
     if (!cautious && ((b.op == 0 && add_bias(b.args)) || join_layer_norm(b.args, b.op))) return true;
     if (!cautious && b.op >= 0 && !stages.empty() && stages.back().kind == kStreamElements && same_view(stages.back().get<StreamElements>().y, b.args.a) &&
         same_view(b.args.a, b.args.y) && !meet({span_of(b.args.b)}, stages.back().writes) && stages.back().get<StreamElements>().n_steps < kStreamElementSteps)

@@ -315,12 +315,17 @@ bool RankRun::add_sum(const RankLaunch& l) {
 /// another. See StreamProduct::weighed.
 bool RankRun::repeat_input(const MoveArgs& m) {
     if (route_.n_used != 1 || m.bytes != 4 || !is_dense(m.x) || !is_dense(m.y) || n_elements(m.x) != n_elements(m.y)) return false;
-    input_ = {reinterpret_cast<const float*>(m.x.data), m.y.data, n_elements(m.x), false};
+    input_ = {reinterpret_cast<const float*>(m.x.data), m.y.data, n_elements(m.x)};
     return true;
+}
+/// What follows: the weight, then int8. Anything else would read what nobody has written.
+bool RankRun::add_weighed(const RankLaunch& l) {
+    if (is(l, "quantize_x")) return bind_weighed(args_of<QuantizeArgs>(l));
+    return is(l, "binary_mul") && weigh_input(args_of<BinaryArgs>(l));
 }
 bool RankRun::weigh_input(const BinaryArgs& b) {
     const bool one = b.b.data == weights_ && b.b.type == kF32 && n_elements(b.b) == 1;
-    if (!input_.x || input_.weighed || !one || !same_view(b.a, b.y) || b.y.data != input_.y || !is_dense(b.y) || n_elements(b.y) != input_.k) return false;
+    if (input_.weighed || !one || !same_view(b.a, b.y) || b.y.data != input_.y || !is_dense(b.y) || n_elements(b.y) != input_.k) return false;
     return input_.weighed = true;
 }
 bool RankRun::bind_weighed(const QuantizeArgs& q) {
@@ -328,7 +333,7 @@ bool RankRun::bind_weighed(const QuantizeArgs& q) {
         return false;
     Recipe r;
     r.input = kInputPlain, r.a = input_.x, r.k = q.k, r.sum = reinterpret_cast<float*>(input_.y), r.weighed = true;
-    return bind(q.xq, r);
+    return input_.bound = bind(q.xq, r);
 }
 /// A row for each slot, at multiples of nb[1].
 bool RankRun::is_slots(const View& v, i64 n, i64 slots) {

@@ -26,7 +26,7 @@ bool RankRun::add_norm(const FusedNormArgs& n) {
 }
 bool RankRun::add_quantize(const QuantizeArgs& q) {
     const i64 n = n_elements(q.x);
-    if (pending && (bind_experts(q) || bind_weighed(q))) return true;
+    if (pending && bind_experts(q)) return true;
     if (q.k_begin != 0 || q.k_end != q.k || q.x.type != kF32 || n > kStreamMostK) return false;
     Recipe r;
     r.input = kInputPlain, r.a = reinterpret_cast<const float*>(q.x.data), r.k = n;
