@@ -677,19 +677,19 @@ def _attention() -> None:
     case("flash_attn latent, some see nothing")(lambda g: latent(g, 4, 60, 40))
     case("flash_attn quantised latent cache")(lambda g: latent(g, 8, 5, 96, type_=Q8_0))
     # Heads wider than 256: few rows of a KV head in the cells' pieces, and more in blocks of 32 and 64.
-    for d, heads, kv_heads, n_tokens, n_kv in ((512, 8, 2, 1, 400), (512, 6, 2, 3, 101), (512, 8, 1, 9, 136), (264, 4, 2, 40, 72), (320, 3, 3, 70, 96)):
+    for d, heads, kv_heads, n_tokens, n_kv in ((512, 8, 2, 1, 400), (512, 6, 2, 3, 101), (512, 8, 1, 9, 72), (264, 4, 2, 40, 72), (320, 3, 3, 70, 40)):
         case(f"flash_attn wide, d{d}, {heads} heads of {kv_heads}, {n_tokens} tokens")(
             lambda g, d=d, h=heads, n=kv_heads, t=n_tokens, c=n_kv: flash(g, d, c, t, h, n)
         )
-    case("flash_attn wide, ALiBi, softcap, sinks")(lambda g: flash(g, 512, 72, 20, 4, 2, max_bias=8.0, softcap=20.0, sinks=True))
+    case("flash_attn wide, ALiBi, softcap, sinks")(lambda g: flash(g, 264, 72, 20, 4, 2, max_bias=8.0, softcap=20.0, sinks=True))
     case("flash_attn wide, 1 token, sinks, few cells")(lambda g: flash(g, 512, 40, 1, 4, 2, sinks=True))
-    case("flash_attn wide, two streams, windows closed between")(lambda g: flash(g, 512, 66 * 32 + 8, 2, 4, 2, streams=2, closed=(100, 65 * 32 + 5)))
-    case("flash_attn wide, some see nothing")(lambda g: flash(g, 512, 40, 60, 4, 1))
-    case("flash_attn wide, a mask of any values")(lambda g: flash(g, 512, 104, 12, 6, 1, slanted=True))
-    case("flash_attn wide, no mask")(lambda g: flash(g, 512, 101, 4, 8, 1, mask=False))
+    case("flash_attn wide, two streams, windows closed between")(lambda g: flash(g, 264, 66 * 32 + 8, 2, 2, 1, streams=2, closed=(100, 65 * 32 + 5)))
+    case("flash_attn wide, some see nothing")(lambda g: flash(g, 264, 40, 60, 2, 1))
+    case("flash_attn wide, a mask of any values")(lambda g: flash(g, 264, 104, 12, 6, 1, slanted=True))
+    case("flash_attn wide, no mask")(lambda g: flash(g, 264, 101, 4, 8, 1, mask=False))
     for kv_heads in (1, 2):
         case(f"flash_attn wide, of caches, {kv_heads} heads")(lambda g, n=kv_heads: of_cache(g, F16, 8, n, 512))
-        case(f"flash_attn quantised caches, wide, {kv_heads} heads, 20 tokens")(lambda g, n=kv_heads: of_cache(g, Q8_0, 8, n, 512, n_tokens=20))
+        case(f"flash_attn quantised caches, wide, {kv_heads} heads, 20 tokens")(lambda g, n=kv_heads: of_cache(g, Q8_0, 4, n, 512, n_tokens=20))
     case("flash_attn 1 token, many cells")(lambda g: flash(g, d=128, n_tokens=1, n_kv=1536))
     case("flash_attn 1 token, cells of others between")(lambda g: flash(g, d=128, n_tokens=1, n_kv=1536, closed=(33, 1301)))
     case("flash_attn, 20 heads of one KV head")(lambda g: flash(g, heads=20, kv_heads=1))
