@@ -550,11 +550,11 @@ struct StreamPart {
 enum StreamInput : i32 { kInputKept = 0, kInputPlain = 1, kInputNorm = 2, kInputHeads = 3 };
 // Up to three products of one quantised type and the same activations. A tile is `rows` rows of one part (glu: half of them of part 0, the
 // gate, half of part 1, at the same place) in one slot of the ring, one behind the other as in memory: plane f at plane_at[f] of each.
-// Input: as the stage before left it in shared memory; `a` quantised; or the norm of s = a + b (or (a + the norm of b times b_weight) * *sum_factor) times weight, quantised;
-// or (kInputHeads) heads' k elements each, at multiples of a_stride from `a` on, quantised.
+// Input: as the stage before left it in shared memory; `a` quantised; or the norm of s = a + b times weight, quantised, where b may be
+// the norm of b times b_weight and the sum be multiplied by *sum_factor; or (kInputHeads) heads' k elements each, at multiples of a_stride from `a` on, quantised.
 // Products of experts: one matrix lies behind the other for each expert, and `slots` of them, which the router chose, count.
-// kExpertsEach: tiles are rows of one slot's gate and up, or of its only matrix, results lie slot behind slot; kExpertsSum: a tile has its rows of every slot, each
-// multiplied by its own [k] of the input. kHeads: as kExpertsSum, but slots are heads, which all count, `slots` of them in a tile and slot_groups of so many,
+// kExpertsEach: tiles are rows of one slot's gate and up, or of its only matrix, results lie slot behind slot; kExpertsSum: a tile has its rows of every
+// slot, each multiplied by its own [k] of the input. kHeads: as kExpertsSum, but slots are heads, which all count, `slots` of them in a tile and slot_groups of so many,
 // and each one's rows are results.
 // weighed (Llama 4, one expert a token): the host multiplies the input by the expert's weight. Its int8 are the same without, so the first products' results are
 // multiplied instead, and those of the last one have no weight; sum is the input that the host made.
@@ -591,12 +591,13 @@ struct StreamProduct {
     i32 a_stride;                     // kInputHeads
     u8 map[2];                        // of experts without gates, what becomes of y, one after the other: 1 + a UnaryOp without parameters, or 0
     u8 pad;
-    u8 weighed;         // of experts, their one input, not their results: see below
+    u8 weighed;         // of experts, their one input, not their results: see above
     u32 heads_inverse;  // 2^16 / (k / 8), rounded up
 };
 constexpr i32 kStreamMostExperts = 512, kStreamMostGroups = 32;
 // A router's choice, for one token: of the logits (plus logits_bias) a soft max or sigmoids, of which (plus selection_bias) the n_used largest
-// choose the experts (kRouteByLogits: the largest logits, as sigmoids round to 1); their weights are those of the gating (not the biased ones), after which another soft max, a division by their sum
+// choose the experts (kRouteByLogits: the largest logits, as sigmoids round to 1); their weights are those of the gating (not the biased ones), after
+// which another soft max, a division by their sum
 // clamped to [least, most] and a scale may follow. Where experts are in n_groups groups of as many neighbours each, only those of the n_groups_used groups
 // count of which the two largest numbers that choose add up to most (DeepSeek-V3, arXiv:2412.19437; the order of equal ones is theirs).
 // Results for whoever else may read them; null: nobody, or the step is not there.

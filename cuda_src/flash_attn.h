@@ -6,7 +6,7 @@ namespace ggml_tp {
 
 constexpr int kFlashHeads = 8;                                   // query heads of one KV head that a block takes along
 constexpr int kFlashHeadsWide = 4;                               // the same of heads wider than 256, before sm_80 (later: flash_wide.h)
-constexpr int kFlashHead = 256, kFlashHeadWide = 512;            // elements of a head there, at most
+constexpr int kFlashHead = 256, kFlashHeadWide = 512;            // elements of a head, at most; wider ones are flash_wide.h's from sm_80 on
 constexpr int kFlashWarps = 4;                                   // of a block
 constexpr int kFlashRestWarps = 4;                               // of a block of what neither takes, a head each
 constexpr i64 kFlashLeastCells = 32;                             // of a piece: less is all merging

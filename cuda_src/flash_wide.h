@@ -8,7 +8,6 @@ namespace ggml_tp {
 
 constexpr i64 kLatentStepCost = 10;                    // of a step of cells, in pieces that flash_combine adds up
 constexpr int kLatentKeys = 576, kLatentValues = 512;  // halves of a cell at most: DeepSeek's; less is filled up with zeros
-constexpr int kWideHead = 512, kLeastWide = 256;       // of a head: at most; narrower ones are flash_columns' and flash_tile's
 
 /// A block: groups * 16 rows (a token of a head each) times steps of `cells` cells, by groups * parts warps.
 struct WideShape {
@@ -29,7 +28,8 @@ struct WideShapes {
 };
 constexpr WideShapes kLatent{
     {"flash_latent_64", kLatentKeys, 4, 2, 32}, {"flash_latent_32", kLatentKeys, 2, 2, 16}, {"flash_latent_16", kLatentKeys, 1, 4, 32}};
-constexpr WideShapes kWide{{"flash_wide_64", kWideHead, 4, 2, 32}, {"flash_wide_32", kWideHead, 2, 2, 16}, {"flash_wide_16", kWideHead, 1, 4, 32}};
+constexpr WideShapes kWide{
+    {"flash_wide_64", kFlashHeadWide, 4, 2, 32}, {"flash_wide_32", kFlashHeadWide, 2, 2, 16}, {"flash_wide_16", kFlashHeadWide, 1, 4, 32}};
 static_assert(kLatent.fit() && kWide.fit(), "what a block may have");
 
 inline bool flash_latent_can(const FlashAttnArgs& a, Arch arch) {
@@ -48,7 +48,7 @@ inline bool flash_heads_can(const FlashAttnArgs& a, Arch arch) {
         const bool whole = ((u64)v.data | (u64)v.nb[1] | (u64)v.nb[2] | (u64)v.nb[3]) % 16 == 0;
         return v.type == kF16 && v.nb[0] == 2 && whole && v.nb[1] < 1 << 28 && v.ne[1] < 1 << 30;
     };
-    return arch.cc >= kColumnsArch && words(a.k) && words(a.v) && a.q.ne[0] > kLeastWide && a.q.ne[0] <= kWideHead && a.q.ne[0] % 8 == 0 &&
+    return arch.cc >= kColumnsArch && words(a.k) && words(a.v) && a.q.ne[0] > kFlashHead && a.q.ne[0] <= kFlashHeadWide && a.q.ne[0] % 8 == 0 &&
            a.q.ne[0] == a.v.ne[0] && a.q.ne[1] * a.gqa_ratio < 1 << 24 && a.q.ne[3] * a.k.ne[2] <= 65535 && a.q.type == kF32 && a.q.nb[0] == 4 &&
            a.y.type == kF32 && a.y.nb[0] == 4 && pairs(a.q) && pairs(a.y) &&
            (!a.has_mask || (a.mask.type == kF16 && a.mask.ne[2] == 1 && a.mask.nb[0] == 2 && a.mask.nb[1] % 16 == 0));

@@ -16,8 +16,7 @@ constexpr i64 kMostCells =
     8192;  // where cells cannot be streamed: at 32768 a kernel per step is ahead (8B, Q4_0, one H100: 228 tokens/s, 200), at 256 behind (403, 448)
 // Of a run, a dense layer's: two between the launches of experts lose (Qwen3-30B-A3B, Q4_K, H100: one rank 253 tokens/s without, 223; two 248, 218).
 constexpr size_t kLeastProducts = 4;
-constexpr size_t kMostHead = 256;  // elements, of an attention that norms its own heads
-constexpr size_t kTurn = 29;       // blocks, by which a stage of little work begins behind the one before
+constexpr size_t kTurn = 29;  // blocks, by which a stage of little work begins behind the one before
 
 struct Stage {
     std::string label;
@@ -323,7 +322,7 @@ void StreamMemory::reset() const {
         const Device& device = *rank.block.device();
         device.make_current();
         TP_CUDA(device.driver, device.rank, cuMemsetD8Async, rank.block.pointer(), 0, rank.bytes, device.stream);
-        const std::vector<float> ones(kMostHead, 1.0f);
+        const std::vector<float> ones(kFlashHead, 1.0f);
         TP_CUDA(device.driver, device.rank, cuMemcpyHtoDAsync, reinterpret_cast<DevicePtr>(rank.vectors[kOnes]), ones.data(), ones.size() * 4, device.stream);
         if (!device.wait(deadline_s)) throw Error("rank " + std::to_string(device.rank) + " did not clear its counters in time");
     }

@@ -126,7 +126,7 @@ class RankRun {
     static bool set_rows_of(StreamProduct& p, const Matrix& w, bool first);
     void give_input(StreamProduct& p, const Recipe& of, Draft& d, bool norms_b);
     void take_norm_of_b(StreamProduct& p, i64 k);
-    bool take_factor(Recipe& r);
+    std::vector<Draft> take_factor(Recipe& r);
     bool add_bias(const BinaryArgs& sum);
     struct Copy {
         const float* host = nullptr;
@@ -158,7 +158,7 @@ class RankRun {
     bool add_latent(const FlashSplitArgs& f);
     bool own_cells(StreamFlash& f) const;
     bool take_own_token(StreamFlash& f, Draft& out);
-    std::optional<size_t> head_norm(const View& x, const View& y) const;
+    std::optional<size_t> head_norm(const View& x, const View& like) const;
     bool norm_before_rope(const FusedNormArgs& n);
     bool store_with_rope(const SetRowsArgs& store);
     bool add_combine(FlashCombineArgs c);

@@ -202,8 +202,7 @@ bool RankRun::add_product(const MulVecArgs& m) {
 void RankRun::give_input(StreamProduct& p, const Recipe& of, Draft& d, bool norms_b) {
     Recipe r = of;
     p.input = r.input;
-    std::vector<Draft> factor(stages.end() - std::min<std::ptrdiff_t>(stages.end() - stages.begin(), 2), stages.end());
-    if (norms_b && take_factor(r)) {
+    if (const std::vector<Draft> factor = norms_b ? take_factor(r) : std::vector<Draft>{}; !factor.empty()) {
         p.a = r.a, p.b = r.b, p.eps = r.eps, p.sum = r.sum;
         take_norm_of_b(p, r.k);
         if (p.b_weight) r.a = p.a, r.b = p.b, p.sum_factor = r.sum_factor;
@@ -241,20 +240,21 @@ void RankRun::give_input(StreamProduct& p, const Recipe& of, Draft& d, bool norm
     d.reads.push_back(span_of(p.a, r.k * 4));
     if (p.b) d.reads.push_back(span_of(p.b, r.k * 4));
 }
-/// A sum that is multiplied by one number in its place (Gemma 4's layers): the last two stages, which go.
-bool RankRun::take_factor(Recipe& r) {
-    if (cautious || r.input != kInputNorm || r.b || stages.size() < 2) return false;
+/// A sum that is multiplied by one number in its place (Gemma 4's layers): the last two stages, which go; none, where they are something else.
+std::vector<Draft> RankRun::take_factor(Recipe& r) {
+    if (cautious || r.input != kInputNorm || r.b || stages.size() < 2) return {};
     const auto product = body_of<StreamBinary>(stages, stages.size() - 1, kStreamBinary), sum = body_of<StreamBinary>(stages, stages.size() - 2, kStreamBinary);
-    if (!product || !sum || product->op != static_cast<i32>(BinaryOp::kMul) || sum->op != static_cast<i32>(BinaryOp::kAdd)) return false;
+    if (!product || !sum || product->op != static_cast<i32>(BinaryOp::kMul) || sum->op != static_cast<i32>(BinaryOp::kAdd)) return {};
     for (const StreamBinary& b : {*product, *sum})
-        if (b.copy || b.n_push || reinterpret_cast<const float*>(b.args.y.data) != r.a || !is_vector(b.args.y, r.k) || !is_vector(b.args.a, r.k)) return false;
+        if (b.copy || b.n_push || reinterpret_cast<const float*>(b.args.y.data) != r.a || !is_vector(b.args.y, r.k) || !is_vector(b.args.a, r.k)) return {};
     const View& factor = product->args.b;
-    if (!same_view(product->args.a, product->args.y) || factor.type != kF32 || n_elements(factor) != 1 || !is_vector(sum->args.b, r.k)) return false;
-    if (written(span_of(factor))) return false;
+    if (!same_view(product->args.a, product->args.y) || factor.type != kF32 || n_elements(factor) != 1 || !is_vector(sum->args.b, r.k)) return {};
+    if (written(span_of(factor))) return {};
     r.a = reinterpret_cast<const float*>(sum->args.a.data), r.b = reinterpret_cast<const float*>(sum->args.b.data);
     r.sum = reinterpret_cast<float*>(product->args.y.data), r.sum_factor = reinterpret_cast<const float*>(factor.data);
-    stages.pop_back(), stages.pop_back();
-    return true;
+    std::vector<Draft> taken(stages.end() - 2, stages.end());
+    stages.erase(stages.end() - 2, stages.end());
+    return taken;
 }
 /// What is added to a residual may come out of a norm of its own, which blocks do for themselves then: a stage less. Its result must be nobody else's: the sum
 /// takes its place.
