@@ -1,8 +1,8 @@
 // FLASH_ATTN_EXT on tensor cores of latent attention (DeepSeek-V2, arXiv 2405.04434, with its matrices absorbed): one row of keys a cell for all query heads,
 // and the values are its beginning, so that a step of cells is in shared memory once for both products. And of heads too wide for flash_tile (Gemma 4): a
-// step's values come while its scores are computed, the next one's keys while its values are added up. A row is a token of a head of those that share keys, rows
-// of a token one behind the other, 16 a group of warps, which the group's warps share twice: each has some of the step's cells for Q·K, and some of V's columns for P·V, as
-// 16 times 512 sums are more than a warp's registers. Between them the topmost scores and the probabilities go through shared memory.
+// step's values come while its scores are computed, the next one's keys while its values are added up. A row is a token of a head of those that share keys,
+// rows of a token one behind the other, 16 a group of warps, which the group's warps share twice: each has some of the step's cells for Q·K, and some of V's
+// columns for P·V, as 16 times 512 sums are more than a warp's registers. Between them the topmost scores and the probabilities go through shared memory.
 // Q, K, V and P are halves, sums f32. grid: (blocks of rows, pieces of the cells, ns * KV heads); the last tokens, which see most, go first.
 #include "flash_wide.h"
 

@@ -197,7 +197,7 @@ def _writer(path: Path, family: str, more: Mapping[str, Any]) -> gguf.GGUFWriter
     w = gguf.GGUFWriter(path, row.arch)
     w.add_tokenizer_model("no_vocab")
     for name, value in (COMMON | dict(row.keys) | dict(more)).items():
-        add = {bool: w.add_bool, int: w.add_uint32, float: w.add_float32, list: w.add_array}.get(type(value))
+        add = {bool: w.add_bool, int: w.add_uint32, float: w.add_float32, str: w.add_string, list: w.add_array}.get(type(value))
         if add:
             add(name if name.startswith("tokenizer.") else f"{row.arch}.{name}", value)
     return w

@@ -665,6 +665,7 @@ def test_scans_are_stages_of_the_persistent_kernel(workers, models, family, rank
 
 
 PLAIN_GEMMA4 = {"embedding_length_per_layer_input": 0}
+YARN = {"rope__scaling__type": "yarn", "rope__scaling__factor": 8.0, "rope__scaling__original_context_length": 256}  # turns that lengthen heads
 
 
 @pytest.mark.parametrize(
@@ -672,12 +673,13 @@ PLAIN_GEMMA4 = {"embedding_length_per_layer_input": 0}
     [("gemma4", 1, PLAIN_GEMMA4, ("norm rows", "binary", "rope and store", "set_rows")), ("gemma4", 3, PLAIN_GEMMA4, ("binary", "rope and store", "set_rows")),
      ("gemma4", 2, {}, ("rope and store", "set_rows")), ("gemma4-moe", 2, {}, ("rope and store", "set_rows")),
      ("llama4", 1, {}, ("norm rows", "rope and store")), ("llama4", 2, {}, ("norm rows", "rope and store")),
+     ("llama4", 1, YARN, ()),
      ("llama4", 1, {"scaled": {"ffn_gate_inp": 40.0}}, ()), ("llama4", 3, {"scaled": {"ffn_gate_inp": 0.2}}, ()),
      ("nemotron_h_moe", 1, {"moe_latent_size": 0}, ()), ("nemotron_h_moe", 2, {}, ()), ("nemotron_h_moe", 2, {"expert_feed_forward_length": 160}, ())],
 )  # fmt: skip
 def test_norms_and_experts_of_newer_models_are_stages(workers, models, family, ranks, options, none):
-    """Norms without weights of K and V, in front of ropes and behind them; a layer's factor; experts whose input is weighed, by weights near 1 and far
-    from it, chosen by logits where sigmoids are 1; experts of one matrix with ops behind it, also in parts of 80 columns."""
+    """Norms without weights of K and V, in front of ropes and behind them, where those keep a head's length; a layer's factor; experts whose input is
+    weighed, by weights near 1 and far from it, chosen by logits where sigmoids are 1; experts of one matrix with ops behind it, also in parts of 80 columns."""
     result = check(workers, models, family, "Q8_0", ranks, arch="sm_90", **options)
     assert result["counters"].last_kernel_launches == 1, result["program"]
     stages = stages_of(result["program"])
